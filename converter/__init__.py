@@ -1,0 +1,1 @@
+"""Offline conversion of a Hugging Face checkpoint into a BWLA checkpoint."""

@@ -1,0 +1,1 @@
+"""The arithmetic of one BWLA layer: format, definition, ops and backends. Knows torch and nothing above it."""

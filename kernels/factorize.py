@@ -1,0 +1,59 @@
+"""Input width -> (blocks, n1, n2): how a rotation of K columns is factored (design section 3)."""
+
+from bwla_kernels.errors import FormatError
+
+PACK_FACTOR = 32
+"""Signs in one int32 word; blocks are whole words, so that no word straddles two activation scales."""
+
+MAX_FACTOR = 128
+"""Largest n1 or n2 that a GPU kernel holds in registers and shared memory."""
+
+SHARDED_BLOCKS = 8
+"""Blocks wished for where tensor parallelism cuts the input: 1, 2, 4 or 8 ranks then hold whole blocks."""
+
+
+def factor_pair(width: int) -> tuple[int, int] | None:
+    """Split `width` into n1 <= n2 <= 128, balanced, preferring two multiples of 8.
+
+    A pair of multiples of 8 wins while n2 is at most four times n1: a kernel pads other sizes,
+    and beyond that ratio the arithmetic (n1 + n2 multiplications an element) costs more than padding.
+    Returns None where no divisor fits.
+    """
+    pairs = [(n1, width // n1) for n1 in range(1, int(width**0.5) + 1) if width % n1 == 0]
+    pairs = [pair for pair in pairs if pair[1] <= MAX_FACTOR]
+    if not pairs:
+        return None
+    aligned = [(n1, n2) for n1, n2 in pairs if n1 % 8 == 0 and n2 % 8 == 0 and n2 <= 4 * n1]
+    return max(aligned or pairs)
+
+
+def choose_rotation(in_features: int, wished_blocks: int = 1) -> tuple[int, int, int]:
+    """Choose (G, n1, n2) for an input of width K = `in_features`.
+
+    G is the largest count <= `wished_blocks` that divides K into whole 32-bit words and factors;
+    where none does (K = 25600 is too wide for one block), the smallest larger one.
+
+    Raises:
+        FormatError: K is not a positive multiple of 32, or has no factors up to 128.
+    """
+    if in_features <= 0 or in_features % PACK_FACTOR:
+        raise FormatError(
+            f"an input width must be a positive multiple of {PACK_FACTOR}, found {in_features}: "
+            "keep such a layer out of quantization with --ignore"
+        )
+    words = in_features // PACK_FACTOR
+    below = range(min(wished_blocks, words), 0, -1)
+    above = range(wished_blocks + 1, words + 1)
+    for blocks in (*below, *above):
+        if words % blocks:
+            continue
+        # Ranks of a power of two must hold whole blocks, so other counts are used only where one must.
+        if blocks < wished_blocks and blocks & (blocks - 1):
+            continue
+        pair = factor_pair(in_features // blocks)
+        if pair is not None:
+            return blocks, *pair
+    raise FormatError(
+        f"input width {in_features} has no factors n1, n2 <= {MAX_FACTOR}: "
+        "keep such a layer out of quantization with --ignore"
+    )

@@ -1,0 +1,146 @@
+"""One stored linear: its sizes, its tensors, and the checks a loader makes before it serves it (design section 3)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bwla_kernels.errors import FormatError
+from bwla_kernels.factorize import PACK_FACTOR
+
+UNQUANTIZED_BITS = 16
+"""`bits` that leaves the activations as they are: weight-only, for ablation and evaluation."""
+
+ORTHOGONALITY_TOLERANCE = 1e-3
+"""Largest entry of |Q^T Q - I| that a stored rotation may have."""
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+INPUT_SIDE = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
+"""Tensors that every member of an input group stores an identical copy of."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Sizes and activation format of one linear y = x W^T + b.
+
+    Attributes:
+        out_features: N, any positive number.
+        in_features: K, a multiple of 32.
+        blocks: G; each block of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled alone.
+        n1, n2: orders of the two Kronecker factors of a block's rotation.
+        rank: r of the low-rank correction, 0 for none.
+        bits: activation bits, 2..8, or 16 for unquantized.
+        clip: share of the largest magnitude that the largest code stands for, in (0, 1].
+        bias: whether the linear has a bias.
+
+    Raises:
+        FormatError: at construction, where the numbers contradict each other.
+    """
+
+    out_features: int
+    in_features: int
+    blocks: int
+    n1: int
+    n2: int
+    rank: int = 0
+    bits: int = 6
+    clip: float = 1.0
+    bias: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.out_features, self.in_features, self.blocks, self.n1, self.n2) < 1 or self.rank < 0:
+            raise FormatError(f"sizes must be positive and the rank not negative, found {self}")
+        if self.blocks * self.n1 * self.n2 != self.in_features:
+            raise FormatError(
+                f"rotation ({self.blocks}, {self.n1}, {self.n2}) covers "
+                f"{self.blocks * self.n1 * self.n2} columns, but the layer reads {self.in_features}"
+            )
+        if self.block_width % PACK_FACTOR:
+            raise FormatError(f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.block_width}")
+        if not 0.0 < self.clip <= 1.0:
+            raise FormatError(f"clip must lie in (0, 1], found {self.clip}")
+        if self.bits != UNQUANTIZED_BITS and not 2 <= self.bits <= 8:
+            raise FormatError(f"activation bits must be 2..8 or {UNQUANTIZED_BITS}, found {self.bits}")
+
+    @property
+    def block_width(self) -> int:
+        """Columns of one block, n1 * n2."""
+        return self.n1 * self.n2
+
+    @property
+    def q_max(self) -> int:
+        """Largest activation code, 2^(bits-1) - 1."""
+        return 2 ** (self.bits - 1) - 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape of a stored tensor and the dtypes it may have."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+
+
+def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
+    """The tensors that a layer stores beside its name, in a fixed order."""
+    n, k, r = spec.out_features, spec.in_features, spec.rank
+    float32 = (torch.float32,)
+    specs = {
+        "weight_packed": TensorSpec((n, k // PACK_FACTOR), (torch.int32,)),
+        "weight_scale": TensorSpec((n,), float32),
+        "rotation_left": TensorSpec((spec.blocks, spec.n1, spec.n1), float32),
+        "rotation_right": TensorSpec((spec.blocks, spec.n2, spec.n2), float32),
+        "column_scale": TensorSpec((k,), float32),
+    }
+    if r:
+        specs["low_rank_a"] = TensorSpec((r, k), (torch.bfloat16,))
+        specs["low_rank_b"] = TensorSpec((n, r), (torch.bfloat16,))
+    if spec.bias:
+        specs["bias"] = TensorSpec((n,), FLOAT_DTYPES)
+    return specs
+
+
+def shape_problem(want: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """Say in words how a shape and dtype differ from what the format wants; None where they agree."""
+    if dtype not in want.dtypes:
+        names = " or ".join(str(d).removeprefix("torch.") for d in want.dtypes)
+        return f"expected dtype {names}, found {str(dtype).removeprefix('torch.')}"
+    if shape != want.shape:
+        return f"expected shape {list(want.shape)}, found {list(shape)}"
+    return None
+
+
+def value_problem(name: str, tensor: Tensor) -> str | None:
+    """Say in words what is wrong with the values of the tensor called `name`; None where nothing is."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        return "expected finite values, found NaN or infinity"
+    if name in ("weight_scale", "column_scale") and not (tensor > 0).all():
+        return f"expected positive scales, found {tensor.min().item():g}"
+    if name in ("rotation_left", "rotation_right"):
+        gram = tensor.transpose(-1, -2) @ tensor
+        off = (gram - torch.eye(tensor.shape[-1], device=tensor.device)).abs().max().item()
+        if off > ORTHOGONALITY_TOLERANCE:
+            return f"expected an orthogonal matrix to {ORTHOGONALITY_TOLERANCE:g}, found it off by {off:.3g}"
+    return None
+
+
+def validate_layer(name: str, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
+    """Check everything a backend relies on; `name` is the layer's module path, for the message.
+
+    Raises:
+        FormatError: missing, extra or misshapen tensors, wrong dtypes, non-finite values,
+            non-positive scales, rotations that are not orthogonal to 1e-3.
+    """
+    wanted = tensor_specs(spec)
+    advice = "the checkpoint is damaged or was written by another version: convert or download it again"
+    for missing in wanted.keys() - tensors.keys():
+        raise FormatError(f"{name}.{missing}: expected {wanted[missing]}, found no such tensor; {advice}")
+    for extra in sorted(tensors.keys() - wanted.keys()):
+        raise FormatError(f"{name}.{extra}: not a tensor of this layer's format (rank {spec.rank}); {advice}")
+    for key, want in wanted.items():
+        tensor = tensors[key]
+        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor)
+        if problem:
+            raise FormatError(f"{name}.{key}: {problem}; {advice}")

@@ -1,0 +1,160 @@
+"""`quantization_config` of config.json as a pydantic model, on compressed-tensors' argument models.
+
+compressed-tensors' `CompressionFormat` is a closed enum, so its compressor registry cannot name BWLA; its
+`QuantizationArgs` and its name matching are reused.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.utils import match_name
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format.layer import LayerSpec
+
+QUANT_METHOD = "bwla"
+FORMAT_VERSION = 1
+
+Value = TypeVar("Value")
+
+
+def one_bit_weights() -> QuantizationArgs:
+    """The only weight format of version 1: one signed bit, one scale a row."""
+    return QuantizationArgs(num_bits=1, type="int", symmetric=True, strategy="channel")
+
+
+def activation_args(bits: int) -> QuantizationArgs:
+    """Dynamic, symmetric, per-token activations of `bits` bits (per token and rotation block, to be exact)."""
+    return QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="token", dynamic=True)
+
+
+def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
+    """Look a module up by suffix: the longest key that equals `name` or ends it at a dot wins."""
+    hits = [key for key in table if name == key or name.endswith("." + key)]
+    return table[max(hits, key=len)] if hits else None
+
+
+class Provenance(BaseModel):
+    """Where a checkpoint came from; nothing that a loader needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base_model: str = ""
+    revision: str = ""
+    recipe: str = ""
+    seed: int = 0
+    bwla_version: str = ""
+    calibration: dict[str, Any] = Field(default_factory=dict)
+
+
+class BWLAFormat(BaseModel):
+    """`quantization_config`: everything a loader must know before it reads a tensor.
+
+    Attributes:
+        rotation: module-name suffix -> (G, n1, n2); the longest match wins. A linear without a match
+            is not quantized.
+        rank: rank of the low-rank correction, one for all or by suffix.
+        clip: activation clip, one for all or by suffix.
+        ignore: modules left alone, by name or `re:` pattern (compressed-tensors' matching).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quant_method: Literal["bwla"] = "bwla"
+    format_version: Literal[1] = 1
+    weights: QuantizationArgs = Field(default_factory=one_bit_weights)
+    input_activations: QuantizationArgs = Field(default_factory=lambda: activation_args(6))
+    clip: float | dict[str, float] = 1.0
+    rank: int | dict[str, int] = 0
+    rotation: dict[str, tuple[int, int, int]]
+    ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    provenance: Provenance = Provenance()
+
+    @field_validator("weights")
+    @classmethod
+    def _weights_are_signs(cls, args: QuantizationArgs) -> QuantizationArgs:
+        if (args.num_bits, args.type, args.symmetric, args.strategy) != (1, "int", True, "channel"):
+            raise ValueError("weights must be 1-bit, symmetric, one scale a row (strategy 'channel')")
+        return args
+
+    @field_validator("input_activations")
+    @classmethod
+    def _activations_are_dynamic(cls, args: QuantizationArgs) -> QuantizationArgs:
+        if (args.type, args.symmetric, args.strategy, args.dynamic) != ("int", True, "token", True):
+            raise ValueError("input_activations must be dynamic, symmetric integers (strategy 'token')")
+        return args
+
+    @field_validator("rotation")
+    @classmethod
+    def _rotations_are_sizes(cls, table: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        for suffix, sizes in table.items():
+            if min(sizes) < 1:
+                raise ValueError(f"rotation sizes must be positive, found {suffix}: {list(sizes)}")
+        return table
+
+    @property
+    def bits(self) -> int:
+        """Activation bits, 2..8 or 16."""
+        return int(self.input_activations.num_bits)
+
+    def is_ignored(self, name: str) -> bool:
+        """Whether the module called `name` is left unquantized by `ignore`."""
+        return any(match_name(name, target) or name.endswith("." + target) for target in self.ignore)
+
+    def layer_spec(self, name: str, out_features: int, in_features: int, bias: bool = False) -> LayerSpec | None:
+        """The spec of the linear called `name`, or None where it is not quantized.
+
+        Raises:
+            FormatError: the config and the layer's sizes contradict each other; the message names the layer.
+        """
+        sizes = None if self.is_ignored(name) else longest_suffix(self.rotation, name)
+        if sizes is None:
+            return None
+        rank = self.rank if isinstance(self.rank, int) else longest_suffix(self.rank, name) or 0
+        clip = self.clip if isinstance(self.clip, float) else longest_suffix(self.clip, name) or 1.0
+        try:
+            return LayerSpec(
+                out_features, in_features, *sizes, rank=rank, bits=self.bits, clip=clip, bias=bias
+            )
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}; the quantization_config does not belong to this model") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary that goes into config.json, defaults of the argument models left out."""
+        data = self.model_dump(mode="json")
+        for side in ("weights", "input_activations"):
+            data[side] = getattr(self, side).model_dump(mode="json", include=_ARGUMENTS)
+        return data
+
+
+_ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
+
+
+def parse_config(config: Mapping[str, Any], source: str = "quantization_config") -> BWLAFormat:
+    """Read a `quantization_config`; `source` names its file, for the message.
+
+    Raises:
+        FormatError: another quant_method, an unknown format_version or key, or a value out of range.
+    """
+    version = config.get("format_version")
+    if config.get("quant_method") != QUANT_METHOD:
+        raise FormatError(
+            f"{source}: expected quant_method '{QUANT_METHOD}', found {config.get('quant_method')!r}: "
+            "this is not a BWLA checkpoint, make one with bwla-convert"
+        )
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise FormatError(
+            f"{source}: expected format_version {FORMAT_VERSION}, found {version!r}: "
+            "install the bwla release that wrote it, or convert the model again"
+        )
+    try:
+        return BWLAFormat.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "quantization_config"
+        raise FormatError(
+            f"{source}: {place}: {first['msg']} (found {first.get('input')!r:.80}): "
+            "restore the config.json that bwla-convert wrote"
+        ) from None

@@ -1,0 +1,129 @@
+"""The definition: a BWLA layer in plain torch, on any device (design section 2).
+
+Every kernel is tested against these functions. They are written to be read, not to be fast.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bwla_kernels.format import LayerSpec, unpack_signs
+from bwla_kernels.format.layer import UNQUANTIZED_BITS
+
+
+@dataclass(frozen=True)
+class PreparedInput:
+    """What the input side hands to the weight side.
+
+    Attributes:
+        q: int8 codes [M, K]; float32 x_hat where the activations are not quantized.
+        scale: float32 [M, G], one scale per token and block (ones where not quantized).
+        u: float32 [M, r], x A^T; None for rank 0.
+    """
+
+    q: Tensor
+    scale: Tensor
+    u: Tensor | None
+
+
+def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Rotate the last axis block by block: each block, row-major [n1, n2], becomes L^T X R.
+
+    Args:
+        x: [..., K], any float dtype; computed in float32 (float64 stays).
+        left: rotation_left [G, n1, n1].
+        right: rotation_right [G, n2, n2].
+
+    Returns: [..., K] float32 (or float64), in the rotated basis. The map is orthogonal and linear,
+        so x W^T is unchanged when the rows of W go through it too.
+    """
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks, n1, n2 = left.shape[0], left.shape[-1], right.shape[-1]
+    cells = x.to(work).reshape(-1, blocks, n1, n2)
+    rotated = left.to(work).transpose(-1, -2) @ cells @ right.to(work)
+    return rotated.reshape(x.shape)
+
+
+def rotate_back(x_hat: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Undo `rotate`: each block becomes L X R^T."""
+    return rotate(x_hat, left.transpose(-1, -2), right.transpose(-1, -2))
+
+
+def quantize(x_hat: Tensor, blocks: int, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    """Quantize each token's blocks dynamically and symmetrically, rounding half to even.
+
+    Args:
+        x_hat: float32 [M, K], rotated and column-scaled.
+        blocks: G.
+        bits: 2..8.
+        clip: share of max|x_hat| that the largest code stands for.
+
+    Returns: codes int8 [M, K] in [-q_max, q_max] and scales float32 [M, G]; a block of zeros has scale 0
+        and codes 0.
+    """
+    q_max = 2 ** (bits - 1) - 1
+    cells = x_hat.unflatten(1, (blocks, x_hat.shape[1] // blocks))
+    scale = cells.abs().amax(-1) * (clip / q_max)
+    codes = torch.round(cells / scale.unsqueeze(-1)).clamp(-q_max, q_max)
+    codes = torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(codes), codes)
+    return codes.to(torch.int8).reshape(x_hat.shape), scale
+
+
+def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> PreparedInput:
+    """The input side: rotate, scale the columns, quantize, and project onto the low-rank rows.
+
+    Args:
+        x: [M, K], any float dtype.
+        tensors: the layer's input side (`rotation_left`, `rotation_right`, `column_scale`, and `low_rank_a`
+            where the rank is not 0).
+    """
+    x_hat = rotate(x, tensors["rotation_left"], tensors["rotation_right"]) * tensors["column_scale"]
+    if spec.bits == UNQUANTIZED_BITS:
+        q, scale = x_hat, x_hat.new_ones(x.shape[0], spec.blocks)
+    else:
+        q, scale = quantize(x_hat, spec.blocks, spec.bits, spec.clip)
+    u = x.float() @ tensors["low_rank_a"].float().t() if spec.rank else None
+    return PreparedInput(q, scale, u)
+
+
+def block_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
+    """Per-block dot products sum_{k in g} S[n, k] q[m, k] as float32 [M, G, N].
+
+    For integer codes they are exact integers: every partial sum stays below
+    127 * 65,536 < 2^24, which float32 holds exactly.
+    """
+    cells = q.float().unflatten(1, (blocks, q.shape[1] // blocks))
+    sign_cells = signs.float().unflatten(1, (blocks, signs.shape[1] // blocks))
+    return torch.einsum("mgk,ngk->mgn", cells, sign_cells)
+
+
+def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+    """The weight side: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
+    sums = block_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.blocks)
+    y = (sums * prepared.scale.unsqueeze(-1)).sum(1) * tensors["weight_scale"]
+    if prepared.u is not None:
+        y = y + prepared.u @ tensors["low_rank_b"].float().t()
+    if spec.bias:
+        y = y + tensors["bias"].float()
+    return y
+
+
+def linear(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+    """The whole layer: x [..., K] -> [..., N] in the dtype of x, computed in float32."""
+    flat = x.reshape(-1, spec.in_features)
+    y = binary_matmul(prepare_input(flat, tensors, spec), tensors, spec)
+    return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
+
+
+def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+    """The weight that the layer stands for, float32 [N, K] in the basis of the original x.
+
+    `linear` with unquantized activations equals x times this weight (plus the bias).
+    """
+    rotated = unpack_signs(tensors["weight_packed"], torch.float32) * tensors["weight_scale"].unsqueeze(1)
+    weight = rotate_back(rotated * tensors["column_scale"], tensors["rotation_left"], tensors["rotation_right"])
+    if spec.rank:
+        weight = weight + tensors["low_rank_b"].float() @ tensors["low_rank_a"].float()
+    return weight

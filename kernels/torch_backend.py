@@ -1,0 +1,104 @@
+"""The reference backend: plain torch on cached int8 signs and an integer matmul; any device, exact, not fast.
+
+It follows `reference.py` step for step and differs in one thing only: the signs are unpacked once, at load.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from bwla_kernels import reference
+from bwla_kernels.format import LayerSpec, unpack_signs
+from bwla_kernels.format.layer import UNQUANTIZED_BITS
+
+_LIBRARY = torch.library.Library("bwla", "FRAGMENT")
+_LIBRARY.define(
+    "linear_torch(Tensor x, Tensor signs, Tensor weight_scale, Tensor rotation_left, Tensor rotation_right, "
+    "Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int bits, float clip) -> Tensor"
+)
+
+INT_MM_MIN_ROWS = 17
+"""cuBLAS refuses fewer rows in an integer matmul."""
+
+
+def int_matmul(q: Tensor, signs: Tensor) -> Tensor:
+    """Exact product of int8 codes [M, K] and int8 signs [N, K]: int32 [M, N]."""
+    rows = q.shape[0]
+    if q.is_cuda and rows < INT_MM_MIN_ROWS:
+        q = torch.nn.functional.pad(q, (0, 0, 0, INT_MM_MIN_ROWS - rows))
+    return torch._int_mm(q, signs.t())[:rows]
+
+
+def _linear(
+    x: Tensor,
+    signs: Tensor,
+    weight_scale: Tensor,
+    rotation_left: Tensor,
+    rotation_right: Tensor,
+    column_scale: Tensor,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
+    bias: Tensor | None,
+    bits: int,
+    clip: float,
+) -> Tensor:
+    out_features, in_features = signs.shape
+    blocks, width = rotation_left.shape[0], rotation_left.shape[-1] * rotation_right.shape[-1]
+    flat = x.reshape(-1, in_features)
+    x_hat = reference.rotate(flat, rotation_left, rotation_right) * column_scale
+    if flat.shape[0] == 0:
+        y = flat.new_zeros(0, out_features, dtype=torch.float32)
+    elif bits == UNQUANTIZED_BITS:
+        y = x_hat @ signs.float().t() * weight_scale
+    else:
+        q, scale = reference.quantize(x_hat, blocks, bits, clip)
+        y = flat.new_zeros(flat.shape[0], out_features, dtype=torch.float32)
+        for g in range(blocks):
+            part = slice(g * width, (g + 1) * width)
+            y += int_matmul(q[:, part], signs[:, part]) * scale[:, g : g + 1]
+        y *= weight_scale
+    if low_rank_a is not None and low_rank_b is not None:
+        y += flat.float() @ low_rank_a.float().t() @ low_rank_b.float().t()
+    if bias is not None:
+        y += bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def _linear_fake(x: Tensor, signs: Tensor, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], signs.shape[0])
+
+
+_LIBRARY.impl("linear_torch", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("bwla::linear_torch", _linear_fake, lib=_LIBRARY)
+
+
+class TorchBackend:
+    """Plain torch on any device."""
+
+    name = "torch"
+
+    def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
+        """Always: this is the last fallback."""
+        return True, "plain torch runs anywhere"
+
+    def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+        """Replace `weight_packed` by `signs` int8 [N, K]; keep the rest."""
+        rest = {name: tensor for name, tensor in tensors.items() if name != "weight_packed"}
+        return {"signs": unpack_signs(tensors["weight_packed"]), **rest}
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x."""
+        return torch.ops.bwla.linear_torch(
+            x,
+            tensors["signs"],
+            tensors["weight_scale"],
+            tensors["rotation_left"],
+            tensors["rotation_right"],
+            tensors["column_scale"],
+            tensors.get("low_rank_a"),
+            tensors.get("low_rank_b"),
+            tensors.get("bias"),
+            spec.bits,
+            spec.clip,
+        )

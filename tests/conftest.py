@@ -1,0 +1,40 @@
+"""Fixtures that every package's tests share: random layers in the stored format."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from bwla_kernels.format import LayerSpec, pack_signs
+from torch import Tensor
+
+LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
+
+
+def _random_rotation(blocks: int, order: int, generator: torch.Generator) -> Tensor:
+    square = torch.randn(blocks, order, order, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(square).Q.float().contiguous()
+
+
+def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
+    """A valid layer of random contents, in the stored dtypes."""
+    generator = torch.Generator().manual_seed(seed)
+    n, k, r = spec.out_features, spec.in_features, spec.rank
+    tensors = {
+        "weight_packed": pack_signs(torch.randint(0, 2, (n, k), generator=generator)),
+        "weight_scale": torch.rand(n, generator=generator) / k**0.5 + 0.01,
+        "rotation_left": _random_rotation(spec.blocks, spec.n1, generator),
+        "rotation_right": _random_rotation(spec.blocks, spec.n2, generator),
+        "column_scale": torch.rand(k, generator=generator) + 0.5,
+    }
+    if r:
+        tensors["low_rank_a"] = (torch.randn(r, k, generator=generator) / k**0.5).bfloat16()
+        tensors["low_rank_b"] = torch.randn(n, r, generator=generator).bfloat16()
+    if spec.bias:
+        tensors["bias"] = torch.randn(n, generator=generator)
+    return tensors
+
+
+@pytest.fixture(scope="session")
+def make_layer() -> LayerFactory:
+    """`make_layer(spec, seed)` -> the tensors of a random valid layer."""
+    return random_layer
