@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import torch
-from torch import Tensor
-
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.torch_backend import TorchBackend
+from torch import Tensor
 
 
 class Backend(Protocol):
@@ -59,7 +58,7 @@ def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = N
         if not able:
             raise BackendError(f"backend {wanted!r} cannot run {spec} on {device}: {reason}")
         return table[wanted], f"backend {wanted} as asked for"
-    refusals = []
+    refusals: list[str] = []
     for backend in backends():
         able, reason = backend.can_implement(spec, device)
         if able:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from bwla_kernels.format import LayerSpec, unpack_signs
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def quantize(x_hat: Tensor, blocks: int, bits: int, clip: float) -> tuple[Tensor
     Returns: codes int8 [M, K] in [-q_max, q_max] and scales float32 [M, G]; a block of zeros has scale 0
         and codes 0.
     """
-    q_max = 2 ** (bits - 1) - 1
+    q_max = (1 << (bits - 1)) - 1
     cells = x_hat.unflatten(1, (blocks, x_hat.shape[1] // blocks))
     scale = cells.abs().amax(-1) * (clip / q_max)
     codes = torch.round(cells / scale.unsqueeze(-1)).clamp(-q_max, q_max)
@@ -123,7 +122,9 @@ def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     `linear` with unquantized activations equals x times this weight (plus the bias).
     """
     rotated = unpack_signs(tensors["weight_packed"], torch.float32) * tensors["weight_scale"].unsqueeze(1)
-    weight = rotate_back(rotated * tensors["column_scale"], tensors["rotation_left"], tensors["rotation_right"])
+    weight = rotate_back(
+        rotated * tensors["column_scale"], tensors["rotation_left"], tensors["rotation_right"]
+    )
     if spec.rank:
         weight = weight + tensors["low_rank_b"].float() @ tensors["low_rank_a"].float()
     return weight

@@ -6,11 +6,10 @@ It follows `reference.py` step for step and differs in one thing only: the signs
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
-
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec, unpack_signs
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LIBRARY.define(
@@ -89,7 +88,7 @@ class TorchBackend:
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
-        return torch.ops.bwla.linear_torch(
+        y: Tensor = torch.ops.bwla.linear_torch(
             x,
             tensors["signs"],
             tensors["weight_scale"],
@@ -102,3 +101,4 @@ class TorchBackend:
             spec.bits,
             spec.clip,
         )
+        return y

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-
 from bwla_kernels.errors import BWLAError, FormatError
 from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.format.layer import LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
+from safetensors import SafetensorError, safe_open
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -73,7 +72,9 @@ def read_json(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Any
     except ValueError as cause:  # bad UTF-8 and bad JSON too
         raise error(f"{path}: not valid JSON ({cause}): the file is damaged, get it again") from None
     if not isinstance(data, dict):
-        raise error(f"{path}: expected a JSON object, found {type(data).__name__}: the file is damaged, get it again")
+        raise error(
+            f"{path}: expected a JSON object, found {type(data).__name__}: the file is damaged, get it again"
+        )
     return data
 
 
@@ -95,7 +96,9 @@ def read_headers(path: Path, error: type[BWLAError] = FormatError) -> dict[str, 
                     raise error(f"{path}: {name} has dtype {part.get_dtype()}, which is not supported")
                 entries[name] = Entry(path.name, tuple(part.get_shape()), dtype)
     except (SafetensorError, OSError) as cause:
-        raise error(f"{path}: not a complete safetensors file ({cause}): download or convert it again") from None
+        raise error(
+            f"{path}: not a complete safetensors file ({cause}): download or convert it again"
+        ) from None
     return entries
 
 
@@ -124,7 +127,9 @@ def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str,
         for name, entry in read_headers(folder / file, error).items():
             if weight_map.get(name) != file:
                 listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise error(f"{index_path}: {name} is stored in {file}, but the index {listed}: get both again")
+                raise error(
+                    f"{index_path}: {name} is stored in {file}, but the index {listed}: get both again"
+                )
             entries[name] = entry
     absent = sorted(weight_map.keys() - entries.keys())
     if absent:
@@ -195,5 +200,7 @@ def _expected_names(specs: Mapping[str, LayerSpec], raw_config: Mapping[str, Any
 def _spec_of(config: BWLAFormat, name: str, n: int, k: int, bias: bool, file: Path) -> LayerSpec:
     spec = config.layer_spec(name, n, k, bias)
     if spec is None:
-        raise FormatError(f"{file}: {name} is stored in one bit, but config.json gives no rotation for it or ignores it")
+        raise FormatError(
+            f"{file}: {name} is stored in one bit, but config.json gives no rotation for it or ignores it"
+        )
     return spec

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from bwla_kernels.errors import FormatError
 from bwla_kernels.factorize import PACK_FACTOR
+from torch import Tensor
 
 UNQUANTIZED_BITS = 16
 """`bits` that leaves the activations as they are: weight-only, for ablation and evaluation."""
@@ -58,7 +57,9 @@ class LayerSpec:
                 f"{self.blocks * self.n1 * self.n2} columns, but the layer reads {self.in_features}"
             )
         if self.block_width % PACK_FACTOR:
-            raise FormatError(f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.block_width}")
+            raise FormatError(
+                f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.block_width}"
+            )
         if not 0.0 < self.clip <= 1.0:
             raise FormatError(f"clip must lie in (0, 1], found {self.clip}")
         if self.bits != UNQUANTIZED_BITS and not 2 <= self.bits <= 8:
@@ -72,7 +73,7 @@ class LayerSpec:
     @property
     def q_max(self) -> int:
         """Largest activation code, 2^(bits-1) - 1."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
 
 @dataclass(frozen=True)

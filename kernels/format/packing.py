@@ -1,10 +1,9 @@
 """Signs in words: 32 columns to an int32, bit j of word i is column 32 i + j, 1 means +1 (design section 2)."""
 
 import torch
-from torch import Tensor
-
 from bwla_kernels.errors import FormatError
 from bwla_kernels.factorize import PACK_FACTOR
+from torch import Tensor
 
 
 def pack_signs(signs: Tensor) -> Tensor:

@@ -7,12 +7,11 @@ compressed-tensors' `CompressionFormat` is a closed enum, so its compressor regi
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format.layer import LayerSpec
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
-from bwla_kernels.errors import FormatError
-from bwla_kernels.format.layer import LayerSpec
 
 QUANT_METHOD = "bwla"
 FORMAT_VERSION = 1
@@ -103,7 +102,9 @@ class BWLAFormat(BaseModel):
         """Whether the module called `name` is left unquantized by `ignore`."""
         return any(match_name(name, target) or name.endswith("." + target) for target in self.ignore)
 
-    def layer_spec(self, name: str, out_features: int, in_features: int, bias: bool = False) -> LayerSpec | None:
+    def layer_spec(
+        self, name: str, out_features: int, in_features: int, bias: bool = False
+    ) -> LayerSpec | None:
         """The spec of the linear called `name`, or None where it is not quantized.
 
         Raises:
@@ -119,7 +120,9 @@ class BWLAFormat(BaseModel):
                 out_features, in_features, *sizes, rank=rank, bits=self.bits, clip=clip, bias=bias
             )
         except FormatError as error:
-            raise FormatError(f"{name}: {error}; the quantization_config does not belong to this model") from None
+            raise FormatError(
+                f"{name}: {error}; the quantization_config does not belong to this model"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that goes into config.json, defaults of the argument models left out."""

@@ -33,12 +33,14 @@ def test_every_choice_covers_the_width_in_whole_words(wished: int) -> None:
         assert n1 * n2 % 32 == 0
         assert n1 <= n2 <= MAX_FACTOR
     # Only widths with a prime factor above 128 cannot be factored.
-    assert all(any(width % p == 0 and all(p % d for d in range(2, int(p**0.5) + 1)) for p in range(131, width + 1))
-               for width in refused)
+    assert all(
+        any(width % p == 0 and all(p % d for d in range(2, int(p**0.5) + 1)) for p in range(131, width + 1))
+        for width in refused
+    )
 
 
 def test_a_width_too_wide_for_one_block_gets_more() -> None:
-    blocks, n1, n2 = choose_rotation(25600, 1)
+    blocks, _, n2 = choose_rotation(25600, 1)
     assert blocks > 1
     assert n2 <= MAX_FACTOR
 

@@ -29,7 +29,9 @@ def build(spec: LayerSpec, make_layer, name: str):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.out_features}x{s.in_features}b{s.bits}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 17])
-def test_backend_agrees_with_the_reference(spec: LayerSpec, make_layer, name: str, dtype, tokens: int) -> None:
+def test_backend_agrees_with_the_reference(
+    spec: LayerSpec, make_layer, name: str, dtype, tokens: int
+) -> None:
     backend, layer, prepared = build(spec, make_layer, name)
     x = torch.randn(tokens, spec.in_features, generator=torch.Generator().manual_seed(12)).to(dtype)
     y, expected = backend.apply(x, prepared, spec), reference.linear(x, layer, spec)
@@ -54,14 +56,16 @@ def test_leading_axes_are_kept(make_layer, name: str) -> None:
 def test_torch_compile_sees_no_graph_break(make_layer, name: str) -> None:
     spec = SPECS[1]
     backend, _, prepared = build(spec, make_layer, name)
-    compiled = torch.compile(lambda x: backend.apply(x, prepared, spec) * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: backend.apply(x, prepared, spec) * 2, fullgraph=True, backend="aot_eager"
+    )
     x = torch.randn(4, spec.in_features, generator=torch.Generator().manual_seed(14))
     torch.testing.assert_close(compiled(x), backend.apply(x, prepared, spec) * 2)
 
 
 @pytest.mark.parametrize("spec", [SPECS[0], SPECS[1]], ids=["plain", "full"])
 def test_opcheck_of_the_torch_op(spec: LayerSpec, make_layer) -> None:
-    _, layer, prepared = build(spec, make_layer, "torch")
+    _, _, prepared = build(spec, make_layer, "torch")
     x = torch.randn(3, spec.in_features)
     names = ("signs", "weight_scale", "rotation_left", "rotation_right", "column_scale")
     optional = (prepared.get("low_rank_a"), prepared.get("low_rank_b"), prepared.get("bias"))

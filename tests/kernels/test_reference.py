@@ -28,14 +28,17 @@ def test_rotating_input_and_weight_leaves_the_product_unchanged(spec: LayerSpec,
     sides = layer["rotation_left"], layer["rotation_right"]
     product = reference.rotate(x, *sides) @ reference.rotate(w, *sides).t()
     torch.testing.assert_close(product, x @ w.t(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(reference.rotate_back(reference.rotate(x, *sides), *sides), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reference.rotate_back(reference.rotate(x, *sides), *sides), x, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_rotation_is_l_transposed_x_r_row_major() -> None:
     left, right = torch.linalg.qr(torch.randn(3, 4, 4))[0], torch.linalg.qr(torch.randn(3, 8, 8))[0]
     x = torch.randn(2, 96)
+    cells = x.view(2, 3, 4, 8)
     by_hand = torch.stack(
-        [torch.cat([(left[g].t() @ row[32 * g : 32 * g + 32].view(4, 8) @ right[g]).flatten() for g in range(3)]) for row in x]
+        [torch.cat([(left[g].t() @ row[g] @ right[g]).flatten() for g in range(3)]) for row in cells]
     )
     torch.testing.assert_close(reference.rotate(x, left, right), by_hand)
 

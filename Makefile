@@ -1,0 +1,31 @@
+# Two commands: `make demo` converts and serves the example, `make test` passes the tests.
+# Each sets up its own environment in .env first; nothing else on the machine is touched.
+
+PYTHON ?= python3
+# Package index with a CPU build of torch, where pip does not find one by itself:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+ENV := .env/bin
+
+.PHONY: demo test lint format setup clean
+
+setup:
+	@$(PYTHON) scripts/setup_env.py --torch-index "$(TORCH_INDEX)"
+
+demo: setup
+	@$(ENV)/python scripts/demo.py
+
+test: setup
+	$(ENV)/pytest
+
+lint: setup
+	$(ENV)/ruff check .
+	$(ENV)/ruff format --check .
+	$(ENV)/mypy
+
+format: setup
+	$(ENV)/ruff check --fix .
+	$(ENV)/ruff format .
+
+clean:
+	rm -rf .env .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,182 @@
+"""The model to convert: found, checked before any work, and read lazily, one decoder block at a time."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_converter.families import Family, find_family
+from bwla_kernels.errors import FormatError, SourceError
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format.folder import Entry, read_folder, read_json
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint folder with its headers read.
+
+    Attributes:
+        folder: where the files are.
+        config: config.json.
+        family: where this architecture keeps its linears.
+        entries: every tensor's file, shape and dtype.
+        num_blocks: decoder blocks, as transformers reads config.json.
+        revision: commit of a Hub snapshot, else empty.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    family: Family
+    entries: Mapping[str, Entry]
+    num_blocks: int
+    revision: str = ""
+
+    def names_of_block(self, index: int) -> list[str]:
+        """Names of all tensors of one decoder block."""
+        prefix = self.family.block_name(index) + "."
+        return [name for name in self.entries if name.startswith(prefix)]
+
+    def names_outside_blocks(self) -> list[str]:
+        """Names of the tensors that belong to no decoder block: embeddings, final norm, head."""
+        prefix = self.family.blocks + "."
+        return [name for name in self.entries if not name.startswith(prefix)]
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Read tensors by name, file by file; nothing else is brought into memory."""
+        tensors = {}
+        for file in sorted({self.entries[name].file for name in names}):
+            with safe_open(self.folder / file, framework="pt") as handle:
+                for name in names:
+                    if self.entries[name].file == file:
+                        tensors[name] = handle.get_tensor(name)
+        return {name: tensors[name] for name in names}
+
+
+def locate(model: str) -> tuple[Path, str]:
+    """Find a model: a folder, or a Hub id that is downloaded (safetensors and text files only).
+
+    Returns: the folder and, for a Hub id, the commit.
+
+    Raises:
+        SourceError: neither a folder nor a Hub id that can be had.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, ""
+    if path.exists() or not HUB_ID.fullmatch(model):
+        raise SourceError(
+            f"{model}: expected a folder or a Hub id like Qwen/Qwen3-8B, found neither: check the path"
+        )
+    try:
+        snapshot = Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
+        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        raise SourceError(
+            f"{model}: no such folder, and the Hub did not give it ({reason}): "
+            "check the name and the network, or give a folder"
+        ) from None
+    return snapshot, snapshot.name
+
+
+def open_source(model: str) -> Source:
+    """Find a model, read its headers and check that it can be converted, values aside (`check_values`).
+
+    Raises:
+        SourceError: one sentence for the first structural problem, or a list of all offending tensors.
+    """
+    folder, revision = locate(model)
+    config_path = folder / "config.json"
+    config = read_json(config_path, SourceError)
+    family = find_family(config, str(config_path))
+    model = _empty_model(folder)
+    entries = read_folder(folder, SourceError)
+    source = Source(folder, config, family, entries, model.config.num_hidden_layers, revision)
+    _refuse(folder, [*_tensor_problems(source, model), *_width_problems(source)])
+    return source
+
+
+def check_values(source: Source, on_tensor: Callable[[str], None] = lambda name: None) -> None:
+    """Read every weight that will be quantized once and refuse NaN and infinity.
+
+    Raises:
+        SourceError: the list of offending tensors.
+    """
+    problems = []
+    for name in _linear_weights(source):
+        if not torch.isfinite(source.read([name])[name]).all():
+            problems.append(
+                f"{source.entries[name].file}: {name} holds NaN or infinity, expected finite values"
+            )
+        on_tensor(name)
+    _refuse(source.folder, problems)
+
+
+def _linear_weights(source: Source) -> Iterator[str]:
+    for index in range(source.num_blocks):
+        for _, member in source.family.linears():
+            yield f"{source.family.block_name(index)}.{member}.weight"
+
+
+def _empty_model(folder: Path) -> PreTrainedModel:
+    """The model that transformers builds from config.json, without storage."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    except Exception as cause:  # transformers raises errors of many kinds for a config that contradicts itself
+        reason = " ".join(str(cause).split())
+        raise SourceError(
+            f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
+            "restore the model's own config.json"
+        ) from None
+
+
+def _tensor_problems(source: Source, model: PreTrainedModel) -> Iterator[str]:
+    """Compare the stored tensors with those of the model that transformers builds from the config."""
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys) if source.config.get("tie_word_embeddings") else set()
+    for name, shape in wanted.items():
+        entry = source.entries.get(name)
+        if entry is None:
+            if name not in tied:
+                yield f"{name} is missing, expected shape {list(shape)}"
+        elif entry.shape != shape:
+            yield f"{entry.file}: {name}: expected shape {list(shape)}, found {list(entry.shape)}"
+        elif entry.dtype not in SUPPORTED_DTYPES:
+            yield f"{entry.file}: {name}: expected bfloat16, float16 or float32, found {entry.dtype}"
+    ours = source.family.blocks + "."
+    for name in source.entries:
+        # Old checkpoints carry buffers that the model computes itself.
+        if name.startswith(ours) and name not in wanted and not name.endswith("rotary_emb.inv_freq"):
+            yield f"{source.entries[name].file}: {name} is not a tensor of {source.family.architecture}"
+
+
+def _width_problems(source: Source) -> Iterator[str]:
+    for group, member in source.family.linears():
+        name = f"{source.family.block_name(0)}.{member}.weight"
+        entry = source.entries.get(name)
+        if entry is not None and len(entry.shape) == 2:
+            try:
+                choose_rotation(entry.shape[1], group.wished_blocks)
+            except FormatError as problem:
+                yield f"{entry.file}: {name}: {problem}"
+
+
+def _refuse(folder: Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    shown = problems[:MAX_LISTED]
+    more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
+    lines = "".join(f"\n  {problem}" for problem in shown)
+    raise SourceError(f"{folder}: cannot be converted, found {len(problems)} problem(s):{lines}{more}")
