@@ -91,6 +91,10 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         raise BWLAError(f"recipe {options.recipe!r} does not exist: the choice is paper")
     check_output(options.out, options.overwrite)
     source = open_source(options.model)
+    if options.out.resolve() == source.folder.resolve():
+        raise OutputError(
+            f"{options.out}: is the model to convert, and would be replaced: choose another output"
+        )
     plan = make_plan(source, options.rank, options.bits, options.clip, _provenance(options, source))
     _check_space(options.out, plan.output_bytes(source))
     listener.planned(source, plan)

@@ -30,7 +30,13 @@ def say(step: str) -> None:
 
 def convert(model: Path, out: Path, extra: list[str]) -> dict[str, float]:
     """Run bwla-convert and return its report."""
-    command = [str(Path(sys.executable).with_name("bwla-convert")), str(model), str(out), "--overwrite", *extra]
+    command = [
+        str(Path(sys.executable).with_name("bwla-convert")),
+        str(model),
+        str(out),
+        "--overwrite",
+        *extra,
+    ]
     print("$", " ".join(command), flush=True)
     if subprocess.run(command, check=False).returncode:
         raise DemoError("bwla-convert failed, see above")
@@ -45,7 +51,9 @@ def talk(server: Server) -> None:
     client = OpenAI(base_url=server.url, api_key="none")
 
     def ask(**more: object) -> object:
-        return client.completions.create(model=server.model, prompt=PROMPT, max_tokens=48, temperature=0, **more)  # type: ignore[call-overload]
+        return client.completions.create(
+            model=server.model, prompt=PROMPT, max_tokens=48, temperature=0, **more
+        )  # type: ignore[call-overload]
 
     whole = ask().choices[0].text  # type: ignore[attr-defined]
     print(f"completion: {PROMPT}{whole}")
@@ -56,7 +64,10 @@ def talk(server: Server) -> None:
         print(pieces[-1], end="", flush=True)
     print()
     logprobs = ask(logprobs=1).choices[0].logprobs  # type: ignore[attr-defined]
-    shown = [f"{token!r} {value:.2f}" for token, value in zip(logprobs.tokens, logprobs.token_logprobs)]
+    shown = [
+        f"{token!r} {value:.2f}"
+        for token, value in zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
+    ]
     print("logprobs:  ", ", ".join(shown[:8]), "...")
     if not whole.strip():
         raise DemoError("the completion is empty")
@@ -68,9 +79,13 @@ def talk(server: Server) -> None:
 
 def main() -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=EXAMPLE, help="the model to convert (examples/model)")
-    parser.add_argument("--out", type=Path, default=ROOT / ".demo" / "books-bwla", help="the checkpoint to write")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / ".demo" / "books-bwla", help="the checkpoint to write"
+    )
     parser.add_argument("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
     parser.add_argument("--windows", type=int, default=48, help="512-token windows of it to use (48)")
     parser.add_argument("--compiled", action="store_true", help="serve with torch.compile (slower to start)")

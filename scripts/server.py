@@ -94,7 +94,15 @@ def serve(
     """
     port = free_port()
     root = f"http://127.0.0.1:{port}"
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
+    command = [
+        Path(sys.executable).with_name("vllm"),
+        "serve",
+        model,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [str(part) for part in (*command, *arguments)],
@@ -108,7 +116,9 @@ def serve(
         deadline = time.monotonic() + HEALTH_SECONDS
         while not _healthy(root):
             if process.poll() is not None or time.monotonic() > deadline:
-                state = "ended" if process.poll() is not None else f"was not healthy within {HEALTH_SECONDS} s"
+                state = (
+                    "ended" if process.poll() is not None else f"was not healthy within {HEALTH_SECONDS} s"
+                )
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
                 raise ServerError(f"vllm serve {state}; its last lines (all in {log}):\n{tail}")
             time.sleep(0.2)

@@ -1,7 +1,7 @@
 """Tiny random models of every supported family, written as Hugging Face folders."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "max_position_embeddings": 128,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits for the first, longer still where other work runs beside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

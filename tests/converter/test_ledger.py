@@ -14,7 +14,11 @@ def test_every_stored_bit_is_counted(make_layer) -> None:
 
 
 def test_auto_rank_is_the_largest_that_fits() -> None:
-    specs = [LayerSpec(2048, 2048, 1, 32, 64), LayerSpec(5632, 2048, 1, 32, 64), LayerSpec(2048, 5632, 8, 22, 32)]
+    specs = [
+        LayerSpec(2048, 2048, 1, 32, 64),
+        LayerSpec(5632, 2048, 1, 32, 64),
+        LayerSpec(2048, 5632, 8, 22, 32),
+    ]
     rank = auto_rank(specs)
     assert rank > 0
 

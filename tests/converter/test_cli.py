@@ -1,0 +1,47 @@
+"""`bwla-convert` as a user types it."""
+
+from pathlib import Path
+
+import pytest
+from bwla_converter.cli import app
+from typer.testing import CliRunner
+
+run = CliRunner().invoke
+
+
+def test_help_has_examples() -> None:
+    result = run(app, ["--help"])
+    assert result.exit_code == 0
+    assert "bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla" in result.output
+    assert "--rank" in result.output
+
+
+def test_version_names_what_matters() -> None:
+    result = run(app, ["--version"])
+    assert result.exit_code == 0
+    for package in ("bwla", "torch", "transformers", "safetensors"):
+        assert package in result.output
+
+
+def test_a_conversion_ends_with_a_summary(make_model, tmp_path: Path) -> None:
+    result = run(app, [str(make_model()), str(tmp_path / "out"), "--rank", "1", "--abits", "8"])
+    assert result.exit_code == 0, result.output
+    assert "bits per quantized weight all-in (rank 1" in result.output
+    assert "model.layers.1.mlp.down_proj  relative error" in result.output
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_bad_input_is_one_sentence_and_a_failure(tmp_path: Path) -> None:
+    result = run(app, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "error:" in result.output
+    assert "expected a folder or a Hub id" in result.output
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rank", ["many", "-1", "1.5"])
+def test_a_rank_is_auto_or_a_number(rank: str, tmp_path: Path) -> None:
+    result = run(app, ["model", str(tmp_path / "out"), f"--rank={rank}"])
+    assert result.exit_code == 2
+    assert "expected auto or a number" in result.output

@@ -1,0 +1,221 @@
+"""The whole conversion of tiny models: what is written, what is kept, and that it appears whole or not at all."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter import pipeline
+from bwla_converter.families import FAMILIES
+from bwla_converter.pipeline import Options, convert, verify
+from bwla_converter.source import Source, open_source
+from bwla_kernels import reference
+from bwla_kernels.errors import BWLAError, FormatError, SourceError
+from bwla_kernels.format.folder import check_folder, read_folder
+from safetensors import safe_open
+from torch import Tensor
+
+
+def read_all(folder: Path) -> dict[str, Tensor]:
+    tensors = {}
+    for name, entry in read_folder(folder).items():
+        with safe_open(folder / entry.file, framework="pt") as handle:
+            tensors[name] = handle.get_tensor(name)
+    return tensors
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_every_family_is_converted_and_passes_the_loader_checks(make_model, tmp_path, family: str) -> None:
+    folder, out = make_model(family, shards=2), tmp_path / "out"
+    summary = convert(Options(str(folder), out, rank=2))
+    verify(out)
+    specs = check_folder(out)
+    assert len(specs) == 14
+    assert {spec.rank for spec in specs.values()} == {2}
+    before, after = read_all(folder), read_all(out)
+    for name, tensor in before.items():
+        if name.removesuffix(".weight") not in specs:
+            assert torch.equal(after[name], tensor), name
+    assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
+    assert summary.bytes_before == sum(t.numel() * t.element_size() for t in before.values())
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_undoing_the_rotation_gives_the_weight_minus_the_recorded_error(
+    make_model, tmp_path, rank: int
+) -> None:
+    folder, out = make_model(dtype=torch.float32), tmp_path / "out"
+    summary = convert(Options(str(folder), out, rank=rank))
+    before, after, specs = read_all(folder), read_all(out), check_folder(out)
+    for layer in summary.layers:
+        stored = {
+            k.removeprefix(layer.name + "."): t for k, t in after.items() if k.startswith(layer.name + ".")
+        }
+        weight = before[f"{layer.name}.weight"].float()
+        error = (weight - reference.dequantize(stored, specs[layer.name])).norm() / weight.norm()
+        assert error.item() == pytest.approx(layer.error, abs=1e-3)
+        assert 0.1 < layer.error < 1.0
+
+
+def test_group_members_store_identical_input_sides(make_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model()), out, rank=1))
+    stored = read_all(out)
+    for key in ("rotation_left", "rotation_right", "column_scale", "low_rank_a"):
+        q, k, v = (stored[f"model.layers.0.self_attn.{part}_proj.{key}"] for part in "qkv")
+        assert torch.equal(q, k)
+        assert torch.equal(q, v)
+
+
+def test_one_seed_gives_one_result_and_another_seed_another(make_model, tmp_path) -> None:
+    folder = make_model()
+    outs = [tmp_path / name for name in ("a", "b", "c")]
+    for out, seed in zip(outs, (0, 0, 1), strict=True):
+        convert(Options(str(folder), out, seed=seed, rank=1))
+        (out / "bwla_report.json").unlink()  # it holds the seconds
+    assert digests(outs[0]) == digests(outs[1])
+    assert digests(outs[0]) != digests(outs[2])
+
+
+def test_config_and_report_tell_what_was_done(make_model, tmp_path) -> None:
+    folder, out = make_model(), tmp_path / "out"
+    summary = convert(Options(str(folder), out, bits=4, clip=0.9, seed=5))
+    config = json.loads((out / "config.json").read_text())
+    quantization = config.pop("quantization_config")
+    assert config == json.loads((folder / "config.json").read_text())
+    assert quantization["input_activations"]["num_bits"] == 4
+    assert quantization["clip"] == 0.9
+    assert quantization["provenance"] | {"bwla_version": ""} == {
+        "base_model": "model", "revision": "", "recipe": "paper", "seed": 5, "bwla_version": "", "calibration": {}
+    }  # fmt: skip
+    report = json.loads((out / "bwla_report.json").read_text())
+    assert [layer["name"] for layer in report["layers"]] == [layer.name for layer in summary.layers]
+    for trace in report["traces"].values():
+        assert len(trace["okt"]) == 41
+        assert trace["okt"][-1] < trace["okt"][0]
+
+
+def test_only_one_block_is_read_at_a_time(make_model, tmp_path, monkeypatch) -> None:
+    reads: list[set[str]] = []
+    plain = Source.read
+
+    def watched(self: Source, names: list[str]) -> dict[str, Tensor]:
+        reads.append({name.split(".")[2] if name.startswith("model.layers.") else "rest" for name in names})
+        return plain(self, names)
+
+    monkeypatch.setattr(Source, "read", watched)
+    convert(Options(str(make_model(shards=2)), tmp_path / "out"))
+    assert all(len(blocks) == 1 for blocks in reads)
+
+
+def test_an_existing_output_is_refused_and_untouched(make_model, tmp_path) -> None:
+    folder, out = make_model(), tmp_path / "out"
+    convert(Options(str(folder), out))
+    before = digests(out)
+    with pytest.raises(BWLAError, match="exists already: choose another output or add --overwrite"):
+        convert(Options(str(folder), out, seed=1))
+    assert digests(out) == before
+    convert(Options(str(folder), out, seed=1, overwrite=True))
+    assert digests(out) != before
+    assert leftovers(tmp_path) == []
+
+
+def test_overwrite_replaces_models_only(make_model, tmp_path) -> None:
+    out = tmp_path / "home"
+    out.mkdir()
+    (out / "thesis.txt").write_text("all of it")
+    with pytest.raises(BWLAError, match="holds no model"):
+        convert(Options(str(make_model()), out, overwrite=True))
+    assert (out / "thesis.txt").read_text() == "all of it"
+
+
+def test_the_source_cannot_be_the_output(make_model) -> None:
+    folder = make_model()
+    before = digests(folder)
+    with pytest.raises(BWLAError, match="is the model to convert"):
+        convert(Options(str(folder), folder, overwrite=True))
+    assert digests(folder) == before
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_midway_leaves_nothing_and_keeps_what_was(make_model, tmp_path, monkeypatch, error) -> None:
+    folder, out = make_model(), tmp_path / "out"
+    convert(Options(str(folder), out))
+    before = digests(out)
+    calls = []
+
+    def failing(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if len(calls) == 6:
+            raise error("in the middle")
+        return plain(*args, **kwargs)
+
+    plain = pipeline.quantize_group
+    monkeypatch.setattr(pipeline, "quantize_group", failing)
+    with pytest.raises(error):
+        convert(Options(str(folder), out, overwrite=True))
+    assert len(calls) == 6
+    assert digests(out) == before
+    assert leftovers(tmp_path) == []
+
+
+def test_bad_input_leaves_no_trace(make_model, tmp_path, edit) -> None:
+    folder, out = make_model(), tmp_path / "out"
+    edit.tensor(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight", lambda t: t * float("nan"))
+    with pytest.raises(SourceError, match="holds NaN"):
+        convert(Options(str(folder), out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"bits": 9}, "activation bits must be 2..8 or 16, found 9"),
+        ({"clip": 0.0}, "clip must lie in"),
+        ({"rank": 65}, "rank 65 is more than its 64 x 64 weight holds"),
+        ({"recipe": "magic"}, "recipe 'magic' does not exist"),
+    ],
+)
+def test_options_out_of_range(make_model, tmp_path, options: dict, sentence: str) -> None:
+    with pytest.raises(BWLAError) as error:
+        convert(Options(str(make_model(num_attention_heads=2)), tmp_path / "out", **options))
+    assert sentence in str(error.value)
+
+
+def test_verify_notices_damage(make_model, tmp_path, edit) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model()), out))
+    shard = out / read_folder(out)["model.layers.1.mlp.up_proj.weight_scale"].file
+    edit.tensor(shard, "model.layers.1.mlp.up_proj.weight_scale", lambda t: -t)
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight_scale: expected positive scales"):
+        verify(out)
+
+
+def test_a_missing_block_is_noticed(make_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model()), out))
+    index = out / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    shard = data["weight_map"]["model.layers.1.mlp.up_proj.weight_packed"]
+    data["weight_map"] = {name: file for name, file in data["weight_map"].items() if file != shard}
+    index.write_text(json.dumps(data))
+    (out / shard).unlink()
+    with pytest.raises(FormatError, match=r"model\.layers\.1\..*is missing, although other blocks have it"):
+        check_folder(out)
+
+
+def test_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model(tie_word_embeddings=True)), out))
+    assert "lm_head.weight" not in read_all(out)
+    assert open_source  # the source itself still opens
