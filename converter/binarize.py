@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from bwla_converter.okt import split_rows
+from bwla_converter.okt import split_rows, sum_in_double
 from torch import Tensor
 
 COLUMN_SCALE_RANGE = (1 / 8, 8.0)
@@ -53,7 +53,7 @@ def fit_scales(weight: Tensor, *, rounds: int = 12, columns: bool = True) -> Sca
     column = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
     row, dots = _fit_rows(weight, column)
     trace = [_relative_error(row, dots, column, power)]
-    empty = ~torch.stack([(part != 0).any(0) for part in split_rows(weight)]).any(0)
+    empty = sum_in_double((part != 0).any(0) for part in split_rows(weight)) == 0
     for _ in range(rounds if columns else 0):
         column = _fit_columns(weight, row).clamp(*COLUMN_SCALE_RANGE).masked_fill(empty, 1.0)
         row, dots = _fit_rows(weight, column)
@@ -77,9 +77,7 @@ def _fit_columns(weight: Tensor, row: Tensor) -> Tensor:
     """beta = |W|^T alpha / (alpha . alpha), float64 [K]; 1 where all rows are zero."""
     parts = split_rows(weight)
     rows = row.to(weight).split([len(part) for part in parts])
-    dots = torch.stack([(part.abs().mT @ here).double() for part, here in zip(parts, rows, strict=True)]).sum(
-        0
-    )
+    dots = sum_in_double(part.abs().mT @ here for part, here in zip(parts, rows, strict=True))
     power = row.square().sum()
     return torch.where(power > 0, dots / power, torch.ones_like(dots))
 

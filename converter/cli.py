@@ -41,7 +41,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def parse_rank(text: str) -> int | None:
+def parse_auto(text: str, option: str) -> int | None:
     """'auto' -> None, a number -> itself.
 
     Raises:
@@ -50,7 +50,7 @@ def parse_rank(text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isdecimal():
-        raise typer.BadParameter(f"expected auto or a number like 16, found {text!r}", param_hint="--rank")
+        raise typer.BadParameter(f"expected auto or a number like 16, found {text!r}", param_hint=option)
     return int(text)
 
 
@@ -73,6 +73,12 @@ def convert(
     clip: Annotated[
         float, typer.Option(help="Share of the largest activation that the largest code stands for.")
     ] = 1.0,
+    lm_head_bits: Annotated[
+        str,
+        typer.Option(
+            help="Bits of the language-model head: 8, 16 (as it is) or auto (8 where it is untied or large)."
+        ),
+    ] = "auto",
     seed: Annotated[
         int, typer.Option(help="Seed of everything random; the same seed gives the same bytes.")
     ] = 0,
@@ -91,7 +97,17 @@ def convert(
     from bwla_converter.pipeline import convert as run
     from bwla_converter.progress import ProgressListener
 
-    options = Options(model, out, recipe, parse_rank(rank), abits, clip, seed, overwrite)
+    options = Options(
+        model,
+        out,
+        recipe=recipe,
+        rank=parse_auto(rank, "--rank"),
+        bits=abits,
+        clip=clip,
+        seed=seed,
+        overwrite=overwrite,
+        head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
+    )
     try:
         with Progress(*ProgressListener.columns(), console=console) as progress:
             summary = run(options, ProgressListener(progress))

@@ -14,7 +14,9 @@ from bwla_kernels import ops, reference
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.folder import check_folder
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.schema import QUANT_METHOD, parse_config
+from bwla_kernels.head import head_reference
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -67,6 +69,37 @@ class BWLALinear(nn.Module):
         return str(self.spec)
 
 
+class BWLAHead(nn.Module):
+    """The 8-bit language-model head, computed by the best backend for its device.
+
+    Args:
+        spec: its sizes.
+        backend: a backend's name, "reference" for the definition, None for the best.
+    """
+
+    def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
+        super().__init__()
+        self.spec, self.wanted = spec, backend
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+        for key, want in head_tensor_specs(spec).items():
+            empty = torch.empty(want.shape, dtype=want.dtypes[0], device="meta")
+            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+
+    def stored(self) -> dict[str, Tensor]:
+        """The head's tensors by their names in the format."""
+        return {key: param.data for key, param in self.named_parameters()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., V] in the dtype of x."""
+        if self.wanted == REFERENCE:
+            return head_reference(x, **self.stored())
+        backend, _ = ops.select_head_backend(self.spec, x.device, self.wanted)
+        return backend.apply(x, backend.prepare(self.stored(), self.spec), self.spec)
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
 @register_quantization_config(QUANT_METHOD)
 class BWLAHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """transformers' view of `quantization_config`: carried along as it is."""
@@ -98,6 +131,8 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if isinstance(module, BWLALinear):
                 validate_layer(name, module.stored(), module.spec)
+            elif isinstance(module, BWLAHead):
+                validate_head(module.stored(), module.spec)
         return model
 
     def is_serializable(self) -> bool:
@@ -129,6 +164,10 @@ def replace_linears(
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
+            continue
+        if name == HEAD_MODULE and config.format.lm_head is not None:
+            head = BWLAHead(HeadSpec(module.out_features, module.in_features), backend)
+            model.set_submodule(name, head)
             continue
         spec = config.format.layer_spec(
             name, module.out_features, module.in_features, module.bias is not None

@@ -170,7 +170,8 @@ def learn_rotation(
     trace = [objective(state)]
     for number in range(rounds + 1):
         if number:
-            state = right_step(left_step(mixture_step(state)))
+            for step in (mixture_step, left_step, right_step):
+                state = step(state)  # one by one, so that no more than two states are alive
             trace.append(objective(state))
         if on_round is not None:
             on_round(number, trace[-1])
@@ -188,28 +189,40 @@ def start_state(
     """Check, normalise and rotate the rows; arguments and errors as in `learn_rotation`."""
     blocks, n1, n2 = sizes
     width = blocks * n1 * n2
+    if not weights:
+        raise SourceError("an input group: expected at least one weight, found none: name its members")
     for index, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise SourceError(
                 f"weight {index} of the group: expected [N, {width}] for rotation {sizes}, "
                 f"found {tuple(weight.shape)}: choose another factorization or leave the layer out"
             )
-        if not torch.isfinite(weight).all():
+        if count_not_finite(weight):
             raise SourceError(f"weight {index} of the group: expected finite values, found NaN or infinity")
     if start == "random":
         left, right = random_orthogonal(blocks, n1, generator), random_orthogonal(blocks, n2, generator)
     else:
         left, right = (torch.eye(n, dtype=torch.float64).repeat(blocks, 1, 1) for n in (n1, n2))
 
-    chunks = []
-    for weight in weights:
-        here = (left.float().to(weight.device), right.float().to(weight.device))
-        for rows in split_rows(weight):
-            unit = rows / row_rms(rows).unsqueeze(1)
-            cells = rotate(unit.float(), *here).view(-1, blocks, n1, n2)
-            chunks.append(cells.permute(1, 2, 0, 3).contiguous())
-    mixtures = tuple(start_mixture(chunk.flatten(0, 1), ceiling) for chunk in chunks)
-    return State(tuple(chunks), mixtures, left, right, ceiling)
+    def unit_cells() -> Iterator[Tensor]:
+        for weight in weights:
+            here = (left.float().to(weight.device), right.float().to(weight.device))
+            for rows in split_rows(weight):
+                unit = rows / row_rms(rows).unsqueeze(1)
+                yield rotate(unit.float(), *here).view(-1, blocks, n1, n2).permute(1, 2, 0, 3)
+
+    chunks = in_one_buffer(
+        unit_cells(), weights[0].new_empty(sum(map(Tensor.numel, weights)), dtype=torch.float32)
+    )
+    mixtures = mixtures_in_one_buffer(
+        (start_mixture(chunk.flatten(0, 1), ceiling) for chunk in chunks), weights
+    )
+    return State(chunks, mixtures, left, right, ceiling)
+
+
+def count_not_finite(weight: Tensor) -> int:
+    """How many values of a matrix are NaN or infinite, or would be in float32."""
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in split_rows(weight))
 
 
 def split_rows(weight: Tensor) -> tuple[Tensor, ...]:
@@ -217,6 +230,36 @@ def split_rows(weight: Tensor) -> tuple[Tensor, ...]:
     elements = CHUNK_ELEMENTS.get(weight.device.type, 2**26)
     chunks: tuple[Tensor, ...] = weight.split(max(1, elements // weight.shape[1]))
     return chunks
+
+
+def in_one_buffer(parts: Iterable[Tensor], buffer: Tensor) -> tuple[Tensor, ...]:
+    """Copy `parts` one behind the other into a fresh float32 `buffer`; the copies, in order, contiguous.
+
+    What lives long is kept out of the way of the chunks that come and go, which would otherwise be
+    scattered around it and more than double the memory a large group takes.
+    """
+    copies, first = [], 0
+    for part in parts:
+        copies.append(buffer[first : first + part.numel()].view(part.shape).copy_(part))
+        first += part.numel()
+    return tuple(copies)
+
+
+def mixtures_in_one_buffer(mixtures: Iterable[Mixture], rows: Iterable[Tensor]) -> tuple[Mixture, ...]:
+    """`in_one_buffer` for mixtures, one row for each of all the tensors in `rows`."""
+    sizes = list(rows)
+    buffer = sizes[0].new_empty(2 * sum(map(len, sizes)), dtype=torch.float32)
+    pairs = (torch.stack((mixture.centre, mixture.variance)) for mixture in mixtures)
+    return tuple(Mixture(*pair) for pair in in_one_buffer(pairs, buffer))
+
+
+def sum_in_double(parts: Iterable[Tensor]) -> Tensor:
+    """Sum of tensors of one shape in float64, one at a time."""
+    remaining = iter(parts)
+    total = next(remaining).double().clone()
+    for part in remaining:
+        total += part
+    return total
 
 
 def row_rms(rows: Tensor) -> Tensor:
@@ -250,15 +293,16 @@ def objective(state: State) -> float:
 def mixture_step(state: State) -> State:
     """The mixture by one step of EM, the rotation fixed."""
     pairs = zip(state.chunks, state.mixtures, strict=True)
-    fitted = tuple(fit_mixture(chunk.flatten(0, 1), mixture, state.ceiling) for chunk, mixture in pairs)
-    return replace(state, mixtures=fitted)
+    fitted = (fit_mixture(chunk.flatten(0, 1), mixture, state.ceiling) for chunk, mixture in pairs)
+    centres = [mixture.centre for mixture in state.mixtures]
+    return replace(state, mixtures=mixtures_in_one_buffer(fitted, centres))
 
 
 def left_step(state: State) -> State:
     """The left factor by weighted Procrustes, the rest fixed: D that maximises sum_i <D^T Z_i, (c_i/v_i) t_i>."""
     turn = _polar(z.flatten(2) @ pull.flatten(2).mT for z, pull in _pulls(state))
     here = turn.mT.to(state.chunks[0])
-    turned = tuple((here @ z.flatten(2)).view_as(z) for z in state.chunks)
+    turned = in_one_buffer(((here @ z.flatten(2)).view_as(z) for z in state.chunks), _buffer(state))
     return replace(state, chunks=turned, left=state.left @ turn)
 
 
@@ -266,7 +310,7 @@ def right_step(state: State) -> State:
     """The right factor by weighted Procrustes, the rest fixed: D that maximises sum_i <Z_i D, (c_i/v_i) t_i>."""
     turn = _polar(z.flatten(1, 2).mT @ pull.flatten(1, 2) for z, pull in _pulls(state))
     here = turn.to(state.chunks[0])
-    turned = tuple((z.flatten(1, 2) @ here).view_as(z) for z in state.chunks)
+    turned = in_one_buffer(((z.flatten(1, 2) @ here).view_as(z) for z in state.chunks), _buffer(state))
     return replace(state, chunks=turned, right=state.right @ turn)
 
 
@@ -275,9 +319,12 @@ def _pulls(state: State) -> Iterator[tuple[Tensor, Tensor]]:
         yield chunk, expected_pull(chunk, mixture)
 
 
+def _buffer(state: State) -> Tensor:
+    return state.chunks[0].new_empty(sum(map(Tensor.numel, state.chunks)))
+
+
 def _polar(sums: Iterable[Tensor]) -> Tensor:
     """Orthogonal polar factor of the sum of `sums` [G, n, n], float64 on the CPU."""
-    total = torch.stack([part.double().cpu() for part in sums]).sum(0)
-    u, _, vh = torch.linalg.svd(total)
+    u, _, vh = torch.linalg.svd(sum_in_double(sums).cpu())
     polar: Tensor = u @ vh
     return polar

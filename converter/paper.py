@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.binarize import fit_scales, signs
-from bwla_converter.okt import Start, learn_rotation, split_rows
+from bwla_converter.okt import Rotation, Start, count_not_finite, in_one_buffer, learn_rotation, split_rows
 from bwla_converter.psp import proximal_low_rank
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, TensorSpec, pack_signs, tensor_specs, validate_layer
@@ -103,8 +103,7 @@ def quantize_group(
         generator=generator,
         start=options.start,
     )
-    parts = [part for weight in weights.values() for part in split_rows(weight)]
-    rotated = torch.cat([rotate(part.float(), rotation.left, rotation.right) for part in parts])
+    rotated = _rotate_rows(list(weights.values()), rotation)
     shared = {"rotation_left": rotation.left, "rotation_right": rotation.right}
     b, a, psp_trace = _low_rank(rotated, side.rank, generator, options)
     low_rank_b, residual = b.to(torch.bfloat16), rotated
@@ -145,6 +144,14 @@ def relative_error(weight: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpe
         rest += float((part.float() - dequantize(here, spec)).double().square().sum())
         power += float(part.double().square().sum())
     return math.sqrt(rest / (power or 1.0))
+
+
+def _rotate_rows(weights: list[Tensor], rotation: Rotation) -> Tensor:
+    """The pooled rows in the rotated basis, float32 [sum of N_i, K]."""
+    rows = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=torch.float32)
+    parts = (part for weight in weights for part in split_rows(weight))
+    in_one_buffer((rotate(part.float(), rotation.left, rotation.right) for part in parts), rows.view(-1))
+    return rows
 
 
 def _low_rank(
@@ -196,5 +203,5 @@ def _problem(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
     problem = shape_problem(TensorSpec(shape, dtypes), tuple(tensor.shape), tensor.dtype)
     if problem:
         return problem
-    bad = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    bad = count_not_finite(tensor.reshape(len(tensor), -1))
     return f"expected finite values, found {bad} of {tensor.numel()} NaN or infinite" if bad else None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from bwla_converter.checkpoint import CheckpointWriter, OutputError, atomic_output, check_output
 from bwla_converter.paper import GroupResult, quantize_group
@@ -15,7 +16,9 @@ from bwla_converter.source import Source, check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import tensor_specs, validate_layer
 from bwla_kernels.format.folder import check_folder, read_folder
+from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.schema import Provenance
+from bwla_kernels.head import quantize_head
 from safetensors import safe_open
 from torch import Tensor
 
@@ -36,6 +39,7 @@ class Options:
     clip: float = 1.0
     seed: int = 0
     overwrite: bool = False
+    head_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         raise OutputError(
             f"{options.out}: is the model to convert, and would be replaced: choose another output"
         )
-    plan = make_plan(source, options.rank, options.bits, options.clip, _provenance(options, source))
+    provenance = _provenance(options, source)
+    plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
     _check_space(options.out, plan.output_bytes(source))
     listener.planned(source, plan)
     check_values(source, listener.checked)
@@ -119,9 +124,12 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
                 traces[names[0]] = {"okt": result.okt_trace, "psp": result.psp_trace}
             writer.write_shard(shards.block_file(index), tensors)
             del block, tensors
-        for file, kept in shards.rest():
-            writer.write_shard(file, source.read(kept))
-        writer.finish(source.folder, {**source.config, "quantization_config": plan.format.to_json()})
+        for file, names in shards.rest():
+            tensors = source.read([name for name in names if not plan.is_replaced(name)])
+            if plan.head_source in names:
+                tensors.update(_quantized_head(source, plan.head_source))
+            writer.write_shard(file, tensors)
+        writer.finish(source.folder, _output_config(source, plan))
         summary = Summary(
             out=str(options.out),
             rank=plan.rank,
@@ -155,6 +163,17 @@ def verify(folder: Path) -> None:
 def _quantize(plan: Plan, names: list[str], weights: Mapping[str, Tensor], seed: int) -> GroupResult:
     """Quantize one input group."""
     return quantize_group(weights, {name: plan.specs[name] for name in names}, seed=seed)
+
+
+def _quantized_head(source: Source, name: str) -> dict[str, Tensor]:
+    """The 8-bit head made from the tensor called `name`, under its own names."""
+    return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(source.read([name])[name]).items()}
+
+
+def _output_config(source: Source, plan: Plan) -> dict[str, Any]:
+    """config.json of the output: an 8-bit head is a tensor of its own, tied to nothing."""
+    untied = {"tie_word_embeddings": False} if plan.head_source else {}
+    return {**source.config, **untied, "quantization_config": plan.format.to_json()}
 
 
 def _provenance(options: Options, source: Source) -> Provenance:

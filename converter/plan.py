@@ -9,7 +9,13 @@ from bwla_converter.source import Source
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args
+from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
+
+HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+LARGE_HEAD = 2**26
+"""Weights from which a tied head is worth a tensor of its own."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +26,13 @@ class Plan:
         specs: spec of every linear to quantize, by module path, in execution order.
         rank: rank of the low-rank correction, the same everywhere.
         format: the `quantization_config` to be written.
+        head_source: name of the tensor that the 8-bit head is made from; None where the head stays as it is.
     """
 
     specs: Mapping[str, LayerSpec]
     rank: int
     format: BWLAFormat
+    head_source: str | None = None
 
     @property
     def weights(self) -> int:
@@ -37,12 +45,20 @@ class Plan:
         return bits_per_weight(self.specs.values())
 
     def output_bytes(self, source: Source) -> int:
-        """Bytes of the output's tensors: quantized linears, and everything else as it is."""
-        kept = (
-            entry for name, entry in source.entries.items() if name.removesuffix(".weight") not in self.specs
-        )
+        """Bytes of the output's tensors: quantized linears, the 8-bit head, everything else as it is."""
+        kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
         kept_bytes = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in kept)
-        return kept_bytes + sum(map(stored_bits, self.specs.values())) // 8
+        head_bytes = 0
+        if self.head_source is not None:
+            rows, columns = source.entries[self.head_source].shape
+            head_bytes = rows * columns + 4 * rows
+        return kept_bytes + head_bytes + sum(map(stored_bits, self.specs.values())) // 8
+
+    def is_replaced(self, name: str) -> bool:
+        """Whether the source's tensor called `name` is not copied, because its quantized form is written."""
+        return name.removesuffix(".weight") in self.specs or (
+            self.head_source is not None and name == HEAD_WEIGHT
+        )
 
 
 def input_bytes(source: Source) -> int:
@@ -50,7 +66,36 @@ def input_bytes(source: Source) -> int:
     return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in source.entries.values())
 
 
-def make_plan(source: Source, rank: int | None, bits: int, clip: float, provenance: Provenance) -> Plan:
+def choose_head(source: Source, bits: int | None) -> str | None:
+    """Name of the tensor to make an 8-bit head from, or None to leave the head as it is.
+
+    Args:
+        source: the model.
+        bits: 8, 16, or None to choose: 8 for a head of its own, and for a tied one that is large. A tied head
+            in 8 bits is one more tensor on disk, but is read in every step instead of the larger embedding.
+
+    Raises:
+        SourceError: bits other than these.
+    """
+    if bits not in (None, 8, 16):
+        raise SourceError(
+            f"the head can have 8 or 16 bits, found {bits}: choose --lm-head-bits 8, 16 or auto"
+        )
+    name = EMBEDDING_WEIGHT if source.tied_head else HEAD_WEIGHT
+    if bits == 16 or name not in source.entries:
+        return None
+    large = math.prod(source.entries[name].shape) >= LARGE_HEAD
+    return name if bits == 8 or large or not source.tied_head else None
+
+
+def make_plan(
+    source: Source,
+    rank: int | None,
+    bits: int,
+    clip: float,
+    provenance: Provenance,
+    head_bits: int | None = None,
+) -> Plan:
     """Choose rotations and rank for every linear of `source`.
 
     Args:
@@ -59,6 +104,7 @@ def make_plan(source: Source, rank: int | None, bits: int, clip: float, provenan
         bits: activation bits, 2..8 or 16.
         clip: activation clip in (0, 1].
         provenance: what is recorded of the conversion.
+        head_bits: bits of the head, see `choose_head`.
 
     Raises:
         FormatError: bits, clip or rank out of range.
@@ -86,11 +132,13 @@ def make_plan(source: Source, rank: int | None, bits: int, clip: float, provenan
                 "choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
+    head_source = choose_head(source, head_bits)
     format_ = BWLAFormat(
         input_activations=activation_args(bits),
         clip=clip,
         rank=rank,
         rotation=rotation,
+        lm_head=head_args() if head_source else None,
         provenance=provenance,
     )
-    return Plan(specs, rank, format_)
+    return Plan(specs, rank, format_, head_source)

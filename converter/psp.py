@@ -14,19 +14,23 @@ semidefinite map nor Rayleigh-Ritz lets the captured power fall, so the objectiv
 truncation is not yet exact. Only the row space is shared by an input group: M = B A, A on the input side.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.okt import (
     VARIANCE_CEILING,
     Mixture,
+    count_not_finite,
     expected_pull,
     fit_mixture,
+    in_one_buffer,
+    mixtures_in_one_buffer,
     negative_log_likelihood,
     row_rms,
     split_rows,
     start_mixture,
+    sum_in_double,
 )
 from bwla_kernels.errors import SourceError
 from torch import Tensor
@@ -93,7 +97,7 @@ def proximal_low_rank(
     Holds one float32 copy of `rotated` beside it.
 
     Args:
-        rotated: the group's rotated rows, pooled, float32 [N, K].
+        rotated: the group's rotated rows, pooled, [N, K]; float32, or else copied to it.
         rank: r; 0 gives empty factors and an empty trace.
         rounds: rounds of mixture and low-rank part.
         generator: source of the first subspace.
@@ -104,7 +108,9 @@ def proximal_low_rank(
         SourceError: the rank exceeds N or K, or `rotated` is not a matrix of finite values.
     """
     if rank == 0:
-        return LowRank(rotated.new_zeros(rotated.shape[0], 0), rotated.new_zeros(0, rotated.shape[1]), [])
+        rows, columns = rotated.shape
+        b, a = (rotated.new_zeros(shape, dtype=torch.float32) for shape in ((rows, 0), (0, columns)))
+        return LowRank(b, a, [])
     state = start_state(rotated, rank, generator, ceiling)
     trace = [objective(state)]
     for number in range(rounds + 1):
@@ -125,17 +131,19 @@ def start_state(
             f"the low-rank part: expected a rank of at most min(N, K) of the group's weights, found rank {rank} "
             f"for {tuple(rotated.shape)}: choose a smaller rank"
         )
-    if not torch.isfinite(rotated).all():
+    if count_not_finite(rotated):
         raise SourceError("the low-rank part: expected finite weights, found NaN or infinity")
+    rotated = rotated.float()
     rows, columns = rotated.shape
     width = min(rank + OVERSAMPLE, rows, columns)
     noise = torch.randn(columns, width, generator=generator, device=generator.device, dtype=torch.float64)
     basis = torch.linalg.qr(noise.to(rotated.device))[0].float()
-    rms = torch.cat([row_rms(part) for part in split_rows(rotated)]).float().unsqueeze(1)
-    rms = rms.clamp_min(torch.finfo(torch.float32).tiny)
-    state = State(rotated, rms, rotated.new_zeros(rows, rank), basis, (), ceiling)
-    mixtures = tuple(start_mixture(rest.unsqueeze(0), ceiling) for _, rest in _parts(state))
-    return replace(state, mixtures=mixtures)
+    rms = rotated.new_empty(rows)
+    in_one_buffer((row_rms(part) for part in split_rows(rotated)), rms)
+    rms = rms.clamp_min(torch.finfo(torch.float32).tiny)  # what underflows to 0 here is no row of zeros
+    state = State(rotated, rms.unsqueeze(1), rotated.new_zeros(rows, rank), basis, (), ceiling)
+    mixtures = (start_mixture(rest.unsqueeze(0), ceiling) for _, rest in _parts(state))
+    return replace(state, mixtures=mixtures_in_one_buffer(mixtures, [rotated]))
 
 
 def _parts(state: State) -> Iterator[tuple[Tensor, Tensor]]:
@@ -160,24 +168,27 @@ def objective(state: State) -> float:
 def mixture_step(state: State) -> State:
     """The mixture of W - M by one step of EM, M fixed."""
     pairs = zip(_parts(state), state.mixtures, strict=True)
-    fitted = tuple(fit_mixture(rest.unsqueeze(0), mixture, state.ceiling) for (_, rest), mixture in pairs)
-    return replace(state, mixtures=fitted)
+    fitted = (fit_mixture(rest.unsqueeze(0), mixture, state.ceiling) for (_, rest), mixture in pairs)
+    return replace(state, mixtures=mixtures_in_one_buffer(fitted, [state.weight]))
 
 
 def low_rank_step(state: State) -> State:
     """M by a whitened proximal step, the mixture fixed."""
     rank = state.b.shape[1]
     roots = [mixture.variance.sqrt().unsqueeze(1) for mixture in state.mixtures]
-    points = []
-    for (unit, rest), mixture, root in zip(_parts(state), state.mixtures, roots, strict=True):
-        # D (W - c t) = v^(-1/2) W - v^(1/2) (c / v) t
-        points.append(unit / root - expected_pull(rest.unsqueeze(0), mixture).squeeze(0) * root)
+
+    def whitened() -> Iterator[Tensor]:
+        for (unit, rest), mixture, root in zip(_parts(state), state.mixtures, roots, strict=True):
+            # D (W - c t) = v^(-1/2) W - v^(1/2) (c / v) t
+            yield unit / root - expected_pull(rest.unsqueeze(0), mixture).squeeze(0) * root
+
+    points = in_one_buffer(whitened(), state.weight.new_empty(state.weight.numel()))
     basis = dominant_rows(points, state.basis, POWER_ITERATIONS)
     b = torch.cat([root * (point @ basis[:, :rank]) for point, root in zip(points, roots, strict=True)])
     return replace(state, basis=basis, b=b)
 
 
-def dominant_rows(chunks: list[Tensor], basis: Tensor, iterations: int) -> Tensor:
+def dominant_rows(chunks: Sequence[Tensor], basis: Tensor, iterations: int) -> Tensor:
     """Turn `basis` towards the leading right singular vectors of a matrix given in chunks of rows.
 
     Args:
@@ -189,9 +200,9 @@ def dominant_rows(chunks: list[Tensor], basis: Tensor, iterations: int) -> Tenso
         the first r columns capture is at least what the first r columns of the start captured.
     """
     for _ in range(iterations):
-        image = torch.stack([(chunk.mT @ (chunk @ basis)).double() for chunk in chunks]).sum(0)
+        image = sum_in_double(chunk.mT @ (chunk @ basis) for chunk in chunks)
         basis = torch.linalg.qr(image)[0].float()
-    gram = torch.stack([_gram(chunk @ basis) for chunk in chunks]).sum(0)
+    gram = sum_in_double(_gram(chunk @ basis) for chunk in chunks)
     turn = torch.linalg.eigh(gram)[1].flip(-1)
     ordered: Tensor = torch.linalg.qr(basis.double() @ turn)[0].float()
     return ordered

@@ -33,6 +33,7 @@ class Source:
         family: where this architecture keeps its linears.
         entries: every tensor's file, shape and dtype.
         num_blocks: decoder blocks, as transformers reads config.json.
+        tied_head: whether the head is the embedding, used again.
         revision: commit of a Hub snapshot, else empty.
     """
 
@@ -41,6 +42,7 @@ class Source:
     family: Family
     entries: Mapping[str, Entry]
     num_blocks: int
+    tied_head: bool
     revision: str = ""
 
     def names_of_block(self, index: int) -> list[str]:
@@ -102,7 +104,8 @@ def open_source(model: str) -> Source:
     family = find_family(config, str(config_path))
     model = _empty_model(folder)
     entries = read_folder(folder, SourceError)
-    source = Source(folder, config, family, entries, model.config.num_hidden_layers, revision)
+    tied = bool(model.config.tie_word_embeddings)
+    source = Source(folder, config, family, entries, model.config.num_hidden_layers, tied, revision)
     _refuse(folder, [*_tensor_problems(source, model), *_width_problems(source)])
     return source
 
@@ -134,7 +137,9 @@ def _empty_model(folder: Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except Exception as cause:  # transformers raises errors of many kinds for a config that contradicts itself
+    except (
+        Exception
+    ) as cause:  # transformers raises errors of many kinds for a config that contradicts itself
         reason = " ".join(str(cause).split())
         raise SourceError(
             f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
@@ -145,7 +150,7 @@ def _empty_model(folder: Path) -> PreTrainedModel:
 def _tensor_problems(source: Source, model: PreTrainedModel) -> Iterator[str]:
     """Compare the stored tensors with those of the model that transformers builds from the config."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys) if source.config.get("tie_word_embeddings") else set()
+    tied = set(model.all_tied_weights_keys) if source.tied_head else set()
     for name, shape in wanted.items():
         entry = source.entries.get(name)
         if entry is None:

@@ -2,16 +2,18 @@
 
 Every backend computes through `torch.library` ops with fake implementations, so torch.compile and CUDA
 graphs see through it. To add one: write a class with the four members of `Backend` and its op beside it, and
-name it in `backends()`, the fastest first.
+name it in `backends()` (for the 8-bit head: `HeadBackend` and `head_backends()`), the fastest first.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.head import HeadSpec
+from bwla_kernels.head import TorchHead
 from bwla_kernels.torch_backend import TorchBackend
 from torch import Tensor
 
@@ -25,16 +27,43 @@ class Backend(Protocol):
         """Whether this backend can run such a layer on `device`, and why (not)."""
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Turn a layer's stored tensors into those that `apply` uses (repacked once); mutates nothing."""
+        """Turn a layer's stored tensors into those that `apply` uses (repacked once); mutates nothing.
+
+        A bias passes through: callers may leave it out here and add it to `apply`'s tensors.
+        """
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x, agreeing with `reference.linear`."""
 
 
+class HeadBackend(Protocol):
+    """One way to compute an 8-bit head; as `Backend`."""
+
+    name: str
+
+    def can_implement(self, spec: HeadSpec, device: torch.device) -> tuple[bool, str]:
+        """Whether this backend can run such a head on `device`, and why (not)."""
+
+    def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
+        """Turn the stored tensors into those that `apply` uses; mutates nothing."""
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
+        """x [..., K] -> [..., V] in the dtype of x, agreeing with `head.head_reference`."""
+
+
+Chosen = TypeVar("Chosen", Backend, HeadBackend)
+
+
 @functools.cache
 def backends() -> tuple[Backend, ...]:
-    """All backends, the fastest first; the last one runs anything."""
+    """All backends of layers, the fastest first; the last one runs anything."""
     return (TorchBackend(),)
+
+
+@functools.cache
+def head_backends() -> tuple[HeadBackend, ...]:
+    """All backends of the 8-bit head, likewise."""
+    return (TorchHead(),)
 
 
 def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = None) -> tuple[Backend, str]:
@@ -50,19 +79,40 @@ def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = N
     Raises:
         BackendError: the wanted backend does not exist or cannot run the layer.
     """
-    table = {backend.name: backend for backend in backends()}
+    return _select(
+        backends(), lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", wanted
+    )
+
+
+def select_head_backend(
+    spec: HeadSpec, device: torch.device, wanted: str | None = None
+) -> tuple[HeadBackend, str]:
+    """Choose the backend of an 8-bit head; as `select_backend`."""
+    choices = head_backends()
+    return _select(
+        choices, lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", wanted
+    )
+
+
+def _select(
+    choices: Sequence[Chosen],
+    ask: Callable[[Chosen], tuple[bool, str]],
+    what: str,
+    wanted: str | None,
+) -> tuple[Chosen, str]:
+    table = {backend.name: backend for backend in choices}
     if wanted is not None:
         if wanted not in table:
             raise BackendError(f"backend {wanted!r} does not exist: choose one of {', '.join(table)}")
-        able, reason = table[wanted].can_implement(spec, device)
+        able, reason = ask(table[wanted])
         if not able:
-            raise BackendError(f"backend {wanted!r} cannot run {spec} on {device}: {reason}")
+            raise BackendError(f"backend {wanted!r} cannot run {what}: {reason}")
         return table[wanted], f"backend {wanted} as asked for"
     refusals: list[str] = []
-    for backend in backends():
-        able, reason = backend.can_implement(spec, device)
+    for backend in choices:
+        able, reason = ask(backend)
         if able:
-            why = f" ({'; '.join(refusals)})" if refusals else f" ({reason})"
-            return backend, f"backend {backend.name}{why}"
+            why = "; ".join([*refusals, reason])
+            return backend, f"backend {backend.name} ({why})"
         refusals.append(f"not {backend.name}: {reason}")
-    raise BackendError(f"no backend can run {spec} on {device}: {'; '.join(refusals)}")
+    raise BackendError(f"no backend can run {what}: {'; '.join(refusals)}")

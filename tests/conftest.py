@@ -1,6 +1,7 @@
-"""Fixtures that every package's tests share: random layers in the stored format."""
+"""Fixtures that every package's tests share: random layers in the stored format, the converted example."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,3 +39,15 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
 def make_layer() -> LayerFactory:
     """`make_layer(spec, seed)` -> the tensors of a random valid layer."""
     return random_layer
+
+
+@pytest.fixture(scope="session")
+def example_bwla(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example model, converted once for all tests; leave it as it is."""
+    from bwla_converter.pipeline import Options, convert
+
+    model = Path(__file__).resolve().parent.parent / "examples" / "model"
+    out = tmp_path_factory.mktemp("example") / "books-bwla"
+    # Rank 1 and the 8-bit head, which the demo (the defaults on so small a model) does not have.
+    convert(Options(str(model), out, rank=1, head_bits=8))
+    return out

@@ -20,7 +20,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
+            shutil.copytree(
+                source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+            )
         else:
             shutil.copyfile(source, folder / name)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist")]
@@ -42,10 +44,10 @@ def test_the_wheel_works_and_shadows_nothing(wheel: Path, tmp_path: Path) -> Non
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
         "import importlib.util as u, bwla_kernels, bwla_converter, bwla_vllm, bwla_kernels.ops as ops; "
-        "assert all(m.__file__.startswith({root!r}) for m in (bwla_kernels, bwla_converter, bwla_vllm)); "
+        f"assert all(m.__file__.startswith({str(tmp_path)!r}) for m in (bwla_kernels, bwla_converter, bwla_vllm)); "
         "assert u.find_spec('kernels') is None and u.find_spec('converter') is None; "
         "print([b.name for b in ops.backends()])"
-    ).format(root=str(tmp_path))
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

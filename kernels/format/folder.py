@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from bwla_kernels.errors import BWLAError, FormatError
 from bwla_kernels.factorize import PACK_FACTOR
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from safetensors import SafetensorError, safe_open
@@ -182,10 +183,28 @@ def check_folder(folder: Path) -> dict[str, LayerSpec]:
             raise FormatError(f"{problem}; {advice}")
     if not specs:
         raise FormatError(f"{folder}: expected quantized layers (*{suffix}), found none; {advice}")
+    problem = _head_problem(entries, raw_config, folder) if config.lm_head else None
+    if problem:
+        raise FormatError(f"{problem}; {advice}")
     for name in _expected_names(specs, raw_config):
         if name not in specs and not config.is_ignored(name):
             raise FormatError(f"{folder}: {name}{suffix} is missing, although other blocks have it; {advice}")
     return specs
+
+
+def _head_problem(entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path) -> str | None:
+    """The first difference between the stored 8-bit head and what config.json describes."""
+    text_config = raw_config.get("text_config") or raw_config
+    sizes = text_config.get("vocab_size"), text_config.get("hidden_size")
+    for key, want in head_tensor_specs(HeadSpec(*sizes)).items():
+        name = f"{HEAD_MODULE}.{key}"
+        entry = entries.get(name)
+        if entry is None:
+            return f"{folder}: {name} is missing, expected shape {list(want.shape)}"
+        problem = shape_problem(want, entry.shape, entry.dtype)
+        if problem:
+            return f"{folder / entry.file}: {name}: {problem}"
+    return None
 
 
 def _expected_names(specs: Mapping[str, LayerSpec], raw_config: Mapping[str, Any]) -> Iterator[str]:
@@ -201,6 +220,7 @@ def _spec_of(config: BWLAFormat, name: str, n: int, k: int, bias: bool, file: Pa
     spec = config.layer_spec(name, n, k, bias)
     if spec is None:
         raise FormatError(
-            f"{file}: {name} is stored in one bit, but config.json gives no rotation for it or ignores it"
+            f"{file}: {name} is stored in one bit, but config.json gives no rotation for it or ignores it; "
+            "convert or download the model again"
         )
     return spec

@@ -120,7 +120,8 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
     if name in ("weight_scale", "column_scale") and not (tensor > 0).all():
         return f"expected positive scales, found {tensor.min().item():g}"
     if name in ("rotation_left", "rotation_right"):
-        gram = tensor.transpose(-1, -2) @ tensor
+        exact = tensor.double()  # float32 products may be TF32, whose error is near the tolerance
+        gram = exact.transpose(-1, -2) @ exact
         off = (gram - torch.eye(tensor.shape[-1], device=tensor.device)).abs().max().item()
         if off > ORTHOGONALITY_TOLERANCE:
             return f"expected an orthogonal matrix to {ORTHOGONALITY_TOLERANCE:g}, found it off by {off:.3g}"

@@ -24,6 +24,11 @@ def one_bit_weights() -> QuantizationArgs:
     return QuantizationArgs(num_bits=1, type="int", symmetric=True, strategy="channel")
 
 
+def head_args() -> QuantizationArgs:
+    """The only format of a quantized head: int8, one scale a row."""
+    return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+
+
 def activation_args(bits: int) -> QuantizationArgs:
     """Dynamic, symmetric, per-token activations of `bits` bits (per token and rotation block, to be exact)."""
     return QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="token", dynamic=True)
@@ -57,6 +62,7 @@ class BWLAFormat(BaseModel):
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
         ignore: modules left alone, by name or `re:` pattern (compressed-tensors' matching).
+        lm_head: 8-bit weights of the language-model head, or None where it is stored as it was.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,6 +75,7 @@ class BWLAFormat(BaseModel):
     rank: int | dict[str, int] = 0
     rotation: dict[str, tuple[int, int, int]]
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    lm_head: QuantizationArgs | None = None
     provenance: Provenance = Provenance()
 
     @field_validator("weights")
@@ -83,6 +90,13 @@ class BWLAFormat(BaseModel):
     def _activations_are_dynamic(cls, args: QuantizationArgs) -> QuantizationArgs:
         if (args.type, args.symmetric, args.strategy, args.dynamic) != ("int", True, "token", True):
             raise ValueError("input_activations must be dynamic, symmetric integers (strategy 'token')")
+        return args
+
+    @field_validator("lm_head")
+    @classmethod
+    def _head_is_int8(cls, args: QuantizationArgs | None) -> QuantizationArgs | None:
+        if args and (args.num_bits, args.type, args.symmetric, args.strategy) != (8, "int", True, "channel"):
+            raise ValueError("lm_head must be 8-bit, symmetric, one scale a row (strategy 'channel')")
         return args
 
     @field_validator("rotation")
@@ -121,14 +135,17 @@ class BWLAFormat(BaseModel):
             )
         except FormatError as error:
             raise FormatError(
-                f"{name}: {error}; the quantization_config does not belong to this model"
+                f"{name}: {error}; the quantization_config does not belong to this model: "
+                "convert or download the model again"
             ) from None
 
     def to_json(self) -> dict[str, Any]:
         """The dictionary that goes into config.json, defaults of the argument models left out."""
-        data = self.model_dump(mode="json")
-        for side in ("weights", "input_activations"):
-            data[side] = getattr(self, side).model_dump(mode="json", include=_ARGUMENTS)
+        data = self.model_dump(mode="json", exclude={"lm_head"})
+        for side in ("weights", "input_activations", "lm_head"):
+            arguments = getattr(self, side)
+            if arguments is not None:
+                data[side] = arguments.model_dump(mode="json", include=_ARGUMENTS)
         return data
 
 

@@ -60,9 +60,12 @@ def test_logits_equal_those_of_dequantized_weights_without_activation_quantizati
     folder, out = make_model("Qwen2", dtype=torch.float32), tmp_path / "out"
     convert(Options(str(folder), out, rank=2, bits=16))
     ours = load(out, dtype=torch.float32)
+    assert isinstance(ours.lm_head, hf.BWLAHead)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, module in ours.named_modules():
-        if isinstance(module, hf.BWLALinear):
+        if isinstance(module, hf.BWLAHead):
+            plain.lm_head.weight.copy_(module.weight_int8 * module.weight_scale.unsqueeze(1))
+        elif isinstance(module, hf.BWLALinear):
             plain.get_submodule(name).weight.copy_(reference.dequantize(module.stored(), module.spec))
     torch.testing.assert_close(ours(IDS).logits, plain(IDS).logits, rtol=1e-3, atol=1e-3)
 

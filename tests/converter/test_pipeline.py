@@ -9,7 +9,7 @@ import torch
 from bwla_converter import pipeline
 from bwla_converter.families import FAMILIES
 from bwla_converter.pipeline import Options, convert, verify
-from bwla_converter.source import Source, open_source
+from bwla_converter.source import Source
 from bwla_kernels import reference
 from bwla_kernels.errors import BWLAError, FormatError, SourceError
 from bwla_kernels.format.folder import check_folder, read_folder
@@ -43,7 +43,7 @@ def test_every_family_is_converted_and_passes_the_loader_checks(make_model, tmp_
     assert {spec.rank for spec in specs.values()} == {2}
     before, after = read_all(folder), read_all(out)
     for name, tensor in before.items():
-        if name.removesuffix(".weight") not in specs:
+        if name.removesuffix(".weight") not in specs and name != "lm_head.weight":
             assert torch.equal(after[name], tensor), name
     assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
     assert summary.bytes_before == sum(t.numel() * t.element_size() for t in before.values())
@@ -92,6 +92,7 @@ def test_config_and_report_tell_what_was_done(make_model, tmp_path) -> None:
     summary = convert(Options(str(folder), out, bits=4, clip=0.9, seed=5))
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    assert quantization["lm_head"]["num_bits"] == 8
     assert config == json.loads((folder / "config.json").read_text())
     assert quantization["input_activations"]["num_bits"] == 4
     assert quantization["clip"] == 0.9
@@ -183,6 +184,7 @@ def test_bad_input_leaves_no_trace(make_model, tmp_path, edit) -> None:
         ({"bits": 9}, "activation bits must be 2..8 or 16, found 9"),
         ({"clip": 0.0}, "clip must lie in"),
         ({"rank": 65}, "rank 65 is more than its 64 x 64 weight holds"),
+        ({"head_bits": 4}, "the head can have 8 or 16 bits, found 4"),
         ({"recipe": "magic"}, "recipe 'magic' does not exist"),
     ],
 )
@@ -214,8 +216,43 @@ def test_a_missing_block_is_noticed(make_model, tmp_path) -> None:
         check_folder(out)
 
 
-def test_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
+def test_small_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
     out = tmp_path / "out"
     convert(Options(str(make_model(tie_word_embeddings=True)), out))
-    assert "lm_head.weight" not in read_all(out)
-    assert open_source  # the source itself still opens
+    assert not [name for name in read_all(out) if name.startswith("lm_head")]
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_8_bit_head_is_a_tensor_of_its_own(make_model, tmp_path, tied: bool) -> None:
+    folder, out = make_model(tie_word_embeddings=tied), tmp_path / "out"
+    summary = convert(Options(str(folder), out, head_bits=8))
+    before, after = read_all(folder), read_all(out)
+    original = before["model.embed_tokens.weight" if tied else "lm_head.weight"].float()
+    codes, scale = after["lm_head.weight_int8"], after["lm_head.weight_scale"]
+    assert codes.dtype == torch.int8
+    # Round to nearest: no weight is off by more than half a step.
+    assert ((codes * scale.unsqueeze(1) - original).abs() <= scale.unsqueeze(1) * 0.5001).all()
+    assert "lm_head.weight" not in after
+    assert torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
+
+
+def test_an_untied_head_gets_8_bits_unless_asked_otherwise(make_model, tmp_path) -> None:
+    folder = make_model()
+    convert(Options(str(folder), tmp_path / "a"))
+    convert(Options(str(folder), tmp_path / "b", head_bits=16))
+    assert "lm_head.weight_int8" in read_all(tmp_path / "a")
+    assert torch.equal(read_all(tmp_path / "b")["lm_head.weight"], read_all(folder)["lm_head.weight"])
+
+
+def test_a_damaged_head_is_noticed(make_model, tmp_path, edit) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model()), out))
+    shard = out / read_folder(out)["lm_head.weight_int8"].file
+    edit.tensor(shard, "lm_head.weight_int8", lambda t: t[:-1].contiguous())
+    with pytest.raises(
+        FormatError, match=r"lm_head\.weight_int8: expected shape \[96, 64\], found \[95, 64\]"
+    ):
+        check_folder(out)

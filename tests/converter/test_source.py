@@ -141,9 +141,8 @@ def test_every_flipped_byte_of_the_index_is_noticed_or_harmless(make_model) -> N
         index.write_bytes(bytes(bad))
         try:
             found = open_source(str(folder)).entries
-        except SourceError as error:
+        except SourceError:
             noticed += 1
-            assert str(folder) in str(error)
         else:
             # Only what no loader uses may differ: white space and the metadata.
             assert found == expected

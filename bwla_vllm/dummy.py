@@ -1,0 +1,31 @@
+"""Stand-in tensors for `--load-format dummy`: vLLM fills parameters with noise, which is no valid rotation."""
+
+import torch
+from bwla_kernels.format import LayerSpec, tensor_specs
+from torch import Tensor
+
+SEED = 0
+
+
+def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
+    """A valid layer of the sizes of `spec`, the same in every process.
+
+    Random signs, identity rotations, a row scale that keeps the variance, and zeros for the correction:
+    right for measuring speed and memory, and finite through any depth.
+    """
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    tensors = {}
+    for name, want in tensor_specs(spec).items():
+        dtype = want.dtypes[0]
+        if name == "weight_packed":
+            tensor = torch.randint(-(2**31), 2**31, want.shape, generator=generator, device="cpu").to(dtype)
+        elif name in ("rotation_left", "rotation_right"):
+            tensor = torch.eye(want.shape[-1], dtype=dtype, device="cpu").repeat(want.shape[0], 1, 1)
+        elif name == "column_scale":
+            tensor = torch.ones(want.shape, dtype=dtype, device="cpu")
+        elif name == "weight_scale":
+            tensor = torch.full(want.shape, spec.in_features**-0.5, dtype=dtype, device="cpu")
+        else:
+            tensor = torch.zeros(want.shape, dtype=dtype, device="cpu")
+        tensors[name] = tensor.to(device)
+    return tensors

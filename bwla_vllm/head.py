@@ -1,0 +1,109 @@
+"""`BWLAHeadMethod`: how vLLM allocates, loads and computes the 8-bit language-model head."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.ops import HeadBackend, head_backends, select_head_backend
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from bwla_vllm.checks import ADVICE
+from bwla_vllm.errors import one_sentence
+
+logger = init_logger("vllm.bwla")
+
+UNSET_CODE = -128
+"""What int8 weights hold until they are loaded; the format's codes stop at -127."""
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How the head is computed on this rank: its sizes (the vocabulary padded), and what computes it."""
+
+    spec: HeadSpec
+    backend: HeadBackend
+    dummy: bool
+
+
+class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """The head of a checkpoint with `lm_head` in its config.
+
+    Args:
+        wanted: backend asked for, or None. Heads and layers have backends of their own, so a name that only
+            layers know leaves the choice open here.
+    """
+
+    def __init__(self, wanted: str | None) -> None:
+        self.wanted = wanted
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register codes and scales for this rank's rows of the padded vocabulary."""
+        spec = HeadSpec(sum(output_partition_sizes), input_size_per_partition)
+        for name, want in head_tensor_specs(spec).items():
+            fill = float("nan") if want.dtypes[0].is_floating_point else UNSET_CODE
+            data = torch.full(want.shape, fill, dtype=want.dtypes[0])
+            parameter = Parameter(data, requires_grad=False)
+            set_weight_attrs(parameter, {"output_dim": 0, **extra_weight_attrs})
+            layer.register_parameter(name, parameter)
+        with one_sentence():
+            known = {backend.name for backend in head_backends()}
+            wanted = self.wanted if self.wanted in known else None
+            backend, reason = select_head_backend(spec, layer.weight_int8.device, wanted)
+        logger.info_once("BWLA head, 8 bits: %s", reason)
+        config = get_current_vllm_config_or_none()
+        dummy = config is not None and str(config.load_config.load_format) == "dummy"
+        layer.bwla = HeadPlan(spec, backend, dummy)
+        layer.bwla_tensors = ()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded and repack it for the backend.
+
+        Raises:
+            StartError: missing or invalid tensors.
+        """
+        plan: HeadPlan = layer.bwla
+        stored = {name: layer.get_parameter(name).data for name in head_tensor_specs(plan.spec)}
+        if plan.dummy:
+            stored = {
+                "weight_int8": stored["weight_int8"].random_(-127, 128),
+                "weight_scale": stored["weight_scale"],
+            }
+            stored["weight_scale"].fill_(1e-3)
+        # vLLM pads the vocabulary with zeros, which are no valid scales.
+        shard = layer.shard_indices
+        rows = shard.org_vocab_end_index - shard.org_vocab_start_index
+        with one_sentence():
+            if bool((stored["weight_int8"][:rows] == UNSET_CODE).any()):
+                raise FormatError(f"{HEAD_MODULE}.weight_int8: not found in the checkpoint; {ADVICE}")
+            validate_head(
+                {name: tensor[:rows] for name, tensor in stored.items()},
+                HeadSpec(rows, plan.spec.in_features),
+            )
+        prepared = plan.backend.prepare(stored, plan.spec)
+        for name in stored:
+            delattr(layer, name)
+        for name, tensor in prepared.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        layer.bwla_tensors = tuple(prepared)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., V] in the dtype of x."""
+        plan: HeadPlan = layer.bwla
+        y = plan.backend.apply(x, {name: getattr(layer, name) for name in layer.bwla_tensors}, plan.spec)
+        return y if bias is None else y + bias

@@ -1,0 +1,228 @@
+"""`BWLALinearMethod`: how vLLM allocates, loads and computes one quantized linear."""
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
+from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.ops import Backend, select_backend
+from torch import Tensor
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    ReplicatedLinear,
+    register_weight_loader_v2_supported_method,
+)
+
+from bwla_vllm.checks import ADVICE, check_blocks
+from bwla_vllm.dummy import dummy_tensors
+from bwla_vllm.errors import one_sentence
+from bwla_vllm.parameter import (
+    CheckedParameter,
+    ScaleParameter,
+    SharedParameter,
+    SignsParameter,
+    is_unset,
+    unset,
+)
+
+if TYPE_CHECKING:
+    from bwla_kernels.format.schema import BWLAFormat
+
+logger = init_logger("vllm.bwla")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer is loaded and computed on this rank.
+
+    Attributes:
+        spec: sizes of this rank's share, without the bias, which vLLM owns.
+        rows: output rows of each fused part on this rank.
+        backend: what computes the layer.
+        dummy: whether the first load is to be replaced by stand-ins.
+    """
+
+    spec: LayerSpec
+    rows: tuple[int, ...]
+    backend: Backend
+    dummy: bool
+
+
+@register_weight_loader_v2_supported_method
+class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One linear, or the linears that vLLM fuses into one (q, k, v; gate, up).
+
+    Args:
+        quantization: the checkpoint's config.
+        name: the layer's name inside vLLM, for messages.
+        parts: checkpoint names of the fused linears; the name itself where nothing is fused.
+        stored: sizes of the checkpoint's linears by name, as far as the headers were read.
+        wanted: backend asked for, or None.
+    """
+
+    def __init__(
+        self,
+        quantization: "BWLAFormat",
+        name: str,
+        parts: tuple[str, ...],
+        stored: Mapping[str, LayerSpec],
+        wanted: str | None,
+    ) -> None:
+        self.quantization = quantization
+        self.name = name
+        self.parts = parts
+        self.stored = {part: stored[part] for part in parts if part in stored}
+        self.wanted = wanted
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the layer's tensors, filled with values that validation refuses, and choose the backend.
+
+        Raises:
+            StartError: sizes that contradict the config or the tensor-parallel size; no such backend.
+        """
+        with one_sentence():
+            spec = self._local_spec(input_size, output_size, input_size_per_partition, output_partition_sizes)
+            loader = extra_weight_attrs["weight_loader"]
+            if isinstance(layer, ReplicatedLinear):
+                if len(output_partition_sizes) > 1:
+                    raise FormatError(
+                        f"{self.name}: fused replicated layers cannot be quantized: use --ignore"
+                    )
+                loader = load_replicated
+            for name, want in tensor_specs(spec).items():
+                parameter = _make_parameter(
+                    name,
+                    want.shape,
+                    want.dtypes[0],
+                    len(output_partition_sizes),
+                    f"{self.name}.{name}",
+                    loader,
+                )
+                layer.register_parameter(name, parameter)
+            backend, reason = select_backend(spec, layer.weight_packed.device, self.wanted)
+        logger.info_once("BWLA layers: %s", reason)
+        layer.bwla = Plan(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
+        layer.bwla_tensors = ()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check what was loaded, merge the copies of fused parts, repack for the backend, drop the rest.
+
+        Raises:
+            StartError: missing, inconsistent or invalid tensors.
+        """
+        plan: Plan = layer.bwla
+        stored = {name: layer.get_parameter(name) for name in tensor_specs(plan.spec) if hasattr(layer, name)}
+        if not isinstance(stored.get("weight_scale"), CheckedParameter):
+            return  # Already repacked; a reload brings the checked parameters back first.
+        if plan.dummy:
+            tensors = dummy_tensors(plan.spec, stored["weight_scale"].device)
+            layer.bwla = replace(plan, dummy=False)  # A later reload brings real weights.
+        else:
+            with one_sentence():
+                self._check_bias(layer)
+                self._check_loaded(stored, plan.rows)
+                tensors = {name: _merged(parameter) for name, parameter in stored.items()}
+                validate_layer(self.name, tensors, plan.spec)
+        prepared = plan.backend.prepare(tensors, plan.spec)
+        for name in stored:
+            delattr(layer, name)
+        for name, tensor in prepared.items():
+            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        layer.bwla_tensors = tuple(prepared)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x; vLLM says by `bias` whether it is to be added here."""
+        plan: Plan = layer.bwla
+        tensors = {name: getattr(layer, name) for name in layer.bwla_tensors}
+        if bias is not None:
+            tensors["bias"] = bias
+        return plan.backend.apply(x, tensors, plan.spec)
+
+    def _local_spec(self, input_size: int, output_size: int, width: int, rows: list[int]) -> LayerSpec:
+        """This rank's share of the layer: `rows` a part and `width` columns."""
+        spec = self.quantization.layer_spec(self.parts[0], output_size, input_size)
+        assert spec is not None  # get_quant_method asked the same question
+        ranks = input_size // width
+        check_blocks(self.name, spec, ranks)
+        return replace(spec, out_features=sum(rows), in_features=width, blocks=spec.blocks // ranks)
+
+    def _check_bias(self, layer: Any) -> None:
+        """vLLM fills a bias that the checkpoint lacks with nothing, and ignores one that the model lacks."""
+        wanted = getattr(layer, "bias", None) is not None
+        for part, spec in self.stored.items():
+            if spec.bias != wanted:
+                found = "has one" if spec.bias else "has none"
+                raise FormatError(
+                    f"{part}.bias: the model {'needs' if wanted else 'has no place for'} a bias, but the "
+                    f"checkpoint {found}; {ADVICE}"
+                )
+
+    def _check_loaded(self, stored: Mapping[str, Parameter], rows: tuple[int, ...]) -> None:
+        parts = self.parts if len(self.parts) == len(rows) else (self.name,) * len(rows)
+        for name, parameter in stored.items():
+            pieces = parameter.data if name in INPUT_SIDE else parameter.data.split(rows)
+            for part, piece in zip(parts, pieces, strict=True):
+                if is_unset(piece):
+                    raise FormatError(f"{part}.{name}: not found in the checkpoint; {ADVICE}")
+            if isinstance(parameter, SharedParameter) and not parameter.copies_agree():
+                raise FormatError(
+                    f"{self.name}.{name}: expected identical copies in {', '.join(parts)}, which read the same "
+                    "input, found different ones; convert the model again with one rotation for them"
+                )
+
+
+def load_replicated(param: CheckedParameter, loaded_weight: Tensor) -> None:
+    """Weight loader of layers that every rank holds whole (vLLM's own knows no slots)."""
+    param.load_replicated_weight(loaded_weight)
+
+
+def _make_parameter(
+    name: str, shape: tuple[int, ...], dtype: torch.dtype, slots: int, label: str, loader: Any
+) -> CheckedParameter:
+    if name in INPUT_SIDE:
+        shard_dim = 1 if name == "low_rank_a" else 0
+        data = unset((slots, *shape), dtype)
+        return SharedParameter(shard_dim=shard_dim, data=data, label=label, weight_loader=loader)
+    kind: type[CheckedParameter] = SignsParameter if name == "weight_packed" else ScaleParameter
+    return kind(data=unset(shape, dtype), label=label, weight_loader=loader)
+
+
+def _merged(parameter: Parameter) -> Tensor:
+    """The parameter's values; of several equal slots only one, in memory of its own."""
+    data: Tensor = parameter.data
+    if not isinstance(parameter, SharedParameter):
+        return data
+    return data[0].clone() if len(data) > 1 else data[0]
+
+
+def _note_backend(name: str) -> bool:
+    """Make the backend part of vLLM's compile-cache key; returns whether vLLM loads dummy weights.
+
+    The key covers the model's config and the plugin's traced files, not the choice of a backend (or a
+    changed op): a graph compiled for another one would be loaded. `additional_config` is vLLM's place for
+    what a plugin adds to the key.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is None:
+        return False
+    if isinstance(config.additional_config, dict):
+        noted = config.additional_config.get("bwla", {})
+        names = sorted({name, *noted.get("backends", [])})
+        config.additional_config["bwla"] = {"backends": names, "version": importlib.metadata.version("bwla")}
+    return str(config.load_config.load_format) == "dummy"

@@ -1,0 +1,152 @@
+"""Parameters that a layer's stored tensors are loaded into.
+
+vLLM's stock parameters copy with a cast and narrow without looking at the full size: a float where packed
+words belong and a tensor of a wider model load silently. These refuse both, for checkpoints whose headers
+could not be checked beforehand. They follow vLLM's loader protocol, version 2: the layer decides which of
+`load_column_parallel_weight`, `load_row_parallel_weight`, `load_merged_column_weight` and `load_qkv_weight`
+to call, the parameter narrows.
+"""
+
+from typing import Any
+
+import torch
+from bwla_kernels.errors import FormatError
+from bwla_kernels.factorize import PACK_FACTOR
+from bwla_kernels.format.layer import TensorSpec, shape_problem
+from torch import Tensor
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    PackedvLLMParameter,
+    PerTensorScaleParameter,
+)
+
+from bwla_vllm.errors import one_sentence
+
+UNSET_WORD = 0x5A3C96E1
+"""What a word of signs holds until it is loaded; a trained row repeats no 32 signs over its whole width."""
+
+
+def unset(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that validation refuses: NaN, or a repeated word where the dtype has no NaN."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else UNSET_WORD, dtype=dtype)
+
+
+def is_unset(tensor: Tensor) -> bool:
+    """Whether no part of `tensor` was loaded since `unset` made it."""
+    holes = tensor.isnan() if tensor.is_floating_point() else tensor == UNSET_WORD
+    return bool(holes.all())
+
+
+class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
+    """A parameter that knows its name and refuses tensors of another dtype or full size.
+
+    Args:
+        label: layer and tensor, for messages.
+        kwargs: what vLLM's parameter classes take (`data`, `weight_loader`, dimensions).
+    """
+
+    def __init__(self, *, label: str, **kwargs: Any) -> None:
+        self.label = label
+        super().__init__(**kwargs)
+
+    def refuse_other(self, loaded: Tensor, shape: tuple[int, ...], part: str | int | None = None) -> None:
+        """Raise unless `loaded` is the full (unsharded) tensor that belongs here.
+
+        Raises:
+            StartError: another shape or dtype.
+        """
+        problem = shape_problem(TensorSpec(shape, (self.dtype,)), tuple(loaded.shape), loaded.dtype)
+        if problem:
+            where = self.label if part is None else f"{self.label} (part {part})"
+            with one_sentence():
+                raise FormatError(
+                    f"{where}: {problem}; the checkpoint does not belong to this model or was written by "
+                    "another version: convert or download it again"
+                )
+
+    def load_replicated_weight(self, loaded_weight: Tensor) -> None:
+        """Load a layer that every rank holds whole, whatever this rank is."""
+        self.refuse_other(loaded_weight, tuple(self.data.shape))
+        self.data.copy_(loaded_weight)
+
+
+class RowsParameter(CheckedParameter):
+    """Checks for tensors with one entry an output row along dim 0; combined with a vLLM class that loads."""
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        rows, *rest = self.data.shape
+        self.refuse_other(loaded_weight, (rows * self.tp_size, *rest))
+        super().load_column_parallel_weight(loaded_weight)
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        rows = kwargs["shard_size"] * self.tp_size
+        self.refuse_other(loaded_weight, (rows, *self.data.shape[1:]), kwargs["shard_id"])
+        super().load_merged_column_weight(loaded_weight, **kwargs)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
+        # `num_heads` is how many ranks hold a copy of the same key and value heads.
+        copies = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
+        rows = kwargs["shard_size"] * self.tp_size // copies
+        self.refuse_other(loaded_weight, (rows, *self.data.shape[1:]), kwargs["shard_id"])
+        super().load_qkv_weight(loaded_weight, **kwargs)
+
+
+class ScaleParameter(RowsParameter, ChannelQuantScaleParameter):  # type: ignore[misc]
+    """`weight_scale` [N] and `low_rank_b` [N, r]: sharded along N, whole where the input is sharded."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(output_dim=0, **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self.load_replicated_weight(loaded_weight)
+
+
+class SignsParameter(RowsParameter, PackedvLLMParameter):  # type: ignore[misc]
+    """`weight_packed` [N, K / 32]: sharded along N, or by whole words along K."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(input_dim=1, output_dim=0, packed_dim=1, packed_factor=PACK_FACTOR, **kwargs)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        rows, words = self.data.shape
+        self.refuse_other(loaded_weight, (rows, words * self.tp_size))
+        super().load_row_parallel_weight(loaded_weight)
+
+
+class SharedParameter(CheckedParameter, PerTensorScaleParameter):  # type: ignore[misc]
+    """An input-side tensor of which every part of a fused layer (q, k, v; gate, up) brings its own copy.
+
+    One slot a part, [parts, ...]: were the copies loaded over each other, vLLM's weight reloading would
+    count the layer complete before it is. As vLLM's `PerTensorScaleParameter` it also takes a tensor of a
+    layer that is stored fused: vLLM then fills all slots with it.
+
+    Args:
+        shard_dim: dimension of the stored tensor that layers sharded along their input cut.
+    """
+
+    def __init__(self, *, shard_dim: int, **kwargs: Any) -> None:
+        self.shard_dim = shard_dim
+        super().__init__(**kwargs)
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self._load_into_shard_id(loaded_weight, 0)
+
+    def load_replicated_weight(self, loaded_weight: Tensor) -> None:
+        self._load_into_shard_id(loaded_weight, 0)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        slot = self.data[0]
+        full, size = list(slot.shape), slot.shape[self.shard_dim]
+        full[self.shard_dim] *= self.tp_size
+        self.refuse_other(loaded_weight, tuple(full))
+        slot.copy_(loaded_weight.narrow(self.shard_dim, self.tp_rank * size, size))
+
+    def _load_into_shard_id(self, loaded_weight: Tensor, shard_id: str | int, **kwargs: Any) -> None:
+        slot = self.data[self._shard_id_as_int(shard_id)]
+        self.refuse_other(loaded_weight, tuple(slot.shape), shard_id if len(self.data) > 1 else None)
+        slot.copy_(loaded_weight)
+
+    def copies_agree(self) -> bool:
+        """Whether all slots hold the same values."""
+        return all(torch.equal(self.data[0], copy) for copy in self.data[1:])

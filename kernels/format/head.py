@@ -1,0 +1,44 @@
+"""The stored 8-bit language-model head."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format.layer import TensorSpec, shape_problem, value_problem
+from torch import Tensor
+
+HEAD_MODULE = "lm_head"
+"""Module path of the head, in every supported family."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Sizes of a head: `out_features` V (the vocabulary), `in_features` K."""
+
+    out_features: int
+    in_features: int
+
+
+def head_tensor_specs(spec: HeadSpec) -> dict[str, TensorSpec]:
+    """The tensors stored beside `lm_head.`: the name says int8, so that no loader takes codes for weights."""
+    return {
+        "weight_int8": TensorSpec((spec.out_features, spec.in_features), (torch.int8,)),
+        "weight_scale": TensorSpec((spec.out_features,), (torch.float32,)),
+    }
+
+
+def validate_head(tensors: Mapping[str, Tensor], spec: HeadSpec) -> None:
+    """Check a loaded head.
+
+    Raises:
+        FormatError: missing or misshapen tensors, wrong dtypes, scales that are not finite and positive.
+    """
+    for key, want in head_tensor_specs(spec).items():
+        name = f"{HEAD_MODULE}.{key}"
+        if key not in tensors:
+            raise FormatError(f"{name}: expected {want}, found no such tensor; convert the model again")
+        tensor = tensors[key]
+        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor)
+        if problem:
+            raise FormatError(f"{name}: {problem}; convert or download the model again")
