@@ -85,6 +85,12 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model already.")
     ] = False,
+    dummy: Annotated[
+        bool,
+        typer.Option(
+            "--dummy", help="Write random weights; MODEL needs a config.json only (to measure speed)."
+        ),
+    ] = False,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit."),
@@ -93,6 +99,7 @@ def convert(
     """Convert a language model to 1-bit weights and few-bit activations, served by vLLM."""
     console = Console(stderr=True)
     # Imported here, so that --help and --version answer at once.
+    from bwla_converter.dummy import write_dummy
     from bwla_converter.pipeline import Options
     from bwla_converter.pipeline import convert as run
     from bwla_converter.progress import ProgressListener
@@ -109,6 +116,12 @@ def convert(
         head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
     )
     try:
+        if dummy:
+            plan = write_dummy(options)
+            typer.echo(
+                f"{out}: random weights, rank {plan.rank}, {plan.bits_per_weight:.3f} bits per weight all-in"
+            )
+            return
         with Progress(*ProgressListener.columns(), console=console) as progress:
             summary = run(options, ProgressListener(progress))
     except BWLAError as error:

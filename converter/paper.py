@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from bwla_converter.binarize import fit_scales, signs
+from bwla_converter.binarize import fit_scales, signs, unbiased
 from bwla_converter.okt import Rotation, Start, count_not_finite, in_one_buffer, learn_rotation, split_rows
 from bwla_converter.psp import proximal_low_rank
 from bwla_kernels.errors import SourceError
@@ -32,6 +32,8 @@ class PaperOptions:
         okt_rounds, psp_rounds: the paper's 40 and 20.
         scale_rounds: alternations of row and column scales.
         start: start of the rotation.
+        unbiased: rescale the rows so that the signs keep all of the weight instead of its least-squares
+            share. The weight's error grows, the model's shrinks (`binarize`).
         row_mean: spend one rank on the row means of the residual (the paper's row centring) instead of one
             more direction of the low-rank part. Off: a free direction removes several times as much error.
     """
@@ -41,6 +43,7 @@ class PaperOptions:
     scale_rounds: int = 12
     start: Start = "random"
     row_mean: bool = False
+    unbiased: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class GroupResult:
         errors: name of the linear -> ||W - W'||_F / ||W||_F of the stored tensors (`relative_error`).
         okt_trace: objective of the rotation at the start and after each round, nats per weight.
         psp_trace: the same for the low-rank part; empty for rank 0.
-        scale_trace: relative error in the rotated basis with row scales alone, then after each alternation.
+        scale_trace: relative error in the rotated basis with row scales alone, then after each alternation
+            of least squares; before `unbiased`.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -113,6 +117,8 @@ def quantize_group(
         residual = torch.addmm(rotated, low_rank_b.float(), stored_a, alpha=-1.0)
     del rotated
     scales = fit_scales(residual, rounds=options.scale_rounds)
+    if options.unbiased:
+        scales = unbiased(residual, scales)
     shared["column_scale"] = scales.column
 
     tensors, errors, first = {}, {}, 0

@@ -101,14 +101,14 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         )
     provenance = _provenance(options, source)
     plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
-    _check_space(options.out, plan.output_bytes(source))
+    check_space(options.out, plan.output_bytes(source))
     listener.planned(source, plan)
     check_values(source, listener.checked)
     listener.quantizing()
     reports: list[LayerReport] = []
     traces: dict[str, dict[str, list[float]]] = {}
     with atomic_output(options.out, options.overwrite) as writer:
-        shards = _Shards(source)
+        shards = Shards(source)
         for index in range(source.num_blocks):
             block = source.read(source.names_of_block(index))
             tensors = dict(block)
@@ -129,7 +129,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
             if plan.head_source in names:
                 tensors.update(_quantized_head(source, plan.head_source))
             writer.write_shard(file, tensors)
-        writer.finish(source.folder, _output_config(source, plan))
+        writer.finish(source.folder, output_config(source, plan))
         summary = Summary(
             out=str(options.out),
             rank=plan.rank,
@@ -170,7 +170,7 @@ def _quantized_head(source: Source, name: str) -> dict[str, Tensor]:
     return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(source.read([name])[name]).items()}
 
 
-def _output_config(source: Source, plan: Plan) -> dict[str, Any]:
+def output_config(source: Source, plan: Plan) -> dict[str, Any]:
     """config.json of the output: an 8-bit head is a tensor of its own, tied to nothing."""
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}
@@ -186,7 +186,12 @@ def _provenance(options: Options, source: Source) -> Provenance:
     )
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
+    """Refuse an output that the disk has no room for.
+
+    Raises:
+        OutputError: less free space than `needed` bytes and 2 % for headers.
+    """
     free = shutil.disk_usage(out.absolute().parent).free
     if needed * 1.02 > free:
         raise OutputError(
@@ -200,7 +205,7 @@ def _write_report(writer: CheckpointWriter, summary: Summary, traces: Mapping[st
     (writer.folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-class _Shards:
+class Shards:
     """Names of the output's files: one a block, then what is outside the blocks in files of about 4 GiB."""
 
     def __init__(self, source: Source) -> None:
@@ -222,7 +227,9 @@ class _Shards:
         return f"model-{number + 1:05d}-of-{self._blocks + len(self._rest):05d}.safetensors"
 
     def block_file(self, index: int) -> str:
+        """File of decoder block `index`."""
         return self._file(index)
 
     def rest(self) -> list[tuple[str, list[str]]]:
+        """Files of what is outside the blocks, with the source's tensor names."""
         return [(self._file(self._blocks + number), names) for number, names in enumerate(self._rest)]

@@ -102,11 +102,11 @@ def open_source(model: str) -> Source:
     config_path = folder / "config.json"
     config = read_json(config_path, SourceError)
     family = find_family(config, str(config_path))
-    model = _empty_model(folder)
+    outline = outline_model(folder)
     entries = read_folder(folder, SourceError)
-    tied = bool(model.config.tie_word_embeddings)
-    source = Source(folder, config, family, entries, model.config.num_hidden_layers, tied, revision)
-    _refuse(folder, [*_tensor_problems(source, model), *_width_problems(source)])
+    tied = bool(outline.config.tie_word_embeddings)
+    source = Source(folder, config, family, entries, outline.config.num_hidden_layers, tied, revision)
+    _refuse(folder, [*_tensor_problems(source, outline), *_width_problems(source)])
     return source
 
 
@@ -132,25 +132,25 @@ def _linear_weights(source: Source) -> Iterator[str]:
             yield f"{source.family.block_name(index)}.{member}.weight"
 
 
-def _empty_model(folder: Path) -> PreTrainedModel:
+def outline_model(folder: Path) -> PreTrainedModel:
     """The model that transformers builds from config.json, without storage."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
-    except (
-        Exception
-    ) as cause:  # transformers raises errors of many kinds for a config that contradicts itself
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    except Exception as cause:  # transformers raises many kinds for a config that contradicts itself
         reason = " ".join(str(cause).split())
         raise SourceError(
             f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
             "restore the model's own config.json"
         ) from None
+    return model
 
 
-def _tensor_problems(source: Source, model: PreTrainedModel) -> Iterator[str]:
+def _tensor_problems(source: Source, outline: PreTrainedModel) -> Iterator[str]:
     """Compare the stored tensors with those of the model that transformers builds from the config."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = set(model.all_tied_weights_keys) if source.tied_head else set()
+    wanted = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
+    tied = set(outline.all_tied_weights_keys) if source.tied_head else set()
     for name, shape in wanted.items():
         entry = source.entries.get(name)
         if entry is None:

@@ -195,8 +195,10 @@ def check_folder(folder: Path) -> dict[str, LayerSpec]:
 def _head_problem(entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path) -> str | None:
     """The first difference between the stored 8-bit head and what config.json describes."""
     text_config = raw_config.get("text_config") or raw_config
-    sizes = text_config.get("vocab_size"), text_config.get("hidden_size")
-    for key, want in head_tensor_specs(HeadSpec(*sizes)).items():
+    vocabulary, hidden = text_config.get("vocab_size"), text_config.get("hidden_size")
+    if not isinstance(vocabulary, int) or not isinstance(hidden, int):
+        return f"{folder / 'config.json'}: expected vocab_size and hidden_size, which an 8-bit head needs, found none"
+    for key, want in head_tensor_specs(HeadSpec(vocabulary, hidden)).items():
         name = f"{HEAD_MODULE}.{key}"
         entry = entries.get(name)
         if entry is None:

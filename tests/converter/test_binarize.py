@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from bwla_converter import okt
-from bwla_converter.binarize import COLUMN_SCALE_RANGE, fit_scales, signs
+from bwla_converter.binarize import COLUMN_SCALE_RANGE, fit_scales, signs, unbiased
 from torch import Tensor
 
 
@@ -46,7 +46,7 @@ def test_every_round_lowers_the_error_and_the_trace_is_true() -> None:
 
 def test_row_scales_alone_are_the_mean_magnitudes() -> None:
     weight = weights()
-    fit = fit_scales(weight, columns=False)
+    fit = fit_scales(weight, rounds=0)
     torch.testing.assert_close(fit.row, weight.abs().mean(1))
     assert torch.equal(fit.column, torch.ones(96))
 
@@ -84,6 +84,29 @@ def test_a_weight_of_zeros_gets_valid_scales() -> None:
     assert set(fit.trace) == {0.0}
 
 
+def test_unbiased_scales_keep_all_of_every_row() -> None:
+    weight = weights()
+    weight[5] = 0
+    least_squares = fit_scales(weight)
+    kept = unbiased(weight, least_squares)
+    power = weight.square().sum(1)
+    torch.testing.assert_close((rebuild(weight, kept.row, kept.column) * weight).sum(1), power)
+    shrunk = (rebuild(weight, least_squares.row, least_squares.column) * weight).sum(1) / power
+    away = power > 0
+    assert shrunk[away].mean().item() == pytest.approx(2 / torch.pi, abs=0.03), "Gaussian rows"
+    assert torch.equal(kept.column, least_squares.column)
+    assert 0 < kept.row[5] < 1e-20
+
+
+def test_a_row_with_an_outlier_is_not_blown_up() -> None:
+    weight = weights()
+    weight[4] = 0
+    weight[4, 11] = 1.0
+    kept = unbiased(weight, fit_scales(weight))
+    error = (weight - rebuild(weight, kept.row, kept.column))[4].norm() / weight[4].norm()
+    assert error.item() == pytest.approx(1.0, abs=1e-4)
+
+
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_scales(weights())
     monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 5 * 96)
@@ -96,5 +119,6 @@ def test_the_weight_stays() -> None:
     weight = weights()
     kept = weight.clone()
     fit_scales(weight)
+    unbiased(weight, fit_scales(weight))
     signs(weight)
     assert torch.equal(weight, kept)

@@ -47,7 +47,7 @@ def test_the_tensors_are_valid_and_the_error_is_theirs(rank: int, dtype: torch.d
         validate_layer(name, result.tensors[name], specs[name])
         found = weight.float() - dequantize(result.tensors[name], specs[name])
         assert result.errors[name] == pytest.approx((found.norm() / weight.float().norm()).item(), rel=1e-4)
-        assert 0.3 < result.errors[name] < 0.62
+        assert 0.3 < result.errors[name] < 0.8
     assert (len(result.okt_trace), len(result.psp_trace)) == (5, 5 if rank else 0)
     assert len(result.scale_trace) == 13
 
@@ -102,6 +102,23 @@ def test_rank_and_rotation_lower_the_error() -> None:
     assert by_rank == sorted(by_rank, reverse=True)
     assert by_rank[2] < by_rank[0] - 0.02
     assert by_rank[0] < mean(quantize(0, options=replace(full, okt_rounds=0))) - 0.005
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_unbiased_layer_keeps_all_of_the_weight(rank: int) -> None:
+    """Scales by least squares are closer to W, but shrink what the low-rank part does not hold."""
+    both = [quantize(rank, options=replace(QUICK, unbiased=choice)) for choice in (True, False)]
+    kept: list[float] = []
+    shrunk: list[float] = []
+    for result, gains in zip(both, (kept, shrunk), strict=True):
+        for name, weight in group().items():
+            t, spec = result.tensors[name], specs_of(group(), rank)[name]
+            low = t["low_rank_b"].float() @ t["low_rank_a"].float() if rank else torch.zeros_like(weight)
+            rest = weight - low
+            gains.append(float(((dequantize(t, spec) - low) * rest).sum() / rest.square().sum()))
+    assert kept == pytest.approx([1.0] * 3, abs=1e-3)
+    assert max(shrunk) < 0.75
+    assert all(both[1].errors[name] < both[0].errors[name] for name in group())
 
 
 def test_a_row_mean_takes_one_rank() -> None:

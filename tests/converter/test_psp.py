@@ -30,7 +30,8 @@ def planted(rank: int = 3, rows: int = 60, columns: int = 96) -> tuple[Tensor, T
 
 
 def row_errors(found: Tensor, true: Tensor) -> Tensor:
-    return (found - true).norm(dim=1) / true.norm(dim=1)
+    errors: Tensor = (found - true).norm(dim=1) / true.norm(dim=1)
+    return errors
 
 
 @pytest.mark.parametrize("ceiling", [okt.VARIANCE_CEILING, 1.0])
