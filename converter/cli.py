@@ -82,6 +82,12 @@ def convert(
     seed: Annotated[
         int, typer.Option(help="Seed of everything random; the same seed gives the same bytes.")
     ] = 0,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A linear to leave as it is: its name, the end of it, or re:PATTERN; may be repeated."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model already.")
     ] = False,
@@ -113,6 +119,7 @@ def convert(
         clip=clip,
         seed=seed,
         overwrite=overwrite,
+        ignore=tuple(ignore or ()),
         head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
     )
     try:

@@ -14,6 +14,7 @@ from bwla_converter.source import Source, outline_model
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json
+from bwla_kernels.format.layer import INPUT_SIDE
 from bwla_kernels.format.schema import Provenance
 from bwla_kernels.head import quantize_head
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch import Tensor
 DUMMY_RECIPE = "dummy"
 
 
-def config_source(folder: Path) -> Source:
+def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
     """A source with the tensors that a model of this config.json would have, in bfloat16, and no files.
 
     Raises:
@@ -38,7 +39,7 @@ def config_source(folder: Path) -> Source:
         for name, tensor in outline.state_dict().items()
         if not (tied and name == HEAD_WEIGHT)
     }
-    return Source(folder, config, family, entries, outline.config.num_hidden_layers, tied)
+    return Source(folder, config, family, entries, outline.config.num_hidden_layers, tied, ignore=ignore)
 
 
 def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def write_dummy(options: Options) -> Plan:
         BWLAError: as `pipeline.convert`.
     """
     check_output(options.out, options.overwrite)
-    source = config_source(Path(options.model))
+    source = config_source(Path(options.model), options.ignore)
     provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
     plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
     check_space(options.out, plan.output_bytes(source))
@@ -89,17 +90,16 @@ def write_dummy(options: Options) -> Plan:
 
 
 def _random_block(source: Source, plan: Plan, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-    block = source.family.block_name(index)
     names = [name for name in source.names_of_block(index) if not plan.is_replaced(name)]
     tensors = {name: _plain(source, name) for name in names}
-    for group in source.family.groups:
+    for _, members in source.groups_of_block(index):
         shared: dict[str, Tensor] = {}
-        for member in group.members:
-            layer = random_layer(plan.specs[f"{block}.{member}"], generator)
-            for key in ("rotation_left", "rotation_right", "column_scale", "low_rank_a"):
+        for member in members:
+            layer = random_layer(plan.specs[member], generator)
+            for key in INPUT_SIDE:
                 if key in layer:
                     layer[key] = shared.setdefault(key, layer[key]).clone()
-            tensors.update({f"{block}.{member}.{key}": value for key, value in layer.items()})
+            tensors.update({f"{member}.{key}": value for key, value in layer.items()})
     return tensors
 
 

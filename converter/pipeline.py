@@ -40,6 +40,7 @@ class Options:
     seed: int = 0
     overwrite: bool = False
     head_bits: int | None = None
+    ignore: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
     if options.recipe != "paper":
         raise BWLAError(f"recipe {options.recipe!r} does not exist: the choice is paper")
     check_output(options.out, options.overwrite)
-    source = open_source(options.model)
+    source = open_source(options.model, options.ignore)
     if options.out.resolve() == source.folder.resolve():
         raise OutputError(
             f"{options.out}: is the model to convert, and would be replaced: choose another output"
@@ -112,8 +113,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         for index in range(source.num_blocks):
             block = source.read(source.names_of_block(index))
             tensors = dict(block)
-            for group in source.family.groups:
-                names = [f"{source.family.block_name(index)}.{member}" for member in group.members]
+            for _, names in source.groups_of_block(index):
                 result = _quantize(
                     plan, names, {name: tensors.pop(f"{name}.weight") for name in names}, options.seed
                 )

@@ -113,16 +113,19 @@ def make_plan(
     specs: dict[str, LayerSpec] = {}
     rotation: dict[str, tuple[int, int, int]] = {}
     for index in range(source.num_blocks):
-        for group, member in source.family.linears():
-            name = f"{source.family.block_name(index)}.{member}"
-            out_features, in_features = source.entries[f"{name}.weight"].shape
-            sizes = choose_rotation(in_features, group.wished_blocks)
-            has_bias = f"{name}.bias" in source.entries
-            specs[name] = LayerSpec(out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias)
-            # A block whose widths differ from the first one's gets an entry of its own.
-            leaf = member.rpartition(".")[2]
-            if rotation.setdefault(leaf, sizes) != sizes:
-                rotation[name] = sizes
+        for group, names in source.groups_of_block(index):
+            for name in names:
+                out_features, in_features = source.entries[f"{name}.weight"].shape
+                sizes = choose_rotation(in_features, group.wished_blocks)
+                has_bias = f"{name}.bias" in source.entries
+                specs[name] = LayerSpec(
+                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias
+                )
+                # A block whose widths differ from the first one's gets an entry of its own.
+                if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
+                    rotation[name] = sizes
+    if not specs:
+        raise SourceError(f"{source.folder}: --ignore leaves no linear to quantize: ignore fewer")
     if rank is None:
         rank = auto_rank(specs.values())
     for name, spec in specs.items():
@@ -138,6 +141,7 @@ def make_plan(
         clip=clip,
         rank=rank,
         rotation=rotation,
+        ignore=[HEAD_MODULE, *source.ignore],
         lm_head=head_args() if head_source else None,
         provenance=provenance,
     )

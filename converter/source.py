@@ -1,16 +1,17 @@
 """The model to convert: found, checked before any work, and read lazily, one decoder block at a time."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from bwla_converter.families import Family, find_family
+from bwla_converter.families import Family, Group, find_family
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.folder import Entry, read_folder, read_json
+from bwla_kernels.format.schema import is_ignored
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
@@ -35,6 +36,7 @@ class Source:
         num_blocks: decoder blocks, as transformers reads config.json.
         tied_head: whether the head is the embedding, used again.
         revision: commit of a Hub snapshot, else empty.
+        ignore: linears to leave as they are, see `bwla_kernels.format.schema.is_ignored`.
     """
 
     folder: Path
@@ -44,6 +46,24 @@ class Source:
     num_blocks: int
     tied_head: bool
     revision: str = ""
+    ignore: tuple[str, ...] = ()
+
+    def groups_of_block(self, index: int) -> Iterator[tuple[Group, list[str]]]:
+        """The input groups of a decoder block that are to be quantized, with the names of their linears.
+
+        Raises:
+            SourceError: a group of which `ignore` names some members and not the others.
+        """
+        for group in self.family.groups:
+            names = [f"{self.family.block_name(index)}.{member}" for member in group.members]
+            ignored = [name for name in names if is_ignored(name, self.ignore)]
+            if ignored and len(ignored) < len(names):
+                raise SourceError(
+                    f"{ignored[0]}: shares its input with {', '.join(name for name in names if name not in ignored)}, "
+                    "so they can only be ignored together: name them all with --ignore, or none"
+                )
+            if not ignored:
+                yield group, names
 
     def names_of_block(self, index: int) -> list[str]:
         """Names of all tensors of one decoder block."""
@@ -92,7 +112,7 @@ def locate(model: str) -> tuple[Path, str]:
     return snapshot, snapshot.name
 
 
-def open_source(model: str) -> Source:
+def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
     """Find a model, read its headers and check that it can be converted, values aside (`check_values`).
 
     Raises:
@@ -105,7 +125,9 @@ def open_source(model: str) -> Source:
     outline = outline_model(folder)
     entries = read_folder(folder, SourceError)
     tied = bool(outline.config.tie_word_embeddings)
-    source = Source(folder, config, family, entries, outline.config.num_hidden_layers, tied, revision)
+    source = Source(
+        folder, config, family, entries, outline.config.num_hidden_layers, tied, revision, tuple(ignore)
+    )
     _refuse(folder, [*_tensor_problems(source, outline), *_width_problems(source)])
     return source
 
@@ -128,8 +150,8 @@ def check_values(source: Source, on_tensor: Callable[[str], None] = lambda name:
 
 def _linear_weights(source: Source) -> Iterator[str]:
     for index in range(source.num_blocks):
-        for _, member in source.family.linears():
-            yield f"{source.family.block_name(index)}.{member}.weight"
+        for _, names in source.groups_of_block(index):
+            yield from (f"{name}.weight" for name in names)
 
 
 def outline_model(folder: Path) -> PreTrainedModel:
@@ -168,8 +190,8 @@ def _tensor_problems(source: Source, outline: PreTrainedModel) -> Iterator[str]:
 
 
 def _width_problems(source: Source) -> Iterator[str]:
-    for group, member in source.family.linears():
-        name = f"{source.family.block_name(0)}.{member}.weight"
+    for group, names in source.groups_of_block(0):
+        name = f"{names[0]}.weight"
         entry = source.entries.get(name)
         if entry is not None and len(entry.shape) == 2:
             try:

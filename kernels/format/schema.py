@@ -4,7 +4,7 @@ compressed-tensors' `CompressionFormat` is a closed enum, so its compressor regi
 `QuantizationArgs` and its name matching are reused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from bwla_kernels.errors import FormatError
@@ -38,6 +38,11 @@ def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
     """Look a module up by suffix: the longest key that equals `name` or ends it at a dot wins."""
     hits = [key for key in table if name == key or name.endswith("." + key)]
     return table[max(hits, key=len)] if hits else None
+
+
+def is_ignored(name: str, ignore: Iterable[str]) -> bool:
+    """Whether a module is named by one of `ignore`: whole, by its last parts, or by a `re:` pattern."""
+    return any(match_name(name, target) or name.endswith("." + target) for target in ignore)
 
 
 class Provenance(BaseModel):
@@ -114,7 +119,7 @@ class BWLAFormat(BaseModel):
 
     def is_ignored(self, name: str) -> bool:
         """Whether the module called `name` is left unquantized by `ignore`."""
-        return any(match_name(name, target) or name.endswith("." + target) for target in self.ignore)
+        return is_ignored(name, self.ignore)
 
     def layer_spec(
         self, name: str, out_features: int, in_features: int, bias: bool = False

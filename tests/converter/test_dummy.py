@@ -26,7 +26,9 @@ def test_every_family_from_its_config_alone(make_model, tmp_path: Path, family: 
 
 
 def test_from_the_command_line(make_model, tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, [str(make_model()), str(tmp_path / "out"), "--dummy", "--lm-head-bits", "8"])
+    result = CliRunner().invoke(
+        app, [str(make_model()), str(tmp_path / "out"), "--dummy", "--lm-head-bits", "8"]
+    )
     assert result.exit_code == 0, result.output
     assert "random weights" in result.output
     verify(tmp_path / "out")

@@ -256,3 +256,25 @@ def test_a_damaged_head_is_noticed(make_model, tmp_path, edit) -> None:
         FormatError, match=r"lm_head\.weight_int8: expected shape \[96, 64\], found \[95, 64\]"
     ):
         check_folder(out)
+
+
+def test_ignored_linears_stay_as_they_are(make_model, tmp_path) -> None:
+    folder, out = make_model(), tmp_path / "out"
+    convert(Options(str(folder), out, ignore=("down_proj", "re:model[.]layers[.]1[.]self_attn[.][qkv]_proj")))
+    before, after = read_all(folder), read_all(out)
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
+        assert torch.equal(after[name], before[name])
+    assert len(check_folder(out)) == 14 - 2 - 3
+
+
+def test_part_of_a_group_cannot_be_ignored(make_model, tmp_path) -> None:
+    with pytest.raises(
+        SourceError, match=r"k_proj: shares its input with .*q_proj.*name them all with --ignore"
+    ):
+        convert(Options(str(make_model()), tmp_path / "out", ignore=("k_proj",)))
+
+
+def test_a_width_that_cannot_be_packed_may_be_ignored(make_model, tmp_path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model(intermediate_size=100)), out, ignore=("down_proj",)))
+    assert len(check_folder(out)) == 12
