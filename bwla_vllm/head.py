@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
-from bwla_kernels.ops import HeadBackend, head_backends, select_head_backend
+from bwla_kernels.ops import HeadBackend, select_head_backend
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -36,8 +36,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     """The head of a checkpoint with `lm_head` in its config.
 
     Args:
-        wanted: backend asked for, or None. Heads and layers have backends of their own, so a name that only
-            layers know leaves the choice open here.
+        wanted: backend asked for, or None.
     """
 
     def __init__(self, wanted: str | None) -> None:
@@ -62,9 +61,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             set_weight_attrs(parameter, {"output_dim": 0, **extra_weight_attrs})
             layer.register_parameter(name, parameter)
         with one_sentence():
-            known = {backend.name for backend in head_backends()}
-            wanted = self.wanted if self.wanted in known else None
-            backend, reason = select_head_backend(spec, layer.weight_int8.device, wanted)
+            backend, reason = select_head_backend(spec, layer.weight_int8.device, self.wanted)
         logger.info_once("BWLA head, 8 bits: %s", reason)
         config = get_current_vllm_config_or_none()
         dummy = config is not None and str(config.load_config.load_format) == "dummy"

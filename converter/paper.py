@@ -33,7 +33,7 @@ class PaperOptions:
         scale_rounds: alternations of row and column scales.
         start: start of the rotation.
         unbiased: rescale the rows so that the signs keep all of the weight instead of its least-squares
-            share. The weight's error grows, the model's shrinks (`binarize`).
+            share. The weight's distance grows and the model's loss falls (`binarize` says why).
         row_mean: spend one rank on the row means of the residual (the paper's row centring) instead of one
             more direction of the low-rank part. Off: a free direction removes several times as much error.
     """
@@ -82,7 +82,7 @@ def quantize_group(
 ) -> GroupResult:
     """Quantize the linears that read one input.
 
-    Holds two copies of the group's weights in float32 at the most, beside the weights themselves.
+    Holds two copies of the group's weights in float32 beside the weights themselves, and work space.
 
     Args:
         weights: module name -> W [N_i, K], any float dtype, one device. The order of the names matters.

@@ -12,7 +12,6 @@ holds that number, so `--steps` repeats such a run exactly.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -20,25 +19,22 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import rich
-import safetensors
-import tokenizers
 import torch
-import torch.nn.functional as F
-import transformers
+from example_text import batches, describe_file, load_stream, read_documents, train_tokenizer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import TimeElapsedColumn as Elapsed
+from rich.progress import TimeRemainingColumn as Remaining
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-END_OF_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 2048
 MAX_WEIGHT_BYTES = 4_000_000  # the folder lives in git
+SCORED_WINDOWS = 600  # about 300,000 tokens
 SPEED_STEPS = 30  # with --minutes: steps measured before the number of steps is fixed
 EXAMPLES = """examples:
   %(prog)s --text book1.txt book2.txt --valid other.txt --out my-model --minutes 20
@@ -49,33 +45,37 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights, next to the text. Lengths are in tokens, `batch` in windows."""
+    """What decides the weights, next to the text; sizes are in tokens.
+
+    Most steps take short windows, which are faster; the last ones teach the positions of the long window.
+    """
 
     seed: int = 0
     window: int = 512
-    batch: int = 8
-    lr: float = 3e-3
-    min_lr: float = 3e-5
+    short_window: int = 256
+    short_part: float = 0.8
+    batch: int = 4096
+    lr: float = 6e-3
     warmup: int = 200
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.98
     clip: float = 1.0
-    autocast_bf16: bool = True
-    compile: bool = False
+    bf16: bool = True
     threads: int = 2
 
 
 def model_config() -> Qwen3Config:
     """The example's shape: 1,968,064 parameters; hidden and intermediate sizes are multiples of 64."""
     return Qwen3Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=2048,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
+        initializer_range=0.06,  # about 1 / sqrt(hidden_size) learns faster here than the usual 0.02
         tie_word_embeddings=True,
         max_position_embeddings=1024,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
@@ -85,131 +85,43 @@ def model_config() -> Qwen3Config:
     )
 
 
-# --- text ---------------------------------------------------------------------------------------------
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of one UTF-8 file; two or more blank lines separate documents. Byte order marks go.
-
-    Raises ValueError when the file cannot be read, is not UTF-8 or holds no text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"{path}: expected a readable text file, found {error.strerror}; check the path") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found another byte at {error.start}; convert it") from error
-    parts = [part.strip() for part in re.split(r"\n{3,}", text.replace("\ufeff", ""))]
-    documents = [part for part in parts if part]
-    if not documents:
-        raise ValueError(f"{path}: expected text, found only white space; give another file")
-    return documents
-
-
-def describe_file(path: Path) -> dict[str, object]:
-    """Name, size in bytes and SHA-256 of one input file, for the record."""
-    data = path.read_bytes()
-    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` entries; <|endoftext|> is entry 0.
-
-    Raises ValueError when the text is too small to fill the vocabulary.
-    """
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    if tokenizer.get_vocab_size() != VOCAB_SIZE:
-        found = tokenizer.get_vocab_size()
-        raise ValueError(f"--text: expected enough text for {VOCAB_SIZE} tokens, found {found}; give more text")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        model_max_length=model_config().max_position_embeddings,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> Tensor:
-    """One int64 stream [tokens]; every document starts with <|endoftext|>."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    encodings = tokenizer.backend_tokenizer.encode_batch(documents, add_special_tokens=False)
-    return torch.tensor([i for encoding in encodings for i in (end, *encoding.ids)], dtype=torch.int64)
-
-
-def load_stream(tokenizer: PreTrainedTokenizerFast, paths: list[Path], option: str, window: int) -> tuple[Tensor, int]:
-    """The token stream of some files and the size of their text in bytes.
-
-    Raises ValueError when there is less than one window and one token of it.
-    """
-    documents = [document for path in paths for document in read_documents(path)]
-    stream = encode(tokenizer, documents)
-    if len(stream) <= window:
-        raise ValueError(f"{option}: expected more than {window} tokens, found {len(stream)}; give more text")
-    return stream, sum(len(document.encode()) for document in documents)
-
-
-def batches(stream: Tensor, recipe: Recipe) -> Iterator[Tensor]:
-    """Endless [batch, window + 1] batches. Each pass cuts the stream at a new random phase and shuffles it."""
-    generator = torch.Generator().manual_seed(recipe.seed)
-    waiting = torch.empty(0, dtype=torch.int64)
-    offsets = torch.arange(recipe.window + 1)
-    while True:
-        phase = int(torch.randint(recipe.window, (), generator=generator))
-        starts = torch.arange(phase, len(stream) - recipe.window, recipe.window)
-        waiting = torch.cat([waiting, starts[torch.randperm(len(starts), generator=generator)]])
-        while len(waiting) >= recipe.batch:
-            chosen, waiting = waiting[: recipe.batch], waiting[recipe.batch :]
-            yield stream[chosen[:, None] + offsets]
-
-
-# --- training -----------------------------------------------------------------------------------------
-
-
 def learning_rate(step: int, steps: int | None, recipe: Recipe) -> float:
-    """Linear warm-up, then cosine from `lr` to `min_lr`; `steps` is not needed during the warm-up."""
-    if step < recipe.warmup:
+    """Linear warm-up, then cosine to a hundredth of `lr`; `steps` may be unknown during the warm-up."""
+    if step < recipe.warmup or steps is None:
         return recipe.lr * (step + 1) / recipe.warmup
-    if steps is None:
-        raise ValueError("the number of steps must be known after the warm-up")
-    progress = (step - recipe.warmup) / max(1, steps - recipe.warmup)
-    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * progress))
+    progress = (step - recipe.warmup) / (steps - recipe.warmup)
+    return recipe.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
     """AdamW; matrices decay, norm weights do not."""
-    parameters = list(model.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 
 @torch.no_grad()
-def evaluate(model: Qwen3ForCausalLM, stream: Tensor, window: int, batch: int = 16, limit: int | None = None) -> float:
-    """Mean next-token loss in nats over non-overlapping windows, each without any earlier context.
+def evaluate(model: Qwen3ForCausalLM, stream: Tensor, window: int, limit: int | None = None) -> float:
+    """Mean next-token loss in nats over non-overlapping windows of `stream`, int64 [tokens].
 
-    A window of 512 tokens gives 511 predictions. `limit` takes that many windows, spread evenly.
+    Every window stands alone, so 512 tokens give 511 predictions. `limit` takes that many windows, spread
+    evenly over the stream.
     """
     windows = stream[: len(stream) // window * window].view(-1, window)
     if limit is not None and limit < len(windows):
         windows = windows[torch.linspace(0, len(windows) - 1, limit).long()]
     total = 0.0
-    for chunk in windows.split(batch):
+    for chunk in windows.split(16):
         logits = model(input_ids=chunk, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
+        total += cross_entropy(logits.flatten(0, 1), chunk[:, 1:].flatten(), reduction="sum").item()
     return total / (len(windows) * (window - 1))
+
+
+def steps_for(minutes: float, seconds_a_step: float, recipe: Recipe) -> int:
+    """How many steps fit into `minutes`; at least twice the warm-up, so that the rate can fall again."""
+    return max(2 * recipe.warmup, round(minutes * 60 / seconds_a_step))
 
 
 def train(
@@ -224,95 +136,94 @@ def train(
 ) -> dict[str, object]:
     """Train `model` in place for `steps`, or for about `minutes` when `steps` is None.
 
-    Returns the record: steps, tokens seen, seconds, and the loss curve (a point every `every` steps: the mean
-    training loss since the last point and the loss of 64 validation windows).
+    `data` and `valid` are int64 streams [tokens]. Returns the steps, tokens seen, seconds, and the loss
+    curve: every `every` steps the mean training loss since the last point and the loss of 48 validation
+    windows. Raises FloatingPointError when the loss stops being finite.
     """
 
     def loss_of(batch: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast_bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-        return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        return cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
 
-    step_loss = torch.compile(loss_of, dynamic=False) if recipe.compile else loss_of
     optimizer = make_optimizer(model, recipe)
-    source = batches(data, recipe)
+    short = batches(data, recipe.short_window, recipe.batch // recipe.short_window, recipe.seed)
+    long = batches(data, recipe.window, recipe.batch // recipe.window, recipe.seed + 1)
     curve: list[dict[str, float]] = []
-    sums, since, step = torch.zeros(()), 0, 0
-    start = speed_start = time.perf_counter()
-    columns = (
+    losses: list[float] = []
+    step = 0
+    start = settled = time.perf_counter()
+    loss_text, speed_text = (
         TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+    )
+    columns = (
+        loss_text,
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        Elapsed(),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        Remaining(),
+        speed_text,
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps, loss=math.nan, speed=0.0)
         while steps is None or step < steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, recipe)
-            loss = step_loss(next(source))
+            is_short = steps is None or step < recipe.short_part * steps
+            loss = loss_of(next(short if is_short else long))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            sums, since = sums + loss.detach(), since + 1
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise FloatingPointError(f"step {step}: the loss is {losses[-1]}; use a lower --lr")
             now = time.perf_counter()
-            if step == 5:  # the first steps compile and warm up
-                speed_start = now
+            if step == SPEED_STEPS // 3:  # the first steps fill caches
+                settled = now
             if steps is None and step == SPEED_STEPS:
-                seconds_a_step = (now - speed_start) / (SPEED_STEPS - 5)
-                steps = step + max(recipe.warmup, round((minutes * 60 - (now - start)) / seconds_a_step))
-                console.print(f"{seconds_a_step:.3f} s a step: {steps} steps in about {minutes:g} minutes")
-            speed = step * recipe.batch * recipe.window / (now - start)
-            progress.update(task, advance=1, total=steps, loss=loss.item(), speed=speed)
+                steps = steps_for(minutes, (now - settled) / (SPEED_STEPS - SPEED_STEPS // 3), recipe)
+                console.print(f"{steps} steps fit into about {minutes:g} minutes")
+            speed = step * recipe.batch / (now - start)
+            progress.update(task, advance=1, total=steps, loss=losses[-1], speed=speed)
             if step % every == 0 or step == steps:
-                model.eval()
-                checked = evaluate(model, valid, recipe.window, limit=64)
-                model.train()
-                train_loss = sums.item() / since
-                if not math.isfinite(train_loss):
-                    raise FloatingPointError(f"step {step}: the loss is not finite; use a lower --lr")
-                curve.append({"step": step, "train_loss": round(train_loss, 4), "valid_loss": round(checked, 4)})
-                console.print(f"step {step:5d}  train {train_loss:.4f}  valid {checked:.4f}  {speed:,.0f} tokens/s")
-                sums, since = torch.zeros(()), 0
+                mean = sum(losses) / len(losses)
+                with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
+                    checked = evaluate(model, valid, recipe.window, limit=48)
+                curve.append({"step": step, "train_loss": round(mean, 4), "valid_loss": round(checked, 4)})
+                console.print(f"step {step:5d}  train {mean:.4f}  valid {checked:.4f}  {speed:,.0f} tokens/s")
+                losses.clear()
     return {
         "steps": step,
-        "tokens_seen": step * recipe.batch * recipe.window,
-        "passes_over_text": round(step * recipe.batch * recipe.window / len(data), 2),
+        "tokens_seen": step * recipe.batch,
+        "passes_over_text": round(step * recipe.batch / len(data), 2),
         "training_seconds": round(time.perf_counter() - start, 1),
         "loss_curve": curve,
     }
 
 
-# --- the record and the folder ------------------------------------------------------------------------
-
-
 def scores(model: Qwen3ForCausalLM, stream: Tensor, text_bytes: int, window: int) -> dict[str, float]:
-    """Loss (nats a token), perplexity, and bits a byte (which does not depend on the tokenizer)."""
-    loss = evaluate(model, stream, window)
+    """Loss (nats a token), perplexity, and bits a byte of text, which do not depend on the tokenizer.
+
+    A long text is scored on `SCORED_WINDOWS` windows, spread evenly.
+    """
+    loss = evaluate(model, stream, window, limit=SCORED_WINDOWS)
     bits = loss / math.log(2) * len(stream) / text_bytes
     return {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 3), "bits_per_byte": round(bits, 4)}
 
 
 def processor_name() -> str:
-    """The processor's name where the system tells it, otherwise its architecture."""
+    """The processor's name where Linux tells it, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
     return str(names[0]) if names else platform.machine()
 
 
-def command_line(arguments: list[str]) -> str:
-    """The command with every path cut to its last part: folders are nobody's business."""
-    parts = [Path(a).name if "/" in a or "\\" in a else a for a in arguments]
-    return shlex.join(["python", "train_example.py", *parts])
-
-
 def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights (bfloat16), config, generation config and tokenizer to `out`.
+    """Write weights, config, generation config and tokenizer to `out`.
 
     Raises ValueError when the weights are over `MAX_WEIGHT_BYTES`.
     """
@@ -321,106 +232,106 @@ def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out
     tokenizer.save_pretrained(out)
     size = (out / "model.safetensors").stat().st_size
     if size > MAX_WEIGHT_BYTES:
-        raise ValueError(f"model.safetensors: expected at most {MAX_WEIGHT_BYTES} bytes, found {size}; shrink the model")
+        raise ValueError(
+            f"model.safetensors: expected at most {MAX_WEIGHT_BYTES} bytes, found {size}; shrink it"
+        )
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; `--help` shows examples."""
-    default = Recipe()
     parser = argparse.ArgumentParser(
         prog="train_example.py",
         description="Train the small example language model from scratch on plain text files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text to train on")
-    parser.add_argument("--valid", type=Path, required=True, metavar="FILE", help="text to watch the loss on")
-    parser.add_argument("--test", type=Path, metavar="FILE", help="text scored once, at the end")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder for the model")
+    add, recipe = parser.add_argument, Recipe()
+    add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text to train on")
+    add("--valid", type=Path, required=True, metavar="FILE", help="text to watch the loss on")
+    add("--test", type=Path, metavar="FILE", help="text scored once, at the end")
+    add("--out", type=Path, required=True, metavar="DIR", help="new or empty folder for the model")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=20.0, help="how long to train (default: %(default)s)")
+    length.add_argument("--minutes", type=float, default=20.0, help="training time (default: %(default)s)")
     length.add_argument("--steps", type=int, help="exact number of steps instead of --minutes")
-    parser.add_argument("--seed", type=int, default=default.seed, help="(default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=default.lr, help="highest learning rate (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=default.batch, help="windows a step (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=default.warmup, help="warm-up steps (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=default.weight_decay, help="(default: %(default)s)")
-    parser.add_argument("--every", type=int, default=100, help="steps between loss records (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=default.threads, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile: a little faster, needs g++")
-    parser.add_argument("--fp32", action="store_true", help="compute in float32, for a CPU without bfloat16")
+    add("--seed", type=int, default=recipe.seed, help="(default: %(default)s)")
+    add("--lr", type=float, default=recipe.lr, help="highest learning rate (default: %(default)s)")
+    add("--batch", type=int, default=recipe.batch, help="tokens a step (default: %(default)s)")
+    add("--warmup", type=int, default=recipe.warmup, help="warm-up steps (default: %(default)s)")
+    add("--every", type=int, default=100, help="steps between loss records (default: %(default)s)")
+    add("--threads", type=int, default=recipe.threads, help="CPU threads (default: %(default)s)")
+    add("--fp32", action="store_true", help="compute in float32, for a CPU without bfloat16 instructions")
     return parser.parse_args(arguments)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ValueError, before any work, on values that cannot lead to a model."""
     for name in ("batch", "warmup", "every", "threads", "lr", "minutes"):
-        if getattr(args, name) <= 0:
-            raise ValueError(f"--{name}: expected more than 0, found {getattr(args, name)}; give a positive number")
+        value = getattr(args, name)
+        if value <= 0:
+            raise ValueError(f"--{name}: expected more than 0, found {value}; give a positive number")
+    if args.batch % Recipe.window:
+        raise ValueError(f"--batch: expected a multiple of {Recipe.window}, found {args.batch}; change it")
     if args.steps is not None and args.steps <= args.warmup:
-        raise ValueError(f"--steps: expected more than --warmup ({args.warmup}), found {args.steps}; change one")
+        raise ValueError(
+            f"--steps: expected more than --warmup {args.warmup}, found {args.steps}; change one"
+        )
     if args.steps is None and args.warmup < SPEED_STEPS:
-        raise ValueError(f"--warmup: expected at least {SPEED_STEPS} with --minutes, found {args.warmup}; raise it")
+        raise ValueError(f"--warmup: --minutes needs at least {SPEED_STEPS}, found {args.warmup}; raise it")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"{args.out}: expected a new or empty folder, found something there; choose another --out")
+        raise ValueError(f"{args.out}: expected a new or empty folder, found something; choose another --out")
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command as it was given, every path cut to its last part."""
+    return shlex.join(["python", "train_example.py", *(Path(a).name if "/" in a else a for a in arguments)])
 
 
 def run(arguments: list[str], console: Console) -> None:
-    """Train, save, load the saved folder again and score that. Raises ValueError on bad input."""
+    """Train, save, read the saved folder back and score that. Raises ValueError on bad input."""
     args = parse_arguments(arguments)
     check_arguments(args)
-    recipe = Recipe(
-        seed=args.seed,
-        batch=args.batch,
-        lr=args.lr,
-        min_lr=args.lr / 100,
-        warmup=args.warmup,
-        weight_decay=args.weight_decay,
-        autocast_bf16=not args.fp32,
-        compile=args.compile,
-        threads=args.threads,
-    )
+    chosen = {name: getattr(args, name) for name in ("seed", "batch", "lr", "warmup", "threads")}
+    recipe = Recipe(**chosen, bf16=not args.fp32)
     began = time.perf_counter()
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(recipe.seed)
 
-    files = {"train": args.text, "valid": [args.valid]} | ({"test": [args.test]} if args.test else {})
-    tokenizer = train_tokenizer([document for path in args.text for document in read_documents(path)])
-    streams = {name: load_stream(tokenizer, paths, f"--{name}", recipe.window) for name, paths in files.items()}
-    model = Qwen3ForCausalLM(model_config())
+    config = model_config()
+    files = {"text": args.text, "valid": [args.valid]} | ({"test": [args.test]} if args.test else {})
+    documents = {path: read_documents(path) for paths in files.values() for path in paths}
+    texts = [document for path in args.text for document in documents[path]]
+    tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
+    streams = {name: load_stream(tokenizer, files[name], f"--{name}", recipe.window) for name in files}
+    data, valid = streams["text"][0], streams["valid"][0]
+    model = Qwen3ForCausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())
-    console.print(f"{parameters:,} parameters, {len(streams['train'][0]):,} training tokens")
-    record = train(
-        model, streams["train"][0], streams["valid"][0], recipe, args.steps, args.minutes, args.every, console
-    )
+    console.print(f"{parameters:,} parameters, {len(data):,} training tokens")
+    record = train(model, data, valid, recipe, args.steps, args.minutes, args.every, console)
     save_folder(model.to(torch.bfloat16), tokenizer, args.out)
 
     # What counts is the file: bfloat16 weights, read back.
-    saved = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16).eval()
-    final = {name: scores(saved, stream, size, recipe.window) for name, (stream, size) in streams.items()}
+    saved = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16)
+    final = {name: scores(saved, *streams[name], recipe.window) for name in streams}
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
     result = {
         "command": command_line(arguments),
         "recipe": asdict(recipe),
         "parameters": parameters,
-        "text": {name: [describe_file(path) for path in paths] for name, paths in files.items()},
-        "text_tokens": {name: len(stream) for name, (stream, _) in streams.items()},
+        "files": {name: [describe_file(path) for path in paths] for name, paths in files.items()},
+        "tokens": {name: len(stream) for name, (stream, _) in streams.items()},
         **record,
-        "final": final | {"note": f"saved bfloat16 weights, separate {recipe.window}-token windows, loss in nats"},
+        "final_note": f"saved bfloat16 weights, separate {recipe.window}-token windows, loss in nats a token",
+        "final": final,
         "seconds": round(time.perf_counter() - began, 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-            "safetensors": safetensors.__version__,
-        },
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": {"processor": processor_name(), "threads": recipe.threads, "system": platform.system()},
     }
     (args.out / "training.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    rich.print(final)
+    console.print_json(data=final)
     prompt = tokenizer("The old man", return_tensors="pt").input_ids
-    console.print(tokenizer.decode(saved.generate(prompt, max_new_tokens=80, do_sample=False)[0]), markup=False)
+    sample = saved.generate(prompt, max_new_tokens=80, do_sample=False)
+    console.print(tokenizer.decode(sample[0]), markup=False)
 
 
 def main() -> int:

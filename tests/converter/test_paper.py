@@ -134,6 +134,16 @@ def test_a_row_mean_takes_one_rank() -> None:
     assert result.psp_trace == []
 
 
+def test_a_row_mean_is_that_of_what_the_low_rank_part_leaves() -> None:
+    offset = {name: weight + 0.05 for name, weight in group().items()}
+    result = quantize_group(offset, specs_of(offset, rank=3), options=replace(QUICK, row_mean=True))
+    for name, weight in offset.items():
+        t = result.tensors[name]
+        low = t["low_rank_b"].float() @ t["low_rank_a"].float()
+        rows = rotate(weight - low, t["rotation_left"], t["rotation_right"])
+        assert rows.mean(1).abs().max() < 0.01 * rows.abs().mean()
+
+
 def test_biases_pass_through() -> None:
     weights = group()
     bias = torch.arange(16).to(torch.bfloat16)
