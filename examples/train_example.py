@@ -331,7 +331,7 @@ def run(arguments: list[str], console: Console) -> None:
     console.print_json(data=final)
     prompt = tokenizer("The old man", return_tensors="pt").input_ids
     sample = saved.generate(prompt, max_new_tokens=80, do_sample=False)
-    console.print(tokenizer.decode(sample[0]), markup=False)
+    console.print(tokenizer.decode(sample[0]), markup=False, soft_wrap=True)
 
 
 def main() -> int:
@@ -340,7 +340,7 @@ def main() -> int:
     try:
         run(sys.argv[1:], console)
     except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
     return 0
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
+from bwla_kernels.cpu.backend import CpuBackend
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HeadSpec
@@ -57,7 +58,7 @@ Chosen = TypeVar("Chosen", Backend, HeadBackend)
 @functools.cache
 def backends() -> tuple[Backend, ...]:
     """All backends of layers, the fastest first; the last one runs anything."""
-    return (TorchBackend(),)
+    return (CpuBackend(), TorchBackend())
 
 
 @functools.cache
@@ -87,8 +88,10 @@ def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = N
 def select_head_backend(
     spec: HeadSpec, device: torch.device, wanted: str | None = None
 ) -> tuple[HeadBackend, str]:
-    """Choose the backend of an 8-bit head; as `select_backend`."""
+    """Choose the backend of an 8-bit head; as `select_backend`, but a name that only layers know is no demand."""
     choices = head_backends()
+    if wanted in {backend.name for backend in backends()} - {backend.name for backend in choices}:
+        wanted = None
     return _select(
         choices, lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", wanted
     )

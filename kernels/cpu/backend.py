@@ -1,0 +1,76 @@
+"""The CPU backend: the compiled kernel behind the interface of `ops.Backend`, as a torch.library op."""
+
+import functools
+from collections.abc import Mapping
+
+import torch
+from bwla_kernels.cpu import linear as kernel
+from bwla_kernels.format import LayerSpec
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("bwla", "FRAGMENT")
+_LIBRARY.define(
+    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int blocks, int n1, int n2, int rank, "
+    "int bits, float clip) -> Tensor"
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(out_features: int, blocks: int, n1: int, n2: int, rank: int, bits: int, clip: float) -> LayerSpec:
+    return LayerSpec(out_features, blocks * n1 * n2, blocks, n1, n2, rank, bits, clip)
+
+
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    blocks: int,
+    n1: int,
+    n2: int,
+    rank: int,
+    bits: int,
+    clip: float,
+) -> Tensor:
+    return kernel.linear(x, packed, _spec(out_features, blocks, n1, n2, rank, bits, clip), bias)
+
+
+def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *_: object) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+_LIBRARY.impl("linear_cpu", _linear, "CPU")
+torch.library.register_fake("bwla::linear_cpu", _linear_fake, lib=_LIBRARY)
+
+
+class CpuBackend:
+    """The compiled table-lookup kernel, on the CPU."""
+
+    name = "cpu"
+
+    def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
+        """Layers on the CPU with quantized activations, where the kernel was built."""
+        if device.type != "cpu":
+            return False, f"the compiled kernel runs on the CPU, not on {device}"
+        return kernel.can_implement(spec)
+
+    def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+        """Repack everything into one tensor, `packed`; a bias stays as it is."""
+        bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
+        return {"packed": kernel.pack(tensors, spec), **bias}
+
+    def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x."""
+        y: Tensor = torch.ops.bwla.linear_cpu(
+            x,
+            tensors["packed"],
+            tensors.get("bias"),
+            spec.out_features,
+            spec.blocks,
+            spec.n1,
+            spec.n2,
+            spec.rank,
+            spec.bits,
+            spec.clip,
+        )
+        return y

@@ -1,0 +1,274 @@
+// The CPU kernel of a BWLA layer behind a plain C interface: no Python, no torch, no OpenMP at link time.
+//
+// One file, compiled once without -march: the pieces in *.h are included again for every instruction set,
+// each time in a namespace of its own under a target pragma, and a call picks one by number.
+//
+// How the product of 1-bit weights and integer activations is computed, and why by table lookup: see
+// lut_vbmi.h.
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "layout.h"
+#include "plan.h"
+#include "runtime.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#define BWLA_X86 1
+#endif
+
+#define NOINLINE __attribute__((noinline))
+#if defined(__clang__)
+#define BWLA_UNROLL _Pragma("clang loop unroll(full)")
+#define BWLA_PRAGMA(text) _Pragma(#text)
+#define BWLA_TARGET(list) \
+    BWLA_PRAGMA(clang attribute push(__attribute__((target(list))), apply_to = function))
+#define BWLA_TARGET_END _Pragma("clang attribute pop")
+#else
+// Without this GCC 12 keeps register tiles in memory.
+#define BWLA_UNROLL _Pragma("GCC unroll 16")
+#define BWLA_PRAGMA(text) _Pragma(#text)
+#define BWLA_TARGET(list) _Pragma("GCC push_options") BWLA_PRAGMA(GCC target(list))
+#define BWLA_TARGET_END _Pragma("GCC pop_options")
+#endif
+
+// A short loop over registers.
+#define UNROLL(i, count) BWLA_UNROLL for (int i = 0; i < (count); ++i)
+
+namespace bwla {
+
+constexpr int64_t kReadAhead =
+    8192;  // bytes ahead of which memory is fetched into the level-2 cache, over all streams
+
+namespace scalar {
+#define BWLA_STRIP_VECTORS 2
+#include "vector_scalar.h"
+#include "lut_scalar.h"
+#include "variant.h"
+#undef BWLA_STRIP_VECTORS
+}  // namespace scalar
+
+#if BWLA_X86
+
+BWLA_TARGET("avx2,fma,f16c")
+namespace avx2 {
+#define BWLA_STRIP_VECTORS 2
+#include "vector_avx2.h"
+#include "tables_shuffle.h"
+#include "lut_avx2.h"
+#include "variant.h"
+#undef BWLA_STRIP_VECTORS
+}  // namespace avx2
+BWLA_TARGET_END
+
+#define BWLA_STRIP_VECTORS 5
+
+BWLA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+namespace avx512bw {
+#include "vector_avx512.h"
+#include "tables_shuffle.h"
+#include "lut_avx512bw.h"
+#include "variant.h"
+}  // namespace avx512bw
+BWLA_TARGET_END
+
+BWLA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")
+namespace avx512vbmi {
+#include "vector_avx512.h"
+#include "lut_vbmi.h"
+#include "variant.h"
+}  // namespace avx512vbmi
+BWLA_TARGET_END
+
+#endif
+
+enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512bw = 2, kAvx512vbmi = 3, kIsaCount = 4 };
+
+#if BWLA_X86
+// CPUID itself rather than the compiler's wrapper of it, which not every compiler's runtime fills in.
+static uint32_t find_supported() {
+    unsigned a = 0, b = 0, c1 = 0, d = 0, b7 = 0, c7 = 0, saved = 0;
+    if (!__get_cpuid(1, &a, &b, &c1, &d) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return 1u << kScalar;
+    const auto has = [](unsigned word, unsigned bit) { return (word >> bit & 1u) != 0; };
+    if (has(c1, 27))
+        __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));  // registers that the system saves
+    const bool avx2 =
+        (saved & 0x06u) == 0x06u && has(c1, 12) && has(c1, 29) && has(b7, 5);  // FMA, F16C, AVX2
+    const bool avx512bw =
+        avx2 && (saved & 0xE6u) == 0xE6u && has(b7, 16) && has(b7, 17) && has(b7, 30) && has(b7, 31);
+    const bool vbmi = avx512bw && has(c7, 1) && has(c7, 11);  // VBMI, VNNI; before: F, DQ, BW, VL
+    return 1u << kScalar | uint32_t(avx2) << kAvx2 | uint32_t(avx512bw) << kAvx512bw |
+           uint32_t(vbmi) << kAvx512vbmi;
+}
+#else
+static uint32_t find_supported() { return 1u << kScalar; }
+#endif
+
+static bool supported(int32_t isa) {
+    static const uint32_t found = find_supported();  // once: in a virtual machine each question is slow
+    return isa >= 0 && isa < kIsaCount && (found >> isa & 1u);
+}
+
+typedef void (*Run)(const Call&, const Plan&, Team&);
+
+static Run variant(int32_t isa) {
+    switch (isa) {
+#if BWLA_X86
+        case kAvx2: return avx2::run;
+        case kAvx512bw: return avx512bw::run;
+        case kAvx512vbmi: return avx512vbmi::run;
+#endif
+        default: return scalar::run;
+    }
+}
+
+enum Status : int32_t { kOk = 0, kBadArgument = 1, kNoMemory = 2, kUnsupportedIsa = 3 };
+
+struct RunBody {
+    const Call& call;
+    const Plan& plan;
+    Run run;
+    void operator()(Team& team) const { run(call, plan, team); }
+};
+
+struct PackBody {
+    const Tensors& tensors;
+    const Sizes& sizes;
+    Order order;
+    uint8_t* packed;
+    void operator()(Team& team) const {
+        if (team.id == 0) pack_input_side(tensors, sizes, packed);
+        const int64_t begin = sizes.panels() * team.id / team.size,
+                      end = sizes.panels() * (team.id + 1) / team.size;
+        for (int64_t panel = begin; panel < end; ++panel) pack_panel(tensors, sizes, order, panel, packed);
+    }
+};
+
+}  // namespace bwla
+
+// The plain C interface. Functions return 0, or 1: sizes or arguments that make no sense, 2: out of memory,
+// 3: an instruction set that this processor lacks. dtype: 0 bfloat16, 1 float16, 2 float32. threads: at most
+// so many, fewer where more would not pay; negative: exactly so many (for tests).
+
+#define BWLA_API extern "C" __attribute__((visibility("default")))
+
+// What stays the same from call to call.
+struct bwla_layer {
+    int32_t isa;  // 0 scalar, 1 AVX2, 2 AVX-512BW, 3 AVX-512 VBMI + VNNI
+    int32_t bits;
+    int64_t n, blocks, n1, n2, rank;
+    double clip;
+};
+
+static bwla::Sizes sizes_of(const bwla_layer& layer) {
+    return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank};
+}
+
+static bwla::Call call_of(const bwla_layer& layer, const uint8_t* packed, int64_t m) {
+    bwla::Call c{};
+    c.packed = packed, c.z = sizes_of(layer), c.m = m, c.bits = layer.bits, c.clip = layer.clip;
+    return c;
+}
+
+static int32_t execute(const bwla_layer& layer, const bwla::Call& c, int32_t threads) {
+    if (!bwla::supported(layer.isa)) return bwla::kUnsupportedIsa;
+    if (!c.z.valid() || c.m < 0 || c.bits < 2 || c.bits > 8) return bwla::kBadArgument;
+    if (c.m == 0) return bwla::kOk;
+    bwla::Plan plan = bwla::make_plan(c, threads);
+    char* base = bwla::workspace().reserve(bwla::place(c, plan, bwla::Arena{nullptr, 0}));
+    if (!base) return bwla::kNoMemory;
+    bwla::place(c, plan, bwla::Arena{base, 0});
+    bwla::RunBody body{c, plan, bwla::variant(layer.isa)};
+    bwla::run_parallel(plan.threads, body);
+    return bwla::kOk;
+}
+
+// Identifies the source that this library was compiled from.
+#ifndef BWLA_BUILD_ID
+#define BWLA_BUILD_ID "unknown"
+#endif
+BWLA_API const char* bwla_build_id() { return BWLA_BUILD_ID; }
+
+// The fastest instruction set that this processor can run.
+BWLA_API int32_t bwla_best_isa() {
+    int32_t isa = bwla::kIsaCount - 1;
+    while (!bwla::supported(isa)) --isa;
+    return isa;
+}
+
+BWLA_API int32_t bwla_isa_supported(int32_t isa) { return bwla::supported(isa); }
+
+// Hands over an OpenMP runtime: GOMP_parallel, GOMP_barrier, omp_get_thread_num, omp_get_num_threads.
+BWLA_API void bwla_set_openmp(void* parallel, void* barrier, void* thread_num, void* num_threads) {
+    bwla::OpenMP& runtime = bwla::openmp();
+    runtime.parallel = reinterpret_cast<decltype(runtime.parallel)>(parallel);
+    runtime.barrier = reinterpret_cast<decltype(runtime.barrier)>(barrier);
+    runtime.thread_num = reinterpret_cast<decltype(runtime.thread_num)>(thread_num);
+    runtime.num_threads = reinterpret_cast<decltype(runtime.num_threads)>(num_threads);
+}
+
+// Asks for huge pages under memory that was not touched yet.
+BWLA_API void bwla_advise_huge_pages(void* data, int64_t size) {
+    bwla::advise_huge_pages(data, std::size_t(size));
+}
+
+BWLA_API int64_t bwla_packed_bytes(const bwla_layer* layer) { return sizes_of(*layer).bytes(); }
+
+// Repacks a layer's tensors (bwla::Tensors says which) for the layer's instruction set into
+// bwla_packed_bytes.
+BWLA_API int32_t bwla_pack(const bwla_layer* layer, const int32_t* words, const float* scale,
+                           const uint16_t* low_rank_b, const float* left, const float* right,
+                           const float* column_scale, const uint16_t* low_rank_a, uint8_t* packed,
+                           int32_t threads) {
+    const bwla::Sizes sizes = sizes_of(*layer);
+    if (!sizes.valid() || (sizes.rank && !(low_rank_a && low_rank_b))) return bwla::kBadArgument;
+    const bwla::Tensors tensors{words, scale, low_rank_b, left, right, column_scale, low_rank_a};
+    const bool row_major = layer->isa == bwla::kAvx512vbmi;
+    bwla::PackBody body{tensors, sizes, row_major ? bwla::Order::kRowMajor : bwla::Order::kByteMajor, packed};
+    bwla::run_parallel(sizes.n * sizes.k() < (1 << 18) ? 1 : threads, body);
+    return bwla::kOk;
+}
+
+// The whole layer: x [m, k], rows x_stride elements apart -> out [m, n] of the same dtype. bias [n] may be
+// null.
+BWLA_API int32_t bwla_linear(const bwla_layer* layer, const uint8_t* packed, const void* x, int64_t m,
+                             int64_t x_stride, int32_t dtype, const void* bias, int32_t bias_dtype, void* out,
+                             int32_t threads) {
+    bwla::Call c = call_of(*layer, packed, m);
+    c.x = x, c.x_stride = x_stride, c.x_dtype = dtype;
+    c.bias = bias, c.bias_dtype = bias_dtype;
+    c.out = out, c.out_dtype = dtype;
+    return execute(*layer, c, threads);
+}
+
+// The input side alone: x -> codes q [m, k], scale float32 [m, blocks], u float32 [m, rank].
+BWLA_API int32_t bwla_prepare_input(const bwla_layer* layer, const uint8_t* packed, const void* x, int64_t m,
+                                    int64_t x_stride, int32_t dtype, int8_t* q, float* scale, float* u,
+                                    int32_t threads) {
+    bwla::Call c = call_of(*layer, packed, m);
+    c.x = x, c.x_stride = x_stride, c.x_dtype = dtype;
+    c.q = q, c.scale = scale, c.u = u;
+    return execute(*layer, c, threads);
+}
+
+// The weight side alone, without the bias, from codes that fit the layer's bits: q, scale, u -> out [m, n].
+BWLA_API int32_t bwla_binary_matmul(const bwla_layer* layer, const uint8_t* packed, const int8_t* q,
+                                    const float* scale, const float* u, int64_t m, void* out, int32_t dtype,
+                                    int32_t threads) {
+    bwla::Call c = call_of(*layer, packed, m);
+    c.q = const_cast<int8_t*>(q), c.scale = const_cast<float*>(scale), c.u = const_cast<float*>(u);
+    c.out = out, c.out_dtype = dtype;
+    return execute(*layer, c, threads);
+}
+
+// Only the integer dot products of that, sums int32 [m, blocks, n].
+BWLA_API int32_t bwla_dot_products(const bwla_layer* layer, const uint8_t* packed, const int8_t* q, int64_t m,
+                                   int32_t* sums, int32_t threads) {
+    bwla::Call c = call_of(*layer, packed, m);
+    c.q = const_cast<int8_t*>(q), c.sums = sums;
+    return execute(*layer, c, threads);
+}

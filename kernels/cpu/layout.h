@@ -1,0 +1,135 @@
+// The packed layer: how a layer's tensors lie in memory, in the order in which the kernel reads them.
+//
+//     rotation_left    float32 [G][n1][n1]
+//     rotation_right   float32 [G][n2][n2 rounded up to 16], padded with zeros
+//     column_scale     float32 [K]
+//     low_rank_a       bfloat16 [ceil(r/4)][K/32][4][32]: four rows side by side, one stream for a group of
+//     them panels           [ceil(N/64)]
+//
+// each part padded to 64 bytes. A panel holds 64 output rows, the last one padded with zeros:
+//
+//     signs            K/32 steps of 256 bytes, 4 columns to a nibble: an index into a table of 16 sums
+//     weight_scale     64 float32
+//     low_rank_b       bfloat16 [r][64]
+//
+// so that a matrix-vector product reads all of it once, in order. A step covers 32 columns. Byte i (0..3) of
+// a row has columns 4i..4i+3 in its low nibble and 16+4i..16+4i+3 in its high nibble. The 256 bytes of a step
+// come in one of two orders, by what the lookup instruction can address:
+//
+//     kRowMajor     [64 rows][4 bytes]: 4 neighbouring bytes belong to one row, which vpdpbusd adds up
+//     (vpermb) kByteMajor    [4 bytes][64 rows]: all bytes of a register use the same table (vpshufb); row r
+//     < 32 at byte 2r,
+//                   row 32 + r at byte 2r + 1, so that 16-bit sums of even and odd bytes come out in order
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace bwla {
+
+constexpr int64_t kRows = 64;     // rows of a panel
+constexpr int64_t kColumns = 32;  // columns of a step
+constexpr int64_t kStepBytes = 256;
+constexpr int64_t kTableBytes = 128;  // tables of one step and token: 8 groups of 4 columns, 16 entries each
+constexpr int kMaxTile = 4;           // code planes that one pass over a panel serves
+constexpr int64_t kGroup = 4;         // rows of low_rank_a side by side
+
+enum class Order { kRowMajor, kByteMajor };
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+struct Sizes {
+    int64_t n, blocks, n1, n2, rank;
+
+    int64_t width() const { return n1 * n2; }
+    int64_t k() const { return blocks * n1 * n2; }
+    int64_t padded() const { return round_up(n2, 16); }  // n2 in whole vectors of any variant
+    int64_t panels() const { return ceil_div(n, kRows); }
+    bool valid() const {
+        return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && (n1 * n2) % kColumns == 0;
+    }
+
+    // Offsets in bytes.
+    int64_t right_at() const { return round_up(blocks * n1 * n1 * 4, 64); }
+    int64_t column_scale_at() const { return right_at() + blocks * n2 * padded() * 4; }
+    int64_t low_rank_a_at() const { return column_scale_at() + k() * 4; }
+    int64_t panels_at() const { return low_rank_a_at() + ceil_div(rank, kGroup) * kGroup * k() * 2; }
+    int64_t sign_bytes() const { return k() / kColumns * kStepBytes; }
+    int64_t panel_bytes() const { return sign_bytes() + kRows * 4 + rank * kRows * 2; }
+    int64_t bytes() const { return panels_at() + panels() * panel_bytes(); }
+};
+
+struct Panel {
+    const uint8_t* signs;
+    const float* scale;
+    const uint16_t* low_rank;
+
+    Panel(const uint8_t* packed, const Sizes& z, int64_t index) {
+        signs = packed + z.panels_at() + index * z.panel_bytes();
+        scale = reinterpret_cast<const float*>(signs + z.sign_bytes());
+        low_rank = reinterpret_cast<const uint16_t*>(scale + kRows);
+    }
+};
+
+struct Tensors {
+    const int32_t* words;        // weight_packed [n, k / 32]
+    const float* scale;          // weight_scale [n]
+    const uint16_t* low_rank_b;  // bfloat16 [n, rank]; this and low_rank_a null for rank 0
+    const float* left;           // [blocks, n1, n1]
+    const float* right;          // [blocks, n2, n2]
+    const float* column_scale;   // [k]
+    const uint16_t* low_rank_a;  // bfloat16 [rank, k]
+};
+
+// Nibble j of a word goes to the low (j < 4) or high half of byte j % 4.
+inline uint32_t interleave_nibbles(uint32_t word) {
+    uint32_t bytes = 0;
+    for (int i = 0; i < 4; ++i) {
+        bytes |= ((word >> (4 * i) & 15u) | (word >> (16 + 4 * i) & 15u) << 4) << (8 * i);
+    }
+    return bytes;
+}
+
+inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t panel, uint8_t* packed) {
+    uint8_t* out = packed + z.panels_at() + panel * z.panel_bytes();
+    const int64_t steps = z.k() / kColumns, first = panel * kRows,
+                  rows = z.n - first < kRows ? z.n - first : kRows;
+    std::memset(out, 0, std::size_t(z.panel_bytes()));
+    for (int64_t c = 0; c < steps; ++c) {
+        uint8_t* step = out + c * kStepBytes;
+        for (int64_t r = 0; r < rows; ++r) {
+            const uint32_t bytes = interleave_nibbles(uint32_t(from.words[(first + r) * steps + c]));
+            for (int64_t i = 0; i < 4; ++i) {
+                const int64_t at = order == Order::kRowMajor ? 4 * r + i : 64 * i + 2 * (r % 32) + r / 32;
+                step[at] = uint8_t(bytes >> (8 * i));
+            }
+        }
+    }
+    float* scale = reinterpret_cast<float*>(out + z.sign_bytes());
+    uint16_t* low_rank = reinterpret_cast<uint16_t*>(scale + kRows);
+    for (int64_t r = 0; r < rows; ++r) {
+        scale[r] = from.scale[first + r];
+        for (int64_t j = 0; j < z.rank; ++j)
+            low_rank[j * kRows + r] = from.low_rank_b[(first + r) * z.rank + j];
+    }
+}
+
+inline void pack_input_side(const Tensors& from, const Sizes& z, uint8_t* packed) {
+    std::memset(packed, 0, std::size_t(z.panels_at()));
+    std::memcpy(packed, from.left, std::size_t(z.blocks * z.n1 * z.n1) * sizeof(float));
+    float* right = reinterpret_cast<float*>(packed + z.right_at());
+    for (int64_t row = 0; row < z.blocks * z.n2; ++row) {
+        std::memcpy(right + row * z.padded(), from.right + row * z.n2, std::size_t(z.n2) * sizeof(float));
+    }
+    std::memcpy(packed + z.column_scale_at(), from.column_scale, std::size_t(z.k()) * sizeof(float));
+    uint16_t* a = reinterpret_cast<uint16_t*>(packed + z.low_rank_a_at());
+    for (int64_t j = 0; j < z.rank; ++j) {
+        for (int64_t c = 0; c < z.k(); c += kColumns) {
+            uint16_t* to = a + j / kGroup * kGroup * z.k() + c * kGroup + j % kGroup * kColumns;
+            std::memcpy(to, from.low_rank_a + j * z.k() + c, kColumns * sizeof(uint16_t));
+        }
+    }
+}
+
+}  // namespace bwla

@@ -1,0 +1,257 @@
+"""The CPU kernel's functions on torch tensors: repack a layer once, then compute it, whole or side by side."""
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from bwla_kernels.cpu.library import Isa, LayerStruct, available, load
+from bwla_kernels.errors import BackendError
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs
+from torch import Tensor
+
+HUGE_PAGE = 2 << 20
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_STATUS = {1: "its sizes make no sense", 2: "out of memory", 3: "this processor lacks the instruction set"}
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A spec as the library takes it; `address` is that of `struct`, `size` that of the packed layer in bytes."""
+
+    struct: LayerStruct
+    address: int
+    size: int
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
+    library = load()
+    struct = LayerStruct(
+        library.isa if isa is None else isa,
+        spec.bits,
+        spec.out_features,
+        spec.blocks,
+        spec.n1,
+        spec.n2,
+        spec.rank,
+        spec.clip,
+    )
+    address = ctypes.addressof(struct)
+    return _Layer(struct, address, library.handle.bwla_packed_bytes(address))
+
+
+def _check(status: int, spec: LayerSpec) -> None:
+    if status:
+        raise BackendError(f"the CPU kernel refused {spec}: {_STATUS.get(status, f'status {status}')}")
+
+
+def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise BackendError(
+            f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, found {tensor.dtype} "
+            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
+        )
+
+
+def can_implement(spec: LayerSpec) -> tuple[bool, str]:
+    """Whether the kernel computes such a layer here, and how or why not."""
+    if spec.bits == UNQUANTIZED_BITS:
+        return False, "the table-lookup kernel needs quantized activations (2 to 8 bits)"
+    return available()
+
+
+def packed_bytes(spec: LayerSpec) -> int:
+    """Size of a packed layer: everything that the kernel reads but x, N padded to 64 rows."""
+    return _layer(spec, None).size
+
+
+def empty_huge(size: int) -> Tensor:
+    """Uninitialised uint8 [size], on huge pages where it is large: they save a tenth of the time at M = 1.
+
+    An ordinary tensor that owns its memory. It starts on a 2 MB boundary, so its storage is up to 2 MB longer
+    than it: address space, not memory, since those pages are never touched.
+    """
+    if size < HUGE_PAGE:
+        return torch.empty(size, dtype=torch.uint8)
+    storage = torch.empty(size + HUGE_PAGE, dtype=torch.uint8)
+    start = -storage.data_ptr() % HUGE_PAGE
+    aligned = storage[start : start + size]
+    load().handle.bwla_advise_huge_pages(aligned.data_ptr(), size)
+    return aligned
+
+
+def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None) -> Tensor:
+    """Repack a layer once into the one piece of memory that the kernel reads (layout.h).
+
+    Args:
+        tensors: the stored tensors (design section 3), contiguous, on the CPU; not changed. A bias is not packed.
+        spec: their sizes.
+        isa: variant that will read it; by default the loaded one.
+
+    Returns: uint8 [packed_bytes(spec)].
+
+    Raises:
+        BackendError: a tensor does not fit.
+    """
+    wanted = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
+    for name, want in wanted.items():
+        _expect(name, tensors[name], want.dtypes[0], want.shape)
+    order = (
+        "weight_packed", "weight_scale", "low_rank_b",
+        "rotation_left", "rotation_right", "column_scale", "low_rank_a",
+    )  # fmt: skip
+    pointers = [tensors[name].data_ptr() if name in wanted else None for name in order]
+    layer = _layer(spec, isa)
+    packed = empty_huge(layer.size)
+    threads = torch.get_num_threads()
+    _check(load().handle.bwla_pack(layer.address, *pointers, packed.data_ptr(), threads), spec)
+    return packed
+
+
+def _rows(x: Tensor, packed: Tensor, layer: _Layer, spec: LayerSpec) -> tuple[Tensor, int, int, int]:
+    """x with unit stride along K, its number of rows, their stride, its dtype; checks that all belong together."""
+    dtype, k = _DTYPES.get(x.dtype), spec.in_features
+    if dtype is None or x.shape[-1] != k or not x.is_cpu:
+        raise BackendError(
+            f"x: expected bfloat16, float16 or float32 [..., {k}] on the CPU, "
+            f"found {x.dtype} {list(x.shape)} on {x.device}"
+        )
+    if packed.nbytes != layer.size or packed.dtype != torch.uint8 or not packed.is_contiguous():
+        raise BackendError(
+            f"packed: expected contiguous uint8 [{layer.size}] for {spec}, "
+            f"found {packed.dtype} {list(packed.shape)}: pack the layer with this spec"
+        )
+    if x.is_contiguous():
+        return x, x.numel() // k, k, dtype
+    rows = x.reshape(-1, k)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    return rows, rows.shape[0], rows.stride(0), dtype
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    spec: LayerSpec,
+    bias: Tensor | None = None,
+    isa: Isa | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The whole layer in one parallel region (design section 2).
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32; rows may be strided.
+        packed: from `pack` with the same spec and variant.
+        spec: the layer; whether it has a bias is up to the next argument alone.
+        bias: [N] bfloat16, float16 or float32, or None.
+        isa: variant; by default the loaded one.
+        threads: at most so many, by default torch's number; negative: exactly so many, however small the work.
+
+    Returns: [..., N] in the dtype of x. A row's result does not depend, to the last bit, on the number of threads
+        or on the other rows.
+
+    Raises:
+        BackendError: a tensor does not fit.
+    """
+    layer = _layer(spec, isa)
+    rows, m, stride, dtype = _rows(x, packed, layer, spec)
+    if bias is not None and (bias.shape != (spec.out_features,) or not bias.is_contiguous()):
+        _expect("bias", bias, bias.dtype, (spec.out_features,))
+    out = x.new_empty(*x.shape[:-1], spec.out_features)
+    threads = torch.get_num_threads() if threads is None else threads
+    status = load().handle.bwla_linear(
+        layer.address, packed.data_ptr(), rows.data_ptr(), m, stride, dtype,
+        None if bias is None else bias.data_ptr(), 0 if bias is None else _DTYPES[bias.dtype],
+        out.data_ptr(), threads,
+    )  # fmt: skip
+    if status:
+        _check(status, spec)
+    return out
+
+
+def prepare_input(
+    x: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa | None = None, threads: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The input side alone; arguments as in `linear`.
+
+    Returns: codes int8 [M, K], scales float32 [M, G], u float32 [M, r], where M counts the rows of x.
+
+    Raises:
+        BackendError: a tensor does not fit.
+    """
+    layer = _layer(spec, isa)
+    rows, m, stride, dtype = _rows(x, packed, layer, spec)
+    q = torch.empty((m, spec.in_features), dtype=torch.int8)
+    scale, u = torch.empty((m, spec.blocks)), torch.empty((m, spec.rank))
+    threads = torch.get_num_threads() if threads is None else threads
+    status = load().handle.bwla_prepare_input(
+        layer.address, packed.data_ptr(), rows.data_ptr(), m, stride, dtype,
+        q.data_ptr(), scale.data_ptr(), u.data_ptr(), threads,
+    )  # fmt: skip
+    _check(status, spec)
+    return q, scale, u
+
+
+def binary_matmul(
+    q: Tensor,
+    scale: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    spec: LayerSpec,
+    dtype: torch.dtype = torch.float32,
+    isa: Isa | None = None,
+    threads: int | None = None,
+) -> Tensor:
+    """The weight side alone, without the bias.
+
+    Args:
+        q: int8 [M, K], within +-spec.q_max (not checked), scale: float32 [M, G], u: float32 [M, r],
+            as from `prepare_input`.
+        packed, spec, isa, threads: as in `linear`.
+        dtype: of the result.
+
+    Returns: [M, N] in `dtype`.
+
+    Raises:
+        BackendError: a tensor does not fit.
+    """
+    layer, m = _layer(spec, isa), q.shape[0]
+    _expect("q", q, torch.int8, (m, spec.in_features))
+    _expect("scale", scale, torch.float32, (m, spec.blocks))
+    _expect("u", u, torch.float32, (m, spec.rank))
+    _expect("packed", packed, torch.uint8, (layer.size,))
+    out = torch.empty((m, spec.out_features), dtype=dtype)
+    threads = torch.get_num_threads() if threads is None else threads
+    status = load().handle.bwla_binary_matmul(
+        layer.address, packed.data_ptr(), q.data_ptr(), scale.data_ptr(), u.data_ptr(), m,
+        out.data_ptr(), _DTYPES[dtype], threads,
+    )  # fmt: skip
+    _check(status, spec)
+    return out
+
+
+def dot_products(
+    q: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa | None = None, threads: int | None = None
+) -> Tensor:
+    """The exact integers of the weight side, sum_{k in g} S[n, k] q[m, k]: int32 [M, G, N]; for tests.
+
+    Arguments as in `binary_matmul`.
+
+    Raises:
+        BackendError: a tensor does not fit.
+    """
+    layer, m = _layer(spec, isa), q.shape[0]
+    _expect("q", q, torch.int8, (m, spec.in_features))
+    _expect("packed", packed, torch.uint8, (layer.size,))
+    sums = torch.empty((m, spec.blocks, spec.out_features), dtype=torch.int32)
+    threads = torch.get_num_threads() if threads is None else threads
+    _check(
+        load().handle.bwla_dot_products(
+            layer.address, packed.data_ptr(), q.data_ptr(), m, sums.data_ptr(), threads
+        ),
+        spec,
+    )
+    return sums

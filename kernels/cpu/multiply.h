@@ -1,0 +1,177 @@
+// The weight side: panels of 64 rows times tiles of at most kMaxTile code planes.
+
+static void store_output(int32_t dtype, void* out, int64_t at, V a, int64_t n) {
+    if (dtype == kFloat32) {
+        store_n(static_cast<float*>(out) + at, a, n);
+        return;
+    }
+    uint16_t* to = static_cast<uint16_t*>(out) + at;
+    uint16_t last[kLanes];
+    uint16_t* direct = n == kLanes ? to : last;
+    if (dtype == kBFloat16) {
+        store_bf16(direct, a);
+    } else {
+        store_fp16(direct, a);
+    }
+    if (n != kLanes) std::memcpy(to, last, std::size_t(n) * sizeof(uint16_t));
+}
+
+// The dot products of kLanes rows from the table totals of a token's planes: 2 S - sum|q|, see lut_vbmi.h.
+template <int Planes>
+static inline VI dot_products(const int32_t* sums, int32_t abs_sum) {
+    VI total = load_int(sums);
+    if (Planes == 2) total = times4_plus(total, load_int(sums + kRows));
+    return twice_minus(total, abs_sum);
+}
+
+template <int Tokens, int Planes>
+static void add_block(const Call& c, const Plan& plan, const int32_t* sums, const int32_t* abs_sums,
+                      int64_t token, int64_t g, int64_t first_row, float* y) {
+    for (int t = 0; t < Tokens; ++t) {
+        const int64_t at = (token + t) * c.z.blocks + g;
+        const int32_t abs_sum = abs_sums[t * c.z.blocks + g];
+        const int32_t* token_sums = sums + t * Planes * kRows;
+        if (c.sums) {
+            const int64_t rows = c.z.n - first_row < kRows ? c.z.n - first_row : kRows;
+            for (int64_t r = 0; r < rows; r += kLanes) {
+                const VI dots = dot_products<Planes>(token_sums + r, abs_sum);
+                store_int_n(c.sums + at * c.z.n + first_row + r, dots, rows - r < kLanes ? rows - r : kLanes);
+            }
+            continue;
+        }
+        const V scale = set1(plan.scale[at]);
+        for (int64_t r = 0; r < kRows; r += kLanes) {
+            const V dots = to_float(dot_products<Planes>(token_sums + r, abs_sum));
+            store(y + t * kRows + r, g ? fma(scale, dots, load(y + t * kRows + r)) : mul(scale, dots));
+        }
+    }
+}
+
+template <int Tokens>
+static void finish_rows(const Call& c, const Plan& plan, const Panel& panel, int64_t token, int64_t first_row,
+                        const float* y) {
+    const int64_t rows = c.z.n - first_row < kRows ? c.z.n - first_row : kRows;
+    for (int64_t r = 0; r < rows; r += kLanes) {
+        V row[Tokens];
+        UNROLL (t, Tokens) row[t] = mul(load(panel.scale + r), load(y + t * kRows + r));
+        for (int64_t j = 0; j < c.z.rank; ++j) {
+            const V factor = load_bf16(panel.low_rank + j * kRows + r);
+            UNROLL (t, Tokens) {
+                row[t] = fma(set1(plan.u[(token + t) * c.z.rank + j]), factor, row[t]);
+            }
+        }
+        const int64_t n = rows - r < kLanes ? rows - r : kLanes;
+        const V bias = c.bias ? load_any(c.bias_dtype, c.bias, first_row + r, n) : zero();
+        UNROLL (t, Tokens) {
+            store_output(c.out_dtype, c.out, (token + t) * c.z.n + first_row + r, add(row[t], bias), n);
+        }
+    }
+}
+
+// Streams panels, `gap` panels apart, times one tile, whose first token is `token` of the call.
+template <int Tokens, int Planes, int Streams>
+static void multiply_tile(const Call& c, const Plan& plan, int64_t first_panel, int64_t gap, int64_t token,
+                          const Tables& tile, int64_t ahead) {
+    constexpr int kTile = Tokens * Planes;
+    const int64_t steps = c.z.width() / kColumns, tail = c.z.panel_bytes() - c.z.sign_bytes();
+    const uint8_t* signs[Streams];
+    for (int s = 0; s < Streams; ++s) signs[s] = Panel(c.packed, c.z, first_panel + s * gap).signs;
+    alignas(64) int32_t sums[Streams * kTile * kRows];
+    alignas(64) float y[Streams * Tokens * kRows];
+    for (int64_t g = 0; g < c.z.blocks; ++g) {
+        accumulate<kTile, Streams>(signs, tile.entries + g * steps * kTile * kTableBytes, steps, ahead, sums);
+        for (int s = 0; s < Streams; ++s) {
+            add_block<Tokens, Planes>(c, plan, sums + s * kTile * kRows, tile.abs_sum, token, g,
+                                      (first_panel + s * gap) * kRows, y + s * Tokens * kRows);
+            signs[s] += steps * kStepBytes;
+        }
+    }
+    for (int s = 0; s < Streams; ++s) {
+        for (int64_t i = 0; i < tail; i += 64) prefetch_far(signs[s] + ahead + i);
+        if (c.sums) continue;
+        const int64_t panel = first_panel + s * gap;
+        finish_rows<Tokens>(c, plan, Panel(c.packed, c.z, panel), token, panel * kRows,
+                            y + s * Tokens * kRows);
+    }
+}
+
+template <int Streams>
+static void multiply_panels(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
+                            int64_t tile_index, int64_t panel, int64_t gap, int64_t ahead) {
+    const int64_t first = batch.tiles.begin(tile_index), token = batch.first + first;
+    const Tables tile{tables.entries + first * plan.planes * (c.z.k() / kColumns) * kTableBytes,
+                      tables.abs_sum + first * c.z.blocks};
+    switch (batch.tiles.tokens_of(tile_index) * plan.planes * 10 + plan.planes) {
+#define BWLA_TILE(t, p, s) multiply_tile<t, p, s>(c, plan, panel, gap, token, tile, ahead)
+        case 11: BWLA_TILE(1, 1, Streams); break;
+        case 21: BWLA_TILE(2, 1, (Streams < 2 ? Streams : 2)); break;
+        case 22: BWLA_TILE(1, 2, (Streams < 2 ? Streams : 2)); break;
+        case 31: BWLA_TILE(3, 1, 1); break;
+        case 41: BWLA_TILE(4, 1, 1); break;
+        case 42: BWLA_TILE(2, 2, 1); break;
+#undef BWLA_TILE
+    }
+}
+
+// Panels that one tile of `planes` code planes is multiplied with at a time: what the registers hold.
+static int64_t stream_count(int64_t planes) { return planes == 1 ? 4 : planes == 2 ? 2 : 1; }
+
+// One tile for all (decoding): the weights come from memory, each once, in as many streams.
+static void multiply_streams(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
+                             const Team& team) {
+    const int64_t streams = stream_count(batch.tokens * plan.planes);
+    const int64_t ahead = kReadAhead / streams;
+    const Split split(c.z.panels(), team, streams);
+    for (Units unit(plan.shares, split, team); unit.next();) {
+        const int64_t begin = split.begin(unit.owner), gap = split.gap(unit.owner), single = unit.index - gap;
+        if (single >= 0) {
+            multiply_panels<1>(c, plan, batch, tables, 0, begin + streams * gap + single, 0, ahead);
+        } else if (streams == 4) {
+            multiply_panels<4>(c, plan, batch, tables, 0, begin + unit.index, gap, ahead);
+        } else if (streams == 2) {
+            multiply_panels<2>(c, plan, batch, tables, 0, begin + unit.index, gap, ahead);
+        } else {
+            multiply_panels<1>(c, plan, batch, tables, 0, begin + unit.index, 0, ahead);
+        }
+    }
+}
+
+// Many tiles: a unit is some panels times some tiles. Within it the tile is the outer loop: its tables and
+// the panels' weights both stay in the level-2 cache.
+static void multiply_unit(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
+                          int64_t panel, int64_t tile, int64_t tile_end) {
+    const int64_t panels = c.z.panels(), panel_end = panel + plan.panels_per_unit;
+    for (int64_t t = tile; t < tile_end; ++t) {
+        for (int64_t p = panel; p < panel_end && p < panels; ++p) {
+            multiply_panels<1>(c, plan, batch, tables, t, p, 0, t == tile ? kReadAhead : 0);
+        }
+    }
+}
+
+static void multiply(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
+                     const Team& team) {
+    if (batch.tiles.count == 1) return multiply_streams(c, plan, batch, tables, team);
+    const int64_t down = ceil_div(c.z.panels(), plan.panels_per_unit);
+    const int64_t wanted = ceil_div(8 * team.size, down);  // enough units for all threads to finish together
+    const int64_t tiles_per_unit = team.size == 1 ? batch.tiles.count : ceil_div(batch.tiles.count, wanted);
+    const int64_t across = ceil_div(batch.tiles.count, tiles_per_unit);
+    for (Units unit(plan.shares, Split(down * across, team), team); unit.next();) {
+        const int64_t tile = unit.item() % across * tiles_per_unit, end = tile + tiles_per_unit;
+        multiply_unit(c, plan, batch, tables, unit.item() / across * plan.panels_per_unit, tile,
+                      end < batch.tiles.count ? end : batch.tiles.count);
+    }
+}
+
+// Everything that one thread of the team does for a call.
+static void run(const Call& c, const Plan& plan, Team& team) {
+    Arena arena{plan.scratch + team.id * plan.scratch_bytes, 0};
+    const Scratch scratch = place_scratch(c, plan, arena);
+    for (int64_t first = 0; first < c.m; first += plan.batch) {
+        const int64_t tokens = c.m - first < plan.batch ? c.m - first : plan.batch;
+        const Batch batch{first, tokens, Tiles(tokens, plan.tile_tokens)};
+        const Tables tables = prepare(c, plan, batch, scratch, team);
+        if (!c.multiplies()) continue;
+        multiply(c, plan, batch, tables, team);
+        if (first + plan.batch < c.m) team.barrier();  // the tables are about to be overwritten
+    }
+}

@@ -1,0 +1,112 @@
+"""Finding, building and loading the library: one OpenMP runtime, the forced variant, and what goes wrong in words."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bwla_kernels.cpu import build
+from bwla_kernels.cpu.library import ISA_VARIABLE, Isa, choose_isa, load, open_library
+from bwla_kernels.errors import BackendError
+
+ONE_CALL = """
+import torch
+from bwla_kernels.cpu import linear as kernel
+from bwla_kernels.cpu.library import load
+from bwla_kernels.format import LayerSpec
+spec = LayerSpec(64, 64, 1, 8, 8)
+layer = {
+    "weight_packed": torch.zeros(64, 2, dtype=torch.int32),
+    "weight_scale": torch.ones(64),
+    "rotation_left": torch.eye(8).unsqueeze(0),
+    "rotation_right": torch.eye(8).unsqueeze(0),
+    "column_scale": torch.ones(64),
+}
+torch.ones(1 << 20).sum()
+y = kernel.linear(torch.ones(3, 64), kernel.pack(layer, spec), spec, threads=-2)
+assert (y == -64).all(), y
+"""
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_the_process_has_one_openmp_runtime() -> None:
+    maps = """
+names = {line.split()[-1] for line in open("/proc/self/maps") if "/" in line}
+found = sorted(name for name in names if any(part in name.rsplit("/", 1)[-1] for part in ("gomp", "omp5", "libomp")))
+print(load().threading, found, sep="|")
+"""
+    done = run(ONE_CALL + maps)
+    assert done.returncode == 0, done.stderr
+    threading, found = done.stdout.strip().split("|")
+    assert threading == "torch's OpenMP threads"
+    assert found.count(",") == 0, found
+    assert "omp" in found
+
+
+def test_the_environment_forces_a_variant(isa: Isa) -> None:
+    done = run(ONE_CALL + "print(load().isa.name)", **{ISA_VARIABLE: isa.name.lower()})
+    assert done.stdout.strip() == isa.name, done.stderr
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    done = run("from bwla_kernels.cpu.library import available; print(available())", **{ISA_VARIABLE: "neon"})
+    assert "expected one of scalar, avx2, avx512bw, avx512vbmi, found 'neon'" in done.stdout, done.stderr
+
+
+def test_a_variant_that_the_processor_lacks_is_refused() -> None:
+    old = SimpleNamespace(bwla_best_isa=lambda: Isa.AVX2, bwla_isa_supported=lambda isa: isa <= Isa.AVX2)
+    assert choose_isa(old, None) == Isa.AVX2
+    assert choose_isa(old, "scalar") == Isa.SCALAR
+    with pytest.raises(BackendError, match=r"the best is avx2\), found 'avx512vbmi': unset it"):
+        choose_isa(old, "avx512vbmi")
+
+
+def test_a_missing_library_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="is missing: it was not compiled; run"):
+        open_library(tmp_path)
+    (tmp_path / build.FAILURE).write_text("no C++ compiler found\n")
+    with pytest.raises(BackendError, match="is missing: no C.. compiler found; run"):
+        open_library(tmp_path)
+    (tmp_path / build.LIBRARY).write_bytes(b"not a library")
+    with pytest.raises(BackendError, match="cannot be loaded: .* run"):
+        open_library(tmp_path)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path: Path) -> None:
+    shutil.copy2(build.FOLDER / build.LIBRARY, tmp_path)
+    for source in build.sources():
+        shutil.copy2(source, tmp_path)
+    assert open_library(tmp_path).bwla_build_id() == load().handle.bwla_build_id()
+    with (tmp_path / "plan.h").open("a") as changed:
+        changed.write("// changed\n")
+    with pytest.raises(BackendError, match="was built from other sources than those beside it; run"):
+        open_library(tmp_path)
+
+
+def test_building_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nowhere/c++ -m64")
+    with pytest.raises(build.BuildError, match=r"looked for /nowhere/c\+\+ -m64"):
+        build.compile_library(tmp_path / "library.so")
+
+
+def test_a_failed_build_quotes_the_compiler_and_keeps_the_old_library(tmp_path: Path) -> None:
+    (tmp_path / build.SOURCE).write_text("int broken( {\n")
+    target = tmp_path / build.LIBRARY
+    target.write_text("old")
+    try:
+        build.find_compiler()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    with pytest.raises(build.BuildError, match="failed with status 1 and said: .*error"):
+        build.compile_library(target, tmp_path)
+    assert target.read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [build.SOURCE, build.LIBRARY][::-1]
