@@ -235,8 +235,11 @@ def test_output_has_the_dtype_of_the_input(dtype: torch.dtype, config: BWLAConfi
 
 
 def test_everything_that_is_used_is_registered_and_nothing_else_is_kept(
-    config: BWLAConfig, stored: Stored
+    config: BWLAConfig, stored: Stored, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(
+        config, "backend", "torch"
+    )  # it keeps the stored tensors apart, so they can be looked at
     layer = build(config, "qkv_proj")
     load(layer, "qkv_proj", stored)
     before = set(dict(layer.named_parameters()))
