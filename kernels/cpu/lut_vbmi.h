@@ -4,6 +4,8 @@
 // of the negative q: an unsigned byte, at most 4 * 31 = 124 for 6-bit codes, so two lookups add up in a byte
 // and vpdpbusd sums the four bytes of a row. With S the total over all groups, sum(sign * q) = 2 S - sum|q|:
 // for q >= 0 an entry counts q where the bit is set, for q < 0 it counts |q| where it is not.
+//
+// That low-bit products can be looked up by byte shuffles is T-MAC's idea (arXiv 2407.00088).
 
 struct alignas(64) TablePatterns {
     uint8_t index[4][64];
@@ -61,25 +63,26 @@ static NOINLINE void accumulate(const uint8_t* const* panels, const uint8_t* tab
             UNROLL (r, 4) total[s][t][r] = _mm512_setzero_si512();
     }
     for (int64_t c = 0; c < steps; ++c) {
-        UNROLL (s, S) {
-            __m512i low[4], high[4];
-            UNROLL (r, 4) {
+        __m512i low[T], high[T];  // tables of the two nibbles of a byte
+        UNROLL (t, T) {
+            low[t] = _mm512_loadu_si512(tables + t * kTableBytes);
+            high[t] = _mm512_loadu_si512(tables + t * kTableBytes + 64);
+        }
+        UNROLL (r, 4)
+            UNROLL (s, S) {
                 prefetch_far(signs[s] + ahead + 64 * r);
                 const __m512i bits = _mm512_loadu_si512(signs[s] + 64 * r);
-                low[r] = _mm512_ternarylogic_epi32(bits, nibble, group, 0xEA);  // (bits & nibble) | group
-                high[r] = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bits, 4), nibble, group, 0xEA);
-            }
-            UNROLL (t, T) {
-                const __m512i a = _mm512_loadu_si512(tables + t * kTableBytes);
-                const __m512i b = _mm512_loadu_si512(tables + t * kTableBytes + 64);
-                UNROLL (r, 4) {
-                    const __m512i pair = _mm512_add_epi8(_mm512_permutexvar_epi8(low[r], a),
-                                                         _mm512_permutexvar_epi8(high[r], b));
+                const __m512i shifted = _mm512_srli_epi16(bits, 4);
+                const __m512i a =
+                    _mm512_ternarylogic_epi32(bits, nibble, group, 0xEA);  // (bits & nibble) | group
+                const __m512i b = _mm512_ternarylogic_epi32(shifted, nibble, group, 0xEA);
+                UNROLL (t, T) {
+                    const __m512i pair = _mm512_add_epi8(_mm512_permutexvar_epi8(a, low[t]),
+                                                         _mm512_permutexvar_epi8(b, high[t]));
                     total[s][t][r] = _mm512_dpbusd_epi32(total[s][t][r], pair, ones);
                 }
             }
-            signs[s] += kStepBytes;
-        }
+        UNROLL (s, S) signs[s] += kStepBytes;
         tables += T * kTableBytes;
     }
     UNROLL (s, S)
