@@ -70,10 +70,11 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
     Raises:
         FormatError: the first problem found, naming file and tensor.
     """
-    specs = check_folder(folder)
+    entries = read_folder(folder)
+    specs = check_folder(folder, entries)
     model = None if hf_config is None else _skeleton(hf_config)
     if model is not None:
-        problem = next(_model_problems(model, specs, read_folder(folder), folder), None)
+        problem = next(_model_problems(model, specs, entries, folder), None)
         if problem:
             raise FormatError(f"{problem}; {ADVICE}")
     return specs

@@ -1,10 +1,17 @@
 """Stand-in tensors for `--load-format dummy`: vLLM fills parameters with noise, which is no valid rotation."""
 
+from typing import Any
+
 import torch
 from bwla_kernels.format import LayerSpec, tensor_specs
 from torch import Tensor
 
 SEED = 0
+
+
+def loads_dummy_weights(config: Any) -> bool:
+    """Whether vLLM, by its config (None outside an engine), was started with `--load-format dummy`."""
+    return config is not None and str(config.load_config.load_format) == "dummy"
 
 
 def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE
+from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import one_sentence
 
 logger = init_logger("vllm.bwla")
@@ -63,9 +64,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         with one_sentence():
             backend, reason = select_head_backend(spec, layer.weight_int8.device, self.wanted)
         logger.info_once("BWLA head, 8 bits: %s", reason)
-        config = get_current_vllm_config_or_none()
-        dummy = config is not None and str(config.load_config.load_format) == "dummy"
-        layer.bwla = HeadPlan(spec, backend, dummy)
+        layer.bwla = HeadPlan(spec, backend, loads_dummy_weights(get_current_vllm_config_or_none()))
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from bwla_vllm.checks import ADVICE, check_blocks
-from bwla_vllm.dummy import dummy_tensors
+from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.parameter import (
     CheckedParameter,
@@ -225,4 +225,4 @@ def _note_backend(name: str) -> bool:
         noted = config.additional_config.get("bwla", {})
         names = sorted({name, *noted.get("backends", [])})
         config.additional_config["bwla"] = {"backends": names, "version": importlib.metadata.version("bwla")}
-    return str(config.load_config.load_format) == "dummy"
+    return loads_dummy_weights(config)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from bwla_converter.checkpoint import atomic_output, check_output
 from bwla_converter.families import find_family
-from bwla_converter.pipeline import Options, Shards, check_space, output_config
+from bwla_converter.pipeline import Options, Shards, check_space, output_config, quantized_head
 from bwla_converter.plan import HEAD_WEIGHT, Plan, make_plan
 from bwla_converter.source import Source, outline_model
 from bwla_kernels.errors import SourceError
@@ -16,7 +16,6 @@ from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json
 from bwla_kernels.format.layer import INPUT_SIDE
 from bwla_kernels.format.schema import Provenance
-from bwla_kernels.head import quantize_head
 from torch import Tensor
 
 DUMMY_RECIPE = "dummy"
@@ -82,8 +81,7 @@ def write_dummy(options: Options) -> Plan:
         for file, names in shards.rest():
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
             if plan.head_source in names:
-                head = quantize_head(_plain(source, plan.head_source))
-                tensors.update({f"lm_head.{key}": value for key, value in head.items()})
+                tensors.update(quantized_head(_plain(source, plan.head_source)))
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan))
     return plan

@@ -5,14 +5,14 @@ is registered through its public registry.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from bwla_kernels import ops, reference
 from bwla_kernels.errors import FormatError
-from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
+from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
 from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.schema import QUANT_METHOD, parse_config
@@ -26,11 +26,36 @@ BACKEND_VARIABLE = "BWLA_BACKEND"
 REFERENCE = "reference"
 
 
-class BWLALinear(nn.Module):
-    """A linear in the stored format, computed by the best backend for its device.
+class _Stored(nn.Module):
+    """A module whose parameters are stored tensors, so that it saves back unchanged.
 
-    The stored tensors are its parameters, so it saves back unchanged; what the backend made of them is
-    kept beside them and made anew when the layer moves.
+    What the backend made of them is kept beside them and made anew when the module moves.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        for key, want in specs.items():
+            dtype = torch.get_default_dtype() if key == "bias" else want.dtypes[0]
+            empty = torch.empty(want.shape, dtype=dtype, device="meta")
+            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        self._prepared: tuple[torch.device, Any, dict[str, Tensor]] | None = None
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors by their names in the format."""
+        return {key: param.data for key, param in self.named_parameters()}
+
+    def prepared(
+        self, spec: Any, device: torch.device, select: Callable[[], Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The backend that `select` chooses, and what it made of the stored tensors."""
+        if self._prepared is None or self._prepared[0] != device:
+            backend = select()
+            self._prepared = (device, backend, backend.prepare(self.stored(), spec))
+        return self._prepared[1:]
+
+
+class BWLALinear(_Stored):
+    """A linear in the stored format, computed by the best backend for its device.
 
     Args:
         spec: the layer.
@@ -39,37 +64,25 @@ class BWLALinear(nn.Module):
     """
 
     def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(tensor_specs(spec))
         self.spec, self.name, self.wanted = spec, name, backend
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        for key, want in tensor_specs(spec).items():
-            dtype = torch.get_default_dtype() if key == "bias" else want.dtypes[0]
-            empty = torch.empty(want.shape, dtype=dtype, device="meta")
-            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
-        self._prepared: tuple[torch.device, ops.Backend, dict[str, Tensor]] | None = None
-
-    def stored(self) -> dict[str, Tensor]:
-        """The layer's tensors by their names in the format."""
-        return {key: param.data for key, param in self.named_parameters()}
-
-    def _backend(self, device: torch.device) -> tuple[ops.Backend, dict[str, Tensor]]:
-        if self._prepared is None or self._prepared[0] != device:
-            backend, _ = ops.select_backend(self.spec, device, self.wanted)
-            self._prepared = (device, backend, backend.prepare(self.stored(), self.spec))
-        return self._prepared[1:]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
         if self.wanted == REFERENCE:
             return reference.linear(x, self.stored(), self.spec)
-        backend, tensors = self._backend(x.device)
-        return backend.apply(x, tensors, self.spec)
+        backend, tensors = self.prepared(
+            self.spec, x.device, lambda: ops.select_backend(self.spec, x.device, self.wanted)[0]
+        )
+        y: Tensor = backend.apply(x, tensors, self.spec)
+        return y
 
     def extra_repr(self) -> str:
         return str(self.spec)
 
 
-class BWLAHead(nn.Module):
+class BWLAHead(_Stored):
     """The 8-bit language-model head, computed by the best backend for its device.
 
     Args:
@@ -78,23 +91,19 @@ class BWLAHead(nn.Module):
     """
 
     def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
-        super().__init__()
+        super().__init__(head_tensor_specs(spec))
         self.spec, self.wanted = spec, backend
         self.in_features, self.out_features = spec.in_features, spec.out_features
-        for key, want in head_tensor_specs(spec).items():
-            empty = torch.empty(want.shape, dtype=want.dtypes[0], device="meta")
-            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
-
-    def stored(self) -> dict[str, Tensor]:
-        """The head's tensors by their names in the format."""
-        return {key: param.data for key, param in self.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., V] in the dtype of x."""
         if self.wanted == REFERENCE:
             return head_reference(x, **self.stored())
-        backend, _ = ops.select_head_backend(self.spec, x.device, self.wanted)
-        return backend.apply(x, backend.prepare(self.stored(), self.spec), self.spec)
+        backend, tensors = self.prepared(
+            self.spec, x.device, lambda: ops.select_head_backend(self.spec, x.device, self.wanted)[0]
+        )
+        y: Tensor = backend.apply(x, tensors, self.spec)
+        return y
 
     def extra_repr(self) -> str:
         return str(self.spec)

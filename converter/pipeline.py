@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.checkpoint import CheckpointWriter, OutputError, atomic_output, check_output
-from bwla_converter.paper import GroupResult, quantize_group
+from bwla_converter.paper import quantize_group
 from bwla_converter.plan import Plan, input_bytes, make_plan
 from bwla_converter.source import Source, check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import tensor_specs, validate_layer
-from bwla_kernels.format.folder import check_folder, read_folder
-from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.folder import check_folder, read_folder, read_tensors
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.schema import Provenance
 from bwla_kernels.head import quantize_head
-from safetensors import safe_open
 from torch import Tensor
 
 REPORT_FILE = "bwla_report.json"
@@ -104,7 +103,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
     plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
     check_space(options.out, plan.output_bytes(source))
     listener.planned(source, plan)
-    check_values(source, listener.checked)
+    check_values(source, plan.head_source, listener.checked)
     listener.quantizing()
     reports: list[LayerReport] = []
     traces: dict[str, dict[str, list[float]]] = {}
@@ -114,9 +113,9 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
             block = source.read(source.names_of_block(index))
             tensors = dict(block)
             for _, names in source.groups_of_block(index):
-                result = _quantize(
-                    plan, names, {name: tensors.pop(f"{name}.weight") for name in names}, options.seed
-                )
+                weights = {name: tensors.pop(f"{name}.weight") for name in names}
+                specs = {name: plan.specs[name] for name in names}
+                result = quantize_group(weights, specs, seed=options.seed)
                 for name in names:
                     tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
                     reports.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name]))
@@ -127,7 +126,8 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         for file, names in shards.rest():
             tensors = source.read([name for name in names if not plan.is_replaced(name)])
             if plan.head_source in names:
-                tensors.update(_quantized_head(source, plan.head_source))
+                head = source.read([plan.head_source])[plan.head_source]
+                tensors.update(quantized_head(head))
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan))
         summary = Summary(
@@ -152,22 +152,19 @@ def verify(folder: Path) -> None:
         FormatError: what is wrong, naming file and tensor.
     """
     entries = read_folder(folder)
-    for name, spec in check_folder(folder).items():
-        layer: dict[str, Tensor] = {}
-        for key in tensor_specs(spec):
-            with safe_open(folder / entries[f"{name}.{key}"].file, framework="pt") as handle:
-                layer[key] = handle.get_tensor(f"{name}.{key}")
-        validate_layer(name, layer, spec)
+    for name, spec in check_folder(folder, entries).items():
+        stored = read_tensors(folder, entries, [f"{name}.{key}" for key in tensor_specs(spec)])
+        validate_layer(name, {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}, spec)
+    codes = entries.get(f"{HEAD_MODULE}.weight_int8")
+    if codes is not None:
+        head = HeadSpec(*codes.shape)
+        stored = read_tensors(folder, entries, [f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head)])
+        validate_head({key.removeprefix(f"{HEAD_MODULE}."): tensor for key, tensor in stored.items()}, head)
 
 
-def _quantize(plan: Plan, names: list[str], weights: Mapping[str, Tensor], seed: int) -> GroupResult:
-    """Quantize one input group."""
-    return quantize_group(weights, {name: plan.specs[name] for name in names}, seed=seed)
-
-
-def _quantized_head(source: Source, name: str) -> dict[str, Tensor]:
-    """The 8-bit head made from the tensor called `name`, under its own names."""
-    return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(source.read([name])[name]).items()}
+def quantized_head(weight: Tensor) -> dict[str, Tensor]:
+    """The 8-bit head made from a head's or an embedding's weight, under its stored names."""
+    return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(weight).items()}
 
 
 def output_config(source: Source, plan: Plan) -> dict[str, Any]:

@@ -10,11 +10,10 @@ import torch
 from bwla_converter.families import Family, Group, find_family
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
-from bwla_kernels.format.folder import Entry, read_folder, read_json
+from bwla_kernels.format.folder import Entry, read_folder, read_json, read_tensors
 from bwla_kernels.format.schema import is_ignored
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -77,13 +76,7 @@ class Source:
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Read tensors by name, file by file; nothing else is brought into memory."""
-        tensors = {}
-        for file in sorted({self.entries[name].file for name in names}):
-            with safe_open(self.folder / file, framework="pt") as handle:
-                for name in names:
-                    if self.entries[name].file == file:
-                        tensors[name] = handle.get_tensor(name)
-        return {name: tensors[name] for name in names}
+        return read_tensors(self.folder, self.entries, names)
 
 
 def locate(model: str) -> tuple[Path, str]:
@@ -132,14 +125,21 @@ def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
     return source
 
 
-def check_values(source: Source, on_tensor: Callable[[str], None] = lambda name: None) -> None:
+def check_values(
+    source: Source, head: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+) -> None:
     """Read every weight that will be quantized once and refuse NaN and infinity.
+
+    Args:
+        source: the model.
+        head: name of the tensor that the 8-bit head is made from, if any.
+        on_tensor: called with the name of each weight that was read.
 
     Raises:
         SourceError: the list of offending tensors.
     """
     problems = []
-    for name in _linear_weights(source):
+    for name in [*_linear_weights(source), *([head] if head else [])]:
         if not torch.isfinite(source.read([name])[name]).all():
             problems.append(
                 f"{source.entries[name].file}: {name} holds NaN or infinity, expected finite values"

@@ -6,7 +6,7 @@ silently, so completeness and shapes are settled here, before a loader starts.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -141,6 +142,23 @@ def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str,
     return entries
 
 
+def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, Tensor]:
+    """Read tensors by name, each file opened once; nothing else is brought into memory.
+
+    Args:
+        folder: the checkpoint.
+        entries: where its tensors are, from `read_folder`.
+        names: the tensors wanted; the result keeps their order.
+    """
+    tensors = {}
+    for file in sorted({entries[name].file for name in names}):
+        with safe_open(folder / file, framework="pt") as handle:
+            for name in names:
+                if entries[name].file == file:
+                    tensors[name] = handle.get_tensor(name)
+    return {name: tensors[name] for name in names}
+
+
 def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> str | None:
     prefix = name + "."
     stored = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
@@ -156,8 +174,12 @@ def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, fo
     return None
 
 
-def check_folder(folder: Path) -> dict[str, LayerSpec]:
+def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> dict[str, LayerSpec]:
     """Check that a folder is a complete BWLA checkpoint, by config and headers.
+
+    Args:
+        folder: the checkpoint.
+        entries: its tensors from `read_folder`, where the caller has them already.
 
     Returns: the spec of every quantized linear.
 
@@ -167,7 +189,7 @@ def check_folder(folder: Path) -> dict[str, LayerSpec]:
     config_path = folder / "config.json"
     raw_config = read_json(config_path)
     config = parse_config(raw_config.get("quantization_config") or {}, str(config_path))
-    entries = read_folder(folder)
+    entries = read_folder(folder) if entries is None else entries
     advice = "convert or download the model again"
     suffix = ".weight_packed"
     specs = {}

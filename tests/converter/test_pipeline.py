@@ -170,11 +170,12 @@ def test_a_failure_midway_leaves_nothing_and_keeps_what_was(make_model, tmp_path
     assert leftovers(tmp_path) == []
 
 
-def test_bad_input_leaves_no_trace(make_model, tmp_path, edit) -> None:
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])
+def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> None:
     folder, out = make_model(), tmp_path / "out"
-    edit.tensor(folder / "model.safetensors", "model.layers.0.mlp.up_proj.weight", lambda t: t * float("nan"))
-    with pytest.raises(SourceError, match="holds NaN"):
-        convert(Options(str(folder), out))
+    edit.tensor(folder / "model.safetensors", name, lambda t: t * float("nan"))
+    with pytest.raises(SourceError, match=f"{name} holds NaN"):
+        convert(Options(str(folder), out, head_bits=8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -200,6 +201,15 @@ def test_verify_notices_damage(make_model, tmp_path, edit) -> None:
     shard = out / read_folder(out)["model.layers.1.mlp.up_proj.weight_scale"].file
     edit.tensor(shard, "model.layers.1.mlp.up_proj.weight_scale", lambda t: -t)
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight_scale: expected positive scales"):
+        verify(out)
+
+
+def test_verify_notices_damage_of_the_head(make_model, tmp_path, edit) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model()), out, head_bits=8))
+    shard = out / read_folder(out)["lm_head.weight_scale"].file
+    edit.tensor(shard, "lm_head.weight_scale", lambda t: t * float("nan"))
+    with pytest.raises(FormatError, match=r"lm_head\.weight_scale: expected"):
         verify(out)
 
 

@@ -46,6 +46,31 @@ def _engine_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     patch.undo()
 
 
+@pytest.fixture
+def vllm_config() -> Iterator[None]:
+    """The configuration that vLLM sets while it builds a model."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture
+def on_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Pretend to be a tensor-parallel rank: `on_rank(rank, size)`; (0, 1) before the first call."""
+    import vllm.distributed
+    import vllm.model_executor.layers.linear as linear
+    import vllm.model_executor.parameter as parameter
+
+    def pretend(rank: int, size: int) -> None:
+        for module in (vllm.distributed, linear, parameter):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+    pretend(0, 1)
+    return pretend
+
+
 class ReferenceLinear(nn.Module):
     """`reference.linear` in a transformers model; remembers how close its last input came to a rounding tie."""
 

@@ -5,7 +5,7 @@ out of all ranks together must equal the definition.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from bwla_vllm.errors import StartError
 Stored = dict[str, dict[str, Tensor]]
 OnRank = Callable[[int, int], None]
 
+pytestmark = pytest.mark.usefixtures("vllm_config", "on_rank")
+
 HIDDEN, INNER, HEAD, HEADS, KV_HEADS = 64, 256, 32, 4, 2
 QKV_ROWS = {"q_proj": HEADS * HEAD, "k_proj": KV_HEADS * HEAD, "v_proj": KV_HEADS * HEAD}
 ROTATION = {
@@ -29,31 +31,6 @@ ROTATION = {
     "down_proj": (4, 8, 8),
 }
 MAPPING = {"qkv_proj": [*QKV_ROWS], "gate_up_proj": ["gate_proj", "up_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def _vllm_config() -> Iterator[None]:
-    """The configuration that vLLM sets while it builds a model."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-
-    with set_current_vllm_config(VllmConfig()):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def on_rank(monkeypatch: pytest.MonkeyPatch) -> OnRank:
-    """Pretend to be a tensor-parallel rank."""
-    import vllm.distributed
-    import vllm.model_executor.layers.linear as linear
-    import vllm.model_executor.parameter as parameter
-
-    def pretend(rank: int, size: int) -> None:
-        for module in (vllm.distributed, linear, parameter):
-            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
-            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
-
-    pretend(0, 1)
-    return pretend
 
 
 @pytest.fixture
