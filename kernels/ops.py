@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 
 import torch
 from bwla_kernels.cpu.backend import CpuBackend
+from bwla_kernels.cpu.head import CpuHead
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HeadSpec
@@ -64,7 +65,7 @@ def backends() -> tuple[Backend, ...]:
 @functools.cache
 def head_backends() -> tuple[HeadBackend, ...]:
     """All backends of the 8-bit head, likewise."""
-    return (TorchHead(),)
+    return (CpuHead(), TorchHead())
 
 
 def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = None) -> tuple[Backend, str]:

@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "head_call.h"
 #include "layout.h"
 #include "plan.h"
 #include "runtime.h"
@@ -48,6 +49,7 @@ namespace scalar {
 #define BWLA_STRIP_VECTORS 2
 #include "vector_scalar.h"
 #include "lut_scalar.h"
+#include "head_scalar.h"
 #include "variant.h"
 #undef BWLA_STRIP_VECTORS
 }  // namespace scalar
@@ -60,6 +62,7 @@ namespace avx2 {
 #include "vector_avx2.h"
 #include "tables_shuffle.h"
 #include "lut_avx2.h"
+#include "head_avx2.h"
 #include "variant.h"
 #undef BWLA_STRIP_VECTORS
 }  // namespace avx2
@@ -72,6 +75,7 @@ namespace avx512bw {
 #include "vector_avx512.h"
 #include "tables_shuffle.h"
 #include "lut_avx512bw.h"
+#include "head_avx2.h"
 #include "variant.h"
 }  // namespace avx512bw
 BWLA_TARGET_END
@@ -80,6 +84,7 @@ BWLA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512v
 namespace avx512vbmi {
 #include "vector_avx512.h"
 #include "lut_vbmi.h"
+#include "head_vnni.h"
 #include "variant.h"
 }  // namespace avx512vbmi
 BWLA_TARGET_END
@@ -113,16 +118,20 @@ static bool supported(int32_t isa) {
     return isa >= 0 && isa < kIsaCount && (found >> isa & 1u);
 }
 
-typedef void (*Run)(const Call&, const Plan&, Team&);
+// What a variant offers.
+struct Variant {
+    void (*run)(const Call&, const Plan&, Team&);
+    void (*run_head)(const HeadCall&, const HeadPlan&, Team&);
+};
 
-static Run variant(int32_t isa) {
+static Variant variant(int32_t isa) {
     switch (isa) {
 #if BWLA_X86
-        case kAvx2: return avx2::run;
-        case kAvx512bw: return avx512bw::run;
-        case kAvx512vbmi: return avx512vbmi::run;
+        case kAvx2: return {avx2::run, avx2::run_head};
+        case kAvx512bw: return {avx512bw::run, avx512bw::run_head};
+        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head};
 #endif
-        default: return scalar::run;
+        default: return {scalar::run, scalar::run_head};
     }
 }
 
@@ -131,8 +140,15 @@ enum Status : int32_t { kOk = 0, kBadArgument = 1, kNoMemory = 2, kUnsupportedIs
 struct RunBody {
     const Call& call;
     const Plan& plan;
-    Run run;
-    void operator()(Team& team) const { run(call, plan, team); }
+    Variant isa;
+    void operator()(Team& team) const { isa.run(call, plan, team); }
+};
+
+struct HeadBody {
+    const HeadCall& call;
+    const HeadPlan& plan;
+    Variant isa;
+    void operator()(Team& team) const { isa.run_head(call, plan, team); }
 };
 
 struct PackBody {
@@ -271,4 +287,27 @@ BWLA_API int32_t bwla_dot_products(const bwla_layer* layer, const uint8_t* packe
     bwla::Call c = call_of(*layer, packed, m);
     c.q = const_cast<int8_t*>(q), c.sums = sums;
     return execute(*layer, c, threads);
+}
+
+// The 8-bit head: x [m, k], rows x_stride elements apart -> out [m, n] of the same dtype. weight int8 [n, k],
+// scale float32 [n], row_sum int32 [n]: the sum of each row of weight.
+BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale, const int32_t* row_sum,
+                           int64_t n, int64_t k, const void* x, int64_t m, int64_t x_stride, int32_t dtype,
+                           void* out, int32_t threads) {
+    if (!bwla::supported(isa)) return bwla::kUnsupportedIsa;
+    if (n < 1 || k < 1 || k > 65536 || m < 0) return bwla::kBadArgument;
+    if (m == 0) return bwla::kOk;
+    const bwla::HeadCall c{weight, scale, row_sum, n, k, m, x, x_stride, dtype, out};
+    const bool alone = threads >= 0 && n * k * m / 32 < bwla::kSerialCost;
+    threads = alone || threads == 0 ? 1 : threads < 0 ? -threads : threads;
+    bwla::Arena measure{nullptr, 0};
+    bwla::place_head(c, threads, measure);
+    char* base = bwla::workspace().reserve(measure.used);
+    if (!base) return bwla::kNoMemory;
+    bwla::Arena arena{base, 0};
+    const bwla::HeadPlan plan = bwla::place_head(c, threads, arena);
+    std::memset(plan.shares, 0, std::size_t(threads) * sizeof(bwla::Share));
+    bwla::HeadBody body{c, plan, bwla::variant(isa)};
+    bwla::run_parallel(threads, body);
+    return bwla::kOk;
 }

@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_prepare_input": (c_int32, [*_LAYER, *_X, *[c_void_p] * 3, c_int32]),
     "bwla_binary_matmul": (c_int32, [*_LAYER, *[c_void_p] * 3, c_int64, c_void_p, c_int32, c_int32]),
     "bwla_dot_products": (c_int32, [*_LAYER, c_void_p, c_int64, c_void_p, c_int32]),
+    "bwla_head": (c_int32, [c_int32, *[c_void_p] * 3, c_int64, c_int64, *_X, c_void_p, c_int32]),
 }
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_STATUS = {1: "its sizes make no sense", 2: "out of memory", 3: "this processor lacks the instruction set"}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+"""Numbers that the library knows them by."""
+STATUS = {1: "its sizes make no sense", 2: "out of memory", 3: "this processor lacks the instruction set"}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
 
 def _check(status: int, spec: LayerSpec) -> None:
     if status:
-        raise BackendError(f"the CPU kernel refused {spec}: {_STATUS.get(status, f'status {status}')}")
+        raise BackendError(f"the CPU kernel refused {spec}: {STATUS.get(status, f'status {status}')}")
 
 
-def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise BackendError unless a tensor is what the library will read through its bare pointer."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise BackendError(
             f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, found {tensor.dtype} "
@@ -99,7 +101,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     """
     wanted = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
     for name, want in wanted.items():
-        _expect(name, tensors[name], want.dtypes[0], want.shape)
+        expect(name, tensors[name], want.dtypes[0], want.shape)
     order = (
         "weight_packed", "weight_scale", "low_rank_b",
         "rotation_left", "rotation_right", "column_scale", "low_rank_a",
@@ -114,7 +116,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
 
 def _rows(x: Tensor, packed: Tensor, layer: _Layer, spec: LayerSpec) -> tuple[Tensor, int, int, int]:
     """x with unit stride along K, its number of rows, their stride, its dtype; checks that all belong together."""
-    dtype, k = _DTYPES.get(x.dtype), spec.in_features
+    dtype, k = DTYPES.get(x.dtype), spec.in_features
     if dtype is None or x.shape[-1] != k or not x.is_cpu:
         raise BackendError(
             f"x: expected bfloat16, float16 or float32 [..., {k}] on the CPU, "
@@ -159,12 +161,12 @@ def linear(
     layer = _layer(spec, isa)
     rows, m, stride, dtype = _rows(x, packed, layer, spec)
     if bias is not None and (bias.shape != (spec.out_features,) or not bias.is_contiguous()):
-        _expect("bias", bias, bias.dtype, (spec.out_features,))
+        expect("bias", bias, bias.dtype, (spec.out_features,))
     out = x.new_empty(*x.shape[:-1], spec.out_features)
     threads = torch.get_num_threads() if threads is None else threads
     status = load().handle.bwla_linear(
         layer.address, packed.data_ptr(), rows.data_ptr(), m, stride, dtype,
-        None if bias is None else bias.data_ptr(), 0 if bias is None else _DTYPES[bias.dtype],
+        None if bias is None else bias.data_ptr(), 0 if bias is None else DTYPES[bias.dtype],
         out.data_ptr(), threads,
     )  # fmt: skip
     if status:
@@ -219,15 +221,15 @@ def binary_matmul(
         BackendError: a tensor does not fit.
     """
     layer, m = _layer(spec, isa), q.shape[0]
-    _expect("q", q, torch.int8, (m, spec.in_features))
-    _expect("scale", scale, torch.float32, (m, spec.blocks))
-    _expect("u", u, torch.float32, (m, spec.rank))
-    _expect("packed", packed, torch.uint8, (layer.size,))
+    expect("q", q, torch.int8, (m, spec.in_features))
+    expect("scale", scale, torch.float32, (m, spec.blocks))
+    expect("u", u, torch.float32, (m, spec.rank))
+    expect("packed", packed, torch.uint8, (layer.size,))
     out = torch.empty((m, spec.out_features), dtype=dtype)
     threads = torch.get_num_threads() if threads is None else threads
     status = load().handle.bwla_binary_matmul(
         layer.address, packed.data_ptr(), q.data_ptr(), scale.data_ptr(), u.data_ptr(), m,
-        out.data_ptr(), _DTYPES[dtype], threads,
+        out.data_ptr(), DTYPES[dtype], threads,
     )  # fmt: skip
     _check(status, spec)
     return out
@@ -244,8 +246,8 @@ def dot_products(
         BackendError: a tensor does not fit.
     """
     layer, m = _layer(spec, isa), q.shape[0]
-    _expect("q", q, torch.int8, (m, spec.in_features))
-    _expect("packed", packed, torch.uint8, (layer.size,))
+    expect("q", q, torch.int8, (m, spec.in_features))
+    expect("packed", packed, torch.uint8, (layer.size,))
     sums = torch.empty((m, spec.blocks, spec.out_features), dtype=torch.int32)
     threads = torch.get_num_threads() if threads is None else threads
     _check(
