@@ -1,6 +1,8 @@
-"""The CPU backend: the compiled kernel behind the interface of `ops.Backend`, as a torch.library op."""
+"""The CPU backend: the compiled kernel behind the interface of `ops.Backend`, as a torch.library op.
 
-import functools
+The op is defined here and implemented in the library itself (torch_ops.h), which registers it when it is loaded.
+"""
+
 from collections.abc import Mapping
 
 import torch
@@ -15,32 +17,13 @@ _LIBRARY.define(
 )
 
 
-@functools.lru_cache(maxsize=4096)
-def _spec(out_features: int, blocks: int, n1: int, n2: int, rank: int, bits: int, clip: float) -> LayerSpec:
-    return LayerSpec(out_features, blocks * n1 * n2, blocks, n1, n2, rank, bits, clip)
-
-
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    bias: Tensor | None,
-    out_features: int,
-    blocks: int,
-    n1: int,
-    n2: int,
-    rank: int,
-    bits: int,
-    clip: float,
-) -> Tensor:
-    return kernel.linear(x, packed, _spec(out_features, blocks, n1, n2, rank, bits, clip), bias)
-
-
 def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-_LIBRARY.impl("linear_cpu", _linear, "CPU")
 torch.library.register_fake("bwla::linear_cpu", _linear_fake, lib=_LIBRARY)
+_LINEAR = torch.ops.bwla.linear_cpu.default
+"""The overload itself: to search for it would take longer than the call."""
 
 
 class CpuBackend:
@@ -61,7 +44,7 @@ class CpuBackend:
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
-        y: Tensor = torch.ops.bwla.linear_cpu(
+        y: Tensor = _LINEAR(
             x,
             tensors["packed"],
             tensors.get("bias"),

@@ -1,4 +1,4 @@
-// The CPU kernel of a BWLA layer behind a plain C interface: no Python, no torch, no OpenMP at link time.
+// The CPU kernel of a BWLA layer behind a plain C interface: no Python, no torch headers, no OpenMP at link time.
 //
 // One file, compiled once without -march: the pieces in *.h are included again for every instruction set,
 // each time in a namespace of its own under a target pragma, and a call picks one by number.
@@ -311,3 +311,7 @@ BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale
     bwla::run_parallel(threads, body);
     return bwla::kOk;
 }
+
+// Registers this library's torch ops; `torch` is a handle of libtorch_cpu. Returns null, or what was not found.
+#include "torch_ops.h"
+BWLA_API const char* bwla_register_ops(void* torch, int32_t isa) { return bwla::register_ops(torch, isa); }

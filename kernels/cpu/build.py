@@ -31,6 +31,9 @@ FLAGS = (
     "-fno-math-errno",
 )
 
+LIBRARIES = ("-ldl",)
+"""dlsym, which older C libraries keep apart."""
+
 
 class BuildError(Exception):
     """The kernel could not be compiled; the message says why."""
@@ -75,7 +78,7 @@ def compile_library(target: Path, folder: Path = FOLDER) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_name(f"{target.name}.{os.getpid()}.new")
     identity = f'-DBWLA_BUILD_ID="{build_id(folder)}"'
-    command = [*find_compiler(), *FLAGS, identity, str(folder / SOURCE), "-o", str(fresh)]
+    command = [*find_compiler(), *FLAGS, identity, str(folder / SOURCE), "-o", str(fresh), *LIBRARIES]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -65,16 +65,12 @@ def head(
     return out
 
 
-def _head(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, row_sum: Tensor) -> Tensor:
-    return head(x, weight_int8, weight_scale, row_sum)
-
-
 def _head_fake(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, row_sum: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_int8.shape[0])
 
 
-_LIBRARY.impl("head_cpu", _head, "CPU")
 torch.library.register_fake("bwla::head_cpu", _head_fake, lib=_LIBRARY)
+_HEAD = torch.ops.bwla.head_cpu.default
 
 
 class CpuHead:
@@ -99,7 +95,5 @@ class CpuHead:
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
         """x [..., K] -> [..., V] in the dtype of x."""
-        y: Tensor = torch.ops.bwla.head_cpu(
-            x, tensors["weight_int8"], tensors["weight_scale"], tensors["row_sum"]
-        )
+        y: Tensor = _HEAD(x, tensors["weight_int8"], tensors["weight_scale"], tensors["row_sum"])
         return y

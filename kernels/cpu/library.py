@@ -69,11 +69,12 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_prepare_input": (c_int32, [*_LAYER, *_X, *[c_void_p] * 3, c_int32]),
     "bwla_binary_matmul": (c_int32, [*_LAYER, *[c_void_p] * 3, c_int64, c_void_p, c_int32, c_int32]),
     "bwla_dot_products": (c_int32, [*_LAYER, c_void_p, c_int64, c_void_p, c_int32]),
+    "bwla_register_ops": (c_char_p, [c_void_p, c_int32]),
     "bwla_head": (c_int32, [c_int32, *[c_void_p] * 3, c_int64, c_int64, *_X, c_void_p, c_int32]),
 }
 
 
-def share_openmp(handle: ctypes.CDLL) -> str:
+def share_openmp(handle: ctypes.CDLL, torch_cpu: ctypes.CDLL) -> str:
     """Hand the library the OpenMP runtime that torch itself is linked to, and say which threads it will use.
 
     The entry points are looked up through libtorch_cpu and its dependencies, so they are those of the copy that
@@ -82,9 +83,8 @@ def share_openmp(handle: ctypes.CDLL) -> str:
     """
     names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
     try:
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         handle.bwla_set_openmp(*(ctypes.cast(getattr(torch_cpu, name), c_void_p) for name in names))
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:
         return f"one thread, since torch's OpenMP runtime was not found ({error})"
     return "torch's OpenMP threads"
 
@@ -137,15 +137,39 @@ def open_library(folder: Path) -> ctypes.CDLL:
     return handle
 
 
+def open_torch() -> ctypes.CDLL:
+    """The libtorch_cpu that this process runs on.
+
+    Raises:
+        BackendError: it is not where torch keeps it.
+    """
+    path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendError(
+            f"the CPU kernel needs torch's own library: {error}; install torch again"
+        ) from error
+
+
 @functools.cache
 def load() -> CpuLibrary:
-    """Load the library once.
+    """Load the library once and register its torch ops.
 
     Raises:
         BackendError: it cannot be used; the message says why and what to do.
     """
+    torch_cpu = open_torch()
     handle = open_library(Path(__file__).parent)
-    return CpuLibrary(handle, choose_isa(handle, os.environ.get(ISA_VARIABLE)), share_openmp(handle))
+    isa = choose_isa(handle, os.environ.get(ISA_VARIABLE))
+    threading = share_openmp(handle, torch_cpu)
+    missing = handle.bwla_register_ops(torch_cpu._handle, isa)
+    if missing:
+        raise BackendError(
+            f"the CPU kernel did not find {missing.decode()} in torch {torch.__version__}: "
+            "install a torch from 2.11 on that bwla was tested with"
+        )
+    return CpuLibrary(handle, isa, threading)
 
 
 def available() -> tuple[bool, str]:
