@@ -60,6 +60,17 @@ def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tenso
     return tensors
 
 
+def plan_dummy(options: Options) -> tuple[Source, Plan]:
+    """What a random checkpoint for the config.json in the folder `options.model` holds.
+
+    Raises:
+        BWLAError: the config or the options make no sense.
+    """
+    source = config_source(Path(options.model), options.ignore)
+    provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
+    return source, make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+
+
 def write_dummy(options: Options) -> Plan:
     """Write a random checkpoint for the config.json in the folder `options.model`.
 
@@ -69,9 +80,7 @@ def write_dummy(options: Options) -> Plan:
         BWLAError: as `pipeline.convert`.
     """
     check_output(options.out, options.overwrite)
-    source = config_source(Path(options.model), options.ignore)
-    provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
-    plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+    source, plan = plan_dummy(options)
     check_space(options.out, plan.output_bytes(source))
     generator = torch.Generator().manual_seed(options.seed)
     with atomic_output(options.out, options.overwrite) as writer:
