@@ -41,7 +41,7 @@ class ProgressListener(Listener):
             f"rank {plan.rank}, {plan.bits_per_weight:.3f} bits per weight all-in",
             highlight=False,
         )
-        self._checking = self._progress.add_task("checking  ", total=len(plan.specs))
+        self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
 
     def checked(self, name: str) -> None:
