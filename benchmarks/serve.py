@@ -18,7 +18,7 @@ from typing import Any
 from engines import SHAPES, Job, run_job, write_config
 from record import write_result
 
-PREFILL = 512
+PREFILL = 256
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 

@@ -59,8 +59,17 @@ def convert(
     model: Annotated[str, typer.Argument(help="A folder with a Hugging Face model, or a Hub id.")],
     out: Annotated[Path, typer.Argument(help="The folder to create; it appears whole or not at all.")],
     recipe: Annotated[
-        str, typer.Option(help="paper: OKT + PSP as published, without calibration data.")
+        str,
+        typer.Option(
+            help="paper: OKT + PSP as published, without calibration data. fast: by the inputs that text gives."
+        ),
     ] = "paper",
+    calibration: Annotated[
+        str | None,
+        typer.Option(help="Text for recipe fast: a .txt or .jsonl file, a folder of them, wikitext2 or c4."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 128,
+    length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
     rank: Annotated[
         str,
         typer.Option(
@@ -105,6 +114,7 @@ def convert(
     """Convert a language model to 1-bit weights and few-bit activations, served by vLLM."""
     console = Console(stderr=True)
     # Imported here, so that --help and --version answer at once.
+    from bwla_converter.calibration import Calibration
     from bwla_converter.dummy import write_dummy
     from bwla_converter.pipeline import Options
     from bwla_converter.pipeline import convert as run
@@ -121,6 +131,7 @@ def convert(
         overwrite=overwrite,
         ignore=tuple(ignore or ()),
         head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
+        calibration=None if calibration is None else Calibration(calibration, samples, length),
     )
     try:
         if dummy:

@@ -6,6 +6,7 @@ is registered through its public registry.
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ class BWLALinear(_Stored):
         super().__init__(tensor_specs(spec))
         self.spec, self.name, self.wanted = spec, name, backend
         self.in_features, self.out_features = spec.in_features, spec.out_features
+
+    @classmethod
+    def from_stored(
+        cls, name: str, spec: LayerSpec, tensors: Mapping[str, Tensor], bias: Tensor | None = None
+    ) -> "BWLALinear":
+        """A linear of given tensors, as the format stores them; `bias` [N] is its bias, whatever `spec` says."""
+        given = {key: tensor for key, tensor in tensors.items() if key != "bias"}
+        if bias is not None:
+            given["bias"] = bias
+        linear = cls(replace(spec, bias=bias is not None), name)
+        for key, tensor in given.items():
+            setattr(linear, key, nn.Parameter(tensor, requires_grad=False))
+        return linear
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""

@@ -5,23 +5,17 @@ low-rank part, row and column scales, sign. What is stored is rounded before wha
 signs and scales see the residual of the bfloat16 low-rank factors, errors are measured on the stored tensors.
 """
 
-import hashlib
-import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from bwla_converter.binarize import fit_scales, signs, unbiased
-from bwla_converter.okt import Rotation, Start, count_not_finite, in_one_buffer, learn_rotation, split_rows
+from bwla_converter.binarize import fit_scales, unbiased
+from bwla_converter.group import GroupResult, check_group, group_generator, relative_error, store_group
+from bwla_converter.okt import Rotation, Start, in_one_buffer, learn_rotation, split_rows
 from bwla_converter.psp import proximal_low_rank
-from bwla_kernels.errors import SourceError
-from bwla_kernels.format import LayerSpec, TensorSpec, pack_signs, tensor_specs, validate_layer
-from bwla_kernels.format.layer import FLOAT_DTYPES, shape_problem
-from bwla_kernels.reference import dequantize, rotate, rotate_back
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.reference import rotate, rotate_back
 from torch import Tensor
-
-ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b")
-"""Tensors of the format with one row for each of the layer's."""
 
 
 @dataclass(frozen=True)
@@ -44,32 +38,6 @@ class PaperOptions:
     start: Start = "random"
     row_mean: bool = False
     unbiased: bool = True
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """One quantized input group.
-
-    Attributes:
-        tensors: name of the linear -> its tensors as the format stores them (design: the checkpoint).
-        errors: name of the linear -> ||W - W'||_F / ||W||_F of the stored tensors (`relative_error`).
-        okt_trace: objective of the rotation at the start and after each round, nats per weight.
-        psp_trace: the same for the low-rank part; empty for rank 0.
-        scale_trace: relative error in the rotated basis with row scales alone, then after each alternation
-            of least squares; before `unbiased`.
-    """
-
-    tensors: dict[str, dict[str, Tensor]]
-    errors: dict[str, float]
-    okt_trace: list[float]
-    psp_trace: list[float]
-    scale_trace: list[float]
-
-
-def group_generator(seed: int, names: Iterable[str]) -> torch.Generator:
-    """A generator that depends on the seed and the group's names alone, not on what was converted before."""
-    digest = hashlib.sha256("\n".join([str(seed), *names]).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def quantize_group(
@@ -98,7 +66,7 @@ def quantize_group(
     """
     options = options or PaperOptions()
     biases = biases or {}
-    side = _check(weights, biases, specs)
+    side = check_group(weights, biases, specs)
     generator = group_generator(seed, weights)
     rotation = learn_rotation(
         list(weights.values()),
@@ -121,35 +89,10 @@ def quantize_group(
         scales = unbiased(residual, scales)
     shared["column_scale"] = scales.column
 
-    tensors, errors, first = {}, {}, 0
-    for name, weight in weights.items():
-        spec = replace(specs[name], bias=name in biases)
-        rows = slice(first, first + spec.out_features)
-        first = rows.stop
-        own = {
-            "weight_packed": torch.cat([pack_signs(signs(part)) for part in split_rows(residual[rows])]),
-            "weight_scale": scales.row[rows],
-            "low_rank_b": low_rank_b[rows],
-            **({"bias": biases[name]} if spec.bias else {}),
-        }
-        table = {**shared, **own}
-        # In the format's order, each with memory of its own: safetensors refuses shared memory.
-        stored = {key: table[key].clone(memory_format=torch.contiguous_format) for key in tensor_specs(spec)}
-        validate_layer(name, stored, spec)
-        tensors[name], errors[name] = stored, relative_error(weight, stored, spec)
-    return GroupResult(tensors, errors, rotation.trace, psp_trace, scales.trace)
-
-
-def relative_error(weight: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> float:
-    """||W - W'||_F / ||W||_F of a stored layer in the basis of the original input; ||W'||_F where W is zero."""
-    rest, power, first = 0.0, 0.0, 0
-    for part in split_rows(weight):
-        rows = slice(first, first + len(part))
-        first = rows.stop
-        here = {key: value[rows] if key in ROW_TENSORS else value for key, value in tensors.items()}
-        rest += float((part.float() - dequantize(here, spec)).double().square().sum())
-        power += float(part.double().square().sum())
-    return math.sqrt(rest / (power or 1.0))
+    tensors = store_group(weights, specs, biases, shared, residual, scales.row, low_rank_b)
+    errors = {name: relative_error(weights[name], stored, specs[name]) for name, stored in tensors.items()}
+    traces = {"okt": rotation.trace, "psp": psp_trace, "scales": scales.trace}
+    return GroupResult(tensors, errors, traces)
 
 
 def _rotate_rows(weights: list[Tensor], rotation: Rotation) -> Tensor:
@@ -170,44 +113,3 @@ def _low_rank(
         return low.b, low.a, low.trace
     mean = rotated.mean(1, keepdim=True) - low.b @ low.a.mean(1, keepdim=True)
     return torch.cat([low.b, mean], 1), torch.cat([low.a, torch.ones_like(rotated[:1])]), low.trace
-
-
-def _check(
-    weights: Mapping[str, Tensor], biases: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]
-) -> LayerSpec:
-    """Settle everything that can be wrong with the input before work starts; a spec of the input side."""
-    advice = "get the checkpoint again or keep the layer out of quantization with --ignore"
-    if not weights:
-        raise SourceError("an input group: expected at least one weight, found none: name its members")
-    for stray in weights.keys() ^ specs.keys() | (biases.keys() - weights.keys()):
-        raise SourceError(f"{stray}: expected a weight and a spec, found only part of them: check the plan")
-    sides = {name: replace(spec, out_features=1, bias=False) for name, spec in specs.items()}
-    side = sides[next(iter(weights))]
-    for name, weight in weights.items():
-        if sides[name] != side:
-            raise SourceError(
-                f"{name}: expected the input side of its group, {side}, found {sides[name]}: check the plan"
-            )
-        problem = _problem(weight, (specs[name].out_features, side.in_features))
-        if problem:
-            raise SourceError(f"{name}.weight: {problem}; {advice}")
-        problem = _problem(biases[name], (specs[name].out_features,)) if name in biases else None
-        if problem:
-            raise SourceError(f"{name}.bias: {problem}; {advice}")
-    limit = min(sum(spec.out_features for spec in specs.values()), side.in_features)
-    if side.rank > limit:
-        names = ", ".join(weights)
-        raise SourceError(
-            f"{names}: expected a rank of at most {limit}, found {side.rank}: choose a smaller rank"
-        )
-    return side
-
-
-def _problem(tensor: Tensor, shape: tuple[int, ...]) -> str | None:
-    """Say in words why `tensor` is no float tensor of `shape` with finite values; None where it is one."""
-    dtypes = (*FLOAT_DTYPES, torch.float64) if len(shape) == 2 else FLOAT_DTYPES  # a bias is stored as it is
-    problem = shape_problem(TensorSpec(shape, dtypes), tuple(tensor.shape), tensor.dtype)
-    if problem:
-        return problem
-    bad = count_not_finite(tensor.reshape(len(tensor), -1))
-    return f"expected finite values, found {bad} of {tensor.numel()} NaN or infinite" if bad else None

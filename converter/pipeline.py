@@ -9,11 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.calibration import Calibration
 from bwla_converter.checkpoint import CheckpointWriter, OutputError, atomic_output, check_output
-from bwla_converter.paper import quantize_group
 from bwla_converter.plan import Plan, input_bytes, make_plan
+from bwla_converter.recipes import check_recipe, make_recipe
 from bwla_converter.source import Source, check_values, open_source
-from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import tensor_specs, validate_layer
 from bwla_kernels.format.folder import check_folder, read_folder, read_tensors
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
@@ -40,11 +40,12 @@ class Options:
     overwrite: bool = False
     head_bits: int | None = None
     ignore: tuple[str, ...] = ()
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one linear; `error` is ||W - W_bwla|| / ||W|| in the Frobenius norm."""
+    """What happened to one linear; `error` is relative, see `group.GroupResult`."""
 
     name: str
     weights: int
@@ -91,15 +92,15 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
     """
     listener = listener or Listener()
     started = time.monotonic()
-    if options.recipe != "paper":
-        raise BWLAError(f"recipe {options.recipe!r} does not exist: the choice is paper")
+    check_recipe(options.recipe, options.calibration)
     check_output(options.out, options.overwrite)
     source = open_source(options.model, options.ignore)
     if options.out.resolve() == source.folder.resolve():
         raise OutputError(
             f"{options.out}: is the model to convert, and would be replaced: choose another output"
         )
-    provenance = _provenance(options, source)
+    recipe = make_recipe(options.recipe, source, options.calibration, options.seed)
+    provenance = _provenance(options, source, recipe.calibration)
     plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
     check_space(options.out, plan.output_bytes(source))
     listener.planned(source, plan)
@@ -112,15 +113,17 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
         for index in range(source.num_blocks):
             block = source.read(source.names_of_block(index))
             tensors = dict(block)
+            recipe.begin_block(index, block)
             for _, names in source.groups_of_block(index):
                 weights = {name: tensors.pop(f"{name}.weight") for name in names}
                 specs = {name: plan.specs[name] for name in names}
-                result = quantize_group(weights, specs, seed=options.seed)
+                result = recipe.quantize(weights, specs)
                 for name in names:
                     tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
                     reports.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name]))
                     listener.quantized(reports[-1])
-                traces[names[0]] = {"okt": result.okt_trace, "psp": result.psp_trace}
+                traces[names[0]] = result.traces
+            recipe.end_block()
             writer.write_shard(shards.block_file(index), tensors)
             del block, tensors
         for file, names in shards.rest():
@@ -173,13 +176,14 @@ def output_config(source: Source, plan: Plan) -> dict[str, Any]:
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}
 
 
-def _provenance(options: Options, source: Source) -> Provenance:
+def _provenance(options: Options, source: Source, calibration: dict[str, object]) -> Provenance:
     return Provenance(
         base_model=options.model if source.revision else source.folder.resolve().name,
         revision=source.revision,
         recipe=options.recipe,
         seed=options.seed,
         bwla_version=version("bwla"),
+        calibration=calibration,
     )
 
 

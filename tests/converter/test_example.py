@@ -5,7 +5,11 @@ import math
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+from bwla_converter.calibration import Calibration
 from bwla_converter.evaluate import compare, windows_of
+from bwla_converter.pipeline import Options, convert
+from bwla_kernels.errors import BWLAError
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "model"
@@ -32,3 +36,24 @@ def test_windows_drop_the_rest() -> None:
     import torch
 
     assert windows_of(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_recipe_fast_keeps_far_more_than_paper(example_bwla: Path, tmp_path: Path) -> None:
+    calibration = Calibration(str(ROOT / "examples" / "text" / "calibration.txt"), samples=24, length=128)
+    out = tmp_path / "fast"
+    convert(Options(str(EXAMPLE), out, recipe="fast", rank=1, head_bits=8, calibration=calibration))
+    fast, paper = (compare(EXAMPLE, folder, HELD_OUT, window=512, limit=4) for folder in (out, example_bwla))
+    print(fast, paper)
+    assert math.log(fast.ratio) < 0.6 * math.log(paper.ratio)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["recipe"] == "fast"
+    assert config["provenance"]["calibration"]["source"] == "calibration.txt"
+    report = json.loads((out / "bwla_report.json").read_text())
+    assert all(trace["output"][-1] < 1 for trace in report["traces"].values())
+
+
+@pytest.mark.parametrize(("recipe", "sentence"), [("none", "does not exist"), ("fast", "give --calibration")])
+def test_recipes_that_cannot_run(tmp_path: Path, recipe: str, sentence: str) -> None:
+    with pytest.raises(BWLAError, match=sentence):
+        convert(Options(str(EXAMPLE), tmp_path / "out", recipe=recipe))
+    assert list(tmp_path.iterdir()) == []

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.paper import GroupResult, PaperOptions, group_generator, quantize_group
+from bwla_converter.group import GroupResult, group_generator
+from bwla_converter.paper import PaperOptions, quantize_group
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, unpack_signs, validate_layer
 from bwla_kernels.reference import dequantize, linear, rotate
@@ -48,8 +49,8 @@ def test_the_tensors_are_valid_and_the_error_is_theirs(rank: int, dtype: torch.d
         found = weight.float() - dequantize(result.tensors[name], specs[name])
         assert result.errors[name] == pytest.approx((found.norm() / weight.float().norm()).item(), rel=1e-4)
         assert 0.3 < result.errors[name] < 0.8
-    assert (len(result.okt_trace), len(result.psp_trace)) == (5, 5 if rank else 0)
-    assert len(result.scale_trace) == 13
+    assert (len(result.traces["okt"]), len(result.traces["psp"])) == (5, 5 if rank else 0)
+    assert len(result.traces["scales"]) == 13
 
 
 def test_the_stored_layer_computes_nearly_the_product() -> None:
@@ -131,7 +132,7 @@ def test_a_row_mean_takes_one_rank() -> None:
         torch.testing.assert_close(t["low_rank_a"].float(), torch.ones(1, WIDTH))
         means = weight.mean(1, keepdim=True)
         torch.testing.assert_close(t["low_rank_b"].float(), means, rtol=2**-8, atol=0)
-    assert result.psp_trace == []
+    assert result.traces["psp"] == []
 
 
 def test_a_row_mean_is_that_of_what_the_low_rank_part_leaves() -> None:
@@ -180,11 +181,7 @@ def test_seed_and_names_decide_and_nothing_else() -> None:
         left = tensors["rotation_left"]
         assert not torch.equal(left, other.tensors[name]["rotation_left"])
         assert not torch.equal(left, elsewhere.tensors[name.replace("0", "1")]["rotation_left"])
-    assert (first.errors, first.okt_trace, first.psp_trace) == (
-        again.errors,
-        again.okt_trace,
-        again.psp_trace,
-    )
+    assert (first.errors, first.traces) == (again.errors, again.traces)
 
 
 def test_the_generator_is_the_same_in_every_process() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import pipeline
+from bwla_converter import paper
 from bwla_converter.families import FAMILIES
 from bwla_converter.pipeline import Options, convert, verify
 from bwla_converter.source import Source
@@ -161,8 +161,8 @@ def test_a_failure_midway_leaves_nothing_and_keeps_what_was(make_model, tmp_path
             raise error("in the middle")
         return plain(*args, **kwargs)
 
-    plain = pipeline.quantize_group
-    monkeypatch.setattr(pipeline, "quantize_group", failing)
+    plain = paper.quantize_group
+    monkeypatch.setattr(paper, "quantize_group", failing)
     with pytest.raises(error):
         convert(Options(str(folder), out, overwrite=True))
     assert len(calls) == 6

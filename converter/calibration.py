@@ -1,0 +1,123 @@
+"""Text for calibration -> windows of tokens."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_kernels.errors import SourceError
+from torch import Tensor
+from transformers import AutoTokenizer
+
+TEXT_FILES = ("*.txt", "*.jsonl")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on.
+
+    Attributes:
+        source: a text or JSON-lines file, a folder of them, or the name of a dataset (`wikitext2`, `c4`).
+        samples: windows.
+        length: tokens a window.
+    """
+
+    source: str
+    samples: int = 128
+    length: int = 512
+
+
+DATASETS: dict[str, dict[str, Any]] = {
+    "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+    "c4": {
+        "path": "allenai/c4",
+        "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},
+        "split": "train",
+    },
+}
+"""Names that stand for a dataset of the Hub, and how the `datasets` library finds it."""
+
+DATASET_CHARACTERS = 20_000_000
+
+
+def dataset_text(name: str) -> str:
+    """The beginning of a dataset, its texts one after the other.
+
+    Raises:
+        SourceError: the library is missing or the Hub did not give it.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise SourceError(
+            f"calibration {name}: needs the datasets library: pip install 'bwla[eval]', or give a text file"
+        ) from None
+    try:
+        rows = load_dataset(**DATASETS[name], streaming=True)
+        parts, size = [], 0
+        for row in rows:
+            parts.append(row["text"])
+            size += len(parts[-1])
+            if size > DATASET_CHARACTERS:
+                break
+    except Exception as cause:  # the library raises many kinds, of the network and of its own
+        reason = " ".join(str(cause).split())
+        raise SourceError(
+            f"calibration {name}: the Hub did not give it ({reason:.200}): check the network, or give a text file"
+        ) from None
+    return "\n".join(parts)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The texts of a file or of all files of a folder; of JSON lines, each object's "text".
+
+    Raises:
+        SourceError: nothing to read, or a line that is no such object.
+    """
+    files = [path] if path.is_file() else sorted(file for kind in TEXT_FILES for file in path.rglob(kind))
+    if not files:
+        raise SourceError(f"calibration {path}: expected a file or a folder with .txt or .jsonl, found none")
+    for file in files:
+        text = file.read_text(encoding="utf-8")
+        if file.suffix != ".jsonl":
+            yield text
+            continue
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise SourceError(
+                    f'calibration {file}, line {number}: expected an object with a "text", found {line[:60]!r}'
+                ) from None
+
+
+def token_windows(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
+    """Random windows of the calibration text.
+
+    Args:
+        calibration: what text, how much of it.
+        model: folder of the tokenizer.
+        seed: chooses the windows.
+
+    Returns: token ids [samples, length], and the SHA-256 of the text that was read.
+
+    Raises:
+        SourceError: no text, or less than one window of it.
+    """
+    name = calibration.source
+    texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
+    ids = torch.cat(pieces)
+    room = len(ids) - calibration.length
+    if room < 0:
+        raise SourceError(
+            f"calibration {calibration.source}: expected at least {calibration.length} tokens, found {len(ids)}"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, room + 1, (calibration.samples,), generator=generator).tolist()
+    return torch.stack([ids[start : start + calibration.length] for start in starts]), digest

@@ -1,0 +1,156 @@
+"""The recipes as the pipeline sees them: told of each block, asked for each group, in execution order."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from bwla_converter import fast, paper
+from bwla_converter.calibration import Calibration, token_windows
+from bwla_converter.group import GroupResult
+from bwla_converter.hessian import Moments
+from bwla_converter.hf import BWLALinear
+from bwla_converter.shell import Block, Shell
+from bwla_converter.source import Source
+from bwla_kernels.errors import BWLAError
+from bwla_kernels.format import LayerSpec
+from torch import Tensor
+
+RECIPES = ("paper", "fast")
+WINDOWS_AT_ONCE = 4
+
+
+class Recipe(Protocol):
+    """How to quantize a model, block by block."""
+
+    calibration: dict[str, object]
+    """What the report and the checkpoint say of the calibration data; empty without."""
+
+    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Block `index` comes next; its stored tensors by their full names."""
+
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """One input group of the block."""
+
+    def end_block(self) -> None:
+        """All groups of the block were quantized."""
+
+
+class PaperRecipe:
+    """`paper`: from the weights alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.calibration: dict[str, object] = {}
+
+    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing to prepare."""
+
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """By OKT, PSP, signs and scales."""
+        return paper.quantize_group(weights, specs, seed=self.seed)
+
+    def end_block(self) -> None:
+        """Nothing to carry on."""
+
+
+class FastRecipe:
+    """`fast`: calibration text is carried through the original and the quantized blocks side by side.
+
+    Args:
+        source: the model.
+        calibration: the text.
+        seed: of the windows and of everything random.
+        options: of the groups.
+    """
+
+    def __init__(
+        self, source: Source, calibration: Calibration, seed: int, options: fast.FastOptions | None = None
+    ) -> None:
+        self.seed, self.options = seed, options or fast.FastOptions()
+        ids, digest = token_windows(calibration, source.folder, seed)
+        self.calibration: dict[str, object] = {
+            "source": Path(calibration.source).name,
+            "sha256": digest,
+            "samples": calibration.samples,
+            "length": calibration.length,
+        }
+        self.shell = Shell(source, torch.device("cpu"))
+        self.hidden = self.shell.embed(ids)
+        self.original_hidden = self.hidden
+        self._blocks: tuple[Block, Block] | None = None
+
+    @property
+    def blocks(self) -> tuple[Block, Block]:
+        """The current block as it was, and as it is quantized so far."""
+        assert self._blocks is not None
+        return self._blocks
+
+    @torch.no_grad()
+    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Build the block twice."""
+        self._blocks = (self.shell.block(index, tensors), self.shell.block(index, tensors))
+
+    @torch.no_grad()
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """In the metric of the group's inputs; the quantized linears take their places in the block."""
+        moments = self._moments(next(iter(weights)), next(iter(specs.values())).in_features)
+        result = fast.quantize_group(weights, specs, moments, seed=self.seed, options=self.options)
+        for name, tensors in result.tensors.items():
+            _, quantized = self.blocks
+            bias = getattr(quantized.linear(name), "bias", None)
+            quantized.replace(name, BWLALinear.from_stored(name, specs[name], tensors, bias))
+        return result
+
+    @torch.no_grad()
+    def end_block(self) -> None:
+        """Carry the text through both."""
+        original, quantized = self.blocks
+        self.original_hidden = self._through(original, self.original_hidden)
+        self.hidden = self._through(quantized, self.hidden)
+        self._blocks = None
+
+    def _moments(self, name: str, width: int) -> Moments:
+        """Of the inputs of the linear called `name`."""
+        original, quantized = self.blocks
+        moments = Moments.zeros(width, self.hidden.device, crossed=True)
+        pairs = zip(
+            self.hidden.split(WINDOWS_AT_ONCE), self.original_hidden.split(WINDOWS_AT_ONCE), strict=True
+        )
+        for here, there in pairs:
+            seen: list[Tensor] = []
+            with original.watch(name, seen.append):
+                original.run(there)
+            with quantized.watch(name, seen.append):
+                quantized.run(here)
+            moments.add(seen[1], seen[0])
+        return moments
+
+    def _through(self, block: Block, hidden: Tensor) -> Tensor:
+        return torch.cat([block.run(part) for part in hidden.split(WINDOWS_AT_ONCE)])
+
+
+def make_recipe(name: str, source: Source, calibration: Calibration | None, seed: int) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        BWLAError: there is none of that name, or it needs calibration text and got none.
+        SourceError: the text cannot be used.
+    """
+    check_recipe(name, calibration)
+    if name == "paper":
+        return PaperRecipe(seed)
+    assert calibration is not None
+    return FastRecipe(source, calibration, seed)
+
+
+def check_recipe(name: str, calibration: Calibration | None) -> None:
+    """What can be wrong with the choice itself, before the model is looked at.
+
+    Raises:
+        BWLAError: as `make_recipe`.
+    """
+    if name not in RECIPES:
+        raise BWLAError(f"recipe {name!r} does not exist: the choice is {', '.join(RECIPES)}")
+    if name != "paper" and calibration is None:
+        raise BWLAError(f"recipe {name!r} needs text: give --calibration FILE, a folder, or wikitext2")

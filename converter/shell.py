@@ -1,0 +1,99 @@
+"""One decoder block at a time, run by the model's own code: a transformers model whose only layer is swapped."""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from bwla_converter.source import Source
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+
+Seen = Callable[[Tensor], None]
+
+
+class Shell:
+    """A model of one decoder block, with rotary embedding and attention mask as the model makes them.
+
+    Args:
+        source: the model.
+        device: where blocks run.
+        dtype: of weights and activations.
+    """
+
+    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.source, self.device, self.dtype = source, device, dtype
+        self.config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
+        self.types = getattr(self.config, "layer_types", None)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Inputs of block 0: token ids [S, T] -> [S, T, hidden]."""
+        name = "model.embed_tokens.weight"
+        table = self.source.read([name])[name]
+        hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
+        return hidden
+
+    def block(self, index: int, tensors: Mapping[str, Tensor]) -> "Block":
+        """Block `index` with its stored tensors, by their full names."""
+        config = type(self.config).from_dict(self.config.to_dict())
+        config.num_hidden_layers = 1
+        if self.types is not None:
+            config.layer_types = [self.types[index]]
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)
+        prefix = self.source.family.block_name(index) + "."
+        state = {
+            f"layers.0.{name.removeprefix(prefix)}": tensor.to(self.device, self.dtype)
+            for name, tensor in tensors.items()
+            if not name.endswith("rotary_emb.inv_freq")
+        }
+        model.load_state_dict(state, strict=False, assign=True)
+        # Its buffers are computed, not stored, and the last norm belongs to the head.
+        model.rotary_emb = type(model.rotary_emb)(config).to(self.device)
+        model.norm = nn.Identity()
+        model.requires_grad_(False)
+        return Block(model.eval(), prefix)
+
+
+class Block:
+    """One decoder block that can be run, looked into and changed.
+
+    Args:
+        model: the one-layer model.
+        prefix: what its linears' names start with in the checkpoint, `model.layers.3.`.
+    """
+
+    def __init__(self, model: nn.Module, prefix: str) -> None:
+        self.model, self.prefix = model, prefix
+
+    @property
+    def layer(self) -> nn.Module:
+        """The decoder layer itself."""
+        layer: nn.Module = self.model.get_submodule("layers.0")
+        return layer
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """[S, T, hidden] -> [S, T, hidden]."""
+        out: Tensor = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        return out
+
+    def linear(self, name: str) -> nn.Module:
+        """The linear of that name in the checkpoint."""
+        return self.layer.get_submodule(name.removeprefix(self.prefix))
+
+    def replace(self, name: str, module: nn.Module) -> None:
+        """Put another module in a linear's place."""
+        parent, _, child = name.removeprefix(self.prefix).rpartition(".")
+        setattr(self.layer.get_submodule(parent), child, module)
+
+    @contextmanager
+    def watch(self, name: str, seen: Seen):  # type: ignore[no-untyped-def]
+        """While it is open, `seen` gets the input of the linear called `name` at every run."""
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen(inputs[0])
+
+        handle = self.linear(name).register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
