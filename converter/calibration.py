@@ -32,6 +32,7 @@ class Calibration:
 
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
+    "wikitext2-test": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
     "c4": {
         "path": "allenai/c4",
         "data_files": {"train": "en/c4-train.00000-of-01024.json.gz"},

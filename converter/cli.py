@@ -16,6 +16,8 @@ Examples:
 
   bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla
 
+  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --samples 128
+
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
 
   vllm serve ./qwen3-8b-bwla --quantization bwla

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bwla_kernels.errors import SourceError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -30,11 +31,11 @@ def windows_of(ids: Tensor, window: int) -> Tensor:
     """Cut a token stream [T] into whole windows [T // window, window]; the rest is dropped.
 
     Raises:
-        ValueError: the text is shorter than one window.
+        SourceError: the text is shorter than one window.
     """
     count = ids.numel() // window
     if count == 0:
-        raise ValueError(
+        raise SourceError(
             f"expected at least {window} tokens of text, found {ids.numel()}: give a longer file"
         )
     return ids[: count * window].view(count, window)
@@ -66,22 +67,30 @@ def perplexity(
     return math.exp(total / count)
 
 
-def compare(model: Path, bwla: Path, text: Path, window: int = 512, limit: int | None = None) -> Perplexity:
-    """Perplexity of a model and of its BWLA checkpoint on the same windows of a text file.
+def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | None = None) -> Perplexity:
+    """Perplexity of a model and of its BWLA checkpoint on the same windows of a text.
 
     Args:
         model: folder of the original.
         bwla: folder of the checkpoint that was made from it.
-        text: a UTF-8 text file.
+        text: what to predict.
         window: tokens a window.
         limit: windows to use at most.
+
+    Raises:
+        SourceError: the text is shorter than one window.
     """
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
     windows = windows_of(ids, window)[:limit]
     values = [
         perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows) for folder in (model, bwla)
     ]
     return Perplexity(*values)
+
+
+def compare(model: Path, bwla: Path, text: Path, window: int = 512, limit: int | None = None) -> Perplexity:
+    """`compare_texts` on a UTF-8 text file."""
+    return compare_texts(model, bwla, text.read_text(encoding="utf-8"), window, limit)

@@ -1,0 +1,39 @@
+"""`bwla-eval` on the example: figures from the same function as everywhere, and errors in a sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bwla_converter.eval_cli import app
+from bwla_converter.evaluate import compare
+from typer.testing import CliRunner
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(*arguments: str | Path):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_perplexity_is_printed_and_written(example_bwla: Path, tmp_path: Path) -> None:
+    text, out = EXAMPLES / "text" / "heldout.txt", tmp_path / "result.json"
+    done = run(
+        EXAMPLES / "model", example_bwla, "--text", text, "--window", "256", "--limit", "4", "--out", out
+    )
+    assert done.exit_code == 0, done.output
+    expected = compare(EXAMPLES / "model", example_bwla, text, 256, 4)
+    assert json.loads(out.read_text())["results"]["perplexity"] == pytest.approx(
+        {"original": expected.original, "bwla": expected.bwla}
+    )
+    assert f"{expected.original:.4g}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("nowhere.txt", "expected a file or wikitext2"), ("short.txt", "expected at least")],
+)
+def test_text_that_cannot_be_used(example_bwla: Path, tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "short.txt").write_text("few words")
+    done = run(EXAMPLES / "model", example_bwla, "--text", tmp_path / text)
+    assert done.exit_code == 1
+    assert sentence in done.stderr
