@@ -27,6 +27,13 @@ def _memory_gib() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
+def _gpu() -> dict[str, str]:
+    """The first GPU's name; nothing where torch sees none."""
+    import torch
+
+    return {"gpu": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
+
+
 def _commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(
@@ -60,7 +67,7 @@ def write_result(out: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> 
         "command": " ".join(["python", *sys.argv]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib()},
+        "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **_gpu()},
         "versions": _versions(),
         **facts,
         "rows": list(rows),
