@@ -118,12 +118,7 @@ class FastRecipe:
             self.hidden.split(WINDOWS_AT_ONCE), self.original_hidden.split(WINDOWS_AT_ONCE), strict=True
         )
         for here, there in pairs:
-            seen: list[Tensor] = []
-            with original.watch(name, seen.append):
-                original.run(there)
-            with quantized.watch(name, seen.append):
-                quantized.run(here)
-            moments.add(seen[1], seen[0])
+            moments.add(quantized.inputs_of(name, here), original.inputs_of(name, there))
         return moments
 
     def _through(self, block: Block, hidden: Tensor) -> Tensor:

@@ -1,14 +1,12 @@
 """One decoder block at a time, run by the model's own code: a transformers model whose only layer is swapped."""
 
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from bwla_converter.source import Source
+from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
-
-Seen = Callable[[Tensor], None]
 
 
 class Shell:
@@ -85,15 +83,31 @@ class Block:
         parent, _, child = name.removeprefix(self.prefix).rpartition(".")
         setattr(self.layer.get_submodule(parent), child, module)
 
-    @contextmanager
-    def watch(self, name: str, seen: Seen):  # type: ignore[no-untyped-def]
-        """While it is open, `seen` gets the input of the linear called `name` at every run."""
+    def inputs_of(self, name: str, hidden: Tensor) -> Tensor:
+        """What the linear called `name` gets when the block runs on `hidden`; what comes after it is not computed.
 
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen(inputs[0])
+        Raises:
+            SourceError: the block ran without it.
+        """
 
-        handle = self.linear(name).register_forward_pre_hook(hook)
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(inputs[0])
+
+        handle = self.linear(name).register_forward_pre_hook(stop)
         try:
-            yield
+            self.run(hidden)
+        except _ReachedError as reached:
+            return reached.inputs
         finally:
             handle.remove()
+        raise SourceError(
+            f"{name}: expected the model to use this linear, found that it does not: report this"
+        )
+
+
+class _ReachedError(Exception):
+    """Ends a block's run at the linear that was asked for."""
+
+    def __init__(self, inputs: Tensor) -> None:
+        super().__init__()
+        self.inputs = inputs

@@ -16,6 +16,10 @@ from server import Server, serve
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "model"
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
+CALIBRATION = ROOT / "examples" / "text" / "calibration.txt"
+RECIPE = ["--recipe", "fast", "--calibration", str(CALIBRATION), "--samples", "64", "--length", "256"]
+"""What bwla-convert is told where the command line tells it nothing."""
+
 PROMPT = "The old man looked at the sea and"
 
 
@@ -96,7 +100,7 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         say("convert")
-        report = convert(arguments.model, out, convert_arguments)
+        report = convert(arguments.model, out, convert_arguments or RECIPE)
         say("serve")
         flags = ["--quantization", "bwla", "--max-model-len", "512"]
         flags += [] if arguments.compiled else ["--enforce-eager"]

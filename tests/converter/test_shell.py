@@ -5,7 +5,8 @@ import torch
 from bwla_converter.families import FAMILIES
 from bwla_converter.shell import Shell
 from bwla_converter.source import open_source
-from torch import Tensor, nn
+from bwla_kernels.errors import SourceError
+from torch import nn
 
 
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
@@ -26,18 +27,28 @@ def test_block_after_block_is_the_model(make_model, family: str) -> None:
         torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_watching_and_replacing(make_model) -> None:
+def test_looking_into_and_changing_a_block(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
-    shell = Shell(source, torch.device("cpu"))
-    block = shell.block(1, source.read(source.names_of_block(1)))
+    block = Shell(source, torch.device("cpu")).block(1, source.read(source.names_of_block(1)))
     hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     name = "model.layers.1.mlp.down_proj"
-    seen: list[Tensor] = []
-    with block.watch(name, seen.append), torch.no_grad():
-        before = block.run(hidden)
-    assert seen[0].shape == (2, 5, 128)
-    block.replace(name, nn.Linear(128, 64, bias=False))
     with torch.no_grad():
+        before = block.run(hidden)
+        inputs = block.inputs_of(name, hidden)
+        mlp = block.layer.mlp
+        attended = before - mlp.down_proj(inputs)
+        again = mlp.act_fn(mlp.gate_proj(block.layer.post_attention_layernorm(attended)))
+        again = again * mlp.up_proj(block.layer.post_attention_layernorm(attended))
+        torch.testing.assert_close(inputs, again, rtol=1e-4, atol=1e-4)
+        assert torch.equal(block.run(hidden), before)
+        block.replace(name, nn.Linear(128, 64, bias=False))
         assert not torch.equal(block.run(hidden), before)
-    assert len(seen) == 1
     assert block.linear(name) is block.layer.mlp.down_proj
+
+
+def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
+    source = open_source(str(make_model()))
+    block = Shell(source, torch.device("cpu")).block(0, source.read(source.names_of_block(0)))
+    block.layer.spare = nn.Linear(4, 4)
+    with pytest.raises(SourceError, match="expected the model to use this linear"), torch.no_grad():
+        block.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))
