@@ -17,6 +17,7 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import TorchHead
 from bwla_kernels.torch_backend import TorchBackend
+from bwla_kernels.triton.backend import TritonBackend
 from torch import Tensor
 
 
@@ -59,7 +60,7 @@ Chosen = TypeVar("Chosen", Backend, HeadBackend)
 @functools.cache
 def backends() -> tuple[Backend, ...]:
     """All backends of layers, the fastest first; the last one runs anything."""
-    return (CpuBackend(), TorchBackend())
+    return (TritonBackend(), CpuBackend(), TorchBackend())
 
 
 @functools.cache

@@ -1,0 +1,57 @@
+"""What the tensor cores of this GPU can do at most: binary (and, popcount) and int8 instructions back to back."""
+
+import torch
+import triton
+import triton.language as tl
+
+WARPS, ROUNDS, CHAINS = 8, 1024, 8
+
+BINARY = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+INTEGER = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
+OPERATIONS = {BINARY: 2 * 16 * 8 * 256, INTEGER: 2 * 16 * 8 * 32}
+"""Operations of one instruction, a multiplication and an addition each."""
+
+
+def assembly(instruction: str) -> str:
+    """PTX: ROUNDS times CHAINS independent instructions on operands made of $1; the accumulators' sum in $0."""
+    lines = [f".reg .b32 acc<{4 * CHAINS}>;", ".reg .b32 left;", ".reg .pred more;"]
+    lines += [f"mov.b32 acc{i}, 0;" for i in range(4 * CHAINS)]
+    lines += [f"mov.b32 left, {ROUNDS};", "again:"]
+    for chain in range(CHAINS):
+        sums = ", ".join(f"acc{4 * chain + i}" for i in range(4))
+        lines.append(f"{instruction} {{{sums}}}, {{$1, $1, $1, $1}}, {{$1, $1}}, {{{sums}}};")
+    lines += ["sub.s32 left, left, 1;", "setp.ne.s32 more, left, 0;", "@more bra again;", "mov.b32 $0, 0;"]
+    lines += [f"add.s32 $0, $0, acc{i};" for i in range(4 * CHAINS)]
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+@triton.jit
+def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):
+    """Each warp runs the assembly once."""
+    lane = tl.arange(0, THREADS)
+    total = tl.inline_asm_elementwise(
+        asm=ASM,
+        constraints="=&r,r",
+        args=[lane * 0x01234567 + seed],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+    tl.store(out + tl.program_id(0) * THREADS + lane, total)
+
+
+def tera_operations(instruction: str) -> float:
+    """10^12 operations a second over the whole GPU, the best of many runs."""
+    programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count
+    out = torch.empty(programs * 32 * WARPS, dtype=torch.int32, device="cuda")
+
+    def run() -> None:
+        rate_kernel[(programs,)](out, 1, assembly(instruction), 32 * WARPS, num_warps=WARPS)
+
+    milliseconds = min(triton.testing.do_bench(run, return_mode="all"))
+    return programs * WARPS * ROUNDS * CHAINS * OPERATIONS[instruction] / milliseconds / 1e9
+
+
+def rates() -> dict[str, float]:
+    """Both rates."""
+    return {"binary_tops": tera_operations(BINARY), "int8_tops": tera_operations(INTEGER)}

@@ -1,0 +1,306 @@
+"""The weight side of a layer on an NVIDIA GPU: quantized activations times 1-bit weights.
+
+y[m, n] = alpha[n] sum_g s[m, g] sum_{k in g} S[n, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]   (design section 2)
+
+Three regimes, chosen by `tuning.select_config`: binary tensor cores for up to four tokens (`binary_mma`), integer
+tensor cores for a few (columns split among programs) and for many (`integer_mma`). One weight layout serves all.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from bwla_kernels.errors import BackendError
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton.binary_mma import binary_mma_kernel
+from bwla_kernels.triton.integer_mma import integer_mma_kernel
+from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
+from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
+from torch import Tensor
+
+RANK_MULTIPLE = 16
+"""Columns of B are padded to what a tensor-core instruction takes."""
+
+GROUP_M = 8
+"""Token tiles that share a piece of the weights in the cache."""
+
+MAX_SPLIT_TILES = 4096
+"""Tiles of a matmul that is split: length of the counters that a layer keeps."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the input kernel hands over.
+
+    Attributes:
+        q: int8 [M, K] codes; the binary kernel does not read it (it may be None there).
+        scale: float32 [M, G].
+        q_sum: int32 [M, G], the sum of each block's codes.
+        u: float32 [M, r], x A^T; None for rank 0.
+        planes: int32 [M, bits, chunks, C / 32], see `layout.pack_planes`; only the binary kernel reads it.
+    """
+
+    q: Tensor | None
+    scale: Tensor
+    q_sum: Tensor
+    u: Tensor | None = None
+    planes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A layer's weight side, as `prepare_weights` makes it.
+
+    Attributes:
+        packed: uint8 [chunks, N_padded, C / 8].
+        scale: float32 [N].
+        low_rank_b: bfloat16 [N_padded, r padded to 16], zeros beyond; None for rank 0.
+        bias: [N] of any float dtype, or None.
+        counters: int32 [4096], zeros; what the shares of a split matmul count in (zero again after each call,
+            so one layer must not run on two streams at once). None allocates them per call.
+        layout: sizes.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    low_rank_b: Tensor | None
+    bias: Tensor | None
+    counters: Tensor | None
+    layout: ChunkLayout
+
+
+def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """Repack a layer's stored weight side, once, at load.
+
+    Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank, `low_rank_b` padded; a bias passes
+        through. The packed bytes are the only copy of the weights.
+    """
+    layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    packed = repack_weights(tensors["weight_packed"], layout)
+    prepared = {
+        "weight_chunks": packed,
+        "weight_scale": tensors["weight_scale"].contiguous(),
+        "split_counters": torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=packed.device),
+    }
+    if spec.rank:
+        low_b = tensors["low_rank_b"].bfloat16()
+        spare = -spec.rank % RANK_MULTIPLE
+        padding = (0, spare, 0, layout.rows - spec.out_features)
+        prepared["low_rank_b"] = torch.nn.functional.pad(low_b, padding).contiguous()
+    if "bias" in tensors:
+        prepared["bias"] = tensors["bias"]
+    return prepared
+
+
+def weights_of(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weights:
+    """View the tensors of `prepare_weights` as `Weights`."""
+    return Weights(
+        tensors["weight_chunks"],
+        tensors["weight_scale"],
+        tensors.get("low_rank_b"),
+        tensors.get("bias"),
+        tensors.get("split_counters"),
+        chunk_layout(spec.out_features, spec.blocks, spec.block_width),
+    )
+
+
+def binary_matmul(
+    activations: Activations,
+    weights: Weights,
+    bits: int,
+    config: MatmulConfig,
+    out_dtype: torch.dtype,
+    dependent_launch: bool = False,
+) -> Tensor:
+    """Multiply: [M, N] of `out_dtype` (bfloat16, float16 or float32).
+
+    With `dependent_launch` (compute capability 9.0 or newer) the launch may overlap the end of the kernel before
+    it on the stream (programmatic dependent launch) and fetch weights meanwhile.
+
+    Integer sums are exact; the rest is float32, rounded once.
+
+    Raises:
+        BackendError: the configuration does not fit the activations.
+    """
+    m = activations.scale.shape[0]
+    y = activations.scale.new_empty(m, weights.layout.out_features, dtype=out_dtype)
+    if m == 0:
+        return y
+    if config.kernel == BINARY:
+        _launch_binary(activations, weights, bits, config, y, dependent_launch)
+    elif config.kernel == INTEGER:
+        _launch_integer(activations, weights, config, y, dependent_launch)
+    else:
+        raise BackendError(f"expected kernel {BINARY} or {INTEGER}, found {config.kernel}")
+    return y
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
+    return not isinstance(integer_mma_kernel, triton.JITFunction)
+
+
+def _rank(activations: Activations, weights: Weights) -> tuple[int, int]:
+    """(r, padded r); zeros without a low-rank term."""
+    if activations.u is None or weights.low_rank_b is None:
+        return 0, 0
+    return activations.u.shape[1], weights.low_rank_b.shape[1]
+
+
+def _launch_binary(
+    activations: Activations, weights: Weights, bits: int, config: MatmulConfig, y: Tensor, pdl: bool
+) -> None:
+    layout, planes = weights.layout, activations.planes
+    m = y.shape[0]
+    if planes is None or m > config.block_m:
+        raise BackendError(
+            f"{config} takes the bit planes of at most {config.block_m} tokens, found {m} tokens"
+        )
+    meta = binary_meta(layout, bits, config)
+    rank, padded_rank = _rank(activations, weights)
+    binary_mma_kernel[(layout.rows // config.block_n,)](
+        planes,
+        activations.scale,
+        activations.q_sum,
+        activations.u,
+        weights.packed.view(torch.int32),
+        weights.scale,
+        weights.low_rank_b,
+        weights.bias,
+        y,
+        m,
+        layout.out_features,
+        layout.rows,
+        layout.chunks_per_block,
+        layout.blocks,
+        rank,
+        **meta,
+        RANK=padded_rank,
+        BIAS=weights.bias is not None,
+        PDL=pdl,
+        PURE=interpreted(),
+        launch_pdl=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.max_registers or None,
+    )
+
+
+def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[str, int | bool]:
+    """Compile-time arguments of `binary_mma_kernel` that follow from sizes and configuration."""
+    row_warps = config.num_warps // config.k_warps
+    step = 512 // layout.chunk
+    by_block = layout.blocks >= config.k_warps
+    even_steps = layout.chunks_per_block % (step if by_block else step * config.k_warps) == 0
+    even_blocks = not by_block or layout.blocks % config.k_warps == 0
+    return {
+        "BITS": bits,
+        "TOKENS": config.block_m,
+        "TILES": -(-config.block_m * bits // 8),
+        "C": layout.chunk,
+        "R": config.block_n // (16 * row_warps),
+        "ROW_WARPS": row_warps,
+        "K_WARPS": config.k_warps,
+        "BY_BLOCK": by_block,
+        "ONE_BLOCK": layout.blocks == 1,
+        "MASKED": not (even_steps and even_blocks),
+    }
+
+
+def _launch_integer(
+    activations: Activations, weights: Weights, config: MatmulConfig, y: Tensor, pdl: bool
+) -> None:
+    layout, q = weights.layout, activations.q
+    m = y.shape[0]
+    if q is None:
+        raise BackendError(f"{config} takes int8 codes, found none")
+    tiles = triton.cdiv(m, config.block_m) * (layout.rows // config.block_n)
+    partial = counters = None
+    if config.split > 1:
+        if tiles > MAX_SPLIT_TILES:
+            raise BackendError(f"{config} splits at most {MAX_SPLIT_TILES} tiles, found {tiles}")
+        partial = y.new_empty(tiles * config.split * config.block_n * config.block_m, dtype=torch.float32)
+        counters = weights.counters
+        if counters is None:
+            counters = torch.zeros(tiles, dtype=torch.int32, device=y.device)
+    rank, padded_rank = _rank(activations, weights)
+    integer_mma_kernel[(tiles, config.split)](
+        q,
+        activations.scale,
+        activations.q_sum,
+        activations.u,
+        weights.packed,
+        weights.scale,
+        weights.low_rank_b,
+        weights.bias,
+        y,
+        partial,
+        counters,
+        m,
+        layout.out_features,
+        layout.rows,
+        q.shape[1],
+        layout.block_width,
+        layout.chunks_per_block,
+        layout.blocks,
+        rank,
+        config.split,
+        **integer_meta(layout, config),
+        RANK=padded_rank,
+        BIAS=weights.bias is not None,
+        PDL=pdl,
+        PURE=interpreted(),
+        launch_pdl=pdl,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.max_registers or None,
+    )
+
+
+def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | bool]:
+    """Compile-time arguments of `integer_mma_kernel` that follow from sizes and configuration."""
+    return {
+        "BN": config.block_n,
+        "BM": config.block_m,
+        "C": layout.chunk,
+        "SPLIT": config.split > 1,
+        "GROUP_M": GROUP_M,
+        "ONE_BLOCK": layout.blocks == 1,
+        "PADDED": layout.padded,
+    }
+
+
+def self_check(device: torch.device, configs: list[MatmulConfig]) -> None:
+    """Compute a small layer with each configuration and compare with plain torch; run it once before serving.
+
+    The binary kernel relies on how Triton lays its tensors out: another release could change that.
+
+    Raises:
+        BackendError: a kernel is wrong on this GPU with this Triton.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for config in configs:
+        m, bits = min(config.block_m, 4), 6
+        layout = chunk_layout(256, 1, 1024)
+        words = torch.randint(-(2**31), 2**31, (256, 32), generator=generator).to(torch.int32).to(device)
+        q = torch.randint(-31, 32, (m, 1024), generator=generator).to(torch.int8).to(device)
+        ones = torch.ones(256, device=device)
+        packed = repack_weights(words, layout)
+        activations = Activations(
+            q,
+            torch.ones(m, 1, device=device),
+            q.sum(1, keepdim=True, dtype=torch.int32),
+            None,
+            pack_planes(q, bits, layout),
+        )
+        got = binary_matmul(
+            activations, Weights(packed, ones, None, None, None, layout), bits, config, torch.float32
+        )
+        want = q.double() @ unpack_weights(packed, layout).double().t()
+        if not torch.equal(got.double(), want):
+            worst = (got.double() - want).abs().max().item()
+            raise BackendError(
+                f"the Triton kernel {config} is wrong on {device} with Triton {triton.__version__} "
+                f"(largest error {worst:g}): use another backend and report this"
+            )

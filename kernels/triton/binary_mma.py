@@ -1,0 +1,247 @@
+"""Binary tensor cores for a few tokens: mma.m16n8k256 and.popc on the bit planes of the activations.
+
+The planes of M tokens with `bits` planes each are the columns of the right operand, eight to an instruction; no
+weight is ever unpacked: one instruction covers 4,096 weights. Native on compute capability 8.0, 8.9 and 9.0
+(emulated from 10.0 on: there `integer_mma` serves).
+
+Triton has no such dot. The instruction is written as inline assembly on tensors whose layout makes a thread's four
+neighbouring elements its fragment: [R, 128 warps], four elements (16 bytes) a thread, 32 threads a warp. Triton
+chooses that layout for the 16-byte loads; `compile_check` asserts it, and `binary_matmul.self_check` computes it.
+"""
+
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
+# ruff: noqa: RUF005 - Triton's compiler knows no starred tuples.
+
+import triton
+import triton.language as tl
+from bwla_kernels.triton.epilogue import low_rank_row
+from triton.language.extra.cuda import gdc_wait
+
+
+@triton.jit
+def _popcount(x):
+    """Bits set in each int32."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _multiply(low, high, b, c, R: tl.constexpr, WARPS: tl.constexpr, PURE: tl.constexpr):
+    """c + popcount(weights & planes) for 16 rows x 8 planes a warp, over 512 columns (two instructions).
+
+    Fragments [R, 128 WARPS] int32, element 128 warp + 4 lane + i: `low` and `high` hold word 4 (lane % 4) + i of row
+    lane // 4 and of row lane // 4 + 8; `b` holds that word of plane lane // 4; `c` holds planes 2 (lane % 4) + {0, 1}
+    of row lane // 4 (i = 0, 1) and of row lane // 4 + 8 (i = 2, 3).
+    """
+    if PURE:
+        rows_low = tl.reshape(low, (R * WARPS, 8, 1, 16))
+        rows_high = tl.reshape(high, (R * WARPS, 8, 1, 16))
+        planes = tl.reshape(b, (R * WARPS, 1, 8, 16))
+        low_sum = tl.sum(_popcount(rows_low & planes), 3)
+        high_sum = tl.sum(_popcount(rows_high & planes), 3)
+        both = tl.reshape(tl.join(low_sum, high_sum), (R * WARPS, 8, 4, 2, 2))
+        result = c + tl.reshape(tl.permute(both, (0, 1, 2, 4, 3)), (R, 128 * WARPS))
+    else:
+        result = tl.inline_asm_elementwise(
+            """
+            mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc
+                {$0, $1, $2, $3}, {$4, $8, $5, $9}, {$12, $13}, {$16, $17, $18, $19};
+            mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc
+                {$0, $1, $2, $3}, {$6, $10, $7, $11}, {$14, $15}, {$0, $1, $2, $3};
+            """,
+            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [low, high, b, c],
+            tl.int32,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def _sum_rows(x, R: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.constexpr):
+    """Add a fragment's planes and the warps that share rows: [R, 128 warps] -> [16 R ROW_WARPS], in row order."""
+    x = tl.reshape(x, (R * ROW_WARPS, K_WARPS, 8, 4, 2, 2))
+    x = tl.sum(tl.sum(tl.sum(x, 5), 3), 1)
+    return tl.reshape(tl.permute(x, (0, 2, 1)), (16 * R * ROW_WARPS,))
+
+
+@triton.jit
+def _prefetch(weight, first_row, rows, chunks, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
+    """Ask for this program's rows of the first chunks (one a thread) in the second-level cache; from 9.0 on."""
+    chunk = tl.arange(0, 32 * WARPS)
+    address = weight + (chunk.to(tl.int64) * rows + first_row) * WORDS
+    tl.inline_asm_elementwise(
+        f"""{{
+            .reg .pred live;
+            setp.lt.s32 live, $2, $3;
+            @live cp.async.bulk.prefetch.L2.global [$1], {BN * WORDS * 4};
+            mov.u32 $0, 0;
+        }}""",
+        "=r,l,r,r",
+        [address.to(tl.int64), chunk, tl.broadcast_to(chunks, (32 * WARPS,))],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+# One compiled kernel for every number of tokens: none of its own for 1 or for multiples of 16.
+@triton.jit(do_not_specialize=["M", "chunks_per_block", "blocks", "rank"])
+def binary_mma_kernel(
+    planes,
+    scale,
+    q_sum,
+    u,
+    weight,
+    weight_scale,
+    low_b,
+    bias,
+    y,
+    M,
+    N,
+    rows,
+    chunks_per_block,
+    blocks,
+    rank,
+    BITS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILES: tl.constexpr,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    ROW_WARPS: tl.constexpr,
+    K_WARPS: tl.constexpr,
+    BY_BLOCK: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+    PURE: tl.constexpr,
+):
+    """All M <= TOKENS tokens of 16 R ROW_WARPS rows; K_WARPS warps share the columns of a row.
+
+    They take turns by blocks (BY_BLOCK), else by steps of 512 columns within each block.
+
+    `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows, C / 32] in the chunk layout.
+    TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
+    PDL: the launch may overlap the kernel before it, which makes the activations: until that is done, this one
+    only fetches weights.
+    """
+    WARPS: tl.constexpr = ROW_WARPS * K_WARPS
+    WORDS: tl.constexpr = C // 32
+    STEP: tl.constexpr = 16 // WORDS  # chunks that one step of a warp covers: 512 columns
+    BN: tl.constexpr = 16 * R * ROW_WARPS
+    e = tl.arange(0, 128 * WARPS)
+    word = e % 4
+    quad = e // 4 % 4
+    group = e // 16 % 8
+    warp = e // 128
+    k_warp = warp % K_WARPS
+    chunk_in_step = quad * 4 // WORDS
+    word_in_chunk = quad * 4 % WORDS + word
+    r = tl.arange(0, R)
+    row = (r[:, None] * ROW_WARPS + (warp // K_WARPS)[None, :]) * 16 + group[None, :]
+    if BY_BLOCK:
+        BLOCK_TURNS: tl.constexpr = K_WARPS
+        STRIDE: tl.constexpr = STEP
+        chunk0 = chunk_in_step
+        block0 = k_warp
+    else:
+        BLOCK_TURNS: tl.constexpr = 1
+        STRIDE: tl.constexpr = STEP * K_WARPS
+        chunk0 = k_warp * STEP + chunk_in_step
+        block0 = k_warp * 0
+    first_row = tl.program_id(0) * BN
+    if PDL:
+        _prefetch(weight, first_row, rows, blocks * chunks_per_block, BN, WORDS, WARPS)
+        gdc_wait()
+    a_ptrs = weight + first_row * WORDS + (row * WORDS + word_in_chunk[None, :])
+    stride = blocks * chunks_per_block * WORDS
+    b_ptrs = planes + (group * stride + word_in_chunk)
+
+    tokens = 1 if TOKENS == 1 else M
+    # What a column of the fragments stands for: plane 8 tile + 2 quad + word % 2 = token * BITS + bit.
+    column = 2 * quad + word % 2
+    counts = ()
+    totals = ()
+    for _ in tl.static_range(TILES):
+        counts = counts + (tl.zeros([R, 128 * WARPS], tl.int32),)
+        totals = totals + (tl.zeros([R, 128 * WARPS], tl.float32),)
+    for turn in range(tl.cdiv(blocks, BLOCK_TURNS)):
+        g = turn * BLOCK_TURNS + block0
+        for i in range(tl.cdiv(chunks_per_block, STRIDE)):
+            chunk = i * STRIDE + chunk0
+            live = (chunk < chunks_per_block) & (g < blocks)
+            at = g * chunks_per_block + chunk
+            a_at = a_ptrs + (at.to(tl.int64) * (rows * WORDS))[None, :]
+            b_at = b_ptrs + at * WORDS
+            if MASKED:
+                low = tl.load(a_at, mask=live[None, :], other=0)
+                high = tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0)
+            else:
+                low = tl.load(a_at)
+                high = tl.load(a_at + 8 * WORDS)
+            new = ()
+            for tile in tl.static_range(TILES):
+                there = group + 8 * tile < tokens * BITS
+                if MASKED:
+                    there = there & live
+                b = tl.load(b_at + 8 * tile * stride, mask=there, other=0)
+                b = tl.broadcast_to(b[None, :], (R, 128 * WARPS))
+                new = new + (_multiply(low, high, b, counts[tile], R, WARPS, PURE),)
+            counts = new
+        if not ONE_BLOCK:
+            added = ()
+            cleared = ()
+            for tile in tl.static_range(TILES):
+                plane = column + 8 * tile
+                s = tl.load(
+                    scale + plane // BITS * blocks + g, mask=(plane < tokens * BITS) & (g < blocks), other=0.0
+                )
+                weighted = (counts[tile] * _plane_value(plane, BITS)[None, :]).to(tl.float32)
+                added = added + (totals[tile] + weighted * s[None, :],)
+                cleared = cleared + (tl.zeros([R, 128 * WARPS], tl.int32),)
+            totals = added
+            counts = cleared
+
+    n = first_row + tl.arange(0, BN)
+    inside = n < N
+    alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
+    for m in tl.static_range(TOKENS):
+        if m < tokens:
+            # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}.
+            if ONE_BLOCK:
+                codes = tl.zeros([R, 128 * WARPS], tl.int32)
+                for tile in tl.static_range(TILES):
+                    plane = column + 8 * tile
+                    value = tl.where(plane // BITS == m, _plane_value(plane, BITS), 0)
+                    codes += counts[tile] * value[None, :]
+                lifted = 2 * _sum_rows(codes, R, ROW_WARPS, K_WARPS) - tl.load(q_sum + m)
+                out = lifted.to(tl.float32) * tl.load(scale + m)
+            else:
+                part = tl.zeros([R, 128 * WARPS], tl.float32)
+                for tile in tl.static_range(TILES):
+                    part += tl.where(((column + 8 * tile) // BITS == m)[None, :], totals[tile], 0.0)
+                lift = 0.0
+                for g in range(blocks):
+                    lift += tl.load(scale + m * blocks + g) * tl.load(q_sum + m * blocks + g).to(tl.float32)
+                out = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
+            out *= alpha
+            if RANK > 0:
+                out += low_rank_row(u, low_b, m, n, rank, RANK)
+            if BIAS:
+                out += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+            tl.store(y + m * N + n, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plane_value(plane, BITS: tl.constexpr):
+    """Two's complement weight of a plane's bit: 2^bit, the last one negative."""
+    bit = plane % BITS
+    return tl.where(bit == BITS - 1, -1, 1) * (1 << bit)

@@ -1,0 +1,307 @@
+"""Compile one kernel ahead of time, without a GPU, and read what the assembler made of it.
+
+Triton carries `ptxas` and the disassemblers; registers and stack come from the cubin's own ELF notes
+(`.nv.info`), instructions from its disassembly.
+"""
+
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from bwla_kernels.errors import BackendError
+
+ARCHITECTURES = (80, 89, 90, 100)
+"""Compute capabilities, times ten, that every selectable kernel must compile for."""
+
+SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
+"""Shared memory bytes that one block may use; the compiler does not check it, the driver does."""
+
+_REGCOUNT, _FRAME_SIZE = 0x2F, 0x11
+"""Attributes of `.nv.info` that hold (symbol, value) pairs."""
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One kernel in one configuration.
+
+    Attributes:
+        name: the kernel's name.
+        config: short text of the configuration.
+        kernel: the `triton.jit` function (not an interpreted one).
+        signature: argument -> Triton type (`*bf16`, `i32`, ...), or `constexpr`.
+        constexprs: values of the compile-time arguments.
+        divisible: arguments that are divisible by 16 (aligned pointers, round sizes).
+        num_warps, num_stages: as at launch.
+        tensor_core: acceptable SASS mnemonics (a prefix each), one of which must occur; () where none is needed.
+        loop_weights: weights that one round of the main loop consumes, to state instructions per weight.
+        options: further compiler options.
+        fragment_layout: the tensor layout that inline tensor-core instructions rely on; "" where there are none.
+    """
+
+    name: str
+    config: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+    num_stages: int
+    tensor_core: tuple[str, ...]
+    loop_weights: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    fragment_layout: str = ""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a case became on one architecture.
+
+    Attributes:
+        registers: per thread.
+        spills: instructions that move registers to or from local memory (STL, LDL).
+        stack: bytes of local memory per thread.
+        shared_bytes: shared memory per block.
+        instructions: count by mnemonic (`IMMA`, `LDG`, ...) over the whole kernel.
+        loop: the same over the main loop: the innermost one with a tensor-core instruction, else the longest;
+            what a forward branch may skip (the end of a block, which most rounds do not reach) is left out.
+        tensor_core: the wanted mnemonic that was found, "" where none was.
+        per_weight: thread instructions of the main loop per weight, None where not stated.
+        fragment_layouts: layouts of the tensors that inline tensor-core instructions work on.
+    """
+
+    case: CompileCase
+    arch: int
+    registers: int
+    spills: int
+    stack: int
+    shared_bytes: int
+    instructions: Mapping[str, int]
+    loop: Mapping[str, int]
+    tensor_core: str
+    per_weight: float | None
+    fragment_layouts: frozenset[str] = frozenset()
+
+    def problems(self) -> list[str]:
+        """The gates that this kernel fails, each one sentence; empty where it is sound."""
+        where = f"{self.case.name} [{self.case.config}] on sm_{self.arch}"
+        limit = SHARED_LIMIT[self.arch]
+        found = []
+        if self.spills:
+            found.append(f"{where}: {self.spills} spill instructions (LDL/STL), the limit is 0")
+        if self.stack:
+            found.append(f"{where}: {self.stack} bytes of stack, the limit is 0")
+        if self.shared_bytes > limit:
+            found.append(f"{where}: {self.shared_bytes} bytes of shared memory, the limit is {limit}")
+        if self.case.tensor_core and not self.tensor_core:
+            wanted = " or ".join(self.case.tensor_core)
+            found.append(f"{where}: no tensor-core instruction ({wanted}) found, at least one is wanted")
+        wanted_layout = self.case.fragment_layout
+        if wanted_layout and self.fragment_layouts != {wanted_layout}:
+            seen = " and ".join(sorted(self.fragment_layouts)) or "none"
+            found.append(f"{where}: inline mma on layout {seen}, it relies on {wanted_layout}")
+        return found
+
+
+def compile_case(case: CompileCase, arch: int) -> Compiled:
+    """Compile a case for compute capability `arch` / 10.
+
+    Raises:
+        BackendError: the kernel is an interpreted one, the compiler refuses it, or no disassembler is there.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not isinstance(case.kernel, triton.JITFunction):
+        raise BackendError(
+            f"{case.name}: cannot be compiled under TRITON_INTERPRET=1: run this in a process without it"
+        )
+    order = list(case.kernel.arg_names)
+    attrs = {(order.index(name),): [["tt.divisibility", 16]] for name in case.divisible}
+    constexprs = {(order.index(name),): value for name, value in case.constexprs.items()}
+    source = ASTSource(case.kernel, case.signature, constexprs, attrs)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **case.options}
+    try:
+        built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    except Exception as error:
+        raise BackendError(
+            f"{case.name} [{case.config}] on sm_{arch}: does not compile: {type(error).__name__}: {error}"
+        ) from error
+    cubin: bytes = built.asm["cubin"]
+    notes = read_notes(cubin)
+    lines = disassemble(cubin)
+    loop = main_loop(lines, case.tensor_core)
+    total = count_mnemonics(lines)
+    matched = next(
+        (name for prefix in case.tensor_core for name in sorted(total) if name.startswith(prefix)), ""
+    )
+    per_weight = None
+    if case.loop_weights:
+        threads = 32 * case.num_warps
+        per_weight = sum(loop.values()) * threads / case.loop_weights
+    return Compiled(
+        case=case,
+        arch=arch,
+        registers=notes.get(_REGCOUNT, 0),
+        spills=total["LDL"] + total["STL"],
+        stack=notes.get(_FRAME_SIZE, 0),
+        shared_bytes=built.metadata.shared,
+        instructions=total,
+        loop=loop,
+        tensor_core=matched,
+        per_weight=per_weight,
+        fragment_layouts=inline_mma_layouts(built.asm["ttgir"]),
+    )
+
+
+def inline_mma_layouts(ttgir: str) -> frozenset[str]:
+    """The layouts that the results of inline `mma` instructions have in Triton's GPU dialect, whitespace removed."""
+    named = {
+        name: "".join(text.split()) for name, text in re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE)
+    }
+    found = set()
+    for line in ttgir.splitlines():
+        if "tt.elementwise_inline_asm" in line and "mma.sync" in line:
+            result = re.search(r"-> tensor<[^#]*(#\w+)>", line)
+            found.add(named.get(result[1], result[1]) if result else "unknown")
+    return frozenset(found)
+
+
+def read_notes(cubin: bytes) -> dict[int, int]:
+    """The largest value of each (symbol, value) attribute in the `.nv.info` section of an ELF cubin."""
+    if cubin[:4] != b"\x7fELF":
+        raise BackendError(f"expected an ELF cubin, found {cubin[:4]!r}: this Triton is not supported")
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + i * size) for i in range(count)]
+    strings = sections[names][4]
+    notes: dict[int, int] = {}
+    for section in sections:
+        start = strings + section[0]
+        if cubin[start : cubin.index(b"\0", start)] != b".nv.info":
+            continue
+        at, end = section[4], section[4] + section[5]
+        while at + 4 <= end:
+            kind, attribute, length = struct.unpack_from("<BBH", cubin, at)
+            if kind == 4 and length == 8:
+                _, value = struct.unpack_from("<II", cubin, at + 4)
+                notes[attribute] = max(notes.get(attribute, 0), value)
+            at += 4 + (length if kind == 4 else 0)
+    return notes
+
+
+@cache
+def disassembler() -> tuple[str, ...]:
+    """The command that turns a cubin into SASS: Triton's own tools first, then those on the path.
+
+    Raises:
+        BackendError: neither nvdisasm nor cuobjdump is there.
+    """
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    for name, arguments in (("nvdisasm", ("-c",)), ("cuobjdump", ("-sass",))):
+        found = shutil.which(name, path=str(tools)) or shutil.which(name)
+        if found:
+            return (found, *arguments)
+    raise BackendError(
+        f"neither nvdisasm nor cuobjdump was found in {tools} or on the path: instructions cannot be checked; "
+        "install the CUDA toolkit or a Triton wheel that carries them"
+    )
+
+
+def disassemble(cubin: bytes) -> list[str]:
+    """The SASS of a cubin, one instruction or label a line."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([*disassembler(), file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"{disassembler()[0]} failed: {done.stderr.strip()}")
+    return done.stdout.splitlines()
+
+
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+
+
+def _instructions(lines: list[str]) -> list[tuple[int, str, str]]:
+    """(address, mnemonic with suffixes, operands) of every instruction."""
+    found = []
+    for line in lines:
+        match = _INSTRUCTION.search(line)
+        if match:
+            found.append((int(match[1], 16), match[2], match[3]))
+    return found
+
+
+def count_mnemonics(lines: list[str]) -> Counter[str]:
+    """How often each mnemonic occurs, without its suffixes and without padding."""
+    counts = Counter(name.split(".")[0] for _, name, _ in _instructions(lines))
+    del counts["NOP"]
+    return counts
+
+
+def loops(lines: list[str]) -> list[list[str]]:
+    """The bodies of all loops (targets of backward branches) without what forward branches inside may skip.
+
+    Each is a list of mnemonics without suffixes.
+    """
+    labels: dict[str, int] = {}
+    waiting: list[str] = []
+    flat: list[tuple[int, str]] = []
+    jumps: list[tuple[int, str]] = []
+    for line in lines:
+        label = _LABEL.match(line)
+        match = _INSTRUCTION.search(line)
+        if label:
+            waiting.append(label[1])
+        elif match:
+            address, name = int(match[1], 16), match[2].split(".")[0]
+            labels.update(dict.fromkeys(waiting, address))
+            waiting = []
+            flat.append((address, name))
+            if name == "BRA":
+                jumps.append((address, match[3]))
+    branches = [(at, _target(operands, labels)) for at, operands in jumps]
+    bodies = []
+    for end, start in branches:
+        if start is None or start >= end:
+            continue
+        skipped = [(at, to) for at, to in branches if to is not None and start <= at < to <= end]
+        bodies.append(
+            [
+                name
+                for address, name in flat
+                if start <= address <= end
+                and name != "NOP"
+                and not any(at < address < to for at, to in skipped)
+            ]
+        )
+    return bodies
+
+
+def _target(operands: str, labels: Mapping[str, int]) -> int | None:
+    """Where a branch goes: a label (nvdisasm) or an address (cuobjdump)."""
+    for label in re.findall(r"\.L_\w+", operands):
+        if label in labels:
+            return labels[label]
+    absolute = re.search(r"0x([0-9a-f]+)", operands)
+    return int(absolute[1], 16) if absolute else None
+
+
+def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
+    """Mnemonics of the main loop: the shortest one with a tensor-core instruction, else the longest one."""
+    bodies = sorted(loops(lines), key=len)
+    for body in bodies:
+        if tensor_core and any(name.startswith(tensor_core) for name in body):
+            return Counter(body)
+    return Counter(bodies[-1] if bodies else [])

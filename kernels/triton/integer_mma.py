@@ -1,0 +1,185 @@
+"""Integer tensor cores on bits unpacked in registers: skinny and tiled binary matmul (M > 4, or no binary cores).
+
+The weights are on the M side of the dot: y^T [BN, BM] = W [BN, C] q^T [C, BM]. A tile of packed bytes goes through
+shared memory (cp.async) into the registers of the dot's left operand, where `(w >> j) & 0x01010101` makes four
+weights of two instructions; the eight bit planes joined along K are that operand, and no layout is converted.
+On Hopper it is a wgmma whose left operand comes from registers.
+"""
+
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
+import triton
+import triton.language as tl
+from bwla_kernels.triton.epilogue import low_rank_term
+from triton.language.extra.cuda import gdc_wait
+
+
+@triton.jit
+def _plane(w, J: tl.constexpr, PURE: tl.constexpr):
+    """Bit J of every byte as int8 {0, 1}; four bytes at a time on the GPU."""
+    if PURE:
+        result = ((w >> J) & 1).to(tl.int8)
+    elif J == 0:
+        result = tl.inline_asm_elementwise(
+            "and.b32 $0, $1, 0x01010101;", "=r,r", [w], tl.int8, is_pure=True, pack=4
+        )
+    else:
+        result = tl.inline_asm_elementwise(
+            f"{{ .reg .b32 t; shr.b32 t, $1, {J}; and.b32 $0, t, 0x01010101; }}",
+            "=r,r",
+            [w],
+            tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    return result
+
+
+@triton.jit
+def unpack_chunk(w, BN: tl.constexpr, C: tl.constexpr, PURE: tl.constexpr):
+    """Bytes [BN, C / 8] -> int8 {0, 1} [BN, C] in the order of the columns: (C / 8) j + b."""
+    even = tl.join(
+        tl.join(_plane(w, 0, PURE), _plane(w, 1, PURE)), tl.join(_plane(w, 2, PURE), _plane(w, 3, PURE))
+    )
+    odd = tl.join(
+        tl.join(_plane(w, 4, PURE), _plane(w, 5, PURE)), tl.join(_plane(w, 6, PURE), _plane(w, 7, PURE))
+    )
+    # Axes: row, byte, then the bits of j from the lowest.
+    return tl.reshape(tl.permute(tl.join(even, odd), (0, 4, 3, 2, 1)), (BN, C))
+
+
+@triton.jit
+def _block_scale(scale, m, g, blocks):
+    """scale[m, g], read as a tile of eight blocks: spread over the threads, it costs few addresses.
+
+    (Read as a vector, every thread would load it for each of its columns and keep their addresses.)
+    """
+    at = g // 8 * 8 + tl.arange(0, 8)
+    tile = tl.load(scale + m[:, None] * blocks + at[None, :], mask=(at < blocks)[None, :], other=0.0)
+    return tl.sum(tl.where(at[None, :] == g, tile, 0.0), 1)
+
+
+# One compiled kernel for every number of tokens: none of its own for 1 or for multiples of 16.
+@triton.jit(do_not_specialize=["M", "chunks_per_block", "blocks", "rank", "splits"])
+def integer_mma_kernel(
+    q,
+    scale,
+    q_sum,
+    u,
+    weight,
+    weight_scale,
+    low_b,
+    bias,
+    y,
+    partial,
+    counters,
+    M,
+    N,
+    rows,
+    K,
+    block_width,
+    chunks_per_block,
+    blocks,
+    rank,
+    splits,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    C: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    RANK: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+    PURE: tl.constexpr,
+):
+    """One tile y[m, n] of BM tokens and BN rows, or a share of its chunks (SPLIT).
+
+    Grid: (tiles of N times tiles of M, splits). Of a tile that is split, every program leaves its share in
+    `partial` float32 [tiles, splits, BN, BM], and the last one to arrive (`counters` int32 [tiles], zero before
+    and after) adds them in a fixed order: deterministic, and one launch.
+    """
+    S: tl.constexpr = C // 8
+    tile = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BM)
+    tiles_n = rows // BN
+    # Groups of GROUP_M token tiles, so that neighbouring programs share weights and activations in the L2 cache.
+    group = tile // (GROUP_M * tiles_n)
+    in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    local = tile - group * (GROUP_M * tiles_n)
+    tile_m = group * GROUP_M + local % in_group
+    tile_n = local // in_group
+
+    if PDL:
+        gdc_wait()  # what the kernel before it makes may be read from here on
+    n = tile_n * BN + tl.arange(0, BN)
+    m = tile_m * BM + tl.arange(0, BM)
+    m_read = tl.minimum(m, M - 1)
+    chunks = blocks * chunks_per_block
+    if SPLIT:
+        share = tl.cdiv(chunks, splits)
+        first = tl.program_id(1) * share
+        last = tl.minimum(first + share, chunks)
+    else:
+        first = chunks * 0
+        last = chunks
+
+    byte = tl.arange(0, S)
+    column = tl.arange(0, C)
+    w_ptrs = weight + first.to(tl.int64) * rows * S + (n[:, None] * S + byte[None, :])
+    q_rows = q + m_read.to(tl.int64)[None, :] * K
+    acc = tl.zeros([BN, BM], tl.int32)
+    total = tl.zeros([BN, BM], tl.float32)
+    for t in range(first, last):
+        w = tl.load(w_ptrs)
+        if PADDED:
+            g = t // chunks_per_block
+            at = g * block_width + (t - g * chunks_per_block) * C + column
+            # Beyond a block the weights' bits are 0: what is read there does not matter, if it may be read.
+            x = tl.load(q_rows + at[:, None], mask=(at < K)[:, None], other=0)
+        else:
+            x = tl.load(q_rows + (t * C + column)[:, None])
+        acc = tl.dot(unpack_chunk(w, BN, C, PURE), x, acc, out_dtype=tl.int32)
+        w_ptrs += rows * S
+        if not ONE_BLOCK:
+            g = t // chunks_per_block
+            if (t + 1) % chunks_per_block == 0 or t + 1 == last:
+                total += acc.to(tl.float32) * _block_scale(scale, m_read, g, blocks)[None, :]
+                acc = tl.zeros([BN, BM], tl.int32)
+    # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}; of a split tile the share that ends a block takes sum q.
+    if ONE_BLOCK:
+        s = tl.load(scale + m_read)
+        lift = tl.load(q_sum + m_read)
+        if SPLIT:
+            lift = tl.where((last == chunks) & (first < chunks), lift, 0)
+        total = (2 * acc - lift[None, :]).to(tl.float32) * s[None, :]
+    else:
+        lift = tl.zeros([BM], tl.float32)
+        for g in range(first // chunks_per_block, last // chunks_per_block):
+            lift += tl.load(scale + m_read * blocks + g) * tl.load(q_sum + m_read * blocks + g).to(tl.float32)
+        total = 2.0 * total - lift[None, :]
+
+    if SPLIT:
+        cell = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        base = partial + tile.to(tl.int64) * (splits * BN * BM)
+        tl.store(base + tl.program_id(1) * (BN * BM) + cell, total)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counters + tile, 1, sem="acq_rel")
+        if arrived < splits - 1:
+            return
+        tl.debug_barrier()
+        total = tl.zeros([BN, BM], tl.float32)
+        for i in range(splits):
+            total += tl.load(base + i * (BN * BM) + cell, cache_modifier=".cg")
+        tl.store(counters + tile, 0)
+
+    inside = n < N
+    total *= tl.load(weight_scale + n, mask=inside, other=0.0)[:, None]
+    if RANK > 0:
+        total = low_rank_term(total, u, low_b, m_read, n, rank, RANK, PURE)
+    if BIAS:
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)[:, None]
+    out = y + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(out, tl.trans(total.to(y.dtype.element_ty)), mask=(m < M)[:, None] & inside[None, :])

@@ -1,0 +1,139 @@
+"""Every configuration of the matmul kernels that can be selected, as compile cases."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bwla_kernels.triton.binary_matmul import (
+    GROUP_M,
+    RANK_MULTIPLE,
+    binary_meta,
+    integer_meta,
+)
+from bwla_kernels.triton.binary_mma import binary_mma_kernel
+from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.integer_mma import integer_mma_kernel
+from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
+from bwla_kernels.triton.tuning import BINARY, MatmulConfig, selectable
+
+BITS = 6
+
+LAYOUTS = {
+    "1 block": chunk_layout(51200, 1, 5120),
+    "1 padded block": chunk_layout(5120, 1, 5152),
+    "8 blocks, chunks of 128": chunk_layout(5120, 8, 3200),
+    "8 padded blocks": chunk_layout(5120, 8, 1056),
+}
+"""Qwen3-32B's gate_up and down, and both with blocks that fill no whole chunks (the masked variants)."""
+
+INTEGER_MNEMONICS = {80: ("IMMA",), 89: ("IMMA",), 90: ("IGMMA",), 100: ("UTCIMMA", "UTCQMMA", "IMMA")}
+"""Int8 tensor-core instructions in SASS: mma.sync, wgmma, tcgen05.mma."""
+
+_POINTERS = {
+    "planes": "*i32",
+    "q": "*i8",
+    "scale": "*fp32",
+    "q_sum": "*i32",
+    "u": "*fp32",
+    "weight_scale": "*fp32",
+    "low_b": "*bf16",
+    "bias": "*bf16",
+    "y": "*bf16",
+    "partial": "*fp32",
+    "counters": "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a launch may add: `pdl` a dependent launch; `bare` leaves low-rank term and bias out."""
+
+    pdl: bool = False
+    bare: bool = False
+
+    def __str__(self) -> str:
+        return ", dependent launch" * self.pdl + ", bare" * self.bare
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """All cases for compute capability `arch` / 10: with a low-rank term and a bias, bfloat16 out.
+
+    A dependent launch (9.0 and newer) and a layer without both are compiled for the commonest layout.
+    """
+    cases = []
+    for name, layout in LAYOUTS.items():
+        variants = [Variant()]
+        if name == "1 block":
+            variants += [Variant(bare=True)] + [Variant(pdl=True)] * (arch >= 90)
+        for config in selectable(str(arch), layout.blocks == 1):
+            if config.split > 2:
+                continue  # the same code as for two shares: their number is no compile-time argument
+            for variant in variants:
+                if config.kernel == BINARY:
+                    cases.append(binary_case(config, layout, name, variant))
+                else:
+                    cases.append(integer_case(config, layout, name, arch, variant))
+    return cases
+
+
+def _case(
+    kernel: Any,
+    config: MatmulConfig,
+    what: str,
+    weight: str,
+    meta: dict[str, Any],
+    tensor_core: tuple[str, ...],
+    loop_weights: int,
+    variant: Variant,
+) -> CompileCase:
+    """Types and divisibility as at a launch: aligned tensors, sizes of multiples of 16 (but tokens and ranks)."""
+    absent = ("u", "low_b", "bias") * variant.bare + ("partial", "counters") * (config.split == 1)
+    constexprs = {
+        **meta,
+        "RANK": 0 if variant.bare else RANK_MULTIPLE,
+        "BIAS": not variant.bare,
+        "PDL": variant.pdl,
+        "PURE": False,
+        **{name: None for name in absent if name in kernel.arg_names},
+    }
+    pointers = {**_POINTERS, "weight": weight}
+    signature = {
+        name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in kernel.arg_names
+    }
+    round_or_pointer = ("N", "rows", "K", "block_width", *pointers)
+    return CompileCase(
+        name=kernel.fn.__name__,
+        config=f"{config}, {what}{variant}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=tuple(n for n, kind in signature.items() if kind != "constexpr" and n in round_or_pointer),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        tensor_core=tensor_core,
+        loop_weights=loop_weights,
+        options={"launch_pdl": variant.pdl, "maxnreg": config.max_registers or None},
+    )
+
+
+def binary_case(
+    config: MatmulConfig, layout: ChunkLayout, what: str, variant: Variant | None = None
+) -> CompileCase:
+    """A case of `binary_mma_kernel`; one round covers 512 columns of every warp's rows."""
+    meta = binary_meta(layout, BITS, config)
+    weights = 512 * config.block_n * config.k_warps
+    case = _case(binary_mma_kernel, config, what, "*i32", meta, ("BMMA",), weights, variant or Variant())
+    layout_of_fragments = (
+        "#ttg.blocked<{sizePerThread=[1,4],threadsPerWarp=[1,32],"
+        f"warpsPerCTA=[1,{config.num_warps}],order=[1,0]}}>"
+    )
+    return replace(case, fragment_layout=layout_of_fragments)
+
+
+def integer_case(
+    config: MatmulConfig, layout: ChunkLayout, what: str, arch: int, variant: Variant | None = None
+) -> CompileCase:
+    """A case of `integer_mma_kernel`; one round covers a chunk."""
+    meta = {**integer_meta(layout, config), "GROUP_M": GROUP_M}
+    weights = config.block_n * layout.chunk
+    core = INTEGER_MNEMONICS[arch]
+    return _case(integer_mma_kernel, config, what, "*u8", meta, core, weights, variant or Variant())

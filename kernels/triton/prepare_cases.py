@@ -1,0 +1,127 @@
+"""Every configuration of the input side that serving can select, for the ahead-of-time check."""
+
+from collections.abc import Iterator
+
+import torch
+from bwla_kernels.factorize import SHARDED_BLOCKS, choose_rotation
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
+from bwla_kernels.triton.prepare_input import (
+    DOT_FROM,
+    FILLS_GPU,
+    PLANES_MAX_TOKENS,
+    WIDE_FROM,
+    InputConfig,
+    launch_constants,
+    select_config,
+)
+from bwla_kernels.triton.prepare_kernel import prepare_input_kernel
+
+HIDDEN = (1024, 2048, 4096, 5120)
+"""Widths into q, k, v, gate and up: Qwen3-0.6B, 1.7B, 8B and Llama-2-7B and 3-8B, 14B and 32B."""
+
+ATTENTION = (2048, 4096, 5120, 8192)
+"""Widths into o, cut into blocks for tensor parallelism."""
+
+INTERMEDIATE = (3072, 6144, 11008, 12288, 14336, 17408, 25600)
+"""Widths into down, likewise."""
+
+WIDE = ((8, 40, 128), (1, 64, 128), (1, 96, 128), (1, 112, 128), (1, 128, 128))
+"""Rotations that the converter can be asked for, up to the largest factors."""
+
+RANK = 16
+
+TENSOR_CORE = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
+
+_TYPES = {
+    "left_ptr": "*fp16",
+    "right_ptr": "*fp16",
+    "column_scale_ptr": "*fp32",
+    "a_ptr": "*bf16",
+    "q_ptr": "*i8",
+    "scale_ptr": "*fp32",
+    "q_sum_ptr": "*i32",
+    "u_ptr": "*fp32",
+    "planes_ptr": "*i32",
+    "m": "i32",
+    "x_stride": "i32",
+    "residual_stride": "i32",
+    "level": "fp32",
+    "eps": "fp32",
+}
+
+
+def compile_cases(arch: int) -> list[CompileCase]:
+    """The cases for compute capability `arch` / 10; fused loads where a model has them."""
+    hidden = {choose_rotation(width) for width in HIDDEN}
+    sharded = {choose_rotation(width, SHARDED_BLOCKS) for width in (*ATTENTION, *INTERMEDIATE)}
+    down = {choose_rotation(width, SHARDED_BLOCKS) for width in INTERMEDIATE}
+    cases = []
+    for rotation in sorted({*hidden, *sharded, *WIDE}):
+        spec = LayerSpec(1024, rotation[0] * rotation[1] * rotation[2], *rotation, rank=RANK)
+        fused = [
+            PLAIN,
+            *([NORM, ADD_NORM] if rotation in hidden else []),
+            *([SILU_MUL] if rotation in down else []),
+        ]
+        for m, config in _configurations(spec, arch):
+            for fuse in fused:
+                chunks = (0, 256) if m <= PLANES_MAX_TOKENS else (0,)
+                cases += [
+                    compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk) for chunk in chunks
+                ]
+    return cases
+
+
+def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig]]:
+    """Each configuration of a layer, with the smallest number of tokens that selects it."""
+    seen = set()
+    edges = (0, PLANES_MAX_TOKENS, FILLS_GPU // spec.blocks, DOT_FROM, WIDE_FROM)
+    for m in sorted(edge + 1 for edge in edges):
+        config = select_config(spec, m, divmod(arch, 10))
+        if config not in seen:
+            seen.add(config)
+            yield m, config
+
+
+def compile_case_of(
+    spec: LayerSpec, config: InputConfig, arch: int, dtype: torch.dtype, fuse: int, chunk: int
+) -> CompileCase:
+    """One configuration as the launcher would compile it, for aligned tensors."""
+    constants = launch_constants(spec, config, dtype, torch.bfloat16 if spec.rank else None, fuse, chunk)
+    stored = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = {
+        **_TYPES,
+        **dict.fromkeys(("x_ptr", "residual_ptr", "norm_weight_ptr", "residual_out_ptr"), stored),
+    }
+    absent = []
+    if fuse not in (NORM, ADD_NORM):
+        absent.append("norm_weight_ptr")
+    if fuse != ADD_NORM:
+        absent += ["residual_ptr", "residual_out_ptr"]
+    if not spec.rank:
+        absent += ["a_ptr", "u_ptr"]
+    if not chunk:
+        absent.append("planes_ptr")
+    constexprs = {**constants, **dict.fromkeys(absent, None)}
+    names = prepare_input_kernel.arg_names
+    signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
+    variant = {PLAIN: "", NORM: " norm", ADD_NORM: " add+norm", SILU_MUL: " silu*mul"}[fuse]
+    text = (
+        f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{' planes' if chunk else ''} tokens {config.tokens} "
+        f"pieces {config.piece}/{config.out_piece} {'early ' if config.early else ''}"
+        f"u {config.u_tokens}x{config.u_ranks}x{config.u_step}"
+    )
+    return CompileCase(
+        name="prepare_input",
+        config=text,
+        kernel=prepare_input_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name),
+        num_warps=config.num_warps,
+        num_stages=3,
+        tensor_core=TENSOR_CORE[arch],
+        options={"maxnreg": config.max_registers},
+    )

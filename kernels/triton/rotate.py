@@ -1,0 +1,303 @@
+"""The role that rotates: one block of a few tokens, from the input to codes, scale, sum and bit planes.
+
+**fp16 tensor cores, as accurate as float32.** fp16 holds 11 significant bits, so a float32 number is the sum of
+two fp16 numbers to 2^-24, and three products hi*hi + hi*lo + lo*hi with float32 accumulation carry that accuracy
+(what is left out, lo*lo, is below 2^-24 too). fp16's narrow range is no obstacle: the tokens are scaled by a power
+of two so that their largest magnitude in the block lies in [16, 32), the rotations by 2^`ROTATION_EXPONENT`, and
+X -> L^T X cannot exceed 32 * sqrt(128) * 2^6 < 65504. A bf16 or fp16 input is one fp16 number after that scaling
+(bits below 2^-29 of the block's largest are dropped), so L^T X takes two products and (L^T X) R three: 2.5 passes
+at the fp16 rate. tf32 would take as many at half the rate, bf16 six or lose eight bits. Powers of two cancel
+exactly.
+
+**Bound.** Tensor cores accumulate in float32 and may truncate where float32 arithmetic rounds. With partial sums
+never above the block's 2-norm (rows and columns of a rotation have norm 1), each of at most 2 * 8 + 3 * 8 steps of
+16 products loses at most 2 * 2^-23 of it: |error of x_hat| < 2^-16 |block|_2 before the column scale, for every
+input; errors that do not conspire give 2^-21.
+
+**Pieces.** The columns are processed in pieces (80 = 64 + 16), because Triton's tiles are powers of two and padding
+80 to 128 would cost 2.5 times the arithmetic. Where n1 is small several tokens share a tile, with a block-diagonal L.
+"""
+
+import triton
+import triton.language as tl
+from bwla_kernels.triton.fused_load import (
+    ADDS_AND_NORMS,
+    NORMS,
+    apply_norm,
+    inverse_rms_of,
+    over_columns,
+    raw_input,
+)
+
+ROTATION_EXPONENT = 6
+"""Stored split rotations are 2^6 times the rotation: fp16's subnormals then lie far below what matters."""
+
+# Kernels may read module constants only as constexpr.
+_UNSCALE = tl.constexpr(2.0 ** (-2 * ROTATION_EXPONENT))
+_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest even integer
+_ROUND_BITS = tl.constexpr(0x4B400000)
+_INFINITY = tl.constexpr(0x7F800000)
+
+
+# A value of each token is a scalar where a tile holds one token, else a vector that has it on all of the token's
+# rows: reshaping between tokens and rows makes Triton choose layouts that repeat whole tiles in every thread.
+
+
+@triton.jit
+def token_sum(tile, slot, TOKENS: tl.constexpr):
+    """The sum over each token's rows of a tile; `slot` [rows] says which token a row belongs to."""
+    if TOKENS == 1:
+        result = tl.sum(tile)
+    else:
+        per_row = tl.sum(tile, 1)
+        result = per_row
+        for t in tl.static_range(TOKENS):
+            result = tl.where(slot == t, tl.sum(tl.where(slot == t, per_row, 0)), result)
+    return result
+
+
+@triton.jit
+def token_max(tile, slot, TOKENS: tl.constexpr):
+    """The largest of each token's rows of a tile without negative values."""
+    if TOKENS == 1:
+        result = tl.max(tile)
+    else:
+        per_row = tl.max(tile, 1)
+        result = per_row
+        for t in tl.static_range(TOKENS):
+            result = tl.where(slot == t, tl.max(tl.where(slot == t, per_row, 0)), result)
+    return result
+
+
+@triton.jit
+def _power_of_two(exponent_field):
+    return (exponent_field << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _magnitude(value):
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _split(value):
+    """float32 -> fp16 hi and lo with hi + lo = value to 2^-24."""
+    hi = value.to(tl.float16)
+    return hi, (value - hi.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def _piece_at(
+    ROW: tl.constexpr, ROWS: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr
+):
+    """Offsets of a piece of a matrix."""
+    return (ROW + tl.arange(0, ROWS))[:, None] * STRIDE + COLUMN + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def rotate_role(
+    x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
+    q_ptr, scale_ptr, q_sum_ptr, planes_ptr, residual_out_ptr,
+    m, x_stride, residual_stride, level, eps, program,
+    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+    FUSE: tl.constexpr, SPLIT_X: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    WIDTH: tl.constexpr = N1 * N2
+    ROWS_EACH: tl.constexpr = ROWS // TOKENS
+    PIECES: tl.constexpr = len(WIDTHS)
+    OUT_PIECES: tl.constexpr = len(OUT_WIDTHS)
+    N2P: tl.constexpr = STARTS[PIECES - 1] + WIDTHS[PIECES - 1]
+    Q_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
+
+    tiles = tl.cdiv(m, TOKENS)
+    block = program // tiles  # neighbours share the rotation of a block in the caches
+    first = (program % tiles) * TOKENS
+    row = tl.arange(0, ROWS)
+    slot = row // ROWS_EACH
+    within = row % ROWS_EACH
+    row_ok = (within < N1) & (first + slot < m)
+    # 64-bit offsets go into the base pointers, so that those inside a tile take one register each.
+    start = first.to(tl.int64)
+    x_ptr += start * x_stride
+    out_at = start * K + block * WIDTH
+    columns = (within * N2)[:, None]  # of the first element of each row, in the block
+    x_row = (slot * x_stride)[:, None] + columns
+    out_row = (slot * K)[:, None] + columns
+    residual_row = columns
+    if FUSE == ADDS_AND_NORMS:
+        residual_ptr += start * residual_stride
+        residual_row = (slot * residual_stride)[:, None] + columns
+
+    inputs = ()
+    squares = 0.0
+    for p in tl.static_range(PIECES):
+        j = STARTS[p] + tl.arange(0, WIDTHS[p])[None, :]
+        mask = row_ok[:, None] & (j < N2)
+        at = block * WIDTH + j
+        value = raw_input(x_ptr, residual_ptr, x_row + at, residual_row + at, mask, K, FUSE)
+        if FUSE == ADDS_AND_NORMS:
+            rounded = value.to(residual_out_ptr.dtype.element_ty)
+            tl.store(residual_out_ptr + out_at + out_row + j, rounded, mask=mask)
+        if FUSE >= NORMS and G == 1:
+            squares += token_sum(value * value, slot, TOKENS)
+        inputs = inputs + (value,)  # noqa: RUF005
+
+    left_at = left_ptr + block * (2 * ROWS_EACH * ROWS_EACH) + within[:, None] * ROWS_EACH + within[None, :]
+    if TOKENS == 1:
+        left_hi = tl.load(left_at)
+        left_lo = tl.load(left_at + ROWS_EACH * ROWS_EACH)
+    else:
+        same = slot[:, None] == (tl.arange(0, ROWS) // ROWS_EACH)[None, :]
+        left_hi = tl.load(left_at, mask=same, other=0.0)
+        left_lo = tl.load(left_at + ROWS_EACH * ROWS_EACH, mask=same, other=0.0)
+
+    rights = ()
+    if EARLY:  # all loads before the first wait: one latency instead of one for each piece
+        for p in tl.static_range(OUT_PIECES):
+            for s in tl.static_range(PIECES):
+                right_at = (
+                    right_ptr
+                    + block * (2 * N2P * N2P)
+                    + _piece_at(STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
+                )
+                rights = rights + (tl.load(right_at), tl.load(right_at + N2P * N2P))  # noqa: RUF005
+
+    if FUSE >= NORMS:
+        if G == 1:
+            inverse_rms = tl.rsqrt(squares / K + eps)
+        else:
+            inverse_rms = inverse_rms_of(
+                x_ptr, residual_ptr, x_stride, residual_stride, m - first, eps, TOKENS, K, FUSE
+            )  # fmt: skip
+            if TOKENS > 1:
+                per_token = inverse_rms
+                inverse_rms = tl.zeros([ROWS], tl.float32)
+                for t in tl.static_range(TOKENS):
+                    one = tl.sum(tl.where(tl.arange(0, TOKENS) == t, per_token, 0.0))
+                    inverse_rms = tl.where(slot == t, one, inverse_rms)
+        inverse_rms = over_columns(inverse_rms, TOKENS)
+        normed = ()
+        for p in tl.static_range(PIECES):
+            j = STARTS[p] + tl.arange(0, WIDTHS[p])[None, :]
+            mask = row_ok[:, None] & (j < N2)
+            value = apply_norm(
+                x_ptr, norm_weight_ptr, inputs[p], inverse_rms, block * WIDTH + columns + j, mask
+            )  # fmt: skip
+            normed = normed + (value,)  # noqa: RUF005
+        inputs = normed
+
+    # Magnitudes are compared as integers: there NaN is the largest and cannot get lost.
+    peak = token_max(_magnitude(inputs[0]), slot, TOKENS)
+    for p in tl.static_range(1, PIECES):
+        peak = tl.maximum(peak, token_max(_magnitude(inputs[p]), slot, TOKENS))
+    # 2^(4 - exponent of peak), kept where both it and its inverse are normal numbers.
+    field = tl.minimum(258 - (peak >> 23), 253)
+    grow = over_columns(_power_of_two(field), TOKENS)
+    finite = peak < _INFINITY
+    finite_row = over_columns(finite, TOKENS)
+
+    turned_hi = ()
+    turned_lo = ()
+    for p in tl.static_range(PIECES):
+        scaled = inputs[p] * grow
+        if TOKENS > 1:  # the zeros of the block-diagonal L do not stop another token's NaN
+            scaled = tl.where(finite_row, scaled, 0.0)
+        x_hi, x_lo = _split(scaled)
+        turned = tl.dot(left_lo, x_hi)
+        if SPLIT_X:
+            turned = tl.dot(left_hi, x_lo, turned)
+        hi, lo = _split(tl.dot(left_hi, x_hi, turned))
+        turned_hi = turned_hi + (hi,)  # noqa: RUF005
+        turned_lo = turned_lo + (lo,)  # noqa: RUF005
+
+    scales = ()
+    if EARLY:
+        for p in tl.static_range(OUT_PIECES):
+            j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
+            mask = row_ok[:, None] & (j < N2)
+            scales = scales + (tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0),)  # noqa: RUF005
+
+    outputs = ()
+    peaks = ()
+    for p in tl.static_range(OUT_PIECES):
+        acc = tl.zeros([ROWS, OUT_WIDTHS[p]], tl.float32)
+        for s in tl.static_range(PIECES):
+            if EARLY:
+                right_hi = rights[2 * (p * PIECES + s)]
+                right_lo = rights[2 * (p * PIECES + s) + 1]
+            else:
+                right_at = (
+                    right_ptr
+                    + block * (2 * N2P * N2P)
+                    + _piece_at(STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
+                )
+                right_hi = tl.load(right_at)
+                right_lo = tl.load(right_at + N2P * N2P)
+            acc = tl.dot(turned_hi[s], right_lo, acc)
+            acc = tl.dot(turned_lo[s], right_hi, acc)
+            acc = tl.dot(turned_hi[s], right_hi, acc)
+        if EARLY:
+            acc *= scales[p]
+        else:
+            j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
+            mask = row_ok[:, None] & (j < N2)
+            acc *= tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0)
+        outputs = outputs + (acc,)  # noqa: RUF005
+        peaks = peaks + (token_max(_magnitude(acc), slot, TOKENS),)  # noqa: RUF005
+
+    peak = peaks[0]
+    for p in tl.static_range(1, OUT_PIECES):
+        peak = tl.maximum(peak, peaks[p])
+    step = tl.where(finite, peak.to(tl.float32, bitcast=True) * level, float("nan"))
+    inverse = over_columns(tl.where(step > 0.0, 1.0 / step, 0.0), TOKENS)
+    scale = step * (_power_of_two(254 - field) * _UNSCALE)
+    if TOKENS == 1:
+        tl.store(scale_ptr + start * G + block, scale)
+    else:
+        tl.store(scale_ptr + start * G + block + slot * G, scale, mask=row_ok & (within == 0))
+
+    total = 0
+    for p in tl.static_range(OUT_PIECES):
+        j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
+        mask = row_ok[:, None] & (j < N2)
+        value = tl.minimum(tl.maximum(outputs[p] * inverse, -Q_MAX), Q_MAX)
+        code = (value + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+        total += token_sum(code, slot, TOKENS)
+        tl.store(q_ptr + out_at + out_row + j, code.to(tl.int8), mask=mask)
+    if TOKENS == 1:
+        tl.store(q_sum_ptr + start * G + block, total)
+    else:
+        tl.store(q_sum_ptr + start * G + block + slot * G, total, mask=row_ok & (within == 0))
+
+    if CHUNK:
+        tl.debug_barrier()  # the codes are read back in another order
+        _write_planes(q_ptr, planes_ptr, first, block, K, G, WIDTH, BITS, CHUNK)
+
+
+@triton.jit
+def _write_planes(
+    q_ptr, planes_ptr, token, block,
+    K: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Bit planes of one token's block: bit j of byte b of chunk t is column t * CHUNK + (CHUNK / 8) * j + b."""
+    WORDS: tl.constexpr = CHUNK // 32
+    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
+    PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS * WORDS)
+    index = tl.arange(0, PADDED)
+    column = index // WORDS * CHUNK + index % WORDS * 4
+    codes_ptr = (q_ptr + (token.to(tl.int64) * K + block * WIDTH)).to(tl.pointer_type(tl.int32))
+    planes = ()
+    for _ in tl.static_range(BITS):
+        planes = planes + (tl.zeros([PADDED], tl.int32),)  # noqa: RUF005
+    for j in tl.static_range(8):
+        at = column + j * (CHUNK // 8)
+        word = tl.load(codes_ptr + at // 4, mask=(index < CHUNKS * WORDS) & (at < WIDTH), other=0)
+        added = ()
+        for p in tl.static_range(BITS):
+            added = added + (planes[p] | (((word >> p) & 0x01010101) << j),)  # noqa: RUF005
+        planes = added
+    for p in tl.static_range(BITS):
+        row = (token.to(tl.int64) * BITS + p) * G + block
+        tl.store(planes_ptr + row * (CHUNKS * WORDS) + index, planes[p], mask=index < CHUNKS * WORDS)

@@ -1,0 +1,181 @@
+"""Which configuration a matmul runs with: from a small table per architecture, never by timing a request.
+
+`tuning.json` holds, per architecture, an ordered list of choices for each regime (the first one that gives the GPU
+enough programs wins) and, where `tune` has measured them, exact shapes. It says itself where it is from.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from typing import Any
+
+from bwla_kernels.errors import BackendError
+
+BINARY, INTEGER = "binary", "integer"
+
+BINARY_MAX_TOKENS = 4
+SKINNY_MAX_TOKENS = 32
+SPLITS = (1, 2, 4, 8)
+"""Shares that the columns of a skinny matmul may be cut into."""
+
+
+@dataclass(frozen=True)
+class MatmulConfig:
+    """One way to run the matmul; frozen and hashable, to be kept with a layer.
+
+    Attributes:
+        kernel: "binary" (binary tensor cores on bit planes) or "integer" (int8 tensor cores).
+        block_m: tokens of a tile (binary: 1, 2 or 4, all of them in one tile).
+        block_n: rows of a tile.
+        num_warps, num_stages: as at launch.
+        split: integer only: shares of the columns, added by the last program to arrive.
+        k_warps: binary only: warps of a program that share the columns of a row.
+        max_registers: per thread; 0 leaves it to the assembler, which may spill a few of them to fit
+            more programs in (compile_check would say so), 255 keeps it from that.
+    """
+
+    kernel: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+    split: int = 1
+    k_warps: int = 1
+    max_registers: int = 0
+
+    def __str__(self) -> str:
+        shape = f"{self.block_n}x{self.block_m} w{self.num_warps}"
+        registers = f" r{self.max_registers}" if self.max_registers else ""
+        if self.kernel == BINARY:
+            return f"{shape} k{self.k_warps}{registers}"
+        return f"{shape} s{self.num_stages}" + (f" split{self.split}" if self.split > 1 else "") + registers
+
+
+def binary_is_native(capability: tuple[int, int]) -> bool:
+    """Whether binary tensor-core instructions run in hardware (8.x and 9.x; emulated from 10.0 on)."""
+    return capability[0] in (8, 9)
+
+
+def table_arch(capability: tuple[int, int]) -> str:
+    """The architecture whose table serves a capability: the one with as much shared memory and the same dot.
+
+    Raises:
+        BackendError: below 8.0, which has no int8 tensor cores that these kernels use.
+    """
+    major, minor = capability
+    if major < 8:
+        raise BackendError(
+            f"the Triton kernels need compute capability 8.0 or newer, found {major}.{minor}: use another backend"
+        )
+    if major == 8:
+        return "80" if minor in (0, 7) else "89"
+    if major == 9:
+        return "90"
+    return "100" if major in (10, 11) else "89"
+
+
+@cache
+def load_table() -> Mapping[str, Any]:
+    """The table of this package (`tuning.json`), read once."""
+    text = resources.files("bwla_kernels.triton").joinpath("tuning.json").read_text(encoding="utf-8")
+    table: Mapping[str, Any] = json.loads(text)
+    return table
+
+
+def shape_key(n: int, k: int, g: int) -> str:
+    """Name of an exact shape in the table: `NxK/G`."""
+    return f"{n}x{k}/{g}"
+
+
+def token_limit(m: int) -> int:
+    """The row of the table that m tokens fall in: the next power of two, at most 8192."""
+    return min(1 << max(m - 1, 0).bit_length(), 8192)
+
+
+def select_config(
+    n: int,
+    k: int,
+    g: int,
+    chunk: int,
+    m: int,
+    bits: int,
+    capability: tuple[int, int],
+    sm_count: int,
+) -> MatmulConfig:
+    """Choose how to multiply m tokens of `bits` bits with a weight [n, k] of g blocks in chunks of `chunk` columns.
+
+    Raises:
+        BackendError: the GPU is too old.
+    """
+    arch = load_table()["architectures"][table_arch(capability)]
+    measured = arch["shapes"].get(shape_key(n, k, g), {}).get(str(token_limit(m)))
+    if measured is not None:
+        config = MatmulConfig(**measured)
+        if config.kernel == INTEGER or (binary_is_native(capability) and m <= config.block_m):
+            return config
+    rows = -(-n // 128) * 128
+    chunks = g * -(-(k // g) // chunk)
+    if m <= BINARY_MAX_TOKENS and binary_is_native(capability):
+        return choose_binary(arch, rows, m, sm_count)
+    if m <= SKINNY_MAX_TOKENS:
+        return choose_skinny(arch, rows, chunks, m, sm_count)
+    return choose_tiled(arch, rows, g, m, sm_count)
+
+
+def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> MatmulConfig:
+    """The largest tile that still makes two programs per multiprocessor."""
+    tokens = 1 if m <= 1 else 2 if m == 2 else 4
+    configs = binary_configs(arch, tokens)
+    return next((c for c in configs if rows // c.block_n >= 2 * sm_count), configs[-1])
+
+
+def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
+    """The table's choices for 1, 2 or 4 tokens; several tokens' sums need the registers."""
+    limit = 0 if tokens == 1 else 255
+    return [
+        MatmulConfig(kernel=BINARY, block_m=tokens, max_registers=limit, **entry) for entry in arch["binary"]
+    ]
+
+
+def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int) -> MatmulConfig:
+    """Few tokens: cut the columns into shares of two chunks or more until each multiprocessor has two programs."""
+    entry = next(e for e in arch["skinny"] if m <= e["block_m"])
+    tiles = rows // entry["block_n"]
+    split = next(
+        (s for s in SPLITS if tiles * s >= 2 * sm_count or chunks < 4 * s),
+        SPLITS[-1],
+    )
+    return MatmulConfig(kernel=INTEGER, split=split, **entry)
+
+
+def choose_tiled(arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: int) -> MatmulConfig:
+    """Many tokens: the largest tile that divides the rows and gives every multiprocessor a program."""
+    entries = arch["tiled_one_block" if g == 1 else "tiled_blocks"]
+    configs = [MatmulConfig(kernel=INTEGER, **entry) for entry in entries]
+    fitting = [c for c in configs if rows % c.block_n == 0]
+    useful = [c for c in fitting if c.block_m <= max(64, token_limit(m))]
+    return next((c for c in useful if rows // c.block_n * -(-m // c.block_m) >= sm_count), useful[-1])
+
+
+def selectable(arch: str, one_block: bool) -> list[MatmulConfig]:
+    """Every configuration that `select_config` can return on an architecture, for blocks of one kind."""
+    table = load_table()["architectures"][arch]
+    found: list[MatmulConfig] = []
+    if binary_is_native((int(arch) // 10, int(arch) % 10)):
+        found += [config for tokens in (1, 2, 4) for config in binary_configs(table, tokens)]
+    found += [
+        MatmulConfig(kernel=INTEGER, split=split, **entry) for split in SPLITS for entry in table["skinny"]
+    ]
+    tiled = table["tiled_one_block" if one_block else "tiled_blocks"]
+    found += [MatmulConfig(kernel=INTEGER, **entry) for entry in tiled]
+    for key, rows in table["shapes"].items():
+        if key.endswith("/1") == one_block:
+            found += [MatmulConfig(**entry) for entry in rows.values()]
+    return list(dict.fromkeys(found))
+
+
+def as_entry(config: MatmulConfig) -> dict[str, Any]:
+    """A configuration as the table stores it."""
+    return asdict(config)

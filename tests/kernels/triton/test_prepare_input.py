@@ -1,0 +1,429 @@
+"""The input side on a GPU against its definition; in Triton's interpreter where there is no GPU.
+
+A code may differ from the definition's only where x_hat / scale lies on a rounding tie to within the error of a
+float32 rotation; `assert_close_to` checks that against float64.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from bwla_kernels import reference
+from bwla_kernels.errors import BackendError
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton.prepare_input import (
+    InputConfig,
+    PreparedInput,
+    column_pieces,
+    padded_rows,
+    prepare_input,
+    select_config,
+    split_rotations,
+)
+from torch import Tensor
+
+NORM_BOUND = 2.0**-16
+"""Worst-case error of x_hat, in units of the 2-norm of the token's block (the kernel's docstring derives it)."""
+
+TENSOR_CORES = torch.cuda.is_available()
+
+
+def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    """Random orthogonal rotations, scales around 1, a random low-rank A; with the split rotations."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal(n: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(spec.blocks, n, n, generator=generator, dtype=torch.float64))[
+            0
+        ].float()
+
+    tensors = {
+        "rotation_left": orthogonal(spec.n1),
+        "rotation_right": orthogonal(spec.n2),
+        "column_scale": torch.rand(spec.in_features, generator=generator) + 0.5,
+    }
+    if spec.rank:
+        tensors["low_rank_a"] = torch.randn(spec.rank, spec.in_features, generator=generator).bfloat16()
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    tensors["left_split"], tensors["right_split"] = split_rotations(
+        tensors["rotation_left"], tensors["rotation_right"]
+    )
+    return tensors
+
+
+def make_spec(blocks: int, n1: int, n2: int, rank: int = 0, bits: int = 6, clip: float = 1.0) -> LayerSpec:
+    return LayerSpec(64, blocks * n1 * n2, blocks, n1, n2, rank=rank, bits=bits, clip=clip)
+
+
+def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+    """Tokens of very different magnitudes, with outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * 10.0 ** torch.randint(-2, 3, (m, 1), generator=generator)
+    x[:, :: max(1, k // 5)] *= 20
+    return x.to(dtype).to(device)
+
+
+def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+    """Check every output against float64 on the same input."""
+    m, blocks = x.shape[0], spec.blocks
+    exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
+    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.block_width))
+    norm = x.double().unflatten(1, (blocks, spec.block_width)).norm(dim=-1, keepdim=True)
+    error = norm * NORM_BOUND * tensors["column_scale"].max().double()
+    step = cells.abs().amax(-1, keepdim=True) * spec.clip / spec.q_max
+    assert prepared.scale.dtype == torch.float32
+    assert prepared.scale.shape == (m, blocks)
+    off = (prepared.scale.double().unsqueeze(-1) - step).abs()
+    assert (off <= error / spec.q_max + 1e-6 * step).all()
+
+    q = prepared.q.unflatten(1, (blocks, spec.block_width))
+    assert prepared.q.dtype == torch.int8
+    nonzero = step > 0
+    ideal = torch.where(nonzero, cells / step, 0).clamp(-spec.q_max, spec.q_max)
+    slack = torch.where(nonzero, 3 * error / step, 0)
+    assert ((q.double() - ideal).abs() <= 0.5 + slack).all()
+    wanted = reference.prepare_input(x, tensors, spec)
+    differing = (prepared.q != wanted.q).sum().item()
+    assert (prepared.q.int() - wanted.q.int()).abs().max() <= 1
+    assert differing <= 2 + prepared.q.numel() // 1000
+
+    assert prepared.q_sum.dtype == torch.int32
+    assert torch.equal(prepared.q_sum, q.int().sum(-1).int())
+    if spec.rank:
+        assert prepared.u is not None
+        a = tensors["low_rank_a"].double()
+        bound = (x.double().abs() @ a.abs().t()) * 2.0**-18
+        assert ((prepared.u.double() - x.double() @ a.t()).abs() <= bound).all()
+    else:
+        assert prepared.u is None
+
+
+def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
+    """Bit by bit, as `PreparedInput.planes` describes it."""
+    chunks = -(-spec.block_width // chunk)
+    out = torch.zeros(q.shape[0], spec.bits, spec.blocks * chunks, chunk // 8, dtype=torch.uint8)
+    for g in range(spec.blocks):
+        for t in range(chunks):
+            for b in range(chunk // 8):
+                for j in range(8):
+                    inside = chunk * t + chunk // 8 * j + b
+                    if inside < spec.block_width:
+                        code = q[:, g * spec.block_width + inside].int()
+                        for p in range(spec.bits):
+                            out[:, p, g * chunks + t, b] |= (((code >> p) & 1) << j).to(torch.uint8)
+    return out.view(torch.int32)
+
+
+SHAPES = [
+    (1, 16, 16, 3),
+    (1, 8, 80, 1),
+    (1, 5, 32, 2),  # n1 padded
+    (2, 20, 24, 8),  # both padded
+    (3, 4, 24, 5),
+    (1, 32, 32, 7),
+    (1, 2, 112, 4),  # three pieces
+    (1, 1, 128, 1),
+    (2, 40, 12, 2),
+]
+
+
+@pytest.mark.parametrize(("blocks", "n1", "n2", "m"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_matches_the_definition(
+    blocks: int, n1: int, n2: int, m: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    spec = make_spec(blocks, n1, n2, rank=5, clip=0.9)
+    tensors = make_layer(spec, device)
+    x = make_input(m, spec.in_features, dtype, device)
+    assert_close_to(prepare_input(x, tensors, spec), x, tensors, spec)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_all_bits(bits: int, device: torch.device) -> None:
+    spec = make_spec(2, 8, 20, bits=bits)
+    tensors = make_layer(spec, device)
+    x = make_input(4, spec.in_features, torch.float16, device)
+    prepared = prepare_input(x, tensors, spec)
+    assert prepared.q.abs().max() == spec.q_max
+    assert_close_to(prepared, x, tensors, spec)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 16, 20])
+@pytest.mark.parametrize("m", [1, 6])
+def test_ranks(rank: int, m: int, device: torch.device) -> None:
+    spec = make_spec(1, 12, 24, rank=rank)
+    tensors = make_layer(spec, device)
+    x = make_input(m, spec.in_features, torch.float16, device)
+    assert_close_to(prepare_input(x, tensors, spec), x, tensors, spec)
+
+
+@pytest.mark.parametrize("config_m", [1, 8, 200, 5000])
+@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+def test_every_kind_of_configuration_is_right(
+    config_m: int, capability: tuple[int, int], device: torch.device
+) -> None:
+    spec = make_spec(2, 12, 40, rank=3)
+    tensors = make_layer(spec, device)
+    x = make_input(6, spec.in_features, torch.float16, device)
+    config = select_config(spec, config_m, capability)
+    assert_close_to(prepare_input(x, tensors, spec, config=config), x, tensors, spec)
+
+
+def test_several_tokens_share_a_tile(device: torch.device) -> None:
+    """One token's outlier must not touch the scale of its neighbours, nor a missing neighbour anything."""
+    spec = make_spec(2, 8, 16, rank=2)
+    tensors = make_layer(spec, device)
+    config = dataclasses.replace(select_config(spec, 1, (9, 0)), tokens=4)
+    x = make_input(6, spec.in_features, torch.float32, device)
+    x[1] *= 1e6
+    together = prepare_input(x, tensors, spec, config=config)
+    assert_close_to(together, x, tensors, spec)
+    alone = prepare_input(x[2:3], tensors, spec, config=config)
+    assert torch.equal(alone.q, together.q[2:3])
+    assert torch.equal(alone.scale, together.scale[2:3])
+
+
+@pytest.mark.parametrize("chunk", [128, 256])
+@pytest.mark.parametrize(
+    ("blocks", "n1", "n2", "bits"), [(1, 16, 16, 6), (2, 8, 20, 8), (3, 4, 40, 2), (1, 12, 24, 6)]
+)
+def test_bit_planes(blocks: int, n1: int, n2: int, bits: int, chunk: int, device: torch.device) -> None:
+    spec = make_spec(blocks, n1, n2, bits=bits)
+    tensors = make_layer(spec, device)
+    x = make_input(3, spec.in_features, torch.float16, device)
+    prepared = prepare_input(x, tensors, spec, planes=True, chunk=chunk)
+    assert prepared.planes is not None
+    assert torch.equal(prepared.planes.cpu(), planes_by_definition(prepared.q.cpu(), spec, chunk))
+    assert_close_to(prepared, x, tensors, spec)
+
+
+def test_zeros_and_extreme_magnitudes(device: torch.device) -> None:
+    spec = make_spec(1, 16, 16, rank=2)
+    tensors = make_layer(spec, device)
+    x = make_input(6, spec.in_features, torch.float32, device)
+    x[0] = 0
+    x[1] *= 1e30 / x[1].abs().max()
+    x[2] *= 1e-30 / x[2].abs().max()
+    x[3] = 0
+    x[3, 7] = 3.0
+    prepared = prepare_input(x, tensors, spec)
+    assert prepared.scale[0] == 0
+    assert not prepared.q[0].any()
+    assert_close_to(prepared, x, tensors, spec)
+
+
+@pytest.mark.parametrize("shared", [1, 4])
+def test_nan_and_infinity_stay_in_their_token_and_block(shared: int, device: torch.device) -> None:
+    spec = make_spec(2, 16, 16)
+    tensors = make_layer(spec, device)
+    x = make_input(3, spec.in_features, torch.float16, device)
+    x[0, 5] = float("nan")
+    x[1, 300] = float("inf")
+    config = dataclasses.replace(select_config(spec, 1, (9, 0)), tokens=shared)
+    scale = prepare_input(x, tensors, spec, config=config).scale
+    assert not scale[0, 0].isfinite()
+    assert not scale[1, 1].isfinite()
+    assert scale[0, 1].isfinite()
+    assert scale[2].isfinite().all()
+
+
+def test_strided_rows(device: torch.device) -> None:
+    spec = make_spec(1, 16, 24, rank=4)
+    tensors = make_layer(spec, device)
+    wide = make_input(5, spec.in_features * 2 + 3, torch.float16, device)
+    x = wide[:, 3 : 3 + spec.in_features]
+    assert_close_to(prepare_input(x, tensors, spec), x, tensors, spec)
+
+
+def test_no_tokens(device: torch.device) -> None:
+    spec = make_spec(2, 16, 16, rank=4)
+    prepared = prepare_input(
+        torch.empty(0, spec.in_features, device=device), make_layer(spec, device), spec, planes=True
+    )
+    assert prepared.q.shape == (0, spec.in_features)
+    assert prepared.u is not None
+    assert prepared.u.shape == (0, 4)
+
+
+def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition in vLLM's `ir/ops/layernorm.py`, in our words."""
+    total = x.float() if residual is None else x.float() + residual.float()
+    scaled = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
+    return (scaled.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
+
+
+def assert_fused(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+    """Fused inputs may differ from torch's by one rounding of an element (exp, rsqrt): a few codes by one."""
+    wanted = reference.prepare_input(x, tensors, spec)
+    difference = (prepared.q.int() - wanted.q.int()).abs()
+    assert difference.max() <= 1
+    assert difference.sum() <= 1 + difference.numel() // 100
+    torch.testing.assert_close(prepared.scale, wanted.scale, rtol=1e-3, atol=0)
+    assert torch.equal(prepared.q_sum, prepared.q.unflatten(1, (spec.blocks, -1)).int().sum(-1).int())
+    assert prepared.u is not None
+    assert wanted.u is not None
+    torch.testing.assert_close(prepared.u, wanted.u, rtol=1e-3, atol=1e-3 * wanted.u.abs().max().item())
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("m", [1, 6])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(blocks: int, m: int, with_residual: bool, device: torch.device) -> None:
+    spec = make_spec(blocks, 12, 24, rank=3)
+    tensors = make_layer(spec, device)
+    x = make_input(m, spec.in_features, torch.float16, device)
+    weight = make_input(1, spec.in_features, torch.float16, device, seed=5)[0].abs() / 50 + 0.5
+    residual = make_input(m, spec.in_features, torch.float16, device, seed=6) if with_residual else None
+    before = x.clone()
+    prepared = prepare_input(x, tensors, spec, norm_weight=weight, eps=1e-5, residual=residual)
+    normed, total = vllm_rms_norm(x, weight, 1e-5, residual)
+    assert_fused(prepared, normed, tensors, spec)
+    assert torch.equal(x, before)
+    if with_residual:
+        assert prepared.residual is not None
+        assert torch.equal(prepared.residual, total)
+    else:
+        assert prepared.residual is None
+
+
+@pytest.mark.parametrize("config_m", [1, 8, 5000])
+def test_rms_norm_in_every_kind_of_configuration(config_m: int, device: torch.device) -> None:
+    spec = make_spec(2, 12, 24, rank=3)
+    tensors = make_layer(spec, device)
+    x = make_input(5, spec.in_features, torch.float16, device)
+    weight = torch.linspace(0.5, 2, spec.in_features).half().to(device)
+    config = select_config(spec, config_m, (9, 0))
+    prepared = prepare_input(x, tensors, spec, norm_weight=weight, eps=1e-6, config=config)
+    assert_fused(prepared, vllm_rms_norm(x, weight, 1e-6, None)[0], tensors, spec)
+
+
+@pytest.mark.parametrize("m", [1, 6])
+def test_silu_mul(m: int, device: torch.device) -> None:
+    spec = make_spec(2, 12, 24, rank=3)
+    tensors = make_layer(spec, device)
+    generator = torch.Generator().manual_seed(3)
+    x = (3 * torch.randn(m, 2 * spec.in_features, generator=generator)).half().to(device)
+    gate, up = x.chunk(2, dim=1)
+    wanted = torch.nn.functional.silu(gate) * up
+    assert_fused(prepare_input(x, tensors, spec, silu_mul=True), wanted, tensors, spec)
+
+
+def test_split_rotations_add_up(device: torch.device) -> None:
+    tensors = make_layer(make_spec(2, 20, 24), device)
+    left, right = tensors["left_split"].double().sum(1) / 64, tensors["right_split"].double().sum(1) / 64
+    assert left.shape == (2, 32, 32)
+    assert right.shape == (2, 32, 32)
+    assert (left[:, :20, :20] - tensors["rotation_left"].transpose(1, 2)).abs().max() <= 2.0**-24
+    assert (right[:, :24, :24] - tensors["rotation_right"]).abs().max() <= 2.0**-24
+    assert not left[:, 20:].any()
+    assert not right[:, :, 24:].any()
+
+
+def test_column_pieces() -> None:
+    assert column_pieces(80, 64) == (64, 16)
+    assert column_pieces(128, 128) == (128,)
+    assert column_pieces(100, 64) == (64, 32, 16)
+    assert column_pieces(1, 64) == (16,)
+    for n2 in range(1, 129):
+        for widest in (16, 32, 64, 128):
+            pieces = column_pieces(n2, widest)
+            assert 0 <= sum(pieces) - n2 < 16
+            assert all(piece & (piece - 1) == 0 and 16 <= piece <= widest for piece in pieces)
+
+
+def _all_configs() -> Iterator[tuple[LayerSpec, int, InputConfig]]:
+    for width in (1024, 2048, 3072, 4096, 5120, 11008, 14336, 25600):
+        for wished in (1, 8):
+            blocks, n1, n2 = choose_rotation(width, wished)
+            for rank in (0, 1, 16, 100):
+                spec = make_spec(blocks, n1, n2, rank=rank)
+                for m in (1, 4, 5, 33, 128, 129, 300, 1024, 1025, 8192):
+                    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+                        yield spec, m, select_config(spec, m, capability)
+
+
+def test_configurations_keep_what_the_kernel_needs() -> None:
+    for spec, m, config in _all_configs():
+        for number in (config.tokens, config.u_tokens, config.u_ranks, config.u_step, config.num_warps):
+            assert number & (number - 1) == 0
+        assert config.tokens * padded_rows(spec.n1) <= 128
+        assert m > 4 or config.tokens == 1, "bit planes are written for one token a program"
+        assert not config.u_dot or min(config.u_tokens, config.u_ranks) >= 16
+
+
+def test_refuses_what_it_cannot_do(device: torch.device) -> None:
+    spec = make_spec(1, 16, 16)
+    tensors = make_layer(spec, device)
+    x = make_input(5, 256, torch.float16, device)
+    with pytest.raises(BackendError, match="2..8 bits, found 16"):
+        prepare_input(x, tensors, dataclasses.replace(spec, bits=16))
+    with pytest.raises(BackendError, match="expected an input \\[M, 256\\]"):
+        prepare_input(x[:, :128], tensors, spec)
+    with pytest.raises(BackendError, match="contiguous rows"):
+        prepare_input(torch.empty(256, 5, device=device).t(), tensors, spec)
+    with pytest.raises(BackendError, match="at most 4 tokens"):
+        prepare_input(x, tensors, spec, planes=True)
+    with pytest.raises(BackendError, match="needs norm_weight"):
+        prepare_input(x, tensors, spec, residual=x)
+    with pytest.raises(BackendError, match="left_split: expected contiguous"):
+        prepare_input(x, {**tensors, "left_split": tensors["rotation_left"]}, spec)
+    with pytest.raises(BackendError, match="found 2 x 192"):
+        prepare_input(make_input(1, 384, torch.float16, device), tensors, make_spec(1, 2, 192))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not TENSOR_CORES, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("seed", range(400))
+def test_random_layers_on_a_gpu(seed: int, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: int) -> int:
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    words = 0
+    while words == 0:
+        n1, n2 = pick(*range(1, 129)), pick(*range(1, 129))
+        words = 1 if n1 * n2 % 32 == 0 else 0
+    spec = make_spec(
+        pick(1, 1, 2, 3, 8),
+        n1,
+        n2,
+        rank=pick(0, 1, 7, 16, 40, 100),
+        bits=pick(*range(2, 9)),
+        clip=pick(7, 10) / 10,
+    )
+    tensors = make_layer(spec, device, seed)
+    m = pick(1, 2, 4, 5, 31, 64, 129, 300, 1025)
+    dtype = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)[pick(0, 1, 2, 3)]
+    x = make_input(m, spec.in_features, dtype, device, seed)
+    prepared = prepare_input(x, tensors, spec, planes=m <= 4, chunk=pick(128, 256))
+    assert_close_to(prepared, x, tensors, spec)
+    again = prepare_input(x, tensors, spec)
+    assert torch.equal(prepared.q, again.q)
+    assert prepared.u is None or torch.equal(prepared.u, again.u)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not TENSOR_CORES, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize(
+    "rotation", [(1, 64, 80), (8, 40, 80), (1, 64, 64), (8, 32, 32), (1, 128, 128), (1, 112, 128)]
+)
+@pytest.mark.parametrize("m", [1, 3, 17, 130, 2048])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_variants_on_a_gpu(
+    rotation: tuple[int, int, int], m: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    spec = make_spec(*rotation, rank=16)
+    tensors = make_layer(spec, device)
+    x = make_input(m, 2 * spec.in_features, dtype, device).clamp(-1000, 1000)
+    gate, up = x.chunk(2, dim=1)
+    silu = torch.nn.functional.silu(gate) * up
+    assert_fused(prepare_input(x, tensors, spec, silu_mul=True), silu, tensors, spec)
+    weight = (torch.rand(spec.in_features, device=device) + 0.5).to(dtype)
+    normed, total = vllm_rms_norm(gate, weight, 1e-6, up)
+    prepared = prepare_input(gate, tensors, spec, norm_weight=weight, eps=1e-6, residual=up)
+    assert_fused(prepared, normed, tensors, spec)
+    assert prepared.residual is not None
+    assert torch.equal(prepared.residual, total)
