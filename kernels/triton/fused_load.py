@@ -1,5 +1,8 @@
 """Reading the input of a layer, with what comes before it fused into the load: a norm, an addition, SiLU * mul."""
 
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
 import triton
 import triton.language as tl
 

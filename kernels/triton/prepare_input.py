@@ -87,7 +87,7 @@ class InputConfig:
 
 def padded_rows(n1: int) -> int:
     """Rows of a token's tile: n1 padded to what a tensor core takes."""
-    return max(MIN_TILE, triton.next_power_of_2(n1))
+    return max(MIN_TILE, int(triton.next_power_of_2(n1)))
 
 
 @cache

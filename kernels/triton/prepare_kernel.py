@@ -4,6 +4,9 @@ The first programs compute u = x A^T from the unrotated input, so that the low-r
 few processors that rotate; each of the others rotates and quantizes one block of `TOKENS` tokens.
 """
 
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
 import triton
 import triton.language as tl
 from bwla_kernels.triton.project import project_role

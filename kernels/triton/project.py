@@ -1,5 +1,8 @@
 """The role that projects: u = x A^T for a few tokens and rows of A, from the unrotated input."""
 
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
 import triton
 import triton.language as tl
 from bwla_kernels.triton.fused_load import (

@@ -18,6 +18,9 @@ input; errors that do not conspire give 2^-21.
 80 to 128 would cost 2.5 times the arithmetic. Where n1 is small several tokens share a tile, with a block-diagonal L.
 """
 
+# mypy: ignore-errors
+# (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
+
 import triton
 import triton.language as tl
 from bwla_kernels.triton.fused_load import (
