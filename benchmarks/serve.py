@@ -19,6 +19,8 @@ from engines import SHAPES, Job, run_job, write_config
 from record import write_result
 
 PREFILL = 256
+KV_BYTES = 320 << 20
+"""KV cache of one request of 1,024 tokens at the largest shape, and room to round it up to blocks."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
@@ -27,7 +29,7 @@ def job(folder: Path, load_format: str, batches: list[int]) -> Job:
     engine = {
         "load_format": load_format,
         "max_model_len": 1024,
-        "kv_cache_memory_bytes": 1024 * 256 * max(batches) * 1024,
+        "kv_cache_memory_bytes": KV_BYTES * max(batches),
     }
     return Job(str(folder), batches, [PREFILL], batches, engine=engine, environment=ENVIRONMENT)
 

@@ -153,8 +153,8 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
         piece = out_piece = 64
     else:
         piece, out_piece = (16, 64) if rows > 64 else (64, 32)
-    # Left alone the assembler spills a little for occupancy, which a lone token has no use for.
-    registers = 255 if early else None
+    # Left alone the assembler spills a little for occupancy, which few tokens have no use for.
+    registers = 255 if m <= DOT_FROM and right <= 96 else None
     ranks = triton.next_power_of_2(max(spec.rank, 1))
     if m <= PLANES_MAX_TOKENS:
         projection = (1, 1, 256 * warps, False)
