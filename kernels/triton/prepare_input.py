@@ -153,8 +153,15 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
         piece = out_piece = 64
     else:
         piece, out_piece = (16, 64) if rows > 64 else (64, 32)
-    # Left alone the assembler spills a little for occupancy, which few tokens have no use for.
-    registers = 255 if m <= DOT_FROM and right <= 96 else None
+    # Left alone the assembler may spill a register or two for one more program on a processor, and with a limit
+    # it uses all of it: these limits are those under which nothing spills.
+    registers = None
+    if right <= 96 and (early or m <= DOT_FROM):
+        registers = 255
+    elif capability < (9, 0) and 64 < right <= 96 and tokens * rows == 64:
+        registers = 224
+    elif capability < (9, 0) and right <= 64 and tokens == 1 and spec.n1 < rows == 64:
+        registers = 160
     ranks = triton.next_power_of_2(max(spec.rank, 1))
     if m <= PLANES_MAX_TOKENS:
         projection = (1, 1, 256 * warps, False)
