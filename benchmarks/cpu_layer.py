@@ -86,7 +86,7 @@ def copies(tensor: Tensor, cold: int) -> list[Tensor]:
 class Weights:
     """One shape's weights in every form: copies of the packed layer, of vLLM's linear, of torch's matrix."""
 
-    def __init__(self, spec: LayerSpec, cold: int) -> None:
+    def __init__(self, spec: LayerSpec, cold: int, peers: bool = True) -> None:
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
         self.spec, self.bare = spec, replace(spec, rank=0)
@@ -96,8 +96,10 @@ class Weights:
             raise SystemExit(f"the CPU kernel is not in use here: {reason}")
         self.whole = copies(self.backend.prepare(self.stored, spec)["packed"], cold)
         self.alone = copies(kernel.pack(self.stored, self.bare), cold)
+        self.plain, self.vllm = [], []
+        if not peers:
+            return
         self.plain = copies(torch.randn(spec.out_features, spec.in_features, dtype=torch.bfloat16), cold)
-        self.vllm = []
         for weight in self.plain:
             layer = torch.nn.Module()
             layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
@@ -186,6 +188,21 @@ def measure(shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], budge
             yield Row(n, k, m, blocks, *times, *speeds)
 
 
+def measure_reads(shapes: Sequence[tuple[int, int, int]], budget: float) -> Iterator[dict[str, float]]:
+    """The matmul alone at one token in turn with reads alone: nothing else takes its tables and code from the caches."""
+    cold = 3 * last_level_cache()
+    read = read_step(cold)
+    for n, k, wished in shapes:
+        weights = Weights(LayerSpec(n, k, *choose_rotation(k, wished), rank=RANK), cold, peers=False)
+        matmul = weights.steps(torch.randn(1, k).bfloat16())[1]
+        reads, times = time_in_turn((read, matmul), budget)
+        share = statistics.median(n * k / 8 / cold * a / b for a, b in zip(reads, times, strict=True))
+        row = {"n": n, "k": k, "m": 1, "bwla_matmul_us": statistics.median(times), "read_share": share}
+        row["read_gbps"] = cold / statistics.median(reads) / 1e3
+        print(row, flush=True)
+        yield row
+
+
 def show(rows: Sequence[Row]) -> None:
     """Print the rows as a table, with ratios."""
     table = Table(title="microseconds (medians); ratios against vLLM's bf16")
@@ -223,11 +240,17 @@ def main() -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="values of M (1,4,16,128,512)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for one shape and M (4)")
     parser.add_argument("--quick", action="store_true", help="two shapes, in under a minute")
+    parser.add_argument("--reads", action="store_true", help="only the matmul at M = 1 against plain reads")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     if unknown := set(arguments.models.split(",")) - set(SHAPES):
         parser.error(f"--models: expected some of {', '.join(SHAPES)}, found {', '.join(sorted(unknown))}")
     shapes = QUICK if arguments.quick else [s for name in arguments.models.split(",") for s in SHAPES[name]]
+    if arguments.reads:
+        found = list(measure_reads(shapes, arguments.seconds))
+        if arguments.out:
+            write_result(arguments.out, found, threads=torch.get_num_threads())
+        return 0
     rows = []
     for row in measure(
         shapes, [int(m) for m in arguments.tokens.split(",")], 1.0 if arguments.quick else arguments.seconds
