@@ -189,7 +189,7 @@ def measure(shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], budge
 
 
 def measure_reads(shapes: Sequence[tuple[int, int, int]], budget: float) -> Iterator[dict[str, float]]:
-    """The matmul alone at one token in turn with reads alone: nothing else takes its tables and code from the caches."""
+    """The matmul alone at one token, in turn with reads alone: nothing else takes its tables from the caches."""
     cold = 3 * last_level_cache()
     read = read_step(cold)
     for n, k, wished in shapes:
