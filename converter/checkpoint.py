@@ -11,7 +11,7 @@ from typing import Any
 
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import INDEX_FILE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 COPIED = (
@@ -55,6 +55,16 @@ class CheckpointWriter:
         sync(self.folder / file)
         self._weight_map.update(dict.fromkeys(owned, file))
         self._total_size += sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put other values in the place of tensors already written, of the same shapes and dtypes."""
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            files.setdefault(self._weight_map[name], {})[name] = tensor
+        for file, changed in files.items():
+            whole = load_file(self.folder / file)
+            self._total_size -= sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
+            self.write_shard(file, {**whole, **changed})
 
     @property
     def total_size(self) -> int:

@@ -123,7 +123,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
                     reports.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name]))
                     listener.quantized(reports[-1])
                 traces[names[0]] = result.traces
-            recipe.end_block()
+            tensors.update(recipe.end_block())
             writer.write_shard(shards.block_file(index), tensors)
             del block, tensors
         for file, names in shards.rest():
@@ -133,6 +133,7 @@ def convert(options: Options, listener: Listener | None = None) -> Summary:
                 tensors.update(quantized_head(head))
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan))
+        writer.replace(recipe.finish(writer.folder))
         summary = Summary(
             out=str(options.out),
             rank=plan.rank,

@@ -32,8 +32,17 @@ class Recipe(Protocol):
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """One input group of the block."""
 
-    def end_block(self) -> None:
-        """All groups of the block were quantized."""
+    def end_block(self) -> Mapping[str, Tensor]:
+        """All groups of the block were quantized; the stored tensors that changed since, by their full names."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What the next block needs of those before it; `restore` with it goes on as if never interrupted."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up a `state`, in place of all blocks before."""
+
+    def finish(self, folder: Path) -> Mapping[str, Tensor]:
+        """The checkpoint in `folder` is complete; the stored tensors to replace in it, by their full names."""
 
 
 class PaperRecipe:
@@ -50,8 +59,20 @@ class PaperRecipe:
         """By OKT, PSP, signs and scales."""
         return paper.quantize_group(weights, specs, seed=self.seed)
 
-    def end_block(self) -> None:
+    def end_block(self) -> Mapping[str, Tensor]:
         """Nothing to carry on."""
+        return {}
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to take up."""
+
+    def finish(self, folder: Path) -> Mapping[str, Tensor]:
+        """Nothing to change."""
+        return {}
 
 
 class FastRecipe:
@@ -103,12 +124,25 @@ class FastRecipe:
         return result
 
     @torch.no_grad()
-    def end_block(self) -> None:
+    def end_block(self) -> Mapping[str, Tensor]:
         """Carry the text through both."""
         original, quantized = self.blocks
         self.original_hidden = self._through(original, self.original_hidden)
         self.hidden = self._through(quantized, self.hidden)
         self._blocks = None
+        return {}
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The text as both models have it after the blocks so far."""
+        return {"original_hidden": self.original_hidden, "hidden": self.hidden}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the text where it was."""
+        self.original_hidden, self.hidden = state["original_hidden"], state["hidden"]
+
+    def finish(self, folder: Path) -> Mapping[str, Tensor]:
+        """Nothing to change."""
+        return {}
 
     def _moments(self, name: str, width: int) -> Moments:
         """Of the inputs of the linear called `name`."""
