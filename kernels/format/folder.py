@@ -4,159 +4,42 @@ vLLM's stock model classes serve NaN for a missing tensor of a quantized model a
 silently, so completeness and shapes are settled here, before a loader starts.
 """
 
-import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from bwla_kernels.errors import BWLAError, FormatError
+from bwla_kernels.errors import FormatError
 from bwla_kernels.factorize import PACK_FACTOR
+from bwla_kernels.format.files import (
+    DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Entry,
+    read_folder,
+    read_headers,
+    read_json,
+    read_tensors,
+    scan_folder,
+)
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs
-from bwla_kernels.format.layer import LayerSpec, TensorSpec, shape_problem, tensor_specs
+from bwla_kernels.format.layer import FLOAT_DTYPES, LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
-DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "BOOL": torch.bool,
-}
-"""safetensors' names of dtypes."""
+__all__ = [
+    "DTYPES",
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "Entry",
+    "check_folder",
+    "read_folder",
+    "read_headers",
+    "read_json",
+    "read_tensors",
+    "scan_folder",
+]
 
 _BLOCK_NAME = re.compile(r"(?P<stem>.*?\.)(?P<index>\d+)(?P<leaf>\..*)")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a folder: the file that holds it, its shape and dtype."""
-
-    file: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate keys, of which json would silently keep the last."""
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} appears twice")
-    return table
-
-
-def read_json(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Any]:
-    """Read a JSON object without duplicate keys.
-
-    Raises:
-        error: the file is missing, is not JSON, has a duplicate key, or is not an object.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique_keys)
-    except OSError as cause:
-        raise error(f"{path}: cannot be read ({cause.strerror}): check the folder") from None
-    except ValueError as cause:  # bad UTF-8 and bad JSON too
-        raise error(f"{path}: not valid JSON ({cause}): the file is damaged, get it again") from None
-    if not isinstance(data, dict):
-        raise error(
-            f"{path}: expected a JSON object, found {type(data).__name__}: the file is damaged, get it again"
-        )
-    return data
-
-
-def read_headers(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Entry]:
-    """Read the tensors' shapes and dtypes of one safetensors file.
-
-    Raises:
-        error: the file is missing, truncated or malformed, or holds a dtype that torch lacks.
-    """
-    if not path.is_file():
-        raise error(f"{path}: the file is missing: download or convert the model again")
-    entries = {}
-    try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
-                part = handle.get_slice(name)
-                dtype = DTYPES.get(part.get_dtype())
-                if dtype is None:
-                    raise error(f"{path}: {name} has dtype {part.get_dtype()}, which is not supported")
-                entries[name] = Entry(path.name, tuple(part.get_shape()), dtype)
-    except (SafetensorError, OSError) as cause:
-        raise error(
-            f"{path}: not a complete safetensors file ({cause}): download or convert it again"
-        ) from None
-    return entries
-
-
-def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str, Entry]:
-    """List every tensor of a checkpoint folder, sharded with an index or in a single file.
-
-    Raises:
-        error: index and shards disagree, a shard is missing or damaged, or there are no weights.
-    """
-    index_path = folder / INDEX_FILE
-    if not index_path.is_file():
-        if not (folder / SINGLE_FILE).is_file():
-            raise error(
-                f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither: "
-                "give a folder that holds a model in safetensors"
-            )
-        return read_headers(folder / SINGLE_FILE, error)
-    weight_map = read_json(index_path, error).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise error(f"{index_path}: expected a weight_map of tensor to file, found none: get the index again")
-    outside = [file for file in weight_map.values() if Path(file).name != file]
-    if outside:
-        raise error(f"{index_path}: {outside[0]!r} is not a file of this folder: get the index again")
-    entries: dict[str, Entry] = {}
-    for file in sorted(set(weight_map.values())):
-        for name, entry in read_headers(folder / file, error).items():
-            if weight_map.get(name) != file:
-                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise error(
-                    f"{index_path}: {name} is stored in {file}, but the index {listed}: get both again"
-                )
-            entries[name] = entry
-    absent = sorted(weight_map.keys() - entries.keys())
-    if absent:
-        raise error(
-            f"{index_path}: {absent[0]} should be in {weight_map[absent[0]]}, but is not "
-            f"({len(absent)} such tensors): get the index and that file again"
-        )
-    return entries
-
-
-def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, Tensor]:
-    """Read tensors by name, each file opened once; nothing else is brought into memory.
-
-    Args:
-        folder: the checkpoint.
-        entries: where its tensors are, from `read_folder`.
-        names: the tensors wanted; the result keeps their order.
-    """
-    tensors = {}
-    for file in sorted({entries[name].file for name in names}):
-        with safe_open(folder / file, framework="pt") as handle:
-            for name in names:
-                if entries[name].file == file:
-                    tensors[name] = handle.get_tensor(name)
-    return {name: tensors[name] for name in names}
 
 
 def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> str | None:
@@ -206,18 +89,64 @@ def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> di
     if not specs:
         raise FormatError(f"{folder}: expected quantized layers (*{suffix}), found none; {advice}")
     problem = _head_problem(entries, raw_config, folder) if config.lm_head else None
+    problem = problem or _plain_problem(entries, specs, config.lm_head is not None, folder)
+    problem = problem or _stray_problem(entries, folder)
     if problem:
         raise FormatError(f"{problem}; {advice}")
-    for name in _expected_names(specs, raw_config):
+    count = _block_count(raw_config, config_path)
+    for name in specs:
+        match = _BLOCK_NAME.fullmatch(name)
+        if match and int(match["index"]) >= count:
+            raise FormatError(
+                f"{config_path}: expected num_hidden_layers to be more than {match['index']}, because {name} is "
+                f"stored, found {count}; {advice}"
+            )
+    for name in _expected_names(specs, count):
         if name not in specs and not config.is_ignored(name):
             raise FormatError(f"{folder}: {name}{suffix} is missing, although other blocks have it; {advice}")
     return specs
 
 
+def plain_names(entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool) -> list[str]:
+    """Names of the stored tensors that every loader takes as they are.
+
+    Args:
+        entries: all tensors.
+        specs: the quantized linears.
+        with_head: whether the head is quantized.
+    """
+    head = {f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(HeadSpec(1, 1))} if with_head else set()
+    return [name for name in entries if name.rpartition(".")[0] not in specs and name not in head]
+
+
+def _plain_problem(
+    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool, folder: Path
+) -> str | None:
+    """The first tensor that is stored as it was and that loaders would cast without a word."""
+    for name in plain_names(entries, specs, with_head):
+        problem = shape_problem(
+            TensorSpec(entries[name].shape, FLOAT_DTYPES), entries[name].shape, entries[name].dtype
+        )
+        if problem:
+            return f"{folder / entries[name].file}: {name}: {problem}"
+    return None
+
+
+def _stray_problem(entries: Mapping[str, Entry], folder: Path) -> str | None:
+    """A weight file that is not part of the checkpoint: vLLM may read it over the others."""
+    stray = {path.name for path in folder.glob("*.safetensors")} - {entry.file for entry in entries.values()}
+    return (
+        f"{folder / min(stray)}: expected only files of this checkpoint, found one that is not"
+        if stray
+        else None
+    )
+
+
 def _head_problem(entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path) -> str | None:
     """The first difference between the stored 8-bit head and what config.json describes."""
     text_config = raw_config.get("text_config") or raw_config
-    vocabulary, hidden = text_config.get("vocab_size"), text_config.get("hidden_size")
+    sizes = text_config if isinstance(text_config, Mapping) else {}
+    vocabulary, hidden = sizes.get("vocab_size"), sizes.get("hidden_size")
     if not isinstance(vocabulary, int) or not isinstance(hidden, int):
         return f"{folder / 'config.json'}: expected vocab_size and hidden_size, which an 8-bit head needs, found none"
     for key, want in head_tensor_specs(HeadSpec(vocabulary, hidden)).items():
@@ -231,12 +160,20 @@ def _head_problem(entries: Mapping[str, Entry], raw_config: Mapping[str, Any], f
     return None
 
 
-def _expected_names(specs: Mapping[str, LayerSpec], raw_config: Mapping[str, Any]) -> Iterator[str]:
-    """Every decoder block must hold the same linears: what one block has, the others are expected to have."""
+def _block_count(raw_config: Mapping[str, Any], path: Path) -> int:
     text_config = raw_config.get("text_config") or raw_config
-    count = text_config.get("num_hidden_layers")
+    count = text_config.get("num_hidden_layers") if isinstance(text_config, Mapping) else None
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise FormatError(
+            f"{path}: expected num_hidden_layers to be a number, found {count!r:.40}; restore this file"
+        )
+    return count
+
+
+def _expected_names(specs: Mapping[str, LayerSpec], count: int) -> Iterator[str]:
+    """Every decoder block must hold the same linears: what one block has, the others are expected to have."""
     kinds = {(m["stem"], m["leaf"]) for m in map(_BLOCK_NAME.fullmatch, specs) if m}
-    for index in range(count if isinstance(count, int) else 0):
+    for index in range(count):
         yield from (f"{stem}{index}{leaf}" for stem, leaf in sorted(kinds))
 
 

@@ -163,6 +163,10 @@ def parse_config(config: Mapping[str, Any], source: str = "quantization_config")
     Raises:
         FormatError: another quant_method, an unknown format_version or key, or a value out of range.
     """
+    if not isinstance(config, Mapping):
+        raise FormatError(
+            f"{source}: expected an object, found {config!r:.40}: restore the config.json that bwla-convert wrote"
+        )
     version = config.get("format_version")
     if config.get("quant_method") != QUANT_METHOD:
         raise FormatError(

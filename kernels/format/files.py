@@ -1,0 +1,226 @@
+"""JSON and safetensors files of a model folder: read by their headers, with every damage said in words.
+
+The safetensors library checks that a header's offsets tile the file; it does not notice a key that appears twice.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_kernels.errors import BWLAError, FormatError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of dtypes."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a folder: the file that holds it, its shape and dtype."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found in a folder.
+
+    Attributes:
+        entries: every tensor that can be read.
+        problems: a sentence for each file or tensor that is not as the index or the format wants it.
+        lost: tensors that the index lists in files that cannot be read.
+    """
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+    lost: frozenset[str] = frozenset()
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse duplicate keys, of which json would silently keep the last."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice!r} appears twice")
+    return table
+
+
+def _parse_json(text: str) -> Any:
+    """JSON without duplicate keys; ValueError for whatever is wrong with it."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Any]:
+    """Read a JSON object without duplicate keys.
+
+    Raises:
+        error: the file is missing, is not JSON, has a duplicate key, or is not an object.
+    """
+    try:
+        data = _parse_json(path.read_text(encoding="utf-8"))
+    except OSError as cause:
+        raise error(f"{path}: cannot be read ({cause.strerror}): check the folder") from None
+    except ValueError as cause:  # bad UTF-8 and bad JSON too
+        raise error(f"{path}: not valid JSON ({cause}): the file is damaged, get it again") from None
+    if not isinstance(data, dict):
+        raise error(
+            f"{path}: expected a JSON object, found {type(data).__name__}: the file is damaged, get it again"
+        )
+    return data
+
+
+def read_headers(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Entry]:
+    """Read the tensors' shapes and dtypes of one safetensors file.
+
+    Raises:
+        error: the file is missing, truncated or malformed, names a tensor twice, or holds a dtype that torch lacks.
+    """
+    if not path.is_file():
+        raise error(f"{path}: the file is missing: download or convert the model again")
+    entries = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
+                part = handle.get_slice(name)
+                dtype = DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise error(f"{path}: {name} has dtype {part.get_dtype()}, which is not supported")
+                entries[name] = Entry(path.name, tuple(part.get_shape()), dtype)
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            _parse_json(file.read(size).decode("utf-8"))
+    except (SafetensorError, OSError) as cause:
+        raise error(
+            f"{path}: not a complete safetensors file ({cause}): download or convert it again"
+        ) from None
+    except (ValueError, OverflowError) as cause:
+        if isinstance(cause, BWLAError):
+            raise
+        raise error(
+            f"{path}: its header is not valid ({cause}): the file is damaged, download or convert it again"
+        ) from None
+    return entries
+
+
+def scan_folder(folder: Path) -> Scan:
+    """List every tensor of a checkpoint folder, sharded with an index or in a single file, and all that is wrong."""
+    index_path = folder / INDEX_FILE
+    single = folder / SINGLE_FILE
+    if not index_path.is_file():
+        if not single.is_file():
+            return _nothing(
+                f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither: "
+                "give a folder that holds a model in safetensors"
+            )
+        try:
+            return Scan(read_headers(single))
+        except FormatError as problem:
+            return _nothing(str(problem))
+    try:
+        weight_map = read_json(index_path).get("weight_map")
+    except FormatError as problem:
+        return _nothing(str(problem))
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        return _nothing(
+            f"{index_path}: expected a weight_map of tensor to file, found none: get the index again"
+        )
+    outside = sorted({file for file in weight_map.values() if Path(file).name != file})
+    if outside:
+        return _nothing(f"{index_path}: {outside[0]!r} is not a file of this folder: get the index again")
+    if single.is_file() and SINGLE_FILE not in weight_map.values():
+        # Loaders differ in which of the two they take.
+        return _nothing(
+            f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found both, and the index does not list the file: "
+            "remove the one that does not belong to this model"
+        )
+    return _scan_shards(folder, weight_map)
+
+
+def _nothing(problem: str) -> Scan:
+    return Scan(problems=(problem,))
+
+
+def _scan_shards(folder: Path, weight_map: Mapping[str, str]) -> Scan:
+    """Read every file that the index names, and compare."""
+    index_path = folder / INDEX_FILE
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    broken: set[str] = set()
+    for file in sorted(set(weight_map.values())):
+        try:
+            found = read_headers(folder / file)
+        except FormatError as problem:
+            problems.append(str(problem))
+            broken.add(file)
+            continue
+        for name, entry in found.items():
+            if weight_map.get(name) != file:
+                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                problems.append(
+                    f"{index_path}: {name} is stored in {file}, but the index {listed}: get both again"
+                )
+            else:
+                entries[name] = entry
+    lost = {name for name, file in weight_map.items() if file in broken}
+    problems += (
+        f"{index_path}: {name} should be in {weight_map[name]}, but is not: get the index and that file again"
+        for name in sorted(weight_map.keys() - entries.keys() - lost)
+    )
+    return Scan(entries, tuple(problems), frozenset(lost))
+
+
+def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str, Entry]:
+    """List every tensor of a checkpoint folder, sharded with an index or in a single file.
+
+    Raises:
+        error: index and shards disagree, a shard is missing or damaged, or there are no weights; the first problem
+            and how many more there are.
+    """
+    scan = scan_folder(folder)
+    if scan.problems:
+        more = f" ({len(scan.problems) - 1} more such problems)" if len(scan.problems) > 1 else ""
+        raise error(scan.problems[0] + more)
+    return scan.entries
+
+
+def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, Tensor]:
+    """Read tensors by name, each file opened once; nothing else is brought into memory.
+
+    Args:
+        folder: the checkpoint.
+        entries: where its tensors are, from `read_folder`.
+        names: the tensors wanted; the result keeps their order.
+    """
+    tensors = {}
+    for file in sorted({entries[name].file for name in names}):
+        with safe_open(folder / file, framework="pt") as handle:
+            for name in names:
+                if entries[name].file == file:
+                    tensors[name] = handle.get_tensor(name)
+    return {name: tensors[name] for name in names}
