@@ -95,6 +95,22 @@ def read_texts(path: Path) -> Iterator[str]:
                 ) from None
 
 
+def load_tokenizer(model: Path) -> Any:
+    """The tokenizer of a model's folder.
+
+    Raises:
+        SourceError: it has none, or a damaged one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as cause:  # the libraries raise many kinds for damaged files
+        reason = " ".join(str(cause).split())
+        raise SourceError(
+            f"{model}: calibration text needs the model's tokenizer, which cannot be read ({reason:.200}): "
+            "put tokenizer.json and tokenizer_config.json there, or use recipe paper"
+        ) from None
+
+
 def token_windows(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
     """Random windows of the calibration text.
 
@@ -111,7 +127,7 @@ def token_windows(calibration: Calibration, model: Path, seed: int) -> tuple[Ten
     name = calibration.source
     texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
     ids = torch.cat(pieces)
     room = len(ids) - calibration.length

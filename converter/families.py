@@ -1,11 +1,10 @@
 """Where a model family keeps its linears: one description a family, no code path of its own.
 
-To add a family, add a `Family`: the architecture's name in config.json, the name of its decoder blocks, and
-its input groups in execution order. The end-to-end tests run over every entry.
+docs/adding-a-model-family.md says how to add one; the end-to-end tests and README's table run over every entry.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bwla_kernels.errors import SourceError
@@ -19,10 +18,13 @@ class Group:
     Attributes:
         members: module paths inside the block.
         input_sharded: whether tensor parallelism cuts the input (o_proj, down_proj).
+        stream: module path, inside the block, of what reads the residual stream just before this group's output is
+            added to it; None where the output is not added as it is.
     """
 
     members: tuple[str, ...]
     input_sharded: bool = False
+    stream: str | None = None
 
     @property
     def wished_blocks(self) -> int:
@@ -32,16 +34,38 @@ class Group:
 
 @dataclass(frozen=True)
 class Family:
-    """One supported architecture."""
+    """One supported architecture.
+
+    Attributes:
+        name: what the family is called.
+        architecture: its class in config.json's `architectures`.
+        model_type: transformers' name of its configuration.
+        models: models of this architecture that people know, for README.
+        groups: input groups of a decoder block, in execution order.
+        blocks: module path of the decoder blocks.
+        scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        own_head: whether vLLM can give this architecture a head apart from its embedding; where it cannot, a tied
+            head stays as it is.
+        note: what else is worth knowing, for README.
+    """
 
     name: str
     architecture: str
+    model_type: str
+    models: str
     groups: tuple[Group, ...]
     blocks: str = "model.layers"
+    scaled_embedding: bool = False
+    own_head: bool = True
+    note: str = ""
 
     def block_name(self, index: int) -> str:
         """Module path of decoder block `index`."""
         return f"{self.blocks}.{index}"
+
+    def group_of(self, name: str) -> Group:
+        """The input group that the linear called `name`, by its full name, belongs to."""
+        return next(group for group, member in self.linears() if name.endswith(f".{member}"))
 
     def linears(self) -> Iterator[tuple[Group, str]]:
         """Every quantized linear of a block with its group, in execution order."""
@@ -50,39 +74,73 @@ class Family:
                 yield group, member
 
 
-_GATED_DECODER = (
-    Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Group(("self_attn.o_proj",), input_sharded=True),
-    Group(("mlp.gate_proj", "mlp.up_proj")),
-    Group(("mlp.down_proj",), input_sharded=True),
-)
+_QKV = Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+_O = Group(("self_attn.o_proj",), input_sharded=True, stream="input_layernorm")
+_GATE_UP = Group(("mlp.gate_proj", "mlp.up_proj"))
+_DOWN = Group(("mlp.down_proj",), input_sharded=True, stream="post_attention_layernorm")
+
+_GATED_DECODER = (_QKV, _O, _GATE_UP, _DOWN)
+_MERGED_DECODER = (Group(("self_attn.qkv_proj",)), _O, Group(("mlp.gate_up_proj",)), _DOWN)
+# A norm stands between these outputs and the stream.
+_SANDWICHED_DECODER = (_QKV, replace(_O, stream=None), _GATE_UP, replace(_DOWN, stream=None))
 
 FAMILIES = (
-    Family("Llama", "LlamaForCausalLM", _GATED_DECODER),
-    Family("Mistral", "MistralForCausalLM", _GATED_DECODER),
-    Family("Qwen2", "Qwen2ForCausalLM", _GATED_DECODER),
-    Family("Qwen3", "Qwen3ForCausalLM", _GATED_DECODER),
+    Family("Llama", "LlamaForCausalLM", "llama", "Llama 2, 3, 3.1, 3.2, 3.3 (text)", _GATED_DECODER),
+    Family("Mistral", "MistralForCausalLM", "mistral", "Mistral 7B, Nemo, Small 2409", _GATED_DECODER),
+    Family("Qwen2", "Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _GATED_DECODER),
+    Family("Qwen3", "Qwen3ForCausalLM", "qwen3", "Qwen3, dense", _GATED_DECODER),
+    Family(
+        "Gemma 2",
+        "Gemma2ForCausalLM",
+        "gemma2",
+        "Gemma 2",
+        _SANDWICHED_DECODER,
+        scaled_embedding=True,
+        own_head=False,
+        note="the head is the embedding and stays as it is: vLLM has no place for another",
+    ),
+    Family(
+        "Gemma 3",
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        "Gemma 3, text only (270M, 1B)",
+        _SANDWICHED_DECODER,
+        scaled_embedding=True,
+        note="the larger ones with images (`Gemma3ForConditionalGeneration`) are refused",
+    ),
+    Family(
+        "Phi-3",
+        "Phi3ForCausalLM",
+        "phi3",
+        "Phi-3, Phi-3.5 mini, Phi-4, Phi-4 mini",
+        _MERGED_DECODER,
+        note="q, k, v are one linear, and gate, up, as in the checkpoint",
+    ),
 )
+
+GUIDE = "docs/adding-a-model-family.md"
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:
     """Pick the family of a model by the architectures of its config.json; `source` names the file.
 
     Raises:
-        SourceError: the architecture is not supported, or the model is quantized already.
+        SourceError: the architecture is not supported.
     """
     found = config.get("architectures") or []
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unnamed method")
-        raise SourceError(
-            f"{source}: expected an unquantized model, found one quantized with {method}: "
-            "convert the original checkpoint instead"
-        )
+    names = found if isinstance(found, list) else [found]
     for family in FAMILIES:
-        if family.architecture in found:
+        if family.architecture in names:
             return family
-    supported = ", ".join(family.architecture for family in FAMILIES)
+    supported = ", ".join(f"{family.architecture} ({family.models})" for family in FAMILIES)
     raise SourceError(
-        f"{source}: expected one of the architectures {supported}, found {', '.join(found) or 'none'}: "
-        "a new one is a few lines in converter/families.py"
+        f"{source}: found the architecture {', '.join(map(str, names)) or 'none'}, expected one of {supported}: "
+        f"choose such a model, or add the family, which is a few lines in converter/families.py ({GUIDE} says how)"
     )
+
+
+def family_table() -> str:
+    """The supported families as a Markdown table, for README."""
+    head = "| family | models | `architectures` in config.json | to know |\n|---|---|---|---|\n"
+    rows = (f"| {f.name} | {f.models} | `{f.architecture}` | {f.note} |" for f in FAMILIES)
+    return head + "\n".join(rows)

@@ -1,29 +1,36 @@
-"""BWLA in transformers: after `import bwla_converter.hf`, `AutoModelForCausalLM.from_pretrained(OUT)` works.
+"""The stored layers as torch modules, for transformers' models and the converter's own.
 
-transformers only warns about an unknown quant_method and then starts from random weights, so the quantizer
-is registered through its public registry.
+transformers finds them through `quantizer`, which `import bwla_converter` registers.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.quantizer import BACKEND_VARIABLE
 from bwla_kernels import ops, reference
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
+from bwla_kernels.format.files import read_folder
 from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
-from bwla_kernels.format.schema import QUANT_METHOD, parse_config
+from bwla_kernels.format.model import check_model, not_finite
+from bwla_kernels.format.schema import BWLAFormat
 from bwla_kernels.head import head_reference
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-BACKEND_VARIABLE = "BWLA_BACKEND"
+__all__ = [
+    "BACKEND_VARIABLE",
+    "REFERENCE",
+    "BWLAHead",
+    "BWLALinear",
+    "check_files",
+    "check_loaded",
+    "replace_linears",
+]
+
 REFERENCE = "reference"
 
 
@@ -123,54 +130,49 @@ class BWLAHead(_Stored):
         return str(self.spec)
 
 
-@register_quantization_config(QUANT_METHOD)
-class BWLAHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """transformers' view of `quantization_config`: carried along as it is."""
+def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
+    """Check a checkpoint folder by its headers, and that it fills the model; returns its quantized linears.
 
-    def __init__(self, **config: Any) -> None:
-        self.format = parse_config({"quant_method": QUANT_METHOD, **config})
-        self.quant_method = QUANT_METHOD
+    Args:
+        model: the model before its linears are replaced, usually on the meta device.
+        folder: the checkpoint.
 
-    def to_dict(self) -> dict[str, Any]:
-        """The dictionary that was read."""
-        return self.format.to_json()
+    Raises:
+        FormatError: the first problem found, naming file and tensor.
+    """
+    entries = read_folder(folder)
+    specs = check_folder(folder, entries)
+    if not check_model(model, specs, entries, folder):
+        raise FormatError(
+            f"{folder}: expected the linears of {type(model).__name__} to have the names of the checkpoint's, found "
+            f"none called {next(iter(specs))}: load it with AutoModelForCausalLM"
+        )
+    return specs
 
 
-@register_quantizer(QUANT_METHOD)
-class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `BWLALinear` where the checkpoint is quantized, and checks what was loaded."""
+def check_loaded(model: nn.Module) -> None:
+    """Check the values of every parameter of a loaded model.
 
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
-    ) -> None:
-        specs: Mapping[str, LayerSpec] | None = None
-        if checkpoint_files:
-            specs = check_folder(Path(checkpoint_files[0]).parent)
-        replace_linears(model, self.quantization_config, os.environ.get(BACKEND_VARIABLE), specs)
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, module in model.named_modules():
-            if isinstance(module, BWLALinear):
-                validate_layer(name, module.stored(), module.spec)
-            elif isinstance(module, BWLAHead):
-                validate_head(module.stored(), module.spec)
-        return model
-
-    def is_serializable(self) -> bool:
-        """The stored tensors are the parameters."""
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        """Signs have no gradient."""
-        return False
+    Raises:
+        FormatError: the first tensor whose values cannot be right.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BWLALinear):
+            validate_layer(name, module.stored(), module.spec)
+        elif isinstance(module, BWLAHead):
+            validate_head(module.stored(), module.spec)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if not_finite(parameter):
+                    raise FormatError(
+                        f"{name}.{key}: expected finite values, found NaN or infinity; "
+                        "convert or download the model again"
+                    )
 
 
 def replace_linears(
     model: nn.Module,
-    config: BWLAHfConfig,
+    config: BWLAFormat,
     backend: str | None = None,
     specs: Mapping[str, LayerSpec] | None = None,
 ) -> None:
@@ -188,13 +190,11 @@ def replace_linears(
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        if name == HEAD_MODULE and config.format.lm_head is not None:
+        if name == HEAD_MODULE and config.lm_head is not None:
             head = BWLAHead(HeadSpec(module.out_features, module.in_features), backend)
             model.set_submodule(name, head)
             continue
-        spec = config.format.layer_spec(
-            name, module.out_features, module.in_features, module.bias is not None
-        )
+        spec = config.layer_spec(name, module.out_features, module.in_features, module.bias is not None)
         if spec is None:
             continue
         if specs is not None and specs.get(name) != spec:

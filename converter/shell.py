@@ -1,5 +1,6 @@
 """One decoder block at a time, run by the model's own code: a transformers model whose only layer is swapped."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -22,22 +23,25 @@ class Shell:
         self.source, self.device, self.dtype = source, device, dtype
         self.config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         self.types = getattr(self.config, "layer_types", None)
+        # transformers' other implementations of attention leave the soft cap out (Gemma 2).
+        capped = getattr(self.config, "attn_logit_softcapping", None) is not None
+        self.attention = "eager" if capped else None
 
     def embed(self, ids: Tensor) -> Tensor:
         """Inputs of block 0: token ids [S, T] -> [S, T, hidden]."""
         name = "model.embed_tokens.weight"
         table = self.source.read([name])[name]
         hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
-        return hidden
+        return hidden * self.config.hidden_size**0.5 if self.source.family.scaled_embedding else hidden
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> "Block":
         """Block `index` with its stored tensors, by their full names."""
-        config = type(self.config).from_dict(self.config.to_dict())
+        config = copy.deepcopy(self.config)
         config.num_hidden_layers = 1
         if self.types is not None:
             config.layer_types = [self.types[index]]
         with torch.device("meta"):
-            model = AutoModel.from_config(config)
+            model = AutoModel.from_config(config, attn_implementation=self.attention)
         prefix = self.source.family.block_name(index) + "."
         state = {
             f"layers.0.{name.removeprefix(prefix)}": tensor.to(self.device, self.dtype)
@@ -89,17 +93,28 @@ class Block:
         Raises:
             SourceError: the block ran without it.
         """
+        return self.inputs_and_stream(name, None, hidden)[0]
+
+    def inputs_and_stream(
+        self, name: str, stream: str | None, hidden: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `inputs_of`, and what the module at path `stream` in the block got before."""
+        seen: list[Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             raise _ReachedError(inputs[0])
 
-        handle = self.linear(name).register_forward_pre_hook(stop)
+        handles = [self.linear(name).register_forward_pre_hook(stop)]
+        if stream is not None:
+            watched = self.layer.get_submodule(stream)
+            handles.append(watched.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])))
         try:
             self.run(hidden)
         except _ReachedError as reached:
-            return reached.inputs
+            return reached.inputs, seen[-1] if seen else None
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         raise SourceError(
             f"{name}: expected the model to use this linear, found that it does not: report this"
         )

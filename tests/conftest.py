@@ -1,4 +1,4 @@
-"""Fixtures that every package's tests share: random layers in the stored format, the converted example."""
+"""Fixtures that every package's tests share: random layers in the stored format, tiny models, the converted example."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +39,17 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
 def make_layer() -> LayerFactory:
     """`make_layer(spec, seed)` -> the tensors of a random valid layer."""
     return random_layer
+
+
+@pytest.fixture
+def make_model(tmp_path: Path) -> Callable[..., Path]:
+    """`make_model("Qwen3", shards=1, dtype=..., **config)` -> folder of a random model."""
+    from tiny_models import write_model
+
+    def make(family: str = "Qwen3", name: str = "model", **options: object) -> Path:
+        return write_model(tmp_path / name, family, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session")

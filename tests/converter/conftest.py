@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, written as Hugging Face folders."""
+"""One thread, and editors for the files of a model."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -7,21 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_converter.families import FAMILIES
 from safetensors.torch import load_file, save_file
-
-ModelFactory = Callable[..., Path]
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 96,
-    "max_position_embeddings": 128,
-}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,32 +17,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def make_model(tmp_path: Path) -> ModelFactory:
-    """`make_model("Qwen3", shards=1, dtype=..., **config)` -> folder of a random model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    def make(
-        family: str = "Qwen3", name: str = "model", shards: int = 1, dtype=torch.bfloat16, **config: Any
-    ) -> Path:
-        architecture = next(entry.architecture for entry in FAMILIES if entry.name == family)
-        torch.manual_seed(0)
-        settings = AutoConfig.for_model(family.lower(), **{**SIZES, **config}, architectures=[architecture])
-        model = AutoModelForCausalLM.from_config(settings).to(dtype)
-        # Biases start at zero; random ones would not survive being dropped unseen.
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if key.endswith("bias"):
-                    parameter.normal_()
-        folder = tmp_path / name
-        largest = max(p.numel() * p.element_size() for p in model.parameters())
-        total = sum(p.numel() * p.element_size() for p in model.parameters())
-        model.save_pretrained(folder, max_shard_size=max(largest, total // shards) if shards > 1 else "1GB")
-        return folder
-
-    return make
 
 
 def edit_json(path: Path, **changes: Any) -> None:

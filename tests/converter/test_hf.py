@@ -1,6 +1,9 @@
 """A BWLA checkpoint in transformers: same numbers as the definition, saves back unchanged, refuses damage."""
 
 import hashlib
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import bwla_converter.hf as hf
@@ -11,7 +14,7 @@ from bwla_kernels import reference
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.folder import read_folder
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 IDS = torch.arange(24).view(1, 24)
 
@@ -77,10 +80,92 @@ def test_best_backend_agrees_with_the_definition(checkpoint: Path, monkeypatch) 
     assert (best - defined).norm() <= 2e-3 * defined.norm()
 
 
-def test_saves_back_unchanged(checkpoint: Path, tmp_path: Path) -> None:
-    load(checkpoint).save_pretrained(tmp_path / "again")
-    assert tensor_digests(tmp_path / "again") == tensor_digests(checkpoint)
-    assert torch.equal(load(tmp_path / "again")(IDS).logits, load(checkpoint)(IDS).logits)
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma 2", "Phi-3"])
+def test_saves_back_unchanged(make_model, tmp_path: Path, family: str) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    convert(Options(str(make_model(family, shards=2)), out, rank=2))
+    load(out).save_pretrained(again)
+    assert tensor_digests(again) == tensor_digests(out)
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert torch.equal(load(again)(IDS).logits, load(out)(IDS).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@torch.no_grad()
+def test_runs_on_a_gpu_through_the_same_ops(checkpoint: Path) -> None:
+    here = load(checkpoint, dtype=torch.float32)(IDS).logits
+    there = load(checkpoint, dtype=torch.float32).cuda()(IDS.cuda()).logits.cpu()
+    assert (here - there).norm() <= 2e-3 * here.norm()
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOAD = "print(type(AutoModelForCausalLM.from_pretrained({folder!r}).model.layers[0].mlp.up_proj).__name__)"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import bwla_converter\nfrom transformers import AutoModel, AutoModelForCausalLM",
+        "from transformers import AutoModel, AutoModelForCausalLM\nimport bwla_converter",
+    ],
+)
+def test_importing_the_package_is_enough_in_either_order(checkpoint: Path, imports: str) -> None:
+    assert run_python(f"{imports}\n{LOAD.format(folder=str(checkpoint))}") == "BWLALinear"
+
+
+def test_importing_the_package_imports_nothing_heavy_and_changes_nothing() -> None:
+    code = (
+        "import sys, bwla_converter; from bwla_converter.registration import register_with_transformers as again; "
+        "again(); heavy = {'torch', 'transformers', 'safetensors'} & set(sys.modules); "
+        "count = sum('bwla' in str(type(finder)) for finder in sys.meta_path); "
+        "import transformers.quantizers.auto as auto; "
+        "left = sum('bwla' in str(type(finder)) for finder in sys.meta_path); "
+        "print(sorted(heavy), count, left, type(auto.__loader__).__name__, 'bwla' in auto.AUTO_QUANTIZER_MAPPING)"
+    )
+    assert run_python(code) == "[] 1 0 SourceFileLoader True"
+
+
+def test_another_auto_class_is_refused_with_the_right_one(checkpoint: Path) -> None:
+    with pytest.raises(FormatError, match="found none called .*: load it with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: None, "model.norm.weight should be in .* but is not"),
+        (lambda t: t[:-1].contiguous(), r"model.norm.weight: expected the shape \[64\] .* found \[63\]"),
+        (
+            lambda t: t.to(torch.int32),
+            "model.norm.weight: expected dtype bfloat16 or float16 or float32, found int32",
+        ),
+        (lambda t: t * float("nan"), "model.norm.weight: expected finite values, found NaN"),
+    ],
+)
+def test_what_is_not_quantized_is_checked_too(checkpoint: Path, edit, change, sentence: str) -> None:
+    """transformers itself would start a missing norm at random and only warn."""
+    edit.tensor(checkpoint / read_folder(checkpoint)["model.norm.weight"].file, "model.norm.weight", change)
+    with pytest.raises(FormatError, match=sentence):
+        load(checkpoint)
+
+
+def test_a_stray_weight_file_is_refused(checkpoint: Path) -> None:
+    shard = next(checkpoint.glob("*.safetensors"))
+    (checkpoint / "old.safetensors").write_bytes(shard.read_bytes())
+    with pytest.raises(FormatError, match=r"old\.safetensors: expected only files of this checkpoint"):
+        load(checkpoint)
+
+
+def test_an_index_that_is_no_json_is_refused_before_transformers_reads_it(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(FormatError, match=r"index\.json: not valid JSON"):
+        load(checkpoint)
 
 
 def test_damage_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
@@ -100,8 +185,6 @@ def test_a_missing_tensor_is_refused_with_one_sentence(checkpoint: Path, edit) -
 
 
 def test_a_config_of_another_version_is_refused(checkpoint: Path, edit) -> None:
-    import json
-
     config = json.loads((checkpoint / "config.json").read_text())
     edit.json(
         checkpoint / "config.json", quantization_config=config["quantization_config"] | {"format_version": 7}

@@ -13,9 +13,11 @@ from torch import nn
 def test_block_after_block_is_the_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    folder = make_model(family, dtype=torch.float32)
+    folder = make_model(family, dtype=torch.float32, lively=True)
     ids = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     source = open_source(str(folder))
     shell = Shell(source, torch.device("cpu"))
     hidden = shell.embed(ids)
@@ -25,6 +27,33 @@ def test_block_after_block_is_the_model(make_model, family: str) -> None:
             torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
             hidden = shell.block(index, source.read(source.names_of_block(index))).run(hidden)
         torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(family, dtype=torch.float32, lively=True)
+    ids = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+    model(ids)
+    source = open_source(str(folder))
+    shell = Shell(source, torch.device("cpu"))
+    hidden = shell.embed(ids)
+    for index in range(source.num_blocks):
+        block = shell.block(index, source.read(source.names_of_block(index)))
+        for _, names in source.groups_of_block(index):
+            found = block.inputs_of(names[0], hidden)
+            for name in names:
+                torch.testing.assert_close(found, seen[name], rtol=1e-4, atol=1e-4)
+        hidden = block.run(hidden)
 
 
 def test_looking_into_and_changing_a_block(make_model) -> None:
