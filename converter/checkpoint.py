@@ -1,6 +1,7 @@
 """The BWLA checkpoint being written: a temporary folder beside the output, renamed into place at the end."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -9,10 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.durable import move, sha256_of, whole_file
 from bwla_kernels.errors import BWLAError
-from bwla_kernels.format.folder import INDEX_FILE
+from bwla_kernels.format.folder import INDEX_FILE, read_headers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+READABLE = 0o644
 
 COPIED = (
     "generation_config.json",
@@ -31,63 +35,74 @@ class OutputError(BWLAError):
     """The output folder cannot be written."""
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 class CheckpointWriter:
-    """Writes shards, then the index and config, into `folder`. Use through `atomic_output`."""
+    """Writes shards, then the index and config, into `folder`. Every file is there whole or not at all.
+
+    Attributes:
+        folder: the checkpoint that is being made.
+        digests: SHA-256 of every shard.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.digests: dict[str, str] = {}
         self._weight_map: dict[str, str] = {}
-        self._total_size = 0
+        self._sizes: dict[str, int] = {}
 
     def write_shard(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one safetensors file and enter its tensors into the index."""
         owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(owned, self.folder / file, metadata={"format": "pt"})
-        sync(self.folder / file)
-        self._weight_map.update(dict.fromkeys(owned, file))
-        self._total_size += sum(tensor.numel() * tensor.element_size() for tensor in owned.values())
+        with whole_file(self.folder / file) as partial:
+            save_file(owned, partial, metadata={"format": "pt"})
+            partial.chmod(READABLE)  # safetensors writes for the owner alone; a server may be another user
+        self._enter(file, {name: tensor.numel() * tensor.element_size() for name, tensor in owned.items()})
+        self.digests[file] = sha256_of(self.folder / file)
 
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put other values in the place of tensors already written, of the same shapes and dtypes."""
+    def adopt_shard(self, file: str, digest: str) -> None:
+        """Enter a shard that an earlier session wrote, of that SHA-256, into the index."""
+        entries = read_headers(self.folder / file)
+        sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
+        self._enter(file, sizes)
+        self.digests[file] = digest
+
+    def changed_shards(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The files, one at a time, whose tensors are among `tensors`, whole, with those in their places.
+
+        The new ones must have the shapes and dtypes of the old ones.
+        """
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             files.setdefault(self._weight_map[name], {})[name] = tensor
         for file, changed in files.items():
-            whole = load_file(self.folder / file)
-            self._total_size -= sum(tensor.numel() * tensor.element_size() for tensor in whole.values())
-            self.write_shard(file, {**whole, **changed})
+            yield file, {**load_file(self.folder / file), **changed}
 
     @property
     def total_size(self) -> int:
         """Bytes of all tensors written so far."""
-        return self._total_size
+        return sum(self._sizes.values())
 
     def finish(self, source: Path, config: Mapping[str, Any]) -> None:
         """Copy the source's tokenizer and generation files; write the index and, last, config.json."""
         for pattern in COPIED:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
-                    shutil.copyfile(path, self.folder / path.name)
+                    with whole_file(self.folder / path.name) as partial:
+                        shutil.copyfile(path, partial)
         index = {
-            "metadata": {"total_size": self._total_size},
+            "metadata": {"total_size": self.total_size},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
-        self._write_json(INDEX_FILE, index)
-        self._write_json("config.json", config)
-        sync(self.folder)
+        self.write_json(INDEX_FILE, index, indent=2)
+        self.write_json("config.json", config, indent=2)
 
-    def _write_json(self, file: str, data: Mapping[str, Any]) -> None:
-        (self.folder / file).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        sync(self.folder / file)
+    def write_json(self, file: str, data: Mapping[str, Any], indent: int = 1) -> None:
+        """Write a JSON file of the checkpoint."""
+        with whole_file(self.folder / file) as partial:
+            partial.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+
+    def _enter(self, file: str, sizes: Mapping[str, int]) -> None:
+        self._weight_map.update(dict.fromkeys(sizes, file))
+        self._sizes.update(sizes)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -119,27 +134,25 @@ def atomic_output(out: Path, overwrite: bool) -> Iterator[CheckpointWriter]:
     check_output(out, overwrite)
     out = out.absolute()
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    new, aside = work / "new", work / "old"
     try:
-        work.chmod(0o755)
-        yield CheckpointWriter(work)
-        _replace(work, out)
-    except BaseException:
+        new.mkdir()
+        yield CheckpointWriter(new)
+        put_in_place(new, out, aside)
+    finally:
         shutil.rmtree(work, ignore_errors=True)
-        raise
 
 
-def _replace(work: Path, out: Path) -> None:
-    """Put `work` in the place of `out`; a folder that stands there is removed only after the new one stands."""
-    old = None
+def put_in_place(new: Path, out: Path, aside: Path) -> None:
+    """Rename the folder `new` to `out`; what stood there is `aside` then. Where it fails, all is as it was.
+
+    Killed in between, `out` is not there, `new` and `aside` are whole: doing it again completes it.
+    """
     if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-        out.rename(old / out.name)
+        move(out, aside)
     try:
-        work.rename(out)
+        move(new, out)
     except OSError:
-        if old is not None:
-            (old / out.name).rename(out)
+        if aside.exists():
+            move(aside, out)
         raise
-    sync(out.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)

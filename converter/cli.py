@@ -1,11 +1,12 @@
 """`bwla-convert`: the command line of the converter."""
 
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from bwla_converter.interrupt import Interrupts, handled
+from bwla_converter.versions import bug_report_line
 from bwla_kernels.errors import BWLAError
 from rich.console import Console
 from rich.markup import escape
@@ -20,26 +21,17 @@ Examples:
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
 
+  bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1 --resume
+
   vllm serve ./qwen3-8b-bwla --quantization bwla
 """
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
-def version_line() -> str:
-    """Versions of everything that matters for a bug report."""
-    parts = []
-    for package in ("bwla", "torch", "transformers", "safetensors", "compressed-tensors"):
-        try:
-            parts.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            parts.append(f"{package} missing")
-    return ", ".join(parts)
-
-
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version_line())
+        typer.echo(bug_report_line())
         raise typer.Exit
 
 
@@ -56,6 +48,36 @@ def parse_auto(text: str, option: str) -> int | None:
     return int(text)
 
 
+def parse_clip(text: str) -> float | None:
+    """'auto' -> None, a number -> itself.
+
+    Raises:
+        typer.BadParameter: neither.
+    """
+    try:
+        return None if text == "auto" else float(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected auto or a number like 0.9, found {text!r}", param_hint="--clip"
+        ) from None
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size like 12GB.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    from bwla_converter.budget import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected a size like 12GB or 800MiB, found {text!r}", param_hint="--max-memory"
+        ) from None
+
+
 @app.command(epilog=EXAMPLES)
 def convert(
     model: Annotated[str, typer.Argument(help="A folder with a Hugging Face model, or a Hub id.")],
@@ -63,7 +85,8 @@ def convert(
     recipe: Annotated[
         str,
         typer.Option(
-            help="paper: OKT + PSP as published, without calibration data. fast: by the inputs that text gives."
+            help="paper: OKT + PSP as published, without calibration data. fast: by the inputs that text gives. "
+            "best: fast, then tuned by gradients (hours instead of minutes)."
         ),
     ] = "paper",
     calibration: Annotated[
@@ -82,8 +105,28 @@ def convert(
         int, typer.Option(help="Activation bits: 2 to 8, or 16 to leave activations as they are.")
     ] = 6,
     clip: Annotated[
-        float, typer.Option(help="Share of the largest activation that the largest code stands for.")
-    ] = 1.0,
+        str,
+        typer.Option(
+            help="Share of the largest activation that the largest code stands for: a number up to 1, or auto "
+            "(chosen for each input group up to 4 activation bits where the recipe sees text, else 1)."
+        ),
+    ] = "auto",
+    tune_epochs: Annotated[
+        int | None, typer.Option(help="Recipe best: passes over the text for each block; 0 for none.", min=0)
+    ] = None,
+    distill_epochs: Annotated[
+        int | None,
+        typer.Option(
+            help="Recipe best: passes over the text for the whole model's scales; 0 for none.", min=0
+        ),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Recipe best: time for tuning and distillation together. The result then depends on the machine.",
+            min=0.1,
+        ),
+    ] = None,
     lm_head_bits: Annotated[
         str,
         typer.Option(
@@ -102,6 +145,52 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model already.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on where an interrupted conversion to OUT stopped (its blocks are in OUT.work), with the same "
+            "result to the bit, or say why that cannot be; start where there is none.",
+        ),
+    ] = False,
+    restart: Annotated[
+        bool,
+        typer.Option("--restart", help="Discard what an interrupted conversion to OUT left in OUT.work."),
+    ] = False,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Leave out bwla_report.html and the statistics that it shows.")
+    ] = False,
+    samples_of_text: Annotated[
+        int | None,
+        typer.Option(
+            help="Prompts that original and result continue for the report; both are run whole on the CPU. "
+            "Default: 3 where the model is below 0.25 GB, else none.",
+            min=0,
+            max=8,
+        ),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository, owner/name.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make that repository a private one if it is new.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda, or auto (a GPU where there is one).")
+    ] = "auto",
+    gpus: Annotated[
+        int,
+        typer.Option(
+            help="Processes that share out the calibration text, each on a GPU (recipe fast).", min=1
+        ),
+    ] = 1,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Memory to get by with, like 12GB; calibration goes to disk where it does not fit. "
+            "Default: what is free."
+        ),
+    ] = None,
     dummy: Annotated[
         bool,
         typer.Option(
@@ -117,8 +206,11 @@ def convert(
     console = Console(stderr=True)
     # Imported here, so that --help and --version answer at once.
     from bwla_converter.calibration import Calibration
+    from bwla_converter.devices import choose_device
+    from bwla_converter.distributed import join_ranks, leave_ranks, start_ranks
     from bwla_converter.dummy import write_dummy
-    from bwla_converter.pipeline import Options
+    from bwla_converter.hub import check_push, push
+    from bwla_converter.pipeline import Options, follow
     from bwla_converter.pipeline import convert as run
     from bwla_converter.progress import ProgressListener
 
@@ -128,33 +220,54 @@ def convert(
         recipe=recipe,
         rank=parse_auto(rank, "--rank"),
         bits=abits,
-        clip=clip,
+        clip=parse_clip(clip),
+        tune_epochs=tune_epochs,
+        distill_epochs=distill_epochs,
+        minutes=minutes,
         seed=seed,
         overwrite=overwrite,
         ignore=tuple(ignore or ()),
         head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
         calibration=None if calibration is None else Calibration(calibration, samples, length),
+        resume=resume,
+        restart=restart,
+        device=device,
+        max_memory=None if max_memory is None else parse_bytes(max_memory),
+        report=not no_report,
+        text_samples=samples_of_text,
+        hub_repo=push_to_hub,
     )
+    interrupts = Interrupts(lambda line: console.print(line, soft_wrap=True))
     try:
+        if push_to_hub is not None:
+            check_push(push_to_hub)
         if dummy:
             plan = write_dummy(options)
             typer.echo(
                 f"{out}: random weights, rank {plan.rank}, {plan.bits_per_weight:.3f} bits per weight all-in"
             )
             return
-        with Progress(*ProgressListener.columns(), console=console) as progress:
-            summary = run(options, ProgressListener(progress))
+        start_ranks(gpus)
+        ranks = join_ranks(recipe, choose_device(device), samples)
+        with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:
+            if ranks.rank:
+                follow(options, ranks)
+                return
+            summary = run(options, ProgressListener(progress, interrupts), ranks)
     except BWLAError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print(f"interrupted: {out} was not written", soft_wrap=True)
-        raise typer.Exit(130) from None
+        console.print(f"interrupted: {escape(str(out))} was not written; {_way_on(out)}", soft_wrap=True)
+        raise typer.Exit(interrupts.exit_code) from None
     except OSError as error:
         console.print(
-            f"[bold red]error:[/] {escape(str(error))}: {escape(str(out))} was not written", soft_wrap=True
+            f"[bold red]error:[/] {escape(str(error))}: {escape(str(out))} was not written; {_way_on(out)}",
+            soft_wrap=True,
         )
         raise typer.Exit(1) from None
+    finally:
+        leave_ranks()
     worst = max(summary.layers, key=lambda layer: layer.error)
     typer.echo(
         f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in (rank {summary.rank}, "
@@ -162,6 +275,22 @@ def convert(
         f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), worst layer {worst.name} "
         f"(relative error {worst.error:.3f}), {summary.seconds:.1f} s"
     )
+    if push_to_hub is not None:
+        try:
+            typer.echo(f"pushed to {push(out, push_to_hub, private or None)}")
+        except BWLAError as error:
+            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+
+def _way_on(out: Path) -> str:
+    """What can be done after an interruption, for the console."""
+    from bwla_converter.work import work_path
+
+    work = work_path(out)
+    if not work.exists():
+        return "nothing was finished yet: start again"
+    return f"what is finished is in {escape(str(work))}: give the same command with --resume to go on"
 
 
 def main() -> None:

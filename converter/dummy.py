@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from bwla_converter.checkpoint import atomic_output, check_output
 from bwla_converter.families import find_family
-from bwla_converter.pipeline import Options, Shards, check_space, output_config, quantized_head
+from bwla_converter.options import Options
+from bwla_converter.output import Shards, check_space, output_config, quantized_head
 from bwla_converter.plan import HEAD_WEIGHT, Plan, make_plan
 from bwla_converter.source import Source, outline_model
 from bwla_kernels.errors import SourceError
@@ -31,7 +32,7 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
         raise SourceError(f"{folder}: expected a folder with a config.json, found none: check the path")
     config = read_json(folder / "config.json", SourceError)
     family = find_family(config, str(folder / "config.json"))
-    outline = outline_model(folder)
+    outline = outline_model(folder, config)
     tied = bool(outline.config.tie_word_embeddings)
     entries = {
         name: Entry("", tuple(tensor.shape), torch.bfloat16)

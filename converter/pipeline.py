@@ -1,180 +1,242 @@
 """The conversion: check, then block by block read, quantize, write; then index, config and a final check."""
 
+import functools
 import json
 import shutil
-import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from bwla_converter.calibration import Calibration
-from bwla_converter.checkpoint import CheckpointWriter, OutputError, atomic_output, check_output
-from bwla_converter.plan import Plan, input_bytes, make_plan
-from bwla_converter.recipes import check_recipe, make_recipe
+import torch
+from bwla_converter.activations import ActivationStore
+from bwla_converter.budget import Budget, check_budget, check_gpu, predict, usable_memory
+from bwla_converter.checkpoint import CheckpointWriter, OutputError, check_output
+from bwla_converter.devices import choose_device
+from bwla_converter.distributed import Ranks
+from bwla_converter.documents import group_statistics, write_documents
+from bwla_converter.fingerprint import changed_file, code_version, machine, mark_files
+from bwla_converter.manifest import BlockRecord, Inputs, WorkError, arguments_of
+from bwla_converter.options import LayerReport, Listener, Options, Summary
+from bwla_converter.output import Shards, output_config, quantized_head, verify
+from bwla_converter.plan import Plan, input_bytes, make_plan, with_clips
+from bwla_converter.recipes import Recipe, check_recipe, make_recipe
 from bwla_converter.source import Source, check_values, open_source
-from bwla_kernels.format import tensor_specs, validate_layer
-from bwla_kernels.format.folder import check_folder, read_folder, read_tensors
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_converter.work import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
 from bwla_kernels.format.schema import Provenance
-from bwla_kernels.head import quantize_head
 from torch import Tensor
 
-REPORT_FILE = "bwla_report.json"
-SHARD_BYTES = 4 * 2**30
-"""Wished size of the shards that hold what is not quantized."""
+__all__ = ["LayerReport", "Listener", "Options", "Summary", "convert", "output_config", "verify"]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What `bwla-convert` was asked for; see its --help."""
-
-    model: str
-    out: Path
-    recipe: str = "paper"
-    rank: int | None = None
-    bits: int = 6
-    clip: float = 1.0
-    seed: int = 0
-    overwrite: bool = False
-    head_bits: int | None = None
-    ignore: tuple[str, ...] = ()
-    calibration: Calibration | None = None
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to one linear; `error` is relative, see `group.GroupResult`."""
-
-    name: str
-    weights: int
-    error: float
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a conversion produced."""
-
-    out: str
-    rank: int
-    bits_per_weight: float
-    weights: int
-    bytes_before: int
-    bytes_after: int
-    seconds: float
-    layers: list[LayerReport]
-
-
-class Listener:
-    """What a front end may want to hear; the methods do nothing here."""
-
-    def planned(self, source: Source, plan: Plan) -> None:
-        """The model is found and its structure checked; `plan` is what will be done."""
-
-    def checked(self, name: str) -> None:
-        """The values of one weight are finite."""
-
-    def quantizing(self) -> None:
-        """Everything is checked; the work starts."""
-
-    def quantized(self, layer: LayerReport) -> None:
-        """One linear is done."""
-
-
-def convert(options: Options, listener: Listener | None = None) -> Summary:
+def convert(options: Options, listener: Listener | None = None, ranks: Ranks | None = None) -> Summary:
     """Convert a model; the output appears whole or not at all.
 
-    Peak memory is one decoder block and the work space of its widest input group.
+    Peak memory is one decoder block and the work space of its widest input group. Finished blocks are kept in the
+    work folder OUT.work (`work`) until all is done, so that `Options.resume` can go on after any interruption.
 
     Raises:
         BWLAError: bad input or output, before any work where that can be known; nothing that existed is touched.
+        KeyboardInterrupt: raised by the listener, or by a signal; what is finished can be resumed.
     """
-    listener = listener or Listener()
-    started = time.monotonic()
+    listener, ranks = listener or Listener(), ranks or Ranks()
     check_recipe(options.recipe, options.calibration)
-    check_output(options.out, options.overwrite)
+    device = choose_device(options.device)
+    resuming = check_work(options.out, options.resume, options.restart)
+    if not resuming:
+        check_output(options.out, options.overwrite)
     source = open_source(options.model, options.ignore)
     if options.out.resolve() == source.folder.resolve():
         raise OutputError(
             f"{options.out}: is the model to convert, and would be replaced: choose another output"
         )
-    recipe = make_recipe(options.recipe, source, options.calibration, options.seed)
+    settings = (options.rank, options.bits, options.clip)
+    draft = make_plan(source, *settings, _provenance(options, source, {}), options.head_bits)
+    listener.planned(source, draft)
+    budget = _check_budget(options, source, draft, device)
+    listener.budgeted(budget)
+    on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
+    store = ActivationStore(on_disk, device, ranks)
+    recipe = make_recipe(options, source, store)
     provenance = _provenance(options, source, recipe.calibration)
-    plan = make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
-    check_space(options.out, plan.output_bytes(source))
-    listener.planned(source, plan)
-    check_values(source, plan.head_source, listener.checked)
-    listener.quantizing()
-    reports: list[LayerReport] = []
-    traces: dict[str, dict[str, list[float]]] = {}
-    with atomic_output(options.out, options.overwrite) as writer:
-        shards = Shards(source)
-        for index in range(source.num_blocks):
-            block = source.read(source.names_of_block(index))
-            tensors = dict(block)
-            recipe.begin_block(index, block)
-            for _, names in source.groups_of_block(index):
-                weights = {name: tensors.pop(f"{name}.weight") for name in names}
-                specs = {name: plan.specs[name] for name in names}
-                result = recipe.quantize(weights, specs)
-                for name in names:
-                    tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
-                    reports.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name]))
-                    listener.quantized(reports[-1])
-                traces[names[0]] = result.traces
-            tensors.update(recipe.end_block())
-            writer.write_shard(shards.block_file(index), tensors)
-            del block, tensors
-        for file, names in shards.rest():
-            tensors = source.read([name for name in names if not plan.is_replaced(name)])
-            if plan.head_source in names:
-                head = source.read([plan.head_source])[plan.head_source]
-                tensors.update(quantized_head(head))
-            writer.write_shard(file, tensors)
-        writer.finish(source.folder, output_config(source, plan))
-        writer.replace(recipe.finish(writer.folder))
-        summary = Summary(
-            out=str(options.out),
-            rank=plan.rank,
-            bits_per_weight=plan.bits_per_weight,
-            weights=plan.weights,
-            bytes_before=input_bytes(source),
-            bytes_after=writer.total_size,
-            seconds=round(time.monotonic() - started, 1),
-            layers=reports,
-        )
-        _write_report(writer, summary, traces)
-        verify(writer.folder)
+    plan = make_plan(source, *settings, provenance, options.head_bits)
+    inputs = Inputs(
+        arguments=arguments_of(
+            options,
+            **{
+                "the model's name": provenance.base_model,
+                "revision": provenance.revision,
+                "--device": device.type,
+                "--gpus": ranks.size,
+            },
+        ),
+        code=code_version(),
+        machine=machine(device),
+        calibration=json.loads(json.dumps(recipe.calibration)),
+    )
+    with open_work(options.out, inputs, options.restart) as work:
+        if not work.is_published():
+            check_output(options.out, options.overwrite)
+            _check_source(work, source, plan, listener)
+        summary = _finish(work, options, source, plan, recipe, listener, ranks)
+        if not work.is_published():
+            check_output(options.out, options.overwrite)  # it may have come to be since
+        work.publish()
     return summary
 
 
-def verify(folder: Path) -> None:
-    """Read a finished checkpoint back and check every quantized layer's tensors.
+def follow(options: Options, ranks: Ranks) -> None:
+    """The part in a conversion of a rank that is not the first: its windows, nothing that is written.
 
     Raises:
-        FormatError: what is wrong, naming file and tensor.
+        BWLAError: as `convert`.
     """
-    entries = read_folder(folder)
-    for name, spec in check_folder(folder, entries).items():
-        stored = read_tensors(folder, entries, [f"{name}.{key}" for key in tensor_specs(spec)])
-        validate_layer(name, {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}, spec)
-    codes = entries.get(f"{HEAD_MODULE}.weight_int8")
-    if codes is not None:
-        head = HeadSpec(*codes.shape)
-        stored = read_tensors(folder, entries, [f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head)])
-        validate_head({key.removeprefix(f"{HEAD_MODULE}."): tensor for key, tensor in stored.items()}, head)
+    device = choose_device(options.device)
+    source = open_source(options.model, options.ignore)
+    settings = (options.rank, options.bits, options.clip)
+    plan = make_plan(source, *settings, _provenance(options, source, {}), options.head_bits)
+    recipe = make_recipe(options, source, ActivationStore(None, device, ranks))
+    restored, *done = ranks.share([False] * (source.num_blocks + 1))
+    if restored:
+        recipe.restore({})
+    for index in range(source.num_blocks):
+        if not done[index]:
+            _quantize_block(index, source, plan, recipe, Listener(), replace(options, report=False))
+            recipe.state()
 
 
-def quantized_head(weight: Tensor) -> dict[str, Tensor]:
-    """The 8-bit head made from a head's or an embedding's weight, under its stored names."""
-    return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(weight).items()}
+def _finish(
+    work: WorkFolder,
+    options: Options,
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    listener: Listener,
+    ranks: Ranks,
+) -> Summary:
+    """Do what is left to do, up to a checked checkpoint that only has to be renamed."""
+    published = work.is_published()
+    if published or work.settle():
+        work.adopt_all()
+        ranks.share([False, *[True] * source.num_blocks])
+        listener.resumed(source.num_blocks, plan.weights, work.notes)
+    else:
+        _quantize_blocks(work, source, plan, recipe, listener, options, ranks)
+        _write_rest(work.writer, source, plan)
+        clips = {layer.name: layer.clip for record in work.records.values() for layer in record.layers}
+        work.writer.finish(source.folder, output_config(source, with_clips(plan, clips)))
+        work.replace(recipe.finish(work.writer.folder))
+    records = [work.records[index] for index in range(source.num_blocks)]
+    summary = Summary(
+        out=str(options.out),
+        rank=plan.rank,
+        bits_per_weight=plan.bits_per_weight,
+        weights=plan.weights,
+        bytes_before=input_bytes(source),
+        bytes_after=work.writer.total_size,
+        seconds=round(work.seconds, 1),
+        layers=[layer for record in records for layer in record.layers],
+    )
+    if not published:
+        verify(work.writer.folder)
+        write_documents(work.writer.folder, source, options, summary, records)
+    return summary
 
 
-def output_config(source: Source, plan: Plan) -> dict[str, Any]:
-    """config.json of the output: an 8-bit head is a tensor of its own, tied to nothing."""
-    untied = {"tie_word_embeddings": False} if plan.head_source else {}
-    return {**source.config, **untied, "quantization_config": plan.format.to_json()}
+def _check_budget(options: Options, source: Source, plan: Plan, device: torch.device) -> Budget:
+    """Refuse what does not fit; what an interrupted conversion left counts as free."""
+    limit = options.max_memory or usable_memory()
+    budget = predict(source, plan, options.recipe, options.calibration, limit)
+    check_gpu(budget, device)
+    left = work_path(options.out).rglob("*")
+    free = shutil.disk_usage(options.out.absolute().parent).free
+    check_budget(budget, limit, options.out, free + sum(path.stat().st_size for path in left))
+    return budget
+
+
+def _check_source(work: WorkFolder, source: Source, plan: Plan, listener: Listener) -> None:
+    """Refuse a model that holds NaN, or one that is not the one that the work was begun with."""
+    if work.manifest.source:
+        _refuse_changed(work, source)
+    else:
+        check_values(source, plan.head_source, listener.checked)
+        work.save(source=mark_files(source))
+    listener.quantizing()
+
+
+def _refuse_changed(work: WorkFolder, source: Source) -> None:
+    file = changed_file(source, work.manifest.source)
+    if file is not None:
+        raise WorkError(
+            f"{source.folder / file}: has changed since {work.path} was begun: put the old file back, or add "
+            "--restart to discard that work"
+        )
+
+
+def _quantize_blocks(
+    work: WorkFolder,
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    listener: Listener,
+    options: Options,
+    ranks: Ranks,
+) -> None:
+    """All blocks that are not finished yet, each committed as soon as it is."""
+    shards, done = Shards(source), work.finished_blocks()
+    for record in done.values():
+        work.writer.adopt_shard(record.shard.file, record.shard.sha256)
+    restored = bool(done) and bool(done[max(done)].state)
+    ranks.share([restored, *(index in done for index in range(source.num_blocks))])
+    if restored:
+        recipe.restore(work.load_state(max(done)))
+    layers = [layer for record in done.values() for layer in record.layers]
+    if done or work.notes:
+        listener.resumed(len(done), sum(layer.weights for layer in layers), work.notes)
+    for index in range(source.num_blocks):
+        if index in done:
+            continue
+        listener.block_started(index)
+        tensors, told = _quantize_block(index, source, plan, recipe, listener, options)
+        work.writer.write_shard(shards.block_file(index), tensors)
+        del tensors
+        _refuse_changed(work, source)
+        work.commit_block(
+            index, shards.block_file(index), recipe.state(), functools.partial(BlockRecord, **told)
+        )
+        listener.block_done(index)
+
+
+def _quantize_block(
+    index: int, source: Source, plan: Plan, recipe: Recipe, listener: Listener, options: Options
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a block's shard, and what the report says of it."""
+    device = choose_device(options.device)
+    block = source.read(source.names_of_block(index))
+    tensors, layers, traces = dict(block), [], {}
+    found: dict[str, dict[str, Any]] = {}
+    recipe.begin_block(index, block)
+    for _, names in source.groups_of_block(index):
+        weights = {name: tensors.pop(f"{name}.weight").to(device) for name in names}
+        result = recipe.quantize(weights, {name: plan.specs[name] for name in names})
+        for name in names:
+            tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
+            clip = plan.specs[name].clip if result.clip is None else result.clip
+            layers.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name], clip))
+            listener.quantized(layers[-1])
+        traces[names[0]] = result.traces
+        for kind, table in group_statistics(weights, result).items() if options.report else ():
+            found.setdefault(kind, {}).update(table)
+    tensors.update(recipe.end_block())
+    return tensors, {"layers": layers, "traces": traces, "statistics": found}
+
+
+def _write_rest(writer: CheckpointWriter, source: Source, plan: Plan) -> None:
+    """What belongs to no block: as it is, but for the head."""
+    for file, names in Shards(source).rest():
+        tensors = source.read([name for name in names if not plan.is_replaced(name)])
+        if plan.head_source in names:
+            tensors.update(quantized_head(source.read([plan.head_source])[plan.head_source]))
+        writer.write_shard(file, tensors)
 
 
 def _provenance(options: Options, source: Source, calibration: dict[str, object]) -> Provenance:
@@ -186,52 +248,3 @@ def _provenance(options: Options, source: Source, calibration: dict[str, object]
         bwla_version=version("bwla"),
         calibration=calibration,
     )
-
-
-def check_space(out: Path, needed: int) -> None:
-    """Refuse an output that the disk has no room for.
-
-    Raises:
-        OutputError: less free space than `needed` bytes and 2 % for headers.
-    """
-    free = shutil.disk_usage(out.absolute().parent).free
-    if needed * 1.02 > free:
-        raise OutputError(
-            f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB: free some space"
-        )
-
-
-def _write_report(writer: CheckpointWriter, summary: Summary, traces: Mapping[str, object]) -> None:
-    report = {**asdict(summary), "traces": traces}
-    report.pop("out")  # a checkpoint may be moved
-    (writer.folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-class Shards:
-    """Names of the output's files: one a block, then what is outside the blocks in files of about 4 GiB."""
-
-    def __init__(self, source: Source) -> None:
-        self._blocks = source.num_blocks
-        self._rest: list[list[str]] = []
-        size = SHARD_BYTES
-        for name in source.names_outside_blocks():
-            entry = source.entries[name]
-            bytes_ = entry.dtype.itemsize
-            for axis in entry.shape:
-                bytes_ *= axis
-            if size + bytes_ > SHARD_BYTES:
-                self._rest.append([])
-                size = 0
-            self._rest[-1].append(name)
-            size += bytes_
-
-    def _file(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self._blocks + len(self._rest):05d}.safetensors"
-
-    def block_file(self, index: int) -> str:
-        """File of decoder block `index`."""
-        return self._file(index)
-
-    def rest(self) -> list[tuple[str, list[str]]]:
-        """Files of what is outside the blocks, with the source's tensor names."""
-        return [(self._file(self._blocks + number), names) for number, names in enumerate(self._rest)]

@@ -75,12 +75,21 @@ def choose_head(source: Source, bits: int | None) -> str | None:
             in 8 bits is one more tensor on disk, but is read in every step instead of the larger embedding.
 
     Raises:
-        SourceError: bits other than these.
+        SourceError: bits other than these, or a head of its own where vLLM's model has no place for one.
     """
     if bits not in (None, 8, 16):
         raise SourceError(
             f"the head can have 8 or 16 bits, found {bits}: choose --lm-head-bits 8, 16 or auto"
         )
+    family = source.family
+    if not family.own_head and not (source.tied_head and bits != 8):
+        found = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
+        raise SourceError(
+            f"{source.folder}: vLLM reads the head of {family.architecture} from its embedding, so it can only be "
+            f"tied and stays as it is, found {found}: choose --lm-head-bits auto and a tied model"
+        )
+    if not family.own_head:
+        return None
     name = EMBEDDING_WEIGHT if source.tied_head else HEAD_WEIGHT
     if bits == 16 or name not in source.entries:
         return None
@@ -92,7 +101,7 @@ def make_plan(
     source: Source,
     rank: int | None,
     bits: int,
-    clip: float,
+    clip: float | None,
     provenance: Provenance,
     head_bits: int | None = None,
 ) -> Plan:
@@ -102,7 +111,7 @@ def make_plan(
         source: the checked model.
         rank: rank of the correction; None for the largest within 1.16 all-in bits per weight.
         bits: activation bits, 2..8 or 16.
-        clip: activation clip in (0, 1].
+        clip: activation clip in (0, 1]; None for 1, until the recipe chooses others (`with_clips`).
         provenance: what is recorded of the conversion.
         head_bits: bits of the head, see `choose_head`.
 
@@ -110,6 +119,7 @@ def make_plan(
         FormatError: bits, clip or rank out of range.
         SourceError: a rank larger than a linear.
     """
+    clip = 1.0 if clip is None else clip
     specs: dict[str, LayerSpec] = {}
     rotation: dict[str, tuple[int, int, int]] = {}
     for index in range(source.num_blocks):
@@ -146,3 +156,16 @@ def make_plan(
         provenance=provenance,
     )
     return Plan(specs, rank, format_, head_source)
+
+
+def with_clips(plan: Plan, clips: Mapping[str, float]) -> Plan:
+    """`plan` with the activation clips that the recipe chose.
+
+    Args:
+        plan: the plan.
+        clips: clip of every linear, by module path.
+    """
+    if all(spec.clip == clips[name] for name, spec in plan.specs.items()):
+        return plan
+    specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.specs.items()}
+    return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": dict(clips)}))

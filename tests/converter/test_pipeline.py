@@ -82,7 +82,8 @@ def test_one_seed_gives_one_result_and_another_seed_another(make_model, tmp_path
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
         convert(Options(str(folder), out, seed=seed, rank=1))
-        (out / "bwla_report.json").unlink()  # it holds the seconds
+        for report in ("bwla_report.json", "bwla_report.html"):  # they hold the seconds
+            (out / report).unlink()
     assert digests(outs[0]) == digests(outs[1])
     assert digests(outs[0]) != digests(outs[2])
 
@@ -149,7 +150,7 @@ def test_the_source_cannot_be_the_output(make_model) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_midway_leaves_nothing_and_keeps_what_was(make_model, tmp_path, monkeypatch, error) -> None:
+def test_a_failure_midway_keeps_what_was_and_what_is_finished(make_model, tmp_path, monkeypatch, error) -> None:
     folder, out = make_model(), tmp_path / "out"
     convert(Options(str(folder), out))
     before = digests(out)
@@ -168,6 +169,9 @@ def test_a_failure_midway_leaves_nothing_and_keeps_what_was(make_model, tmp_path
     assert len(calls) == 6
     assert digests(out) == before
     assert leftovers(tmp_path) == []
+    assert [path.name for path in (tmp_path / "out.work" / "checkpoint").iterdir()] == [
+        "model-00001-of-00003.safetensors"  # the first block, for --resume
+    ]
 
 
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight", "lm_head.weight"])

@@ -1,0 +1,5 @@
+"""`python -m bwla_converter`: the same as `bwla-convert`."""
+
+from bwla_converter.cli import main
+
+main()

@@ -1,0 +1,342 @@
+"""Interrupted conversions: what is kept, that going on gives the same bytes, and when it is refused instead."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter import fingerprint, paper, pipeline
+from bwla_converter.calibration import Calibration
+from bwla_converter.manifest import WorkError, read_manifest
+from bwla_converter.options import Listener, Options
+from bwla_converter.pipeline import convert
+from bwla_converter.recipes import PaperRecipe
+from bwla_converter.work import MANIFEST, work_path
+from bwla_kernels.errors import BWLAError
+from bwla_kernels.format.folder import read_folder, read_tensors
+from torch import Tensor
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "model"
+BLOCKS = 3
+
+
+class StopAfter(Listener):
+    """Interrupts after a number of blocks, and remembers what it heard."""
+
+    def __init__(self, blocks: int | None = None) -> None:
+        self.blocks, self.done, self.notes = blocks, [], []
+
+    def resumed(self, blocks: int, weights: int, notes) -> None:
+        self.notes = [f"{blocks} blocks", *notes]
+
+    def block_done(self, index: int) -> None:
+        self.done.append(index)
+        if len(self.done) == self.blocks:
+            raise KeyboardInterrupt
+
+
+class StatefulPaper(PaperRecipe):
+    """`paper` with a state and a last step: each block's seed is the sum of all before."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.total = torch.zeros((), dtype=torch.int64)
+
+    def end_block(self) -> Mapping[str, Tensor]:
+        self.total = self.total * 3 + 1
+        self.seed = int(self.total)
+        return {}
+
+    def state(self) -> Mapping[str, Tensor]:
+        return {"total": self.total}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        self.total = state["total"]
+        self.seed = int(self.total)
+
+    def finish(self, folder: Path) -> Mapping[str, Tensor]:
+        entries = read_folder(folder)
+        names = [name for name in entries if name.endswith("weight_scale")]
+        return {name: scale * 2 for name, scale in read_tensors(folder, entries, names).items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, without times and memory in the report."""
+    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    found.pop("bwla_report.html", None)
+    report = json.loads(found.pop("bwla_report.json"))
+    return found | {"report": json.dumps({**report, "seconds": 0, "memory": 0}).encode()}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real steps, fewer rounds of them."""
+    options = paper.PaperOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
+    plain = paper.quantize_group
+    monkeypatch.setattr(
+        paper, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
+    )
+
+
+@pytest.fixture
+def model(make_model) -> Path:
+    return make_model(shards=2, num_hidden_layers=BLOCKS)
+
+
+@pytest.fixture
+def stateful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "make_recipe", lambda options, *_: StatefulPaper(options.seed))
+
+
+def interrupted(options: Options, blocks: int) -> Options:
+    """Convert up to there; the options to go on with."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(options, StopAfter(blocks))
+    assert not options.out.exists()
+    assert len(read_manifest(work_path(options.out) / MANIFEST).blocks) == blocks
+    return replace(options, resume=True)
+
+
+@pytest.mark.parametrize("blocks", [1, BLOCKS])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_a_resumed_conversion_gives_the_same_bytes(
+    model: Path, tmp_path: Path, blocks: int, with_state: bool, request: pytest.FixtureRequest
+) -> None:
+    if with_state:
+        request.getfixturevalue("stateful")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(Options(str(model), whole, rank=2))
+    again = interrupted(Options(str(model), out, rank=2), blocks)
+    listener = StopAfter()
+    summary = convert(again, listener)
+    assert listener.done == list(range(blocks, BLOCKS))
+    assert listener.notes == [f"{blocks} blocks"]
+    assert contents(out) == contents(whole)
+    assert len(summary.layers) == 7 * BLOCKS
+    assert not work_path(out).exists()
+
+
+def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
+    vocabulary = json.loads((EXAMPLE / "config.json").read_text())["vocab_size"]
+    model = make_model(vocab_size=vocabulary)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / name, model)
+    text = tmp_path / "text.txt"
+    text.write_text("Some of the words that there are, again and again. " * 40)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = Options(str(model), out, recipe="fast", rank=2, calibration=Calibration(str(text), 2, 16))
+    convert(replace(options, out=whole))
+    again = interrupted(options, 1)
+    text.write_text("Other words, just as many of them as before, or so. " * 40)
+    with pytest.raises(
+        WorkError, match=r"begun with another calibration text \(sha256 .*: give the same text"
+    ):
+        convert(again)
+    text.write_text("Some of the words that there are, again and again. " * 40)
+    convert(again)
+    assert contents(out) == contents(whole)
+
+
+def test_the_older_model_stands_until_the_new_one_is_whole(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(model), out, rank=1))
+    before = contents(out)
+    options = Options(str(model), out, rank=2, overwrite=True)
+    with pytest.raises(KeyboardInterrupt):
+        convert(options, StopAfter(1))
+    assert contents(out) == before
+    with pytest.raises(BWLAError, match="exists already: choose another output or add --overwrite"):
+        convert(replace(options, overwrite=False, resume=True))
+    convert(replace(options, resume=True))
+    assert contents(out) != before
+
+
+def test_what_an_interruption_left_is_resumed_or_discarded_but_never_by_itself(
+    model: Path, tmp_path: Path
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = Options(str(model), out, rank=2, seed=1)
+    convert(replace(options, out=whole))
+    interrupted(replace(options, seed=5), 1)
+    sentence = r"out\.work: holds an unfinished conversion \(1 blocks done\): add --resume .* or --restart"
+    with pytest.raises(WorkError, match=sentence):
+        convert(options)
+    with pytest.raises(WorkError, match="exclude each other"):
+        convert(replace(options, resume=True, restart=True))
+    convert(replace(options, restart=True))
+    assert contents(out) == contents(whole)
+    assert not work_path(out).exists()
+
+
+def test_resume_starts_where_there_is_nothing_to_resume(model: Path, tmp_path: Path) -> None:
+    convert(Options(str(model), tmp_path / "out", rank=2, resume=True))
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def change_source(model: Path, _: pytest.MonkeyPatch, again: Options) -> Options:
+    spoil(model / "model-00001-of-00003.safetensors")
+    return again
+
+
+def change_code(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> Options:
+    before = fingerprint.code_version()
+    monkeypatch.setattr(pipeline, "code_version", lambda: {**before, "sources": "0" * 64})
+    return again
+
+
+def change_torch(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> Options:
+    before = fingerprint.code_version()
+    monkeypatch.setattr(pipeline, "code_version", lambda: {**before, "torch": "9.9"})
+    return again
+
+
+def change_threads(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> Options:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    return again
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            lambda *all_: replace(all_[2], rank=3),
+            "it was begun with --rank 2, now it is 3: give the same arguments",
+        ),
+        (lambda *all_: replace(all_[2], bits=8), "it was begun with --abits 6, now it is 8"),
+        (
+            lambda *all_: replace(all_[2], ignore=("down_proj",)),
+            "it was begun with --ignore not given, now it is down_proj",
+        ),
+        (change_source, r"model-00001-of-00003\.safetensors: has changed since .* was begun"),
+        (change_code, "begun with the project's own code, which has changed since: go back to that version"),
+        (change_torch, r"begun with version .* of torch, now it is 9\.9"),
+        (change_threads, r"begun with threads 1, now it is 7, .*: set OMP_NUM_THREADS=1"),
+    ],
+)
+def test_what_cannot_give_the_same_bytes_is_refused_and_kept(
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[..., Options],
+    sentence: str,
+) -> None:
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    with pytest.raises(WorkError, match=sentence):
+        convert(change(model, monkeypatch, again))
+    assert len(read_manifest(work_path(again.out) / MANIFEST).blocks) == 1
+
+
+def test_a_touched_but_equal_source_is_no_other_one(model: Path, tmp_path: Path) -> None:
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    for path in model.iterdir():
+        os.utime(path)
+    convert(again)
+
+
+def spoil(path: Path) -> None:
+    """Flip the last bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "file", ["checkpoint/model-00001-of-00004.safetensors", "checkpoint/model-00002-of-00004.safetensors"]
+)
+def test_a_damaged_block_alone_is_done_again(model: Path, tmp_path: Path, file: str) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(Options(str(model), whole, rank=2))
+    again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
+    spoil(work_path(out) / file)
+    convert(again, listener)
+    number = int(file[len("checkpoint/model-") :][:5]) - 1
+    assert listener.done == [number, 2]
+    assert listener.notes[1:] == [f"block {number}: its shard {Path(file).name} is damaged or missing"]
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    ("file", "first"),
+    [
+        ("states/after-00001.safetensors", 1),
+        ("checkpoint/model-00002-of-00004.safetensors", 1),
+        ("checkpoint/model-00001-of-00004.safetensors", 0),
+    ],
+)
+@pytest.mark.usefixtures("stateful")
+def test_with_a_state_all_after_the_damage_is_done_again(
+    model: Path, tmp_path: Path, file: str, first: int
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(Options(str(model), whole, rank=2))
+    again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
+    (work_path(out) / file).unlink()
+    convert(again, listener)
+    assert listener.done == list(range(first, BLOCKS))
+    assert "damaged or missing" in listener.notes[1]
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.usefixtures("stateful")
+def test_no_more_than_two_states_are_kept(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(Options(str(model), out, rank=2), BLOCKS)
+    states = sorted(path.name for path in (work_path(out) / "states").iterdir())
+    assert states == ["after-00001.safetensors", "after-00002.safetensors"]
+
+
+def test_a_damaged_manifest_is_refused_with_its_name(model: Path, tmp_path: Path) -> None:
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    file = work_path(again.out) / MANIFEST
+    data = json.loads(file.read_text())
+    for broken in ("{", json.dumps({**data, "version": 99}), json.dumps({**data, "seconds": "many"})):
+        file.write_text(broken)
+        with pytest.raises(WorkError, match=r"manifest\.json: .*add --restart"):
+            convert(again)
+
+
+def test_two_conversions_cannot_write_to_one_output(model: Path, tmp_path: Path) -> None:
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    with (work_path(again.out) / "lock").open() as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(WorkError, match="another bwla-convert is writing here"):
+            convert(again)
+    convert(again)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
+    strange = tmp_path / "out.work" / "thesis.txt"
+    strange.parent.mkdir()
+    strange.write_text("all of it")
+    for resume in (False, True):
+        with pytest.raises(WorkError, match=r"is no work folder of bwla-convert \(it holds thesis\.txt\)"):
+            convert(Options(str(model), tmp_path / "out", resume=resume, restart=not resume))
+    assert strange.read_text() == "all of it"
+
+
+def test_a_failure_before_the_first_block_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("at once")
+
+    monkeypatch.setattr(paper, "quantize_group", failing)
+    with pytest.raises(RuntimeError):
+        convert(Options(str(model), tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(model: Path, tmp_path: Path) -> None:
+    class Meddler(Listener):
+        def block_started(self, index: int) -> None:
+            if index == 1:
+                spoil(model / "config.json")
+
+    with pytest.raises(WorkError, match=r"config\.json: has changed since"):
+        convert(Options(str(model), tmp_path / "out"), Meddler())
+    assert len(read_manifest(work_path(tmp_path / "out") / MANIFEST).blocks) == 1
