@@ -94,7 +94,14 @@ def flip(code: Code, weight_metric: Tensor, hessian: Tensor) -> Tensor:
     return sign
 
 
-def one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, start: Code | None = None) -> Code:
+def one_bit(
+    weight: Tensor,
+    hessian: Tensor,
+    factor: Tensor,
+    sweeps: int,
+    start: Code | None = None,
+    feedback: bool = True,
+) -> Code:
     """Signs and scales of `weight` [N, K] in the metric `hessian`.
 
     Args:
@@ -102,15 +109,18 @@ def one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, start:
         hessian: H, positive definite [K, K].
         factor: its `inverse_factor`.
         sweeps: sweeps of coordinate descent, each followed by a refit of the scales.
-        start: a code of a similar weight, whose scales are tried beside `START_FACTORS`' on the mean magnitude.
+        start: a code of a similar weight, whose scales are tried in the place of `START_FACTORS`' on the mean
+            magnitude.
+        feedback: without it, the signs are the weight's own.
     """
     metric = weight @ hessian
     power = (metric * weight).sum(1)
     mean = weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     scales = [factor_ * mean for factor_ in START_FACTORS] if start is None else [start.scale]
     best: Code | None = None
-    for scale in scales:
-        code = refit(metric, power, feed_back(weight, scale, factor), hessian)
+    for scale in scales if feedback else scales[:1]:
+        sign = feed_back(weight, scale, factor) if feedback else torch.where(weight >= 0, 1.0, -1.0)
+        code = refit(metric, power, sign, hessian)
         best = code if best is None else _better(best, code)
     assert best is not None
     for _ in range(sweeps):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,40 @@ Examples:
   bwla-eval ./model ./model-bwla --text novel.txt --window 512
 
   bwla-eval ./model ./model-bwla --tasks piqa,arc_easy --out result.json
+
+  bwla-eval ./model ./model-bwla --tasks paper-5,mmlu --backend vllm
 """
+
+_FIVE = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
+TASK_SETS = {"paper-5": _FIVE, "paper-7": (*_FIVE, "boolq", "openbookqa")}
+"""Names for the zero-shot tasks that papers of this field report together."""
+
+
+class Backend(StrEnum):
+    """What can run tasks; lm-eval's names."""
+
+    TRANSFORMERS = "hf"
+    VLLM = "vllm"
+
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
-def task_scores(folder: Path, tasks: list[str], limit: int | None) -> dict[str, float]:
-    """Scores of lm-eval tasks through its transformers back end, with our quantizer registered.
+def task_names(tasks: str) -> list[str]:
+    """Names by commas; a name of TASK_SETS stands for its tasks."""
+    return [task for name in tasks.split(",") for task in TASK_SETS.get(name, (name,))]
+
+
+def task_scores(
+    folder: Path, tasks: list[str], limit: int | None, backend: Backend = Backend.TRANSFORMERS
+) -> dict[str, float]:
+    """Scores of lm-eval tasks, by "task metric".
+
+    Args:
+        folder: an original or a BWLA checkpoint.
+        tasks: lm-eval's names.
+        limit: examples of each task at most.
+        backend: in vLLM our plugin loads the checkpoint, in transformers our quantizer.
 
     Raises:
         SourceError: lm-eval is not installed.
@@ -37,7 +65,11 @@ def task_scores(folder: Path, tasks: list[str], limit: int | None) -> dict[str, 
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     found = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": str(folder)}, tasks=tasks, limit=limit
+        model=str(backend),
+        model_args={"pretrained": str(folder)},
+        tasks=tasks,
+        limit=limit,
+        confirm_run_unsafe_code="humaneval" in tasks,  # it runs what the model writes
     )
     return {
         f"{task} {metric.partition(',')[0]}": float(value)
@@ -68,13 +100,21 @@ def evaluate(
         int | None, typer.Option(help="Use at most so many windows, and examples of a task.")
     ] = None,
     tasks: Annotated[
-        str, typer.Option(help="lm-eval tasks, by commas, for example piqa,hellaswag,winogrande.")
+        str,
+        typer.Option(
+            help="lm-eval tasks by commas: piqa,mmlu,gsm8k,humaneval (which runs what the model writes), or a set: "
+            + ", ".join(TASK_SETS)
+        ),
     ] = "",
+    backend: Annotated[
+        Backend, typer.Option(help="lm-eval's back end: hf (transformers) or vllm.")
+    ] = Backend.TRANSFORMERS,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
 ) -> None:
     """Compare an original with its BWLA version on the same text and tasks."""
     from bwla_converter.calibration import dataset_text
     from bwla_converter.evaluate import compare_texts
+    from bwla_converter.report import calibration_warning
     from bwla_converter.source import locate
 
     console = Console(stderr=True)
@@ -90,12 +130,16 @@ def evaluate(
         found = compare_texts(folder, bwla, content, window, limit)
         rows["perplexity"] = {"original": found.original, "bwla": found.bwla}
         if tasks:
-            names = tasks.split(",")
-            before, after = (task_scores(each, names, limit) for each in (folder, bwla))
+            names = task_names(tasks)
+            before, after = (task_scores(each, names, limit, backend) for each in (folder, bwla))
             rows |= {name: {"original": before[name], "bwla": after[name]} for name in before}
     except BWLAError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+    config = json.loads((bwla / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    warning = calibration_warning(config["provenance"]["calibration"])
+    if text == "wikitext2" and warning is not None:
+        console.print(f"[bold]note:[/] {warning}", soft_wrap=True)
     show(rows)
     if out is not None:
         given = {"original": original, "bwla": str(bwla), "text": text, "window": window, "limit": limit}

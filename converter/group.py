@@ -27,11 +27,18 @@ class GroupResult:
         errors: name of the linear -> its relative error: of the weight (`relative_error`), or of the outputs where
             the recipe knows inputs.
         traces: name of an objective -> its values at the start and after each round.
+        latents: name of the linear -> what its signs were chosen for, float32 [N, K] in the rotated basis and in
+            units of the row's scale, where the recipe was asked to keep it.
+        clip: the activation clip that was chosen for the group; None where the spec's stays.
+        inputs: evenly spaced tokens of the group's inputs [M, K], for the report; None where the recipe knows none.
     """
 
     tensors: dict[str, dict[str, Tensor]]
     errors: dict[str, float]
     traces: dict[str, list[float]] = field(default_factory=dict)
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    clip: float | None = None
+    inputs: Tensor | None = None
 
 
 def group_generator(seed: int, names: Iterable[str]) -> torch.Generator:

@@ -18,11 +18,14 @@ class Moments:
     Attributes:
         seen: sum of x_hat x_hat^T [K, K], over the inputs that the quantized blocks produce.
         crossed: sum of x x_hat^T [K, K] with the original model's inputs x; None where they are not followed.
+        drift: sum of (h - h_hat) x_hat^T [N, K], with h and h_hat what the output is added to in the original model
+            and in the quantized one; None where it is not followed.
         count: tokens.
     """
 
     seen: Tensor
     crossed: Tensor | None
+    drift: Tensor | None = None
     count: int = 0
 
     @classmethod
@@ -38,6 +41,12 @@ class Moments:
         if self.crossed is not None and x is not None:
             self.crossed.addmm_(x.flatten(0, -2).float().mT, x_hat)
         self.count += len(x_hat)
+
+    def add_drift(self, x_hat: Tensor, stream_hat: Tensor, stream: Tensor) -> None:
+        """Count how far the stream [M, N] has come from the original's at the inputs of the last `add`."""
+        gap = (stream.float() - stream_hat.float()).flatten(0, -2)
+        found = gap.mT @ x_hat.flatten(0, -2).float()
+        self.drift = found if self.drift is None else self.drift.add_(found)
 
     def hessian(self, damping: float) -> Tensor:
         """E[x_hat x_hat^T] with `damping` times its mean diagonal added to the diagonal.

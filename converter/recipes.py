@@ -1,19 +1,24 @@
 """The recipes as the pipeline sees them: told of each block, asked for each group, in execution order."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from bwla_converter import paper
+from bwla_converter.activations import ActivationStore, StoredStates
+from bwla_converter.best import BestOptions, BestRecipe
 from bwla_converter.calibrated import FastRecipe
 from bwla_converter.calibration import Calibration
+from bwla_converter.fast import FastOptions
 from bwla_converter.group import GroupResult
+from bwla_converter.options import Options
 from bwla_converter.source import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
-RECIPES = ("paper", "fast")
+RECIPES = ("paper", "fast", "best")
 
 
 class Recipe(Protocol):
@@ -31,10 +36,10 @@ class Recipe(Protocol):
     def end_block(self) -> Mapping[str, Tensor]:
         """All groups of the block were quantized; the stored tensors that changed since, by their full names."""
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor | StoredStates]:
         """What the next block needs of those before it; `restore` with it goes on as if never interrupted."""
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
         """Take up a `state`, in place of all blocks before."""
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
@@ -59,11 +64,11 @@ class PaperRecipe:
         """Nothing to carry on."""
         return {}
 
-    def state(self) -> Mapping[str, Tensor]:
+    def state(self) -> Mapping[str, Tensor | StoredStates]:
         """Nothing."""
         return {}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
         """Nothing to take up."""
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
@@ -71,18 +76,47 @@ class PaperRecipe:
         return {}
 
 
-def make_recipe(name: str, source: Source, calibration: Calibration | None, seed: int) -> Recipe:
-    """The recipe called `name`.
+def make_recipe(options: Options, source: Source, store: ActivationStore | None = None) -> Recipe:
+    """The recipe that was asked for.
+
+    Args:
+        options: of the conversion.
+        source: the model.
+        store: says where the recipe keeps the hidden states of the text, and its device.
 
     Raises:
         BWLAError: there is none of that name, or it needs calibration text and got none.
         SourceError: the text cannot be used.
     """
-    check_recipe(name, calibration)
-    if name == "paper":
-        return PaperRecipe(seed)
-    assert calibration is not None
-    return FastRecipe(source, calibration, seed)
+    check_recipe(options.recipe, options.calibration)
+    if options.recipe == "paper":
+        return PaperRecipe(options.seed)
+    assert options.calibration is not None
+    groups = FastOptions(clips=options.clip is None)
+    if options.recipe == "fast":
+        return FastRecipe(source, options.calibration, options.seed, groups, store)
+    best = best_options(options, groups, source.num_blocks)
+    return BestRecipe(source, options.calibration, options.seed, best, store)
+
+
+def best_options(options: Options, groups: FastOptions, blocks: int) -> BestOptions:
+    """What was asked of recipe `best`; what was not, as it is by default.
+
+    Args:
+        options: of the conversion; half of its minutes are for the blocks' tuning, half for distillation.
+        groups: of the input groups.
+        blocks: of the model.
+    """
+    best = BestOptions(fast=groups)
+    tune, distill = best.tune, best.distill
+    if options.tune_epochs is not None:
+        tune = replace(tune, epochs=options.tune_epochs)
+    if options.distill_epochs is not None:
+        distill = replace(distill, epochs=options.distill_epochs)
+    if options.minutes is not None:
+        tune = replace(tune, minutes=options.minutes / 2 / blocks)
+        distill = replace(distill, minutes=options.minutes / 2)
+    return replace(best, tune=tune, distill=distill)
 
 
 def check_recipe(name: str, calibration: Calibration | None) -> None:

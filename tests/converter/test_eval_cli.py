@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from bwla_converter.eval_cli import app
+from bwla_converter.eval_cli import app, task_names
 from bwla_converter.evaluate import compare
 from typer.testing import CliRunner
 
@@ -37,3 +37,21 @@ def test_text_that_cannot_be_used(example_bwla: Path, tmp_path: Path, text: str,
     done = run(EXAMPLES / "model", example_bwla, "--text", tmp_path / text)
     assert done.exit_code == 1
     assert sentence in done.stderr
+
+
+def test_sets_of_tasks() -> None:
+    assert task_names("mmlu,paper-5") == [
+        "mmlu",
+        "piqa",
+        "hellaswag",
+        "winogrande",
+        "arc_easy",
+        "arc_challenge",
+    ]
+    assert len(set(task_names("paper-7"))) == 7
+
+
+def test_a_back_end_that_does_not_exist() -> None:
+    done = run("model", "bwla", "--tasks", "piqa", "--backend", "onnx")
+    assert done.exit_code == 2
+    assert "vllm" in done.stderr

@@ -1,5 +1,7 @@
 """Recipe `fast` on one group: valid, deterministic, and closer to the original's outputs than `paper`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bwla_converter import fast, paper
@@ -88,6 +90,31 @@ def test_the_target_is_the_least_squares_fit(weights: dict[str, Tensor]) -> None
     assert torch.equal(corrected_target(weight, moments_of(x, x_hat), float("inf")), weight)
     same = corrected_target(weight, moments_of(x, x), 0.1)
     torch.testing.assert_close(same, weight, rtol=1e-3, atol=1e-3)
+
+
+def test_the_target_makes_good_what_the_stream_lost(weights: dict[str, Tensor]) -> None:
+    x, x_hat = inputs(noise=0.5)
+    generator = torch.Generator().manual_seed(2)
+    stream, mix = torch.randn(600, 48, generator=generator), torch.randn(64, 48, generator=generator)
+    stream_hat = stream - 0.1 * x_hat @ mix  # a loss that the inputs tell
+    moments = moments_of(x, x_hat)
+    for here, lost, kept in zip(x_hat.split(100), stream_hat.split(100), stream.split(100), strict=True):
+        moments.add_drift(here, lost, kept)
+    found = corrected_target(weights["q"], moments, 1e-6)
+    wanted = (x @ weights["q"].mT + stream - stream_hat).double()
+    expected = torch.linalg.lstsq(x_hat.double(), wanted).solution.mT.float()
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_the_clip_is_chosen_by_the_inputs(weights: dict[str, Tensor]) -> None:
+    x, _ = inputs()
+    specs = {name: replace(spec, bits=3) for name, spec in SPECS.items()}
+    moments = moments_of(x, x)
+    chosen = fast.quantize_group(weights, specs, moments, inputs=x[:200], options=QUICK)
+    assert chosen.clip is not None
+    assert 0 < chosen.clip < 1
+    left = fast.quantize_group(weights, specs, moments, inputs=x[:200], options=replace(QUICK, clips=False))
+    assert left.clip is None
 
 
 def test_rotated_metric_measures_the_same() -> None:
