@@ -1,11 +1,12 @@
-"""The GPU backend: two Triton kernels behind the interface of `ops.Backend`, as a torch.library op.
+"""The GPU backend: two Triton kernels behind the interface of `ops.Backend`, as torch.library ops.
 
 Triton is imported when a layer first needs it: a machine without a GPU need not have it.
 """
 
 import functools
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from bwla_kernels.format import LayerSpec
@@ -14,11 +15,18 @@ from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
-_LIBRARY.define(
-    "linear_triton(Tensor x, Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
+_LAYER = (
+    "Tensor x, Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
     "Tensor right_split, Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, "
-    "int out_features, int blocks, int n1, int n2, int rank, int bits, float clip) -> Tensor"
+    "int out_features, int blocks, int n1, int n2, int rank, int bits, float clip"
 )
+# What comes before a layer, computed where its input is loaded; a compiler pass puts these in (bwla_vllm.fusion).
+_LIBRARY.define(f"linear_triton({_LAYER}) -> Tensor")
+_LIBRARY.define(f"rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps) -> Tensor")
+_LIBRARY.define(
+    f"add_rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps, Tensor residual) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(f"silu_mul_linear_triton({_LAYER}) -> Tensor")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -35,7 +43,7 @@ def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
     return (found.major, found.minor), found.multi_processor_count
 
 
-def _linear(
+def _layer(
     x: Tensor,
     weight_chunks: Tensor,
     weight_scale: Tensor,
@@ -53,15 +61,20 @@ def _linear(
     rank: int,
     bits: int,
     clip: float,
-) -> Tensor:
+    *,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The layer's output, and x + residual where a residual is given; arguments as those of `prepare_input`."""
     from bwla_kernels.triton.binary_matmul import Activations, Weights, binary_matmul
     from bwla_kernels.triton.layout import chunk_layout
     from bwla_kernels.triton.prepare_input import prepare_input
     from bwla_kernels.triton.tuning import BINARY, select_config
 
     spec = _spec(out_features, blocks, n1, n2, rank, bits, clip)
-    rows = x.reshape(-1, spec.in_features)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    rows = _rows(x, spec.in_features * (2 if silu_mul else 1))
     layout = chunk_layout(out_features, blocks, spec.block_width)
     capability, multiprocessors = _properties(x.device)
     config = select_config(
@@ -70,19 +83,89 @@ def _linear(
     side = {"left_split": left_split, "right_split": right_split, "column_scale": column_scale}
     if low_rank_a is not None:
         side["low_rank_a"] = low_rank_a
-    prepared = prepare_input(rows, side, spec, planes=config.kernel == BINARY, chunk=layout.chunk)
+    prepared = prepare_input(
+        rows,
+        side,
+        spec,
+        planes=config.kernel == BINARY,
+        chunk=layout.chunk,
+        norm_weight=norm_weight,
+        eps=eps,
+        residual=None if residual is None else _rows(residual, spec.in_features),
+        silu_mul=silu_mul,
+    )
     activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
     weights = Weights(weight_chunks, weight_scale, low_rank_b, bias, split_counters, layout)
-    y = binary_matmul(activations, weights, bits, config, x.dtype)
-    return y.reshape(*x.shape[:-1], out_features)
+    y = binary_matmul(activations, weights, bits, config, x.dtype).reshape(*x.shape[:-1], out_features)
+    return y, None if prepared.residual is None else prepared.residual.reshape(x.shape)
+
+
+def _rows(x: Tensor, width: int) -> Tensor:
+    rows = x.reshape(-1, width)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _linear(x: Tensor, *layer: Any) -> Tensor:
+    return _layer(x, *layer)[0]
+
+
+def _rms_norm_linear(x: Tensor, *arguments: Any) -> Tensor:
+    *layer, norm_weight, eps = arguments
+    _warm_up_fused("norm", x, layer, norm_weight=norm_weight, eps=eps)
+    return _layer(x, *layer, norm_weight=norm_weight, eps=eps)[0]
+
+
+def _add_rms_norm_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *layer, norm_weight, eps, residual = arguments
+    _warm_up_fused("add+norm", x, layer, norm_weight=norm_weight, eps=eps)
+    y, total = _layer(x, *layer, norm_weight=norm_weight, eps=eps, residual=residual)
+    assert total is not None
+    return y, total
+
+
+def _silu_mul_linear(x: Tensor, *layer: Any) -> Tensor:
+    _warm_up_fused("silu*mul", x, layer, silu_mul=True)
+    return _layer(x, *layer, silu_mul=True)[0]
+
+
+def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], **options: Any) -> None:
+    """Compile, once a process and kind of layer, what other numbers of tokens will need.
+
+    `prepare` cannot know what a compiler fuses. A server runs its model once before it captures CUDA graphs and
+    before it takes requests, which is when this happens.
+    """
+    if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    from bwla_kernels.triton.warm_up import warm_up
+
+    def apply(rows: Tensor) -> Tensor:
+        residual = rows if fused == "add+norm" else None
+        return _layer(rows, *layer, residual=residual, **options)[0]
+
+    spec = _spec(*layer[_SIZES])
+    warm_up(spec, x.device, x.dtype, *_properties(x.device), apply, fused=fused, columns=x.shape[-1])
+
+
+_SIZES = slice(9, 16)
+"""Where a layer's sizes are in its arguments after x."""
 
 
 def _linear_fake(x: Tensor, weight_chunks: Tensor, weight_scale: Tensor, *_: object) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_scale.shape[0])
 
 
-_LIBRARY.impl("linear_triton", _linear, "CompositeExplicitAutograd")
-torch.library.register_fake("bwla::linear_triton", _linear_fake, lib=_LIBRARY)
+def _add_fake(x: Tensor, weight_chunks: Tensor, weight_scale: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _linear_fake(x, weight_chunks, weight_scale), x.new_empty(x.shape)
+
+
+for _name, _run, _fake in (
+    ("linear_triton", _linear, _linear_fake),
+    ("rms_norm_linear_triton", _rms_norm_linear, _linear_fake),
+    ("add_rms_norm_linear_triton", _add_rms_norm_linear, _add_fake),
+    ("silu_mul_linear_triton", _silu_mul_linear, _linear_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bwla::{_name}", _fake, lib=_LIBRARY)
 
 
 class TritonBackend:

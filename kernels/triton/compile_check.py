@@ -1,35 +1,55 @@
 """Compile every kernel in every configuration that can be selected, for every architecture, without a GPU.
 
-    python -m bwla_kernels.triton.compile_check [--arch 90] [--out FILE]
+    python -m bwla_kernels.triton.compile_check [--arch 90] [--jobs 2] [--out FILE]
 
-Fails on spills, stack, too much shared memory, or a missing tensor-core instruction.
+Fails on spills, stack, too much shared memory, or a missing tensor-core instruction. What Triton has compiled once it
+finds in its own cache, so a second run only reads the results.
 """
 
 import argparse
+import functools
 import importlib
-import json
+import multiprocessing
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from bwla_kernels.errors import BackendError
-from bwla_kernels.triton.compiling import ARCHITECTURES, CompileCase, Compiled, compile_case
+from bwla_kernels.triton.compile_table import (
+    Key,
+    Row,
+    header,
+    key_of,
+    line,
+    merge,
+    read_rows,
+    row_of,
+    summary,
+    write_rows,
+)
+from bwla_kernels.triton.compiling import ARCHITECTURES, CompileCase, compile_case
 
 CASE_MODULES = ("bwla_kernels.triton.prepare_cases", "bwla_kernels.triton.matmul_cases")
 """Modules with a `compile_cases(arch) -> list[CompileCase]`."""
 
 
-def all_cases(arch: int, modules: Iterable[str] = CASE_MODULES) -> list[CompileCase]:
+SAVE_EVERY = 10
+"""Rows after which a table is written anew."""
+
+
+@functools.cache
+def all_cases(arch: int, modules: tuple[str, ...] = CASE_MODULES) -> tuple[CompileCase, ...]:
     """The cases of all modules for compute capability `arch` / 10."""
-    return [case for name in modules for case in importlib.import_module(name).compile_cases(arch)]
+    return tuple(case for name in modules for case in importlib.import_module(name).compile_cases(arch))
 
 
-def sample(cases: list[CompileCase], count: int) -> list[CompileCase]:
-    """`count` cases of each kernel, spread over its configurations."""
-    kernels: dict[str, list[CompileCase]] = {}
-    for case in cases:
-        kernels.setdefault(case.name, []).append(case)
+def sample(cases: Sequence[int], names: Sequence[str], count: int) -> list[int]:
+    """`count` cases of each kernel, spread over its configurations; `names` are those of their kernels."""
+    kernels: dict[str, list[int]] = {}
+    for case, name in zip(cases, names, strict=True):
+        kernels.setdefault(name, []).append(case)
     return [
         group[round((i + 0.5) * len(group) / count - 0.5)]
         for group in kernels.values()
@@ -37,85 +57,127 @@ def sample(cases: list[CompileCase], count: int) -> list[CompileCase]:
     ]
 
 
-def header() -> str:
-    """The table's first line."""
-    return (
-        f"{'arch':>4}  {'kernel':<22} {'registers':>9} {'spills':>6} {'shared':>7} {'core':>8} "
-        f"{'instr/weight':>12}  configuration"
-    )
+def compile_one(modules: tuple[str, ...], arch: int, index: int) -> tuple[Row | None, list[str]]:
+    """Compile case `index` of `all_cases`: its row (None where it does not compile) and the gates it fails."""
+    try:
+        found = compile_case(all_cases(arch, modules)[index], arch)
+    except BackendError as error:
+        return None, [str(error)]
+    return row_of(found), found.problems()
 
 
-def line(found: Compiled) -> str:
-    """One line of the table."""
-    per_weight = "" if found.per_weight is None else f"{found.per_weight:.3f}"
-    return (
-        f"{found.arch:>4}  {found.case.name:<22} {found.registers:>9} {found.spills:>6} {found.shared_bytes:>7} "
-        f"{found.tensor_core:>8} {per_weight:>12}  {found.case.config}"
-    )
+def _compiled(
+    wanted: Sequence[tuple[int, int]], modules: tuple[str, ...], jobs: int
+) -> Iterator[tuple[Row | None, list[str]]]:
+    arches, indices = [arch for arch, _ in wanted], [i for _, i in wanted]
+    if jobs == 1:
+        yield from map(compile_one, [modules] * len(wanted), arches, indices)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_one, [modules] * len(wanted), arches, indices)
 
 
-def row(found: Compiled) -> dict[str, str | int | float | None]:
-    """One row of the JSON."""
-    return {
-        "kernel": found.case.name,
-        "config": found.case.config,
-        "arch": found.arch,
-        "registers": found.registers,
-        "spills": found.spills,
-        "stack": found.stack,
-        "shared_bytes": found.shared_bytes,
-        "tensor_core": found.tensor_core,
-        "instructions_per_weight": found.per_weight,
-    }
+def check(
+    wanted: Sequence[tuple[int, int]],
+    modules: tuple[str, ...],
+    jobs: int = 1,
+    save: Callable[[list[Row]], None] = lambda rows: None,
+) -> tuple[list[Row], list[str]]:
+    """Compile cases and print their lines; return the rows and the gates that failed, each one sentence.
 
-
-def check(cases: Iterable[tuple[CompileCase, int]]) -> tuple[list[Compiled], list[str]]:
-    """Compile each case, print its line; return what was found and the gates that failed, each one sentence."""
-    found: list[Compiled] = []
+    Args:
+        wanted: architecture, and index in its `all_cases`, of each.
+        modules: where the cases are from.
+        jobs: processes that compile.
+        save: is given the rows so far now and then, and all of them at the end: a run may take an hour.
+    """
+    rows: list[Row] = []
     problems: list[str] = []
     print(header(), flush=True)
-    for case, arch in cases:
-        try:
-            compiled = compile_case(case, arch)
-        except BackendError as error:
-            problems.append(str(error))
-            continue
-        print(line(compiled), flush=True)
-        found.append(compiled)
-        problems += compiled.problems()
-    return found, problems
+    for row, failed in _compiled(wanted, modules, jobs):
+        if row is not None:
+            print(line(row), flush=True)
+            rows.append(row)
+            if len(rows) % SAVE_EVERY == 0:
+                save(rows)
+        problems += failed
+    save(rows)
+    return rows, problems
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bwla_kernels.triton.compile_check", description=__doc__)
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
     parser.add_argument("--config", help="only configurations whose text contains this")
     parser.add_argument("--sample", type=int, help="so many configurations of each kernel and architecture")
+    parser.add_argument("--slice", help="I/N: of what is left, every N-th from I (counted from 0) on")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--cases", help="another module with a compile_cases(arch) instead of this package's")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--merge", action="store_true", help="keep the rows of --out that are not compiled anew"
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="as --merge, and compile only what --out lacks"
+    )
+    return parser.parse_args(arguments)
+
+
+def _wanted(options: argparse.Namespace, modules: tuple[str, ...]) -> list[tuple[int, int]]:
+    wanted: list[tuple[int, int]] = []
+    for arch in options.arch or ARCHITECTURES:
+        cases = all_cases(arch, modules)
+        picked = [
+            i
+            for i, case in enumerate(cases)
+            if (options.kernel or "") in case.name and (options.config or "") in case.config
+        ]
+        if options.sample:
+            picked = sample(picked, [cases[i].name for i in picked], options.sample)
+        wanted += [(arch, i) for i in picked]
+    if options.slice:
+        first, every = (int(number) for number in options.slice.split("/"))
+        wanted = wanted[first::every]
+    return wanted
+
+
+def _names(wanted: Iterable[tuple[int, int]], modules: tuple[str, ...]) -> list[Key]:
+    cases = [(arch, all_cases(arch, modules)[i]) for arch, i in wanted]
+    return [(arch, case.name, case.config) for arch, case in cases]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    options = _arguments(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print(
             "compile_check: TRITON_INTERPRET is set: unset it, interpreted kernels have no code",
             file=sys.stderr,
         )
         return 2
-    wanted: list[tuple[CompileCase, int]] = []
-    for arch in options.arch or ARCHITECTURES:
-        cases = [
-            case
-            for case in all_cases(arch, [options.cases] if options.cases else CASE_MODULES)
-            if (options.kernel or "") in case.name and (options.config or "") in case.config
-        ]
-        wanted += [(case, arch) for case in (sample(cases, options.sample) if options.sample else cases)]
+    modules = (options.cases,) if options.cases else CASE_MODULES
+    wanted = _wanted(options, modules)
     if not wanted:
         print("compile_check: no such kernel or configuration", file=sys.stderr)
         return 2
-    found, problems = check(wanted)
-    if options.out:
-        options.out.write_text(json.dumps({"rows": [row(one) for one in found]}, indent=1) + "\n")
+    everything = [(arch, i) for arch in ARCHITECTURES for i in range(len(all_cases(arch, modules)))]
+    kept: list[Row] = []
+    if options.out and options.out.exists() and (options.merge or options.missing):
+        kept = merge(read_rows(options.out), [], _names(everything, modules))
+    if options.missing:
+        there = {key_of(row) for row in kept if not row["spills"] + row["stack"]}
+        wanted = [one for one, name in zip(wanted, _names(wanted, modules), strict=True) if name not in there]
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m bwla_kernels.triton.compile_check", *words])
+
+    def save(rows: list[Row]) -> None:
+        if options.out:
+            write_rows(options.out, merge(kept, rows, _names(everything, modules)), command)
+
+    rows, problems = check(wanted, modules, options.jobs, save)
+    for text in summary(rows):
+        print(text)
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
     print(f"{len(wanted)} compiled, {len(problems)} problems")

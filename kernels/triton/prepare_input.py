@@ -152,7 +152,7 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
     elif right <= 96:  # operands go through registers: the widest pieces that do not spill
         piece = out_piece = 64
     else:
-        piece, out_piece = (16, 64) if rows > 64 else (64, 32)
+        piece, out_piece = (32, 128) if rows > 64 else (64, 32)
     # Left alone the assembler may spill a register or two for one more program on a processor, and with a limit
     # it uses all of it: these limits are those under which nothing spills.
     registers = None
@@ -160,8 +160,12 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
         registers = 255
     elif capability < (9, 0) and 64 < right <= 96 and tokens * rows == 64:
         registers = 224
+    elif capability < (9, 0) and right <= 64 and tokens * rows == 64 and spec.n2 < right:
+        registers = 176
     elif capability < (9, 0) and right <= 64 and tokens == 1 and spec.n1 < rows == 64:
         registers = 160
+    elif capability >= (10, 0) and m > WIDE_FROM and right <= 96 and spec.blocks == 1 and tokens * rows == 64:
+        registers = 128  # for the fused norms
     ranks = triton.next_power_of_2(max(spec.rank, 1))
     if m <= PLANES_MAX_TOKENS:
         projection = (1, 1, 256 * warps, False)

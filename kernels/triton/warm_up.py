@@ -32,7 +32,7 @@ def configs(
 
 
 @functools.cache
-def _once(spec: LayerSpec, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def _once(spec: LayerSpec, device: torch.device, dtype: torch.dtype, fused: str) -> Iterator[None]:
     """An iterator that is exhausted once it was walked: what is done in it is done once a process."""
     return iter((None,))
 
@@ -49,6 +49,8 @@ def warm_up(
     capability: tuple[int, int],
     multiprocessors: int,
     apply: Callable[[Tensor], Tensor],
+    fused: str = "",
+    columns: int | None = None,
 ) -> None:
     """Run a layer of a new kind once with every configuration, and check each matmul against plain torch.
 
@@ -58,12 +60,14 @@ def warm_up(
         dtype: of the activations to come.
         capability: of the GPU.
         multiprocessors: of the GPU.
-        apply: x [M, K] -> [M, N].
+        apply: x [M, columns] -> [M, N].
+        fused: what is fused into the load of x.
+        columns: of x; None for the layer's width.
 
     Raises:
         BackendError: a kernel computes wrong numbers with this GPU and this Triton.
     """
-    for _ in _once(spec, device, dtype):
+    for _ in _once(spec, device, dtype, fused):
         for (matmul, _), m in configs(spec, capability, multiprocessors).items():
             _checked(matmul, device)
-            apply(torch.zeros(m, spec.in_features, dtype=dtype, device=device))
+            apply(torch.zeros(m, columns or spec.in_features, dtype=dtype, device=device))

@@ -104,8 +104,13 @@ def test_gates_fail_on_bad_kernels(tmp_path: Path) -> None:
     ):
         assert any(expected in problem for problem in problems), f"{expected!r} not in {problems}"
 
-    done = run_check("--cases", "bad_cases", "--arch", "80", "--config", "sound", cwd=tmp_path)
+    sound = ("--cases", "bad_cases", "--arch", "80", "--config", "sound", "--out", "table.json")
+    done = run_check(*sound, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.json").read_text()
+    done = run_check(*sound, "--missing", cwd=tmp_path)
+    assert "0 compiled, 0 problems" in done.stdout, "what the table has is not compiled again"
+    assert json.loads((tmp_path / "table.json").read_text())["rows"] == json.loads(table)["rows"]
 
 
 def test_interpreted_kernels_are_refused(tmp_path: Path) -> None:
