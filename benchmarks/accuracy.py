@@ -32,6 +32,7 @@ from bwla_converter.paper import quantize_group
 from bwla_converter.plan import make_plan
 from bwla_converter.recipes import Recipe
 from bwla_converter.source import Source, open_source
+from bwla_converter.tunable import norm_weights
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.schema import Provenance
 from peers import BiLLM, FakeLinear, Gptq, HadamardGptq, PeerRecipe, RoundToNearest, hadamard_spec
@@ -144,20 +145,22 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
         recipe.end_block()
         model.set_submodule(task.source.family.block_name(index), quantized.layer)
     if isinstance(recipe, BestRecipe) and recipe.best.distill.epochs:
-        restore(model, recipe.distill(model), specs)
+        distil(model, recipe)
     return model, method_bits(recipe, specs)
 
 
-def restore(model: PreTrainedModel, changed: Any, specs: dict[str, LayerSpec]) -> None:
-    """Put stored linears with the changed tensors in the places of tunable ones."""
-    for name, spec in specs.items():
-        tunable = model.get_submodule(name)
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in changed.items() if key.startswith(prefix)}
-        stored = {**tunable.unchanged(), **own}
-        model.set_submodule(name, BWLALinear.from_stored(name, spec, stored, tunable.bias))
-    norms = {name: value.float() for name, value in changed.items() if name.endswith("norm.weight")}
-    model.load_state_dict(norms, strict=False)
+def distil(model: PreTrainedModel, recipe: BestRecipe) -> None:
+    """Distil a quantized model in place: stored linears again, with what changed."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, BWLALinear)}
+    norms = {name: value.clone() for name, value in norm_weights(model).items()}
+    changed = recipe.distill(model)
+    for name, linear in linears.items():
+        stored = {key: changed.get(f"{name}.{key}", value) for key, value in linear.stored().items()}
+        bias = stored.pop("bias", None)
+        model.set_submodule(name, BWLALinear.from_stored(name, linear.spec, stored, bias))
+    model.load_state_dict(
+        {name: changed.get(name, value).float() for name, value in norms.items()}, strict=False
+    )
 
 
 def method_bits(recipe: Recipe, specs: dict[str, LayerSpec]) -> float:

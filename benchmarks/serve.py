@@ -6,9 +6,13 @@
 Weights are random (speed does not depend on them): vLLM's dummy loader for bf16, a checkpoint written by
 `bwla-convert --dummy` for BWLA. Each engine runs in a process of its own; decode is the slope between two
 answer lengths, so that prefill and start-up cancel; prefill is one long prompt with one answer token.
+
+Resident memory has a bound: 1.15 times the checkpoint, the KV cache, and what vLLM itself takes, which is measured as
+what the bf16 engine holds beyond its weights and its KV cache.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -34,6 +38,21 @@ def job(folder: Path, load_format: str, batches: list[int]) -> Job:
     return Job(str(folder), batches, [PREFILL], batches, engine=engine, environment=ENVIRONMENT)
 
 
+def weight_bytes(folder: Path) -> int:
+    """bfloat16 bytes of the weights that vLLM makes for a config: decoder, embedding and head."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    attention = config["head_dim"] * 2 * (heads + config["num_key_value_heads"])
+    vocabulary = config["vocab_size"] * (1 if config["tie_word_embeddings"] else 2)
+    return 2 * hidden * (config["num_hidden_layers"] * (attention + 3 * wide) + vocabulary)
+
+
+def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int) -> dict[str, int]:
+    """vLLM's own memory, and the most that BWLA may take of it all."""
+    own = bf16_resident - bf16_weights - kv
+    return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
+
+
 def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, Any]]:
     """All rows of one model shape."""
     with tempfile.TemporaryDirectory() as work:
@@ -44,9 +63,20 @@ def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, A
         size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
         ours = run_job(job(bwla, "auto", batches))
         theirs = run_job(job(plain, "dummy", batches)) if with_bf16 else None
+        memory = {}
+        if theirs is not None:
+            kv = KV_BYTES * max(batches)
+            memory = memory_bound(theirs["resident_bytes"], weight_bytes(plain), kv, size)
+            resident, bound = (value / 1e9 for value in (ours["resident_bytes"], memory["bound_bytes"]))
+            print(f"qwen3-{shape}: resident {resident:.2f} GB, bound {bound:.2f} GB", flush=True)
     rows = []
     for batch in batches:
-        row: dict[str, Any] = {"model": f"qwen3-{shape}", "batch": batch, "bwla_checkpoint_bytes": size}
+        row: dict[str, Any] = {
+            "model": f"qwen3-{shape}",
+            "batch": batch,
+            "bwla_checkpoint_bytes": size,
+            **memory,
+        }
         for name, result in (("bwla", ours), ("bf16", theirs)):
             if result is not None:
                 row[f"{name}_decode_tok_s"] = result["decode"][str(batch)]

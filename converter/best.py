@@ -1,11 +1,12 @@
 """Recipe `best`: `fast`, then each block tuned by gradients, then the scales of the whole model distilled."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from bwla_converter.activations import ActivationStore
+from bwla_converter.activations import Activations, ActivationStore
 from bwla_converter.calibrated import FastRecipe, clipped
 from bwla_converter.calibration import Calibration
 from bwla_converter.distill import DISTILLATION, distill
@@ -14,11 +15,13 @@ from bwla_converter.group import GroupResult, group_generator
 from bwla_converter.hf import BWLALinear
 from bwla_converter.shell import Block
 from bwla_converter.source import Source
-from bwla_converter.tunable import TunableLinear, forget_inputs, trainable_norms, tunable_group
+from bwla_converter.tunable import TunableLinear, forget_inputs, norm_weights, tunable_group
 from bwla_converter.tune import TuneOptions, parameter_groups, tune
 from bwla_kernels.format import LayerSpec
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,32 @@ def relative_loss(found: Tensor, wanted: Tensor) -> Tensor:
     hidden states are hundreds of times larger than all others decide alone.
     """
     return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
+
+
+NOT_BETTER = (
+    "%s: tuning did not bring it closer to the original, what recipe fast found stays; try more --samples"
+)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A block's linears and norms, to be put back."""
+
+    linears: dict[str, nn.Module]
+    norms: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, block: Block, names: Iterable[str]) -> "Kept":
+        """What the block has now, its linears by their full names."""
+        norms = {name: value.clone() for name, value in norm_weights(block.layer).items()}
+        return cls({name: block.linear(name) for name in names}, norms)
+
+    def put_back(self, block: Block) -> None:
+        """Give it back to the block."""
+        for name, linear in self.linears.items():
+            block.replace(name, linear)
+        for name, parameter in norm_weights(block.layer).items():
+            parameter.data.copy_(self.norms[name])
 
 
 class BestRecipe(FastRecipe):
@@ -74,18 +103,37 @@ class BestRecipe(FastRecipe):
         original, quantized = self.blocks
         with torch.no_grad():
             self.original_hidden = self._through(original, self.original_hidden)
-        changed = self._tune(quantized) if self.best.tune.epochs else {}
-        with torch.no_grad():
-            self.hidden = self._through(quantized, self.hidden)
+            untuned = self._through(quantized, self.hidden)
+        changed: dict[str, Tensor] = {}
+        if self.best.tune.epochs:
+            before = self._loss(untuned)
+            kept = Kept.of(quantized, [name for result, _ in self._results for name in result.tensors])
+            changed = self._tune(quantized)
+            with torch.no_grad():
+                tuned = self._through(quantized, self.hidden)
+            if self._loss(tuned) < before:
+                untuned = tuned
+            else:
+                log.warning(NOT_BETTER, f"block {self._index}")
+                kept.put_back(quantized)
+                changed = {}
+        self.hidden = untuned
         self._blocks, self._results = None, []
         return changed
+
+    def _loss(self, hidden: Activations) -> float:
+        """What the block's tuning lowers, over all of the text."""
+        parts = zip(hidden.split(1), self.original_hidden.split(1), strict=True)
+        return sum(float(relative_loss(found, wanted)) for found, wanted in parts) / len(hidden)
 
     def _tune(self, block: Block) -> dict[str, Tensor]:
         """Tune the quantized block on the text; what is stored takes the tuned linears' places again."""
         linears: dict[str, TunableLinear] = {}
         for result, specs in self._results:
             linears |= tunable_group(block, result.tensors, specs, result.latents)
-        norms = trainable_norms(block.layer)
+        norms = norm_weights(block.layer)
+        for parameter in norms.values():
+            parameter.requires_grad_(True)
 
         def loss_of(indices: Tensor) -> Tensor:
             return relative_loss(block.run(self.hidden[indices]), self.original_hidden[indices])

@@ -6,6 +6,7 @@ block, and its norm and head give its logits.
 """
 
 import copy
+import logging
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,13 @@ from bwla_converter.activations import Activations
 from bwla_converter.hf import BWLAHead, BWLALinear
 from bwla_converter.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_converter.shell import Shell
-from bwla_converter.tunable import InputSide, TunableLinear, forget_inputs, trainable_norms
+from bwla_converter.tunable import InputSide, TunableLinear, forget_inputs, norm_weights
 from bwla_converter.tune import TuneOptions, parameter_groups, tune
 from bwla_kernels.format.head import HEAD_MODULE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 DISTILLATION = TuneOptions(epochs=4, batch=4, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3)
 """How the scales are distilled; there are no latent weights."""
@@ -41,13 +44,16 @@ def distill(
         options: see there.
         seed: orders the windows.
 
-    Returns: the stored tensors that changed, by their full names, and the mean divergence in each epoch, in nats.
+    Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch, and
+        after, in nats; no tensors where it did not fall.
     """
     model = model.to(shell.device).eval()
     model.requires_grad_(False)
     logits_of = original_logits(model, shell)
     linears = make_tunable(model, shell)
-    norms = trainable_norms(model)
+    norms = norm_weights(model)
+    for parameter in norms.values():
+        parameter.requires_grad_(True)
 
     def loss_of(indices: Tensor) -> Tensor:
         with torch.no_grad():
@@ -55,6 +61,14 @@ def distill(
         found = nn.functional.log_softmax(model(ids[indices], use_cache=False).logits.float(), -1)
         return (wanted.exp() * (wanted - found)).sum(-1).mean()
 
+    @torch.no_grad()
+    def divergence() -> float:
+        parts = torch.arange(len(ids)).split(options.batch)
+        total = sum(float(loss_of(part)) * len(part) for part in parts)
+        forget_inputs(linears.values())
+        return total / len(ids)
+
+    before = divergence()
     trace = tune(
         loss_of,
         parameter_groups(linears.values(), norms.values(), options),
@@ -63,6 +77,12 @@ def distill(
         torch.Generator().manual_seed(seed),
         lambda: forget_inputs(linears.values()),
     )
+    trace = [before, *trace, divergence()]
+    if trace[-1] >= before:
+        log.warning(
+            "distillation did not bring the model closer to the original: its scales stay as they were"
+        )
+        return {}, trace
     changed = {
         f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.stored().items()
     }

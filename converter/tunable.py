@@ -91,9 +91,7 @@ class FixedSigns(torch.autograd.Function):
         return x @ signs.to(x.dtype).mT
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         (signs,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient @ signs.to(gradient.dtype), None
 
@@ -150,14 +148,6 @@ class TunableLinear(nn.Module):
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def unchanged(self) -> dict[str, Tensor]:
-        """What tuning never changes, as the format stores it; the signs too, where they were fixed."""
-        found = {"rotation_left": self.side.left, "rotation_right": self.side.right}
-        if self.signs is not None:
-            found["weight_packed"] = pack_signs(self.signs)
-        return {key: value.clone() for key, value in found.items()}
-
-    @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What tuning may have changed, as the format stores it, without names' prefix."""
         found = {"weight_scale": self.log_scale.exp(), "column_scale": self.side.log_column.exp()}
@@ -202,12 +192,9 @@ def tunable_group(
     return members
 
 
-def trainable_norms(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module's norms by their names in it; from here on they get gradients."""
-    norms = {name: parameter for name, parameter in module.named_parameters() if name.endswith("norm.weight")}
-    for parameter in norms.values():
-        parameter.requires_grad_(True)
-    return norms
+def norm_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of a module's norms by their names in it."""
+    return {name: value for name, value in module.named_parameters() if name.endswith("norm.weight")}
 
 
 def forget_inputs(linears: Iterable[TunableLinear]) -> None:
