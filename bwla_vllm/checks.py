@@ -1,15 +1,16 @@
 """What can be settled about a checkpoint before an engine starts: from its headers, without reading a tensor."""
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.folder import INDEX_FILE, SINGLE_FILE, Entry, check_folder, read_folder, read_json
+from bwla_kernels.format.files import INDEX_FILE, SINGLE_FILE, read_folder, read_json
+from bwla_kernels.format.folder import check_folder
+from bwla_kernels.format.model import check_model, check_plain_values
 from torch import nn
 from vllm.logger import init_logger
 
@@ -20,10 +21,8 @@ ADVICE = "convert or download the model again"
 INPUT_SHARDED = ("o_proj", "down_proj")
 """Linears that tensor parallelism cuts along their input: a rank must hold whole rotation blocks."""
 
-OUTPUT_SHARDED = ("gate_proj", "up_proj")
-"""Linears cut along their output, besides q, k and v, whose head counts vLLM checks itself."""
-
-_BLOCK_INDEX = re.compile(r"\.\d+\.")
+OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
+"""Linears cut along their output, and how many one stored tensor holds; q, k and v vLLM checks by heads itself."""
 
 
 def local_folder(model: str, revision: str | None = None) -> str | None:
@@ -35,6 +34,9 @@ def local_folder(model: str, revision: str | None = None) -> str | None:
 
     Returns: the folder, or None where no weights or not all of them are there (a dummy load needs none,
         a Hub model may still be downloaded).
+
+    Raises:
+        FormatError: the cached index is not JSON.
     """
     path = Path(model)
     if path.is_dir():
@@ -51,7 +53,8 @@ def local_folder(model: str, revision: str | None = None) -> str | None:
         config, index, single = cached("config.json"), cached(INDEX_FILE), cached(SINGLE_FILE)
         if config is None or (index is None and single is None):
             return None
-        shards = set(read_json(index).get("weight_map", {}).values()) if index else {SINGLE_FILE}
+        weight_map = read_json(index).get("weight_map") if index else None
+        shards = set(weight_map.values()) if isinstance(weight_map, dict) else {SINGLE_FILE}
         complete = all(cached(str(shard)) is not None for shard in shards)
     except HFValidationError:  # neither a folder nor a Hub id: object storage, for example
         return None
@@ -73,10 +76,9 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
     model = None if hf_config is None else _skeleton(hf_config)
-    if model is not None:
-        problem = next(_model_problems(model, specs, entries, folder), None)
-        if problem:
-            raise FormatError(f"{problem}; {ADVICE}")
+    if model is not None and not check_model(model, specs, entries, folder):
+        logger.info("transformers names this model's layers differently: BWLA checks sizes while loading")
+    check_plain_values(folder, entries, specs)
     return specs
 
 
@@ -88,9 +90,10 @@ def check_tensor_parallel(specs: Mapping[str, LayerSpec], ranks: int) -> None:
     """
     for name, spec in specs.items():
         leaf = name.rpartition(".")[2]
-        if leaf in OUTPUT_SHARDED and spec.out_features % ranks:
+        rows = spec.out_features // OUTPUT_SHARDED.get(leaf, 1)
+        if leaf in OUTPUT_SHARDED and rows % ranks:
             raise FormatError(
-                f"{name}: expected a tensor-parallel size that divides its {spec.out_features} rows, "
+                f"{name}: expected a tensor-parallel size that divides its {rows} rows, "
                 f"found {ranks}: choose another --tensor-parallel-size"
             )
         if leaf in INPUT_SHARDED:
@@ -111,54 +114,24 @@ def check_blocks(name: str, spec: LayerSpec, ranks: int) -> None:
 
 
 def _skeleton(hf_config: Any) -> nn.Module | None:
-    """The model's module tree on the meta device (shapes, no memory); None where transformers has no such model."""
+    """The model's module tree on the meta device (shapes, no memory); None where transformers has no such model.
+
+    Raises:
+        FormatError: transformers has such a model, but cannot build it from this config.
+    """
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(hf_config)
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # any model code may run here; without a skeleton only this check is lost
-        logger.info("transformers cannot outline this model (%s): BWLA checks its sizes while loading", error)
-        return None
+    except Exception as error:  # any model code may run here
+        reason = " ".join(str(error).split())
+        if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
+            logger.info("transformers has no such language model: BWLA checks its sizes while loading")
+            return None
+        raise FormatError(
+            f"config.json: transformers cannot build this model ({reason:.200}): restore the config.json that "
+            "bwla-convert wrote"
+        ) from None
     return model
-
-
-def _model_problems(
-    model: nn.Module, specs: Mapping[str, LayerSpec], entries: Mapping[str, Entry], folder: Path
-) -> Iterator[str]:
-    """Say in words how a checkpoint differs from the model it should fill.
-
-    vLLM does not notice: it skips its own completeness check for quantized models, leaves a missing tensor
-    uninitialised and narrows an oversized one.
-    """
-    modules = dict(model.named_modules())
-    if not all(isinstance(modules.get(name), nn.Linear) for name in specs):
-        logger.info("transformers names this model's layers differently: BWLA checks sizes while loading")
-        return
-    for name, spec in specs.items():
-        linear = modules[name]
-        stored, outlined = [spec.out_features, spec.in_features], [linear.out_features, linear.in_features]
-        if stored != outlined:
-            yield f"{folder}: {name}: expected the sizes {outlined} that config.json describes, found {stored}"
-        if spec.bias != (linear.bias is not None):
-            yield f"{folder}: {name}.bias: expected {_presence(not spec.bias)}, found {_presence(spec.bias)}"
-    stored_kinds = {_BLOCK_INDEX.sub(".*.", key) for key in entries}
-    for key, parameter in model.named_parameters():
-        owner = key.rpartition(".")[0]
-        if owner in specs or f"{owner}.weight_int8" in entries:
-            continue  # `check_folder` has seen these
-        wanted = list(parameter.shape)
-        if key in entries:
-            if list(entries[key].shape) != wanted:
-                file, found = folder / entries[key].file, list(entries[key].shape)
-                yield f"{file}: {key}: expected the shape {wanted} that config.json describes, found {found}"
-        # A kind of tensor that no block has on disk is a matter of names (fused experts), not a loss.
-        elif not _BLOCK_INDEX.search(key) or _BLOCK_INDEX.sub(".*.", key) in stored_kinds:
-            yield f"{folder}: {key} is missing, expected shape {wanted}"
-        elif isinstance(modules[owner], nn.Linear):
-            yield f"{folder}: {owner} is missing, expected its weight {wanted} or its one-bit tensors"
-
-
-def _presence(there: bool) -> str:
-    return "a bias" if there else "no bias"

@@ -1,7 +1,31 @@
-"""What differs between the vLLM releases that the plugin supports (0.26 to 0.33)."""
+"""What differs between the vLLM releases that the plugin supports, and which those are.
 
-import vllm.model_executor.layers.fused_moe as fused_moe
+scripts/check_vllm_hooks.py looks for everything that the plugin uses in each release's sources;
+scripts/try_vllm_versions.py serves the example with those that run on this machine.
+"""
+
+from packaging.version import InvalidVersion, Version
 from torch import nn
+
+OLDEST, NEWEST = "0.26", "0.33"
+"""First and last minor release that were checked, both included."""
+
+
+def outside_tested_range(release: str) -> str | None:
+    """A sentence for the log where vLLM `release` is none of those that were checked; None where it is.
+
+    A release that names no version (a build from a checkout may say "dev") counts as unchecked.
+    """
+    try:
+        minor = Version(release).release[:2]
+        if Version(OLDEST).release <= minor <= Version(NEWEST).release:
+            return None
+    except InvalidVersion:
+        pass
+    return (
+        f"vLLM {release} is outside the releases that this bwla was checked with ({OLDEST} to {NEWEST}): "
+        "if it fails, install one of those, or another bwla"
+    )
 
 
 def is_moe_layer(layer: nn.Module) -> bool:
@@ -9,5 +33,7 @@ def is_moe_layer(layer: nn.Module) -> bool:
 
     The old name lives on in newer releases as a factory function, which is no class to compare with.
     """
+    import vllm.model_executor.layers.fused_moe as fused_moe
+
     named = (getattr(fused_moe, name, None) for name in ("RoutedExperts", "FusedMoE"))
     return isinstance(layer, tuple(kind for kind in named if isinstance(kind, type)))

@@ -15,6 +15,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
 from bwla_vllm.errors import StartError, one_sentence
+from bwla_vllm.observe import Observer, calls_to_check
 
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
@@ -43,6 +44,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         specs: full (unsharded) sizes of every quantized linear by checkpoint name, read from the
             safetensors headers in the front process; empty where the files are not there yet.
         backend: backend asked for in the environment, or None for the best one.
+        observer: what the layers report to.
     """
 
     def __init__(self, quantization: "BWLAFormat | None" = None) -> None:
@@ -50,6 +52,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         self.format = quantization
         self.specs: dict[str, LayerSpec] = {}
         self.backend = os.environ.get(BACKEND_VARIABLE) or None
+        self.observer = Observer(calls_to_check())
         self._sharding_checked = False
 
     def __repr__(self) -> str:
@@ -104,17 +107,23 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             StartError: not a BWLA checkpoint, or not a complete and consistent one.
         """
         from bwla_kernels import ops
+        from vllm import __version__ as release
 
         from bwla_vllm import checks
+        from bwla_vllm.compat import outside_tested_range
 
         self.known_format()
+        warning = outside_tested_range(release)
+        if warning:
+            logger.warning(warning)
         names = [backend.name for backend in ops.backends()]
         if self.backend is not None and self.backend not in names:
             raise StartError(
                 f"{BACKEND_VARIABLE}: expected one of {', '.join(names)}, found {self.backend!r}: "
                 "correct or unset the environment variable"
             )
-        folder = checks.local_folder(model_name, revision)
+        with one_sentence():
+            folder = checks.local_folder(model_name, revision)
         if folder is None:
             logger.info(
                 "The weights of %s are not on this machine yet: BWLA checks them while loading", model_name
@@ -158,9 +167,9 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             parts = self._quantized_parts(layer, prefix)
             if not parts:
                 return UnquantizedLinearMethod()
-            return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend)
+            return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
         if isinstance(layer, ParallelLMHead) and quantization.lm_head is not None:
-            return BWLAHeadMethod(self.backend)
+            return BWLAHeadMethod(self.backend, self.observer)
         refused = [prefix] if isinstance(layer, ParallelLMHead) else []
         if is_moe_layer(layer):
             refused = [f"{prefix}.0.{leaf}" for leaf in EXPERT_LEAVES]

@@ -1,5 +1,6 @@
 """`BWLAHeadMethod`: how vLLM allocates, loads and computes the 8-bit language-model head."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from bwla_vllm.checks import ADVICE
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import one_sentence
+from bwla_vllm.observe import Observer
 
 logger = init_logger("vllm.bwla")
 
@@ -38,10 +40,12 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     Args:
         wanted: backend asked for, or None.
+        observer: what the head reports to.
     """
 
-    def __init__(self, wanted: str | None) -> None:
+    def __init__(self, wanted: str | None, observer: Observer) -> None:
         self.wanted = wanted
+        self.observer = observer
 
     def create_weights(
         self,
@@ -64,6 +68,8 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         with one_sentence():
             backend, reason = select_head_backend(spec, layer.weight_int8.device, self.wanted)
         logger.info_once("BWLA head, 8 bits: %s", reason)
+        backend = self.observer.watch_head(backend, HEAD_MODULE)
+        self.observer.expect(HEAD_MODULE)
         layer.bwla = HeadPlan(spec, backend, loads_dummy_weights(get_current_vllm_config_or_none()))
         layer.bwla_tensors = ()
 
@@ -73,6 +79,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         Raises:
             StartError: missing or invalid tensors.
         """
+        started = time.perf_counter()
         plan: HeadPlan = layer.bwla
         stored = {name: layer.get_parameter(name).data for name in head_tensor_specs(plan.spec)}
         if plan.dummy:
@@ -97,6 +104,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer.bwla_tensors = tuple(prepared)
+        self.observer.loaded(HEAD_MODULE, plan.backend, plan.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., V] in the dtype of x."""

@@ -1,6 +1,7 @@
 """`BWLALinearMethod`: how vLLM allocates, loads and computes one quantized linear."""
 
 import importlib.metadata
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    QKVParallelLinear,
     ReplicatedLinear,
     register_weight_loader_v2_supported_method,
 )
@@ -23,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 from bwla_vllm.checks import ADVICE, check_blocks
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
+from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import (
     CheckedParameter,
     ScaleParameter,
@@ -65,6 +68,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         parts: checkpoint names of the fused linears; the name itself where nothing is fused.
         stored: sizes of the checkpoint's linears by name, as far as the headers were read.
         wanted: backend asked for, or None.
+        observer: what the layer reports to.
     """
 
     def __init__(
@@ -74,12 +78,14 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         parts: tuple[str, ...],
         stored: Mapping[str, LayerSpec],
         wanted: str | None,
+        observer: Observer,
     ) -> None:
         self.quantization = quantization
         self.name = name
         self.parts = parts
         self.stored = {part: stored[part] for part in parts if part in stored}
         self.wanted = wanted
+        self.observer = observer
 
     def create_weights(
         self,
@@ -105,6 +111,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
                         f"{self.name}: fused replicated layers cannot be quantized: use --ignore"
                     )
                 loader = load_replicated
+            elif len(output_partition_sizes) > 1:
+                loader = checks_merged(loader, layer)
             for name, want in tensor_specs(spec).items():
                 parameter = _make_parameter(
                     name,
@@ -117,6 +125,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.register_parameter(name, parameter)
             backend, reason = select_backend(spec, layer.weight_packed.device, self.wanted)
         logger.info_once("BWLA layers: %s", reason)
+        backend = self.observer.watch_layer(backend, self.name)
+        self.observer.expect(self.name)
         layer.bwla = Plan(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
         layer.bwla_tensors = ()
 
@@ -130,6 +140,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         stored = {name: layer.get_parameter(name) for name in tensor_specs(plan.spec) if hasattr(layer, name)}
         if not isinstance(stored.get("weight_scale"), CheckedParameter):
             return  # Already repacked; a reload brings the checked parameters back first.
+        started = time.perf_counter()
         if plan.dummy:
             tensors = dummy_tensors(plan.spec, stored["weight_scale"].device)
             layer.bwla = replace(plan, dummy=False)  # A later reload brings real weights.
@@ -145,6 +156,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer.bwla_tensors = tuple(prepared)
+        self.observer.loaded(self.name, plan.backend, plan.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x; vLLM says by `bias` whether it is to be added here."""
@@ -192,6 +204,30 @@ def load_replicated(param: CheckedParameter, loaded_weight: Tensor) -> None:
     param.load_replicated_weight(loaded_weight)
 
 
+def checks_merged(loader: Any, layer: Any) -> Any:
+    """A weight loader that refuses a tensor of all parts at once (Phi-3's qkv_proj) of another length.
+
+    vLLM cuts such a tensor into parts itself, from its beginning, and would drop what is left over.
+    """
+
+    def load(param: CheckedParameter, loaded_weight: Tensor, *shard: Any, **named: Any) -> Any:
+        whole = all(part is None for part in (*shard, *named.values()))
+        if whole and not isinstance(param, SharedParameter):
+            param.refuse_other(loaded_weight, (_stored_rows(layer), *param.data.shape[1:]))
+        return loader(param, loaded_weight, *shard, **named)
+
+    return load
+
+
+def _stored_rows(layer: Any) -> int:
+    """Rows of all parts of a fused layer together, over all ranks; copies of key and value heads counted once."""
+    if isinstance(layer, QKVParallelLinear):
+        value_size = getattr(layer, "v_head_size", layer.head_size)  # not in older releases
+        heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
+        return int((heads + kv_heads) * layer.head_size + kv_heads * value_size)
+    return int(sum(layer.output_sizes))
+
+
 def _make_parameter(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, slots: int, label: str, loader: Any
 ) -> CheckedParameter:
@@ -225,4 +261,8 @@ def _note_backend(name: str) -> bool:
         noted = config.additional_config.get("bwla", {})
         names = sorted({name, *noted.get("backends", [])})
         config.additional_config["bwla"] = {"backends": names, "version": importlib.metadata.version("bwla")}
+    if name == "triton":
+        from bwla_vllm import fusion  # brings vLLM's compiler: only where it is needed
+
+        fusion.install(config)
     return loads_dummy_weights(config)

@@ -36,11 +36,13 @@ class Server:
         url: base of the OpenAI-compatible API, ends in /v1.
         model: the name that requests must give.
         log: file with everything that the server printed.
+        pid: of the server's first process, whose children are the others.
     """
 
     url: str
     model: str
     log: Path
+    pid: int
 
 
 def free_port() -> int:
@@ -79,7 +81,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def serve(
-    model: Path, log: Path, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    model: Path,
+    log: Path,
+    arguments: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    health_seconds: float = HEALTH_SECONDS,
 ) -> Iterator[Server]:
     """Serve a checkpoint for the length of a with-block.
 
@@ -88,9 +94,10 @@ def serve(
         log: where the server's output goes.
         arguments: further arguments of `vllm serve`.
         environment: variables beside those of this process and `CPU_ENVIRONMENT`.
+        health_seconds: how long the server may take to start.
 
     Raises:
-        ServerError: the server ended, or was not healthy within five minutes.
+        ServerError: the server ended, or was not healthy in time.
     """
     port = free_port()
     root = f"http://127.0.0.1:{port}"
@@ -113,15 +120,14 @@ def serve(
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + HEALTH_SECONDS
+        deadline = time.monotonic() + health_seconds
         while not _healthy(root):
             if process.poll() is not None or time.monotonic() > deadline:
-                state = (
-                    "ended" if process.poll() is not None else f"was not healthy within {HEALTH_SECONDS} s"
-                )
+                ended = process.poll() is not None
+                state = "ended" if ended else f"was not healthy within {health_seconds:g} s"
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
                 raise ServerError(f"vllm serve {state}; its last lines (all in {log}):\n{tail}")
             time.sleep(0.2)
-        yield Server(f"{root}/v1", str(model), log)
+        yield Server(f"{root}/v1", str(model), log, process.pid)
     finally:
         _stop(process)

@@ -14,6 +14,7 @@ from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import INPUT_SIDE
 from bwla_kernels.format.schema import BWLAFormat, activation_args
+from golden import NEW_TOKENS, Golden, find_golden, margin_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,8 +25,6 @@ ROTATION = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), (1, 8, 8)),
     **dict.fromkeys(("o_proj", "down_proj"), (2, 8, 8)),
 }
-PROMPT_LENGTH, NEW_TOKENS = 9, 5
-SAFE_MARGIN = 1e-4
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,25 +79,8 @@ class ReferenceLinear(nn.Module):
         self.margin = 0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        spec = self.spec
-        if spec.bits < 16:
-            flat = x.reshape(-1, spec.in_features)
-            rotated = reference.rotate(flat, self.tensors["rotation_left"], self.tensors["rotation_right"])
-            cells = (rotated * self.tensors["column_scale"]).view(len(flat), spec.blocks, -1)
-            codes = cells / (cells.abs().amax(-1, keepdim=True) * (spec.clip / spec.q_max))
-            # The largest element of a block sits on a code, or beyond the clip, by construction.
-            inner = codes.abs() < spec.q_max - 0.4
-            self.margin = ((codes - codes.floor()) - 0.5).abs()[inner].min().item()
-        return reference.linear(x, self.tensors, spec)
-
-
-@dataclass(frozen=True)
-class Golden:
-    """A prompt, what the reference answers, and its log probabilities [length, vocabulary] for both."""
-
-    prompt: list[int]
-    answer: list[int]
-    logprobs: Tensor
+        self.margin = margin_of(x, self.tensors, self.spec)
+        return reference.linear(x, self.tensors, self.spec)
 
 
 @dataclass(frozen=True)
@@ -114,23 +96,8 @@ class Checkpoint:
         return min(m.margin for m in self.model.modules() if isinstance(m, ReferenceLinear))
 
     def golden(self) -> Golden:
-        """A prompt whose activations stay clear of rounding ties.
-
-        At a tie, float32 sums in another order may round to the neighbouring code, which is no error but
-        moves the fourth decimal.
-        """
-        for seed in range(1000):
-            generator = torch.Generator().manual_seed(seed)
-            tokens = torch.randint(0, VOCAB, (PROMPT_LENGTH,), generator=generator).tolist()
-            for _ in range(NEW_TOKENS):
-                with torch.no_grad():
-                    logits = self.model(torch.tensor([tokens])).logits[0]
-                tokens.append(int(logits[-1].argmax()))
-                if self.margin() < SAFE_MARGIN:
-                    break
-            else:
-                return Golden(tokens[:PROMPT_LENGTH], tokens[PROMPT_LENGTH:], logits.log_softmax(-1))
-        raise AssertionError("no prompt stays clear of rounding ties")
+        """A prompt whose activations stay clear of rounding ties, and its answer."""
+        return find_golden(self.model, self.margin, VOCAB)
 
 
 def make_config(kind: str, tied: bool) -> Any:
@@ -163,6 +130,12 @@ def write_tokenizer(folder: Path) -> None:
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCAB)}, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Callable[[Path], None]:
+    """`write_tokenizer` for tests."""
+    return write_tokenizer
 
 
 def input_group(name: str) -> str:
@@ -309,7 +282,7 @@ def compare(score: Callable[..., list[dict[int, float]]]) -> Callable[..., None]
     def compare_one(engine: Any, golden: Golden) -> None:
         from vllm import SamplingParams
 
-        options = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS)
+        options = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
         (result,) = engine.generate({"prompt_token_ids": golden.prompt}, options, use_tqdm=False)
         assert list(result.outputs[0].token_ids) == golden.answer
         scored = score(engine, [*golden.prompt, *golden.answer])

@@ -1,14 +1,17 @@
 """Damaged and foreign checkpoints are refused in the front process, in one sentence."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bwla_kernels.errors import FormatError
 from safetensors.torch import load_file, save_file
 
+from bwla_vllm.checks import check_checkpoint, check_tensor_parallel
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
 
@@ -144,6 +147,42 @@ DAMAGE = {
         lambda f: edit_config(f, vocab_size=512),
         r"weight: expected the shape \[512, 64\] that config.json describes, found \[256, 64\]",
     ),
+    "fewer blocks than are stored": (
+        lambda f: edit_config(f, num_hidden_layers=1, layer_types=["full_attention"]),
+        r"config.json: expected num_hidden_layers to be more than 1, because model.layers.1.*found 1",
+    ),
+    "an embedding with NaN": (
+        lambda f: change_tensor(f, "model.embed_tokens.weight", lambda t: t / 0 * 0),
+        r"model.embed_tokens.weight: expected finite values, found NaN",
+    ),
+    "integers where a norm belongs": (
+        lambda f: change_tensor(f, "model.norm.weight", lambda t: t.int()),
+        r"model.norm.weight: expected dtype bfloat16 or float16 or float32, found int32",
+    ),
+    "a tensor of no module": (
+        lambda f: add_tensor(f, "model.layers.0.spare.weight"),
+        r"model.layers.0.spare.weight is not a tensor of this model",
+    ),
+    "a head tied to an embedding with other values": (
+        lambda f: edit_config(f, tie_word_embeddings=True),
+        r"lm_head.weight is not model.embed_tokens.weight, to which config.json ties it",
+    ),
+    "the class of another model": (
+        lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),
+        r"config.json: expected the architecture Qwen3ForCausalLM by model_type, found \['LlamaForCausalLM'\]",
+    ),
+    "a config that transformers cannot build": (
+        lambda f: edit_config(f, hidden_act="no such function"),
+        r"config.json: transformers cannot build this model \(.*no such function.*\): restore",
+    ),
+    "a weight file of something else": (
+        lambda f: shutil.copy(next(f.glob("*.safetensors")), f / "old.safetensors"),
+        r"old.safetensors: expected only files of this checkpoint",
+    ),
+    "an index beside a single file": (
+        lambda f: shutil.copy(next(f.glob("*.safetensors")), f / "model.safetensors"),
+        r"expected model.safetensors or model.safetensors.index.json, found both",
+    ),
     "a bias that the model lacks": (
         lambda f: add_bias(f),
         r"q_proj.bias: expected no bias, found a bias",
@@ -152,11 +191,15 @@ DAMAGE = {
 
 
 def add_bias(folder: Path) -> None:
+    add_tensor(folder, Q_PROJ + ".bias")
+
+
+def add_tensor(folder: Path, name: str) -> None:
     index = json.loads((folder / INDEX).read_text())
     file = index["weight_map"][Q_PROJ + ".weight_scale"]
     tensors = load_file(folder / file)
-    tensors[Q_PROJ + ".bias"] = tensors[Q_PROJ + ".weight_scale"].clone()
-    index["weight_map"][Q_PROJ + ".bias"] = file
+    tensors[name] = tensors[Q_PROJ + ".weight_scale"].clone()
+    index["weight_map"][name] = file
     save_file(tensors, folder / file)
     (folder / INDEX).write_text(json.dumps(index))
 
@@ -169,7 +212,16 @@ def test_damage_is_one_sentence(damage: str, qwen3: Any, copy_of: Callable[[Path
     with pytest.raises(StartError, match=sentence) as caught:
         check(folder)
     assert "\n" not in str(caught.value)
-    assert "again" in str(caught.value)  # says what to do
+    assert re.search("again|restore|remove", str(caught.value))  # says what to do
+
+
+@pytest.mark.parametrize("count", [None, "2", True, [2]])
+def test_a_number_of_blocks_that_is_none(qwen3: Any, copy_of: Callable[[Path], Path], count: Any) -> None:
+    """Where no library has looked at config.json before."""
+    folder = copy_of(qwen3.folder)
+    edit_config(folder, num_hidden_layers=count)
+    with pytest.raises(FormatError, match="expected num_hidden_layers to be a number, found"):
+        check_checkpoint(folder)
 
 
 def test_missing_bias_is_noticed(make_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
@@ -190,10 +242,6 @@ def test_folder_without_weights_is_left_to_the_loader(qwen3: Any, copy_of: Calla
 
 @pytest.mark.parametrize("ranks", [4, 3])
 def test_tensor_parallel_sizes_must_divide(ranks: int, qwen3: Any) -> None:
-    from bwla_kernels.errors import FormatError
-
-    from bwla_vllm.checks import check_tensor_parallel
-
     check_tensor_parallel(qwen3.specs, 2)
     with pytest.raises(FormatError, match=rf"_proj: expected a tensor-parallel size .* found {ranks}"):
         check_tensor_parallel(qwen3.specs, ranks)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import hf
 from bwla_converter.pipeline import Options, convert
-from bwla_kernels import reference
+from golden import load_reference, watched
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "model"
 PROMPTS = 8
@@ -18,17 +17,10 @@ SAFE_MARGIN = 3e-5
 """Distance from a rounding tie, in codes, that float32 sums in another order do not bridge."""
 
 
-def reference_model(folder: Path):
-    """transformers' model in float32 with `reference.linear` in every quantized layer."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(hf.BACKEND_VARIABLE, hf.REFERENCE)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @pytest.fixture(scope="module")
 def definition(example_bwla: Path):
     """The reference model of the shared checkpoint."""
-    return reference_model(example_bwla)
+    return load_reference(example_bwla)
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +33,6 @@ def text_ids(example_bwla: Path) -> Tensor:
 @torch.no_grad()
 def logprobs_of(model, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
-
-
-def smallest_margin(model, tokens: list[int]) -> float:
-    """How close any activation of a forward pass comes to a rounding tie, in codes."""
-    margins = []
-
-    def watch(layer: hf.BWLALinear, inputs: tuple[Tensor, ...]) -> None:
-        stored, spec = layer.stored(), layer.spec
-        x_hat = reference.rotate(inputs[0].flatten(0, -2), stored["rotation_left"], stored["rotation_right"])
-        cells = (x_hat * stored["column_scale"]).unflatten(1, (spec.blocks, spec.block_width))
-        codes = (cells / (cells.abs().amax(-1, keepdim=True) * (spec.clip / spec.q_max))).abs()
-        margins.append(((codes - codes.floor()) - 0.5).abs()[codes < spec.q_max - 0.4].min().item())
-
-    handles = [
-        layer.register_forward_pre_hook(watch)
-        for layer in model.modules()
-        if isinstance(layer, hf.BWLALinear)
-    ]
-    logprobs_of(model, tokens)
-    for handle in handles:
-        handle.remove()
-    return min(margins)
 
 
 def greedy(engine, text_ids: Tensor) -> list[tuple[list[int], list[int], list[float]]]:
@@ -85,7 +55,7 @@ def test_greedy_answers_and_logprobs_agree_without_activation_rounding(
     """Sixteen-bit activations: everything but the rounding of activations is compared, over 8 x 64 steps."""
     out = tmp_path / "a16"
     convert(Options(str(EXAMPLE), out, rank=1, head_bits=8, bits=16))
-    model = reference_model(out)
+    model = load_reference(out)
     for prompt, tokens, logprobs in greedy(start(out, max_model_len=128), text_ids):
         wanted = logprobs_of(model, [*prompt, *tokens])[len(prompt) - 1 : -1]
         assert wanted.argmax(-1).tolist() == tokens
@@ -124,7 +94,12 @@ def test_golden_prompt_logprobs_agree_to_four_decimals(
 ) -> None:
     """At a rounding tie the next code is as right, so prompts that come close to one are left out."""
     prompts = [text_ids[50 * i : 50 * i + 8].tolist() for i in range(60)]
-    safe = [prompt for prompt in prompts if smallest_margin(definition, prompt) > SAFE_MARGIN][:6]
+    safe = []
+    with watched(definition) as margin:
+        for prompt in prompts:
+            logprobs_of(definition, prompt)
+            safe += [prompt] if margin() > SAFE_MARGIN else []
+    safe = safe[:6]
     assert len(safe) >= 3
     engine = start(example_bwla, max_model_len=128)
     for prompt in safe:

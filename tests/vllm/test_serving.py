@@ -89,6 +89,28 @@ def test_vllm_serve(flags: tuple[str, ...], qwen3: Any, golden: Any, serve: Call
     assert answer(port, str(qwen3.folder), golden.prompt, len(golden.answer)) == golden.answer
 
 
+PROMPTS = ("It was a dark night", "The captain said", "She looked at him and", "In the morning they")
+
+
+def greedy_texts(engine: Any) -> list[str]:
+    from vllm import SamplingParams
+
+    options = SamplingParams(temperature=0.0, max_tokens=32, ignore_eos=True)
+    return [answer.outputs[0].text for answer in engine.generate(list(PROMPTS), options, use_tqdm=False)]
+
+
+def test_the_example_says_the_same_on_two_ranks(
+    example_bwla: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Converted with the 8-bit head; o_proj and down_proj are cut between rotation blocks."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    one = greedy_texts(start(example_bwla, max_model_len=128))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    two = start(example_bwla, max_model_len=128, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert greedy_texts(two) == one
+    assert all(len(text.split()) > 4 for text in one)
+
+
 def test_two_ranks_equal_one(
     qwen3: Any,
     golden: Any,

@@ -1,0 +1,223 @@
+"""What the plugin tells about itself: one table at load, and, where asked, every layer against its definition.
+
+`BWLA_CHECK_LAYERS=N vllm serve ... --enforce-eager` compares each layer's output in its first N calls (those of
+vLLM's own warm-up count) with `bwla_kernels.reference`, and names the worst layer after each pass. The stored
+tensors then stay in memory beside the repacked ones, and a pass takes seconds.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import StringIO
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.head import HeadSpec
+from torch import Tensor
+from vllm.logger import init_logger
+
+from bwla_vllm.errors import StartError
+
+if TYPE_CHECKING:  # imported by every vLLM process, so nothing that brings the kernels
+    from bwla_kernels.ops import Backend, HeadBackend
+
+logger = init_logger("vllm.bwla")
+
+CHECK_VARIABLE = "BWLA_CHECK_LAYERS"
+"""Environment variable: calls of every layer to check; read once, when the configuration is made."""
+
+SUSPICIOUS = 0.05
+"""Relative error of a row above which a layer is reported as wrong. A rounding tie that falls the other way
+changes one code of a row (1 % of a row of 64 columns, far less of a wide one), bfloat16 outputs 0.4 %."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One layer that is ready to compute.
+
+    Attributes:
+        kind: the last part of its name.
+        size: "N x K" on this rank.
+        backend, variant: what computes it, and by which instruction set or on which compute capability.
+        numbers: bits of weights and activations.
+        weights: N K.
+        stored_bytes: memory of everything that the backend keeps for it.
+        seconds: of checking and repacking it.
+    """
+
+    kind: str
+    size: str
+    backend: str
+    variant: str
+    numbers: str
+    weights: int
+    stored_bytes: int
+    seconds: float
+
+    @property
+    def group(self) -> tuple[str, ...]:
+        """Layers that agree in this share a row of the table."""
+        return self.kind, self.size, self.backend, self.variant, self.numbers
+
+
+def describe(
+    name: str,
+    backend: "Backend | HeadBackend",
+    spec: LayerSpec | HeadSpec,
+    tensors: Mapping[str, Tensor],
+    seconds: float,
+) -> Loaded:
+    """The table's view of one layer, whose repacked tensors are `tensors`."""
+    from bwla_vllm.checked import stored_copy
+
+    device = next(iter(tensors.values())).device
+    numbers = "W8A16" if isinstance(spec, HeadSpec) else f"W1A{spec.bits} rank {spec.rank}"
+    return Loaded(
+        name.rpartition(".")[2],
+        f"{spec.out_features} x {spec.in_features}",
+        backend.name,
+        backend.can_implement(spec, device)[1],  # type: ignore[arg-type]
+        numbers,
+        spec.out_features * spec.in_features,
+        sum(tensor.nbytes for key, tensor in tensors.items() if not stored_copy(key)),
+        seconds,
+    )
+
+
+def load_table(layers: list[Loaded]) -> str:
+    """The table that is logged once a model is loaded: a row a kind of layer, in the order of the model."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("layer", "backend", "variant", "format"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("layers", "N x K", "MB", "bits/weight", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(first: tuple[str, str, str, str], size: str, members: list[Loaded]) -> None:
+        stored, weights = (sum(getattr(one, what) for one in members) for what in ("stored_bytes", "weights"))
+        seconds = sum(one.seconds for one in members)
+        figures = f"{stored / 1e6:.1f}", f"{8 * stored / weights:.2f}", f"{seconds:.2f}"
+        table.add_row(*first, str(len(members)), size, *figures)
+
+    order = list(dict.fromkeys(one.group for one in layers))
+    for _, group in groupby(
+        sorted(layers, key=lambda one: order.index(one.group)), key=lambda one: one.group
+    ):
+        members = list(group)
+        one = members[0]
+        add((one.kind, one.backend, one.variant, one.numbers), one.size, members)
+    add(("all", "", "", ""), "", layers)
+    text = StringIO()
+    Console(file=text, width=200, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def calls_to_check() -> int:
+    """The number in `BWLA_CHECK_LAYERS`, 0 where it is unset.
+
+    Raises:
+        StartError: it is no number.
+    """
+    text = os.environ.get(CHECK_VARIABLE, "").strip() or "0"
+    if not text.isdecimal():
+        raise StartError(
+            f"{CHECK_VARIABLE}: expected a number of calls like 2, found {text!r}: correct or unset the "
+            "environment variable"
+        )
+    return int(text)
+
+
+class Observer:
+    """Collects what the layers of one model report, in one process.
+
+    Args:
+        calls: calls of every layer to check against the definition.
+    """
+
+    def __init__(self, calls: int = 0) -> None:
+        self.calls = calls
+        self._expected: set[str] = set()
+        self._loaded: list[Loaded] = []
+        self._watched: dict[str, set[str]] = {}
+        self._errors: dict[tuple[str, int], dict[str, float]] = {}
+
+    def expect(self, name: str) -> None:
+        """A layer was built; the table waits until it is loaded."""
+        self._expected.add(name)
+
+    def loaded(self, name: str, *about: Any) -> None:
+        """A layer is ready (arguments as `describe`); logs the table when it is the last one.
+
+        Weights that are loaded anew while serving are not announced again.
+        """
+        if name not in self._expected:
+            return
+        self._expected.discard(name)
+        self._loaded.append(describe(name, *about))
+        if not self._expected:
+            logger.info("BWLA layers on this process:\n%s", load_table(self._loaded))
+            self._loaded = []
+
+    def watch_layer(self, backend: "Backend", name: str) -> "Backend":
+        """The backend itself, or, where checks are asked for, one that reports how far it is from the definition.
+
+        Raises:
+            StartError: checks are asked for, but the model is compiled.
+        """
+        return self._checked(backend, name) if self._watches(name, "layers") else backend
+
+    def watch_head(self, backend: "HeadBackend", name: str) -> "HeadBackend":
+        """As `watch_layer`."""
+        return self._checked(backend, name) if self._watches(name, "heads") else backend
+
+    def wants(self, name: str) -> bool:
+        """Whether the next call of the layer called `name` is to be checked."""
+        return len(self._calls_of(name)) < self.calls
+
+    def report(self, name: str, rows: int, error: float) -> None:
+        """A layer's call is off by `error`; logs the worst layer once all of its group have made this call."""
+        (group,) = [group for group, names in self._watched.items() if name in names]
+        call = len(self._calls_of(name)) + 1
+        errors = self._errors.setdefault((group, call), {})
+        errors[name] = error
+        if len(errors) < len(self._watched[group]):
+            return
+        worst = max(errors, key=lambda one: errors[one])
+        wrong = [one for one in errors if errors[one] > SUSPICIOUS]
+        message = (
+            f"{CHECK_VARIABLE}: call {call} of {self.calls}, {len(errors)} {group}, {rows} rows: worst {worst}, "
+            f"relative error {errors[worst]:.2g}"
+        )
+        if wrong:
+            logger.error("%s; NOT what the definition gives: %s", message, ", ".join(wrong))
+        else:
+            logger.info("%s", message)
+
+    def _checked(self, backend: Any, name: str) -> Any:
+        from bwla_vllm.checked import Checked
+
+        return Checked(backend, name, self)
+
+    def _calls_of(self, name: str) -> list[int]:
+        return [call for (_, call), errors in self._errors.items() if name in errors]
+
+    def _watches(self, name: str, group: str) -> bool:
+        if not self.calls:
+            return False
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
+            raise StartError(
+                f"{CHECK_VARIABLE} looks at layers one by one, which a compiled model does not let it: "
+                "add --enforce-eager, or unset the environment variable"
+            )
+        if not self._watched:
+            logger.info(
+                "%s=%d: layers are checked against the definition, which is slow", CHECK_VARIABLE, self.calls
+            )
+        self._watched.setdefault(group, set()).add(name)
+        return True

@@ -1,0 +1,127 @@
+"""Which vLLM releases the plugin is for, and whether the installed one has everything that it uses."""
+
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from bwla_vllm.compat import NEWEST, OLDEST, outside_tested_range
+
+ROOT = Path(__file__).resolve().parents[2]
+LINEAR = "vllm/model_executor/layers/linear.py"
+PARAMETER = "vllm/model_executor/parameter.py"
+BASE = "vllm/model_executor/layers/quantization/base_config.py"
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    """scripts/check_vllm_hooks.py as a module."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        spec = importlib.util.spec_from_file_location(
+            "check_vllm_hooks", ROOT / "scripts" / "check_vllm_hooks.py"
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+
+
+@pytest.mark.parametrize("release", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.2", "0.33.0rc1"])
+def test_tested_releases_are_served_without_a_word(release: str) -> None:
+    assert outside_tested_range(release) is None
+
+
+@pytest.mark.parametrize("release", ["0.25.1", "0.34.0", "1.0.0", "dev"])
+def test_other_releases_are_named(release: str) -> None:
+    said = outside_tested_range(release)
+    assert said is not None
+    assert said.startswith(f"vLLM {release} is outside the releases")
+    assert "0.26 to 0.33" in said
+
+
+def test_the_extra_installs_tested_releases() -> None:
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (cuda,) = (Requirement(text) for text in extras["cuda"])
+    wanted = Requirement(f"vllm>={OLDEST},<0.{Version(NEWEST).minor + 1}")
+    assert cuda.specifier == wanted.specifier
+    for text in extras["cpu"]:
+        (pin,) = Requirement(text).specifier
+        assert outside_tested_range(pin.version) is None
+
+
+def test_the_log_has_one_line_for_an_untested_release(
+    qwen3: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import json
+
+    import vllm
+
+    from bwla_vllm.config import BWLAConfig
+
+    monkeypatch.setattr(vllm, "__version__", "0.99.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    config = json.loads((qwen3.folder / "config.json").read_text())["quantization_config"]
+    BWLAConfig.from_config(config).maybe_update_config(str(qwen3.folder))
+    assert [r.getMessage() for r in caplog.records if "0.99.0" in r.getMessage()] == [
+        outside_tested_range("0.99.0")
+    ]
+
+
+def installed_vllm() -> Path:
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
+
+
+def test_the_installed_release_has_every_hook(hooks: ModuleType) -> None:
+    assert hooks.problems(hooks.Library(hooks.folder_reader(installed_vllm()))) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        (LINEAR, "class ReplicatedLinear(", "class Renamed(", "ReplicatedLinear: not there"),
+        ("vllm/model_executor/utils.py", "def set_weight_attrs(", "def set_attrs(", "set_weight_attrs: not there"),
+        (PARAMETER, "packed_factor: ", "factor: ", "PackedvLLMParameter takes no packed_factor"),
+        (LINEAR, "num_heads=", "heads=", "has no call of load_qkv_weight"),
+        (
+            BASE,
+            "    @abstractmethod\n    def get_name(",
+            "    @abstractmethod\n    def invented(self): ...\n    @abstractmethod\n    def get_name(",
+            "BWLAConfig(QuantizationConfig): does not define invented, which is abstract",
+        ),
+        (
+            BASE,
+            "self, layer: torch.nn.Module, prefix: str",
+            "self, layer: torch.nn.Module, prefix: str, role: str",
+            "BWLAConfig(QuantizationConfig).get_quant_method: callers may pass role",
+        ),
+    ],
+)  # fmt: skip
+def test_a_changed_release_is_found_out(file: str, old: str, new: str, said: str, hooks: ModuleType) -> None:
+    """The installed release with one place changed."""
+    read = hooks.folder_reader(installed_vllm())
+
+    def changed(path: str) -> str | None:
+        text = read(path)
+        if path != file:
+            return text
+        assert old in text
+        return text.replace(old, new)
+
+    found = hooks.problems(hooks.Library(changed))
+    assert any(said in problem for problem in found), found

@@ -1,0 +1,78 @@
+"""Every family from end to end: a tiny random model is converted and served, and answers as the definition does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bwla_converter.families import FAMILIES
+from bwla_converter.pipeline import Options, convert
+from golden import find_golden, load_reference, watched
+from tiny_models import write_model
+
+VOCABULARY = 256
+LENGTH = 20
+"""Longer than the sliding windows (8), so that a block that ignores its window shows."""
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 2, no grouped queries": ("Llama", {"num_key_value_heads": 4}),
+    "Llama 3, its rope, tied": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "Llama, biases everywhere": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "Mistral, sliding window": ("Mistral", {"sliding_window": 8}),
+    # vLLM and transformers derive this family's head width from the hidden size.
+    "Qwen2, biases, tied": (
+        "Qwen2",
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    ),
+    "Qwen3": ("Qwen3", {}),
+    "Gemma 2, soft caps, every other window": ("Gemma 2", {"attn_logit_softcapping": 5.0}),
+    "Gemma 3, two ropes": ("Gemma 3", {}),
+    "Phi-3": ("Phi-3", {}),
+    "Phi-4 mini, tied, part of each head rotated": (
+        "Phi-3",
+        {"tie_word_embeddings": True, "partial_rotary_factor": 0.75},
+    ),
+}
+
+
+def test_every_family_is_among_the_cases() -> None:
+    assert {family for family, _ in CASES.values()} == {family.name for family in FAMILIES}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_converted_and_served_equals_the_definition(
+    case: str,
+    tokenizer: Callable[[Path], None],
+    start: Callable[..., Any],
+    compare: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    family, config = CASES[case]
+    ids = {"bos_token_id": 0, "eos_token_id": 255}
+    source = write_model(
+        tmp_path / "source",
+        family,
+        shards=2,
+        dtype=torch.float32,
+        lively=True,
+        vocab_size=VOCABULARY,
+        **ids,
+        **config,
+    )
+    tokenizer(source)
+    out = tmp_path / "out"
+    convert(Options(str(source), out, rank=2))
+    model = load_reference(out)
+    with watched(model) as margin:
+        golden = find_golden(model, margin, VOCABULARY, LENGTH)
+    compare(start(out), golden)
