@@ -1,0 +1,175 @@
+"""The requests of load.py: a pool of prompts, a plan that mixes them, and how each kind is sent.
+
+Every prompt of the pool is another piece of text, so an answer that reached the wrong client shows.
+"""
+
+import random
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import httpx
+from openai import APIStatusError, AsyncOpenAI
+
+Kind = Literal["whole", "stream", "cancel", "malformed"]
+
+SHARES: tuple[tuple[Kind, float], ...] = (
+    ("whole", 0.4),
+    ("stream", 0.4),
+    ("cancel", 0.1),
+    ("malformed", 0.1),
+)
+REQUEST_SECONDS = 300
+"""A request that takes longer counts as lost."""
+
+EXTRA = {"return_token_ids": True}
+"""vLLM's own field: an answer brings the token ids of prompt and completion."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    Attributes:
+        text: what is asked.
+        chat: by /chat/completions; otherwise by /completions.
+        max_tokens: most tokens of the answer.
+    """
+
+    text: str
+    chat: bool
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the run: a prompt of the pool, or the number of a malformed case."""
+
+    kind: Kind
+    index: int
+
+
+@dataclass
+class Answer:
+    """What came back.
+
+    Attributes:
+        status: HTTP status, 0 where the connection itself failed.
+        tokens, prompt_tokens: ids.
+        finish: why the answer ended; "" for a cancelled one.
+        seconds: until the last byte; `first`: until the first token of a stream.
+        error: what went wrong, where something did.
+    """
+
+    status: int = 200
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    prompt_tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    seconds: float = 0.0
+    first: float | None = None
+    error: str = ""
+
+
+def make_pool(text: str, size: int, longest: int, seed: int) -> list[Prompt]:
+    """`size` different pieces of `text`, 3 to `longest` words long (short ones more often), 4 to 48 tokens wanted."""
+    rng, words = random.Random(seed), text.split()
+    pool = []
+    for index in range(size):
+        length = int(3 * (longest / 3) ** rng.random())
+        start = rng.randrange(len(words) - length)
+        pool.append(Prompt(" ".join(words[start : start + length]), index % 4 == 3, rng.randint(4, 48)))
+    return pool
+
+
+def make_plan(count: int, pool: int, seed: int) -> list[Request]:
+    """`count` requests in a random order, in the shares of `SHARES`."""
+    rng = random.Random(seed)
+    plan = []
+    for kind, share in SHARES:
+        cases = pool if kind != "malformed" else len(MALFORMED)
+        plan += [Request(kind, index % cases) for index in range(round(count * share))]
+    rng.shuffle(plan)
+    return plan
+
+
+MALFORMED: tuple[tuple[str, dict[str, Any] | str, int], ...] = (
+    ("bad JSON", '{"model": "?", "prompt": ', 400),
+    ("unknown model", {"model": "no-such-model", "prompt": "a"}, 404),
+    ("negative max_tokens", {"prompt": "a", "max_tokens": -1}, 400),
+    ("prompt too long", {"prompt": "word " * 40000}, 400),
+    ("no prompt", {"max_tokens": 4}, 400),
+    ("temperature of a wrong type", {"prompt": "a", "temperature": "warm"}, 400),
+    ("token id out of range", {"prompt": [2**31 - 1]}, 400),
+    ("messages of a wrong type", {"messages": "hello"}, 400),
+)
+"""Name, body (the model's name is added where it names none), and the status that it deserves."""
+
+
+async def send_malformed(client: AsyncOpenAI, model: str, case: int) -> Answer:
+    """Post a body that no client library would; `error` is set unless the answer refuses it properly."""
+    name, body, wanted = MALFORMED[case]
+    path = "chat/completions" if isinstance(body, dict) and "messages" in body else "completions"
+    content: dict[str, Any] = (
+        {"content": body} if isinstance(body, str) else {"json": {"model": model, **body}}
+    )
+    started = time.perf_counter()
+    async with httpx.AsyncClient(timeout=REQUEST_SECONDS) as raw:
+        reply = await raw.post(
+            f"{client.base_url}{path}", headers={"Content-Type": "application/json"}, **content
+        )
+    answer = Answer(reply.status_code, text=reply.text, seconds=time.perf_counter() - started)
+    explained = (
+        reply.headers.get("content-type", "").startswith("application/json") and "message" in reply.text
+    )
+    if reply.status_code != wanted or not explained:
+        answer.error = (
+            f"{name}: expected {wanted} with a message, found {reply.status_code}: {reply.text[:200]}"
+        )
+    return answer
+
+
+async def send(client: AsyncOpenAI, model: str, prompt: Prompt, kind: Kind) -> Answer:
+    """Ask greedily: at once, as a stream, or as a stream that is closed after half of its tokens."""
+    answer, started = Answer(), time.perf_counter()
+    options = {"model": model, "max_tokens": prompt.max_tokens, "temperature": 0, "extra_body": EXTRA}
+    if prompt.chat:
+        create: Any = client.chat.completions.create
+        options["messages"] = [{"role": "user", "content": prompt.text}]
+    else:
+        create = client.completions.create
+        options["prompt"] = prompt.text
+    try:
+        if kind == "whole":
+            _add(answer, await create(**options), prompt.chat)
+        else:
+            stream = await create(**options, stream=True)
+            async for event in stream:
+                if event.choices and answer.first is None:
+                    answer.first = time.perf_counter() - started
+                _add(answer, event, prompt.chat)
+                if kind == "cancel" and len(answer.tokens) >= max(1, prompt.max_tokens // 2):
+                    await stream.close()
+                    answer.finish = ""
+                    break
+    except APIStatusError as error:
+        answer.status, answer.error = error.status_code, str(error)[:300]
+    except Exception as error:  # a lost connection, a timeout: the run goes on and counts it
+        answer.status, answer.error = 0, f"{type(error).__name__}: {error}"[:300]
+    answer.seconds = time.perf_counter() - started
+    return answer
+
+
+def _add(answer: Answer, event: Any, chat: bool) -> None:
+    """Add a whole answer, or a piece of one."""
+    for choice in event.choices:
+        if chat:
+            part = getattr(choice, "delta", None) or getattr(choice, "message", None)
+            answer.text += (part.content or "") if part is not None else ""
+        else:
+            answer.text += choice.text
+        answer.tokens += getattr(choice, "token_ids", None) or []
+        answer.finish = choice.finish_reason or answer.finish
+        # /completions names the prompt in the choice, /chat/completions beside the choices.
+        ids = getattr(choice, "prompt_token_ids", None) or getattr(event, "prompt_token_ids", None)
+        answer.prompt_tokens = ids or answer.prompt_tokens
