@@ -81,7 +81,7 @@ def install_torch(pip: Path, index: str) -> None:
     )
 
 
-def set_up(env: Path, extras: str, torch_index: str) -> None:
+def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> None:
     """Create or update the environment `env`; do nothing where it is up to date."""
     stamp = env / "bwla-setup"
     wanted = fingerprint(extras)
@@ -105,7 +105,8 @@ def set_up(env: Path, extras: str, torch_index: str) -> None:
     torch_pin.write_text(f"torch=={TORCH_VERSION}\n")
     run(
         *(uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)),
-        *("--override", OVERRIDES, "--constraint", torch_pin, "--editable", f".[{extras}]", SHIM),
+        *("--override", OVERRIDES, "--constraint", torch_pin, *(["--editable"] if editable else [])),
+        *(f".[{extras}]", SHIM),
         failure="the packages could not be installed: the lines above say which one and why",
     )
     run(
@@ -125,9 +126,12 @@ def main() -> int:
     parser.add_argument("--env", type=Path, default=ROOT / ".env", help="the environment's folder (.env)")
     parser.add_argument("--extras", default="cpu,dev", help="extras of the distribution (cpu,dev)")
     parser.add_argument("--torch-index", default="", help="package index that has a CPU build of torch")
+    parser.add_argument(
+        "--no-editable", action="store_true", help="copy the packages in, so that this source tree may go"
+    )
     arguments = parser.parse_args()
     try:
-        set_up(arguments.env, arguments.extras, arguments.torch_index)
+        set_up(arguments.env, arguments.extras, arguments.torch_index, not arguments.no_editable)
     except SetupError as error:
         print(f"setup: {error}", file=sys.stderr)
         return 1

