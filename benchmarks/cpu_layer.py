@@ -87,8 +87,6 @@ class Weights:
     """One shape's weights in every form: copies of the packed layer, of vLLM's linear, of torch's matrix."""
 
     def __init__(self, spec: LayerSpec, cold: int, peers: bool = True) -> None:
-        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-
         self.spec, self.bare = spec, replace(spec, rank=0)
         self.stored = random_layer(spec, torch.Generator().manual_seed(0))
         self.backend, reason = ops.select_backend(spec, torch.device("cpu"))
@@ -99,6 +97,8 @@ class Weights:
         self.plain, self.vllm = [], []
         if not peers:
             return
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
         self.plain = copies(torch.randn(spec.out_features, spec.in_features, dtype=torch.bfloat16), cold)
         for weight in self.plain:
             layer = torch.nn.Module()
@@ -121,18 +121,21 @@ class Weights:
             0,
             1.0,
         )
-        sizes = ctypes.addressof(struct)
+        sizes, function = ctypes.addressof(struct), library.handle.bwla_binary_matmul
+        given = (prepared.q.data_ptr(), prepared.scale.data_ptr(), None, len(x))
+        # Made beforehand: the weights that a call streams push Python's own objects out of the caches, so that
+        # making the arguments in the call would add 4 to 9 us to it.
+        calls = [
+            (sizes, packed.data_ptr(), *given, out.data_ptr(), kernel.DTYPES[x.dtype], threads)
+            for packed in self.alone
+        ]
 
         def layer(i: int) -> Tensor:
             return self.backend.apply(x, {"packed": self.whole[i % len(self.whole)]}, self.spec)
 
-        def matmul(i: int) -> LayerStruct:
-            packed = self.alone[i % len(self.alone)].data_ptr()
-            given = (prepared.q.data_ptr(), prepared.scale.data_ptr(), None, len(x))
-            library.handle.bwla_binary_matmul(
-                sizes, packed, *given, out.data_ptr(), kernel.DTYPES[x.dtype], threads
-            )
-            return struct  # `sizes` is its address: it must live as long as this function
+        def matmul(i: int) -> object:
+            function(*calls[i % len(calls)])
+            return struct, prepared, out  # `calls` holds their addresses: they must live as long as this
 
         def vllm(i: int) -> Tensor:
             chosen = self.vllm[i % len(self.vllm)]
@@ -146,6 +149,12 @@ def read_step(cold: int) -> Step:
     """A plain read of `cold` bytes by all of torch's threads."""
     data = kernel.empty_huge(4 * cold).zero_().view(torch.float32).view(4, -1)
     return lambda i: data[i % 4].sum()
+
+
+def short_read_step(size: int, cold: int) -> Step:
+    """A plain read of `size` bytes by all of torch's threads, of another piece of `cold` bytes each time."""
+    pieces = kernel.empty_huge(cold).zero_().view(torch.float32).split(size // 4)[: cold // size]
+    return lambda i: pieces[i % len(pieces)].sum()
 
 
 def calls_in_a_row(step: Step) -> int:
@@ -189,16 +198,22 @@ def measure(shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], budge
 
 
 def measure_reads(shapes: Sequence[tuple[int, int, int]], budget: float) -> Iterator[dict[str, float]]:
-    """The matmul alone at one token, in turn with reads alone: nothing else takes its tables from the caches."""
+    """The matmul alone at one token, in turn with reads alone: nothing else takes its tables from the caches.
+
+    `read_share` is against a long read, `short_read_share` against one of as many bytes, which has to start the
+    threads and the memory as often as the matmul has.
+    """
     cold = 3 * last_level_cache()
     read = read_step(cold)
     for n, k, wished in shapes:
         weights = Weights(LayerSpec(n, k, *choose_rotation(k, wished), rank=RANK), cold, peers=False)
         matmul = weights.steps(torch.randn(1, k).bfloat16())[1]
-        reads, times = time_in_turn((read, matmul), budget)
+        short_read = short_read_step(n * k // 8, cold)
+        reads, times, shorts = time_in_turn((read, matmul, short_read), budget)
         share = statistics.median(n * k / 8 / cold * a / b for a, b in zip(reads, times, strict=True))
         row = {"n": n, "k": k, "m": 1, "bwla_matmul_us": statistics.median(times), "read_share": share}
         row["read_gbps"] = cold / statistics.median(reads) / 1e3
+        row["short_read_share"] = statistics.median(a / b for a, b in zip(shorts, times, strict=True))
         print(row, flush=True)
         yield row
 
