@@ -215,15 +215,21 @@ def wait(child: int, seconds: float | None) -> int | None:
     return None
 
 
+def at_work(out: Path, process: int) -> bool:
+    """Whether a process that was started for the output has begun, which its lock tells, or ended."""
+    try:
+        held = {os.readlink(handle) for handle in Path(f"/proc/{process}/fd").iterdir()}
+    except OSError:
+        return True
+    return not held or str(work_path(out) / "lock") in held
+
+
 def progress_of(out: Path) -> str:
     """In words, where the work folder says that a killed conversion was."""
     work = work_path(out)
-    if not work.exists():
-        return "no work folder"
-    try:
-        manifest = json.loads((work / "manifest.json").read_text())
-    except OSError:
-        return "no manifest"
+    if not (work / "manifest.json").exists():
+        return "no manifest" if work.exists() else "no work folder"
+    manifest = json.loads((work / "manifest.json").read_text())
     if manifest["finished"]:
         return "all settled" if (work / "checkpoint").exists() else "renamed"
     return f"{len(manifest['blocks'])} blocks done" if manifest["source"] else "checking"
@@ -321,10 +327,11 @@ class Harness:
         # Early moments of what is left are as good as any: what is finished stays finished.
         last = round(0.7 * self.operations[case.recipe])
         operation = self.random.randint(1, last) if kill and at_operation else None
-        start = 8.0 if own else 0.0
-        seconds = start + self.random.uniform(0, 0.7 * self.seconds[case.recipe])
+        seconds = self.random.uniform(0, 0.7 * self.seconds[case.recipe])
         if own:
             child = self._start_process(case, out, resume)
+            while not at_work(out, child):
+                time.sleep(0.01)
         else:
             options = replace(case.options(self.model, out), resume=resume)
             child = fork_convert(case, options, self.folder / "reason", operation)
@@ -350,11 +357,6 @@ class Harness:
             )
             process.returncode = 0
         return process.pid
-
-
-def rows(counter: Counter[str]) -> list[dict[str, object]]:
-    """A counter as rows of a result."""
-    return [{"what": what, "times": times} for what, times in sorted(counter.items())]
 
 
 def main() -> int:
@@ -385,11 +387,11 @@ def main() -> int:
     if arguments.out:
         write_result(
             arguments.out,
-            rows(harness.outcomes),
+            [{"what": what, "times": times} for what, times in sorted(harness.outcomes.items())],
             kills=arguments.kills,
             seed=arguments.seed,
             failures=harness.failures,
-            killed_at=rows(harness.where),
+            killed_at=dict(sorted(harness.where.items())),
         )
     return int(bool(harness.failures))
 

@@ -97,7 +97,8 @@ FAMILIES = (
         _SANDWICHED_DECODER,
         scaled_embedding=True,
         own_head=False,
-        note="the head is the embedding and stays as it is: vLLM has no place for another",
+        note="the head is the embedding and stays as it is: vLLM has no place for another. In transformers add "
+        '`attn_implementation="eager"`: its default leaves the soft cap out',
     ),
     Family(
         "Gemma 3",

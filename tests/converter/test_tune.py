@@ -41,7 +41,9 @@ def test_same_seed_same_result() -> None:
     assert not torch.equal(first[1], other[1])
 
 
-@pytest.mark.parametrize(("changes", "steps"), [({"max_steps": 5}, 5), ({"epochs": 0}, 0), ({"minutes": 0.0}, 0)])
+@pytest.mark.parametrize(
+    ("changes", "steps"), [({"max_steps": 5}, 5), ({"epochs": 0}, 0), ({"minutes": 0.0}, 0)]
+)
 def test_budgets(changes: dict[str, float], steps: int) -> None:
     if changes.get("minutes") == 0.0:
         changes = {"minutes": 1e-12}
