@@ -85,7 +85,7 @@ class BestRecipe(FastRecipe):
         )
         self._results: list[tuple[GroupResult, Mapping[str, LayerSpec]]] = []
         self._index = 0
-        self.traces: dict[str, list[float]] = {}
+        self.divergence: list[float] = []
 
     def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Build the block twice."""
@@ -138,7 +138,7 @@ class BestRecipe(FastRecipe):
         def loss_of(indices: Tensor) -> Tensor:
             return relative_loss(block.run(self.hidden[indices]), self.original_hidden[indices])
 
-        self.traces[f"tune block {self._index}"] = tune(
+        trace = tune(
             loss_of,
             parameter_groups(linears.values(), norms.values(), self.best.tune),
             len(self.hidden),
@@ -146,6 +146,7 @@ class BestRecipe(FastRecipe):
             group_generator(self.seed, ["tune", *linears]),
             lambda: forget_inputs(linears.values()),
         )
+        self.block_traces = {block.prefix.removesuffix("."): {"tune": trace}}
         block.model.requires_grad_(False)
         changed: dict[str, Tensor] = {}
         for result, specs in self._results:
@@ -168,8 +169,12 @@ class BestRecipe(FastRecipe):
 
     def distill(self, model: PreTrainedModel) -> Mapping[str, Tensor]:
         """The stored tensors of a whole quantized model that distillation changed; `model` is used up."""
-        changed, trace = distill(
+        changed, self.divergence = distill(
             model, self.shell, self.ids, self.original_hidden, self.best.distill, self.seed
         )
-        self.traces["distill"] = trace
+        log.info(
+            "distillation: divergence from the original %.4f -> %.4f nats",
+            self.divergence[0],
+            self.divergence[-1],
+        )
         return changed

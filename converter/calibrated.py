@@ -56,6 +56,7 @@ class FastRecipe:
         self.ids = self.ids[self.store.ranks.part_of(len(self.ids))]
         self.shell = Shell(source, self.store.device)
         self.hidden = self.original_hidden = self.store.empty()
+        self.block_traces: dict[str, dict[str, list[float]]] = {}
         self._blocks: tuple[Block, Block] | None = None
 
     @property

@@ -227,6 +227,7 @@ def _quantize_block(
         for kind, table in group_statistics(weights, result).items() if options.report else ():
             found.setdefault(kind, {}).update(table)
     tensors.update(recipe.end_block())
+    traces.update(recipe.block_traces)
     return tensors, {"layers": layers, "traces": traces, "statistics": found}
 
 

@@ -27,6 +27,9 @@ class Recipe(Protocol):
     calibration: dict[str, object]
     """What the report and the checkpoint say of the calibration data; empty without."""
 
+    block_traces: dict[str, dict[str, list[float]]]
+    """Of the block that ended last: what was worked on -> name of an objective -> its values; for the report."""
+
     def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Block `index` comes next; its stored tensors by their full names."""
 
@@ -52,6 +55,7 @@ class PaperRecipe:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.calibration: dict[str, object] = {}
+        self.block_traces: dict[str, dict[str, list[float]]] = {}
 
     def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to prepare."""
