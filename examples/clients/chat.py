@@ -20,7 +20,11 @@ TOOLS = [
         "function": {
             "name": "weather",
             "description": "The weather in a town now.",
-            "parameters": {"type": "object", "properties": {"town": {"type": "string"}}, "required": ["town"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"town": {"type": "string"}},
+                "required": ["town"],
+            },
         },
     }
 ]
@@ -35,7 +39,9 @@ def call_tools(client: OpenAI, model: str, max_tokens: int) -> str:
     """Offer a tool, run what the model calls, and let it answer with the result."""
     messages: list = [{"role": "user", "content": "Do I need an umbrella in Bergen now?"}]
     try:
-        reply = client.chat.completions.create(model=model, messages=messages, tools=TOOLS, max_tokens=max_tokens)
+        reply = client.chat.completions.create(
+            model=model, messages=messages, tools=TOOLS, max_tokens=max_tokens
+        )
     except BadRequestError as error:
         return f"this server offers no tools: {error.message}"
     message = reply.choices[0].message
@@ -51,7 +57,9 @@ def call_tools(client: OpenAI, model: str, max_tokens: int) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompt")
     parser.add_argument("--url", default="http://localhost:8000/v1")
     parser.add_argument("--max-tokens", type=int, default=200)
