@@ -122,6 +122,7 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
         "vllm.config", "VllmConfig", ("additional_config", "load_config", "model_config", "quant_config")
     ),
     Members("vllm.config", "ModelConfig", ("enforce_eager",)),
+    Members("vllm.config", "CompilationConfig", ("inductor_compile_config", "mode")),
     Members("vllm.config.load", "LoadConfig", ("load_format",)),
     Members("vllm.model_executor.models.utils", "WeightsMapper", ("apply_list", "apply_dict")),
     Members(PARAMETER, "BasevLLMParameter", ("tp_rank", "tp_size", "_shard_id_as_int")),
