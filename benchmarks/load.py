@@ -65,15 +65,32 @@ def make_dummy(out: Path) -> None:
         convert(plain, out, "--dummy")
 
 
-def resident_bytes(pid: int) -> int:
-    """Resident memory of a process and its descendants."""
-    total = 0
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Resident memory of a process and its descendants, by name."""
+    found: dict[str, int] = {}
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
-            total += process.memory_info().rss
+            found[process.name()] = found.get(process.name(), 0) + process.memory_info().rss
         except psutil.NoSuchProcess:
             continue
-    return total
+    return found
+
+
+def memory_facts(samples: list[tuple[int, dict[str, int]]], requests: int) -> dict[str, Any]:
+    """How memory went, from (requests done, bytes by process): a fifth of the run is left to warm up."""
+    steady = [sample for sample in samples if sample[0] >= 0.2 * requests]
+    late = [sample for sample in samples if sample[0] >= 0.6 * requests]
+    first, last = steady[0][1], steady[-1][1]
+
+    def rise(part: list[tuple[int, dict[str, int]]]) -> float:
+        return round(slope([(float(done), float(sum(sizes.values()))) for done, sizes in part]), 1)
+
+    return {
+        "memory_bytes": {"first": sum(samples[0][1].values()), "last": sum(last.values())},
+        "grown_bytes_by_process": {name: size - first.get(name, 0) for name, size in last.items()},
+        "memory_slope_bytes_per_request": rise(steady),
+        "memory_slope_of_the_last_two_fifths": rise(late),
+    }
 
 
 def slope(points: list[tuple[float, float]]) -> float:
@@ -102,11 +119,11 @@ async def alone(server: Server, pool: list[Prompt]) -> list[Answer]:
 
 async def together(
     server: Server, pool: list[Prompt], plan: list[Request], clients: int
-) -> tuple[list[Answer], list[tuple[float, float]]]:
-    """The plan, by so many clients at once; also (requests done, bytes) over the run."""
+) -> tuple[list[Answer], list[tuple[int, dict[str, int]]]]:
+    """The plan, by so many clients at once; also (requests done, bytes by process) over the run."""
     answers: list[Answer | None] = [None] * len(plan)
     waiting = iter(range(len(plan)))
-    memory: list[tuple[float, float]] = []
+    memory: list[tuple[int, dict[str, int]]] = []
 
     async def work() -> None:
         async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=300) as client:
@@ -120,7 +137,7 @@ async def together(
     async def watch() -> None:
         while True:
             done = sum(answer is not None for answer in answers)
-            memory.append((done, float(resident_bytes(server.pid))))
+            memory.append((done, resident_bytes(server.pid)))
             await asyncio.sleep(SAMPLE_SECONDS)
 
     watcher = asyncio.create_task(watch())
@@ -218,7 +235,6 @@ async def run(server: Server, name: str, options: argparse.Namespace) -> dict[st
     after_load = metrics(server)
     after = await alone(server, pool)
     failed = [a.error for a in answers if a.error] + [a.error for a in (*before, *after) if a.error]
-    steady = [point for point in memory if point[0] >= 0.2 * len(plan)]
     kinds = {kind: sum(r.kind == kind for r in plan) for kind in ("whole", "stream", "cancel", "malformed")}
     return {
         "model": name,
@@ -237,8 +253,7 @@ async def run(server: Server, name: str, options: argparse.Namespace) -> dict[st
         "left_running": after_load.get("vllm:num_requests_running", -1.0)
         + after_load.get("vllm:num_requests_waiting", 0.0),
         "prefix_cache_hit_tokens": after_load.get("vllm:prefix_cache_hits_total", 0.0),
-        "memory_bytes": {"first": memory[0][1], "at_a_fifth": steady[0][1], "last": memory[-1][1]},
-        "memory_slope_bytes_per_request": round(slope(steady), 1),
+        **memory_facts(memory, len(plan)),
     }
 
 
