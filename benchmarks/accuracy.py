@@ -35,7 +35,16 @@ from bwla_converter.source import Source, open_source
 from bwla_converter.tunable import norm_weights
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.schema import Provenance
-from peers import BiLLM, FakeLinear, Gptq, HadamardGptq, PeerRecipe, RoundToNearest, hadamard_spec
+from peers import (
+    BiLLM,
+    FakeLinear,
+    Gptq,
+    GroupedGptq,
+    HadamardGptq,
+    PeerRecipe,
+    RoundToNearest,
+    hadamard_spec,
+)
 from record import ROOT, write_result
 from rich.console import Console
 from rich.table import Table
@@ -94,6 +103,7 @@ def without_distillation(options: BestOptions) -> BestOptions:
 METHODS: dict[str, Method] = {
     "rtn": Method(RoundToNearest, 0),
     "gptq": Method(Gptq, 0),
+    "gptq, equal bits": Method(GroupedGptq),
     "hadamard+gptq": Method(HadamardGptq, 0, hadamard_spec),
     "billm": Method(BiLLM, 0),
     "paper": Method(PaperInTheLoop),
@@ -168,7 +178,11 @@ def method_bits(recipe: Recipe, specs: dict[str, LayerSpec]) -> float:
     if not isinstance(recipe, PeerRecipe):
         return bits_per_weight(specs.values())
     weights = {name: spec.in_features * spec.out_features for name, spec in specs.items()}
-    of = recipe.true_bits if isinstance(recipe, BiLLM) else {n: recipe.bits(s) for n, s in specs.items()}
+    of = (
+        recipe.true_bits
+        if isinstance(recipe, BiLLM | GroupedGptq)
+        else {n: recipe.bits(s) for n, s in specs.items()}
+    )
     return sum(of[name] * weights[name] for name in specs) / sum(weights.values())
 
 

@@ -11,12 +11,15 @@ from bwla_converter.calibrated import FastRecipe
 from bwla_converter.error_feedback import inverse_factor, one_bit
 from bwla_converter.group import GroupResult, check_group, pool_rows, store_group
 from bwla_converter.hessian import Moments, rotate_metric
+from bwla_converter.ledger import bits_per_weight
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 from bwla_kernels.reference import quantize, rotate
 from torch import Tensor, nn
 
 DAMPING = 0.01
+SCALE_BITS = 16
+REFIT_ROWS = 64
 GROUP = 128
 """Columns that share BiLLM's scales, and columns that its error feedback handles at once."""
 
@@ -105,6 +108,66 @@ class Gptq(PeerRecipe):
         hessian = rotate_metric(moments.hessian(DAMPING), *basis)
         code = one_bit(rotate(pool_rows(weights.values()), *basis), hessian, inverse_factor(hessian), 0)
         return stored(weights, specs, basis, code.sign, code.scale)
+
+
+class GroupedGptq(PeerRecipe):
+    """GPTQ with as many bits as ours: a 16-bit scale for every so many columns of each row spends what our format
+    spends on rotations, scales and the low-rank part of the same layers."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.true_bits: dict[str, float] = {}
+
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """Dense stand-ins in the places of the group's linears."""
+        first = next(iter(specs))
+        columns = specs[first].in_features
+        moments, _ = self._moments(first, columns)
+        hessian = moments.hessian(DAMPING)
+        width = round(SCALE_BITS / (bits_per_weight(specs.values()) - 1.0))
+        values = grouped_one_bit(pool_rows(weights.values()), hessian, inverse_factor(hessian), width)
+        _, quantized = self.blocks
+        for name, part in zip(weights, values.split([len(w) for w in weights.values()]), strict=True):
+            self.true_bits[name] = 1.0 + SCALE_BITS * -(-columns // width) / columns
+            bias = getattr(quantized.linear(name), "bias", None)
+            quantized.replace(name, FakeLinear(part, bias, specs[name].bits))
+        return GroupResult({}, {})
+
+
+def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int) -> Tensor:
+    """GPTQ with one bit and a scale for each `width` columns of a row; all of a row's scales are refitted at the end.
+
+    Args:
+        weight: float32 [N, K].
+        hessian: H [K, K].
+        factor: its `inverse_factor`.
+        width: columns of a group; a group's starting scale is the mean magnitude that feedback has left there.
+
+    Returns: the weight that is stored [N, K], float32.
+    """
+    work, sign = weight.clone(), torch.empty_like(weight)
+    count = weight.shape[1]
+    for start in range(0, count, width):
+        own = work[:, start : start + width]
+        scale, errors = own.abs().mean(1), torch.empty_like(own)
+        for j in range(own.shape[1]):
+            column = start + j
+            sign[:, column] = sign_of(own[:, j])
+            errors[:, j] = (own[:, j] - scale * sign[:, column]) / factor[column, column]
+            own[:, j + 1 :].addr_(errors[:, j], factor[column, column + 1 : start + own.shape[1]], alpha=-1.0)
+        end = start + own.shape[1]
+        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1.0)
+    group = torch.arange(count) // width
+    member = nn.functional.one_hot(group).float()
+    values = []
+    for rows, signs in zip(weight.split(REFIT_ROWS), sign.split(REFIT_ROWS), strict=True):
+        parts = signs.unsqueeze(1) * member.mT  # [rows, groups, K]: a row's signs, each group's by itself
+        products = parts @ hessian
+        gram = products @ parts.mT
+        wanted = products @ rows.unsqueeze(2)
+        scales = torch.linalg.solve(gram, wanted).squeeze(2)
+        values.append(signs * scales[:, group])
+    return torch.cat(values)
 
 
 class HadamardGptq(Gptq):
