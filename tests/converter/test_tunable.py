@@ -4,13 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bwla_converter import tunable
 from bwla_converter.tunable import (
     LATENT_RANGE,
-    FixedSigns,
     InputSide,
-    SignOf,
+    SignProduct,
     TunableLinear,
     agreeing,
+    product_dtype,
+    sign_product,
     straight_through_codes,
 )
 from bwla_kernels import reference
@@ -55,7 +57,12 @@ def test_forward_is_the_definition(
     x = torch.randn(2, 5, 64, generator=generator)
     x[0, 0] = 0.0
     wanted = reference.linear(x, {**stored, "bias": bias}, replace(spec, bias=True))
-    torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-4)
+    linear.side.forget()
+    training = linear(x)
+    error = (training.detach() - wanted).norm() / wanted.norm()
+    assert float(error) < 4 * torch.finfo(product_dtype(x.device)).eps
 
 
 def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: torch.Generator) -> None:
@@ -77,9 +84,12 @@ def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: t
     assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads.values())
 
 
-def test_scales_have_the_true_gradient(stored: dict[str, Tensor], generator: torch.Generator) -> None:
+def test_scales_have_the_true_gradient(
+    stored: dict[str, Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without activation rounding all but the signs is smooth: compare with finite differences."""
     spec = replace(SPEC, bits=16)
+    monkeypatch.setattr(tunable, "product_dtype", lambda device: torch.float32)
     linear = TunableLinear(InputSide(stored, spec), stored, spec)
     x = torch.randn(4, 64, generator=generator)
 
@@ -104,13 +114,34 @@ def test_scales_have_the_true_gradient(stored: dict[str, Tensor], generator: tor
 def test_fixed_signs_are_a_linear_map(generator: torch.Generator) -> None:
     signs = torch.randint(0, 2, (6, 8), generator=generator).to(torch.int8) * 2 - 1
     x = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: FixedSigns.apply(t, signs), (x,))
-    torch.testing.assert_close(FixedSigns.apply(x, signs), x @ signs.double().mT)
+    assert torch.autograd.gradcheck(lambda t: SignProduct.apply(t, signs, torch.float64), (x,))
+    torch.testing.assert_close(SignProduct.apply(x, signs, torch.float64), x @ signs.double().mT)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 64)])
+def test_products_that_are_trained_have_the_gradients_of_a_matrix_product(
+    generator: torch.Generator, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    latent = torch.randn(24, 64, generator=generator, requires_grad=True)
+    above = torch.randn(*shape[:-1], 24, generator=generator)
+    (sign_product(x, latent) * above).sum().backward()
+    signs = torch.where(latent.detach() >= 0, 1.0, -1.0)
+    wanted_x = above @ signs
+    wanted_latent = above.flatten(0, -2).mT @ x.detach().flatten(0, -2)
+    bound = 4 * torch.finfo(product_dtype(x.device)).eps
+    for found, wanted in ((x.grad, wanted_x), (latent.grad, wanted_latent)):
+        assert found is not None
+        assert found.dtype == torch.float32
+        outside = (latent.detach().abs() > LATENT_RANGE) if found is latent.grad else torch.zeros(1)
+        difference = torch.where(outside.bool(), 0.0, found - wanted)
+        assert float(difference.norm() / wanted.norm()) < bound
 
 
 def test_latents_are_not_pushed_out_of_their_range() -> None:
     latent = torch.tensor([3.0, 3.0, -3.0, -3.0, 1.0], requires_grad=True)
-    (SignOf.apply(latent) * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])).sum().backward()
+    product = SignProduct.apply(torch.ones(1, 1), latent.unsqueeze(1), torch.float32)
+    (product * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])).sum().backward()
     # A descent step goes against the gradient: outwards is where gradient and latent differ in sign.
     assert latent.grad is not None
     assert latent.grad.tolist() == [1.0, 0.0, 0.0, -1.0, 1.0]
