@@ -7,6 +7,7 @@ LATENT_RANGE. Scales are trained as logarithms, so they stay positive.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from bwla_converter.shell import Block
@@ -75,7 +76,7 @@ def product_dtype(device: torch.device) -> torch.dtype:
     """
     native = device.type == "cuda"
     if device.type == "cpu":
-        found = getattr(torch.cpu, "get_capabilities", dict)()
+        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
 
@@ -94,7 +95,8 @@ class SignProduct(torch.autograd.Function):
         rows = x.flatten(0, -2).to(dtype)
         ctx.save_for_backward(source, rows if source.is_floating_point() else source)
         ctx.dtype, ctx.shape = dtype, x.shape[:-1]  # type: ignore[attr-defined]
-        return (rows @ _signs(source, dtype).mT).to(x.dtype).unflatten(0, x.shape[:-1])
+        result: Tensor = (rows @ _signs(source, dtype).mT).to(x.dtype).unflatten(0, x.shape[:-1])
+        return result
 
     @staticmethod
     def backward(
@@ -118,7 +120,8 @@ def _signs(source: Tensor, dtype: torch.dtype) -> Tensor:
 def sign_product(x: Tensor, source: Tensor) -> Tensor:
     """x [..., K] times the signs of `source` [N, K]: [..., N]; in the dtype of x where no gradient is recorded."""
     dtype = product_dtype(x.device) if torch.is_grad_enabled() else x.dtype
-    result: Tensor = SignProduct.apply(x, source, dtype)
+    function: Any = SignProduct.apply  # untyped in torch
+    result: Tensor = function(x, source, dtype)
     return result
 
 
