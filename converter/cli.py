@@ -268,6 +268,11 @@ def convert(
         raise typer.Exit(1) from None
     finally:
         leave_ranks()
+    if recipe == "paper":
+        console.print(
+            "recipe paper reproduces the publication; for far better text: --recipe fast --calibration TEXT",
+            soft_wrap=True,
+        )
     worst = max(summary.layers, key=lambda layer: layer.error)
     typer.echo(
         f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in (rank {summary.rank}, "
