@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from bwla_converter.calibrated import FastRecipe
-from bwla_converter.error_feedback import inverse_factor, one_bit
+from bwla_converter.error_feedback import START_FACTORS, inverse_factor, one_bit
 from bwla_converter.group import GroupResult, check_group, pool_rows, store_group
 from bwla_converter.hessian import Moments, rotate_metric
 from bwla_converter.ledger import bits_per_weight
@@ -141,31 +141,53 @@ def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int)
         weight: float32 [N, K].
         hessian: H [K, K].
         factor: its `inverse_factor`.
-        width: columns of a group; a group's starting scale is the mean magnitude that feedback has left there.
+        width: columns of a group. A group starts from several multiples of the mean magnitude that feedback has left
+            there; each row keeps what ends best.
 
     Returns: the weight that is stored [N, K], float32.
     """
+    best: Tensor | None = None
+    for start in START_FACTORS:
+        found = refit_groups(weight, grouped_signs(weight, factor, width, start), hessian, width)
+        if best is not None:
+            better = row_errors(found, weight, hessian) < row_errors(best, weight, hessian)
+            found = torch.where(better.unsqueeze(1), found, best)
+        best = found
+    assert best is not None
+    return best
+
+
+def row_errors(found: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+    """(found - weight) H (found - weight)^T of each row."""
+    lost = found - weight
+    return ((lost @ hessian) * lost).sum(1)
+
+
+def grouped_signs(weight: Tensor, factor: Tensor, width: int, start_factor: float) -> Tensor:
+    """Signs by error feedback, where a group's scale is so many times what its mean magnitude is by then."""
     work, sign = weight.clone(), torch.empty_like(weight)
-    count = weight.shape[1]
-    for start in range(0, count, width):
+    for start in range(0, weight.shape[1], width):
         own = work[:, start : start + width]
-        scale, errors = own.abs().mean(1), torch.empty_like(own)
+        scale, errors = start_factor * own.abs().mean(1), torch.empty_like(own)
+        end = start + own.shape[1]
         for j in range(own.shape[1]):
             column = start + j
             sign[:, column] = sign_of(own[:, j])
             errors[:, j] = (own[:, j] - scale * sign[:, column]) / factor[column, column]
-            own[:, j + 1 :].addr_(errors[:, j], factor[column, column + 1 : start + own.shape[1]], alpha=-1.0)
-        end = start + own.shape[1]
+            own[:, j + 1 :].addr_(errors[:, j], factor[column, column + 1 : end], alpha=-1.0)
         work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1.0)
-    group = torch.arange(count) // width
+    return sign
+
+
+def refit_groups(weight: Tensor, sign: Tensor, hessian: Tensor, width: int) -> Tensor:
+    """`sign` times each row's best scales in the metric: all groups of a row at once."""
+    group = torch.arange(weight.shape[1]) // width
     member = nn.functional.one_hot(group).float()
     values = []
     for rows, signs in zip(weight.split(REFIT_ROWS), sign.split(REFIT_ROWS), strict=True):
         parts = signs.unsqueeze(1) * member.mT  # [rows, groups, K]: a row's signs, each group's by itself
         products = parts @ hessian
-        gram = products @ parts.mT
-        wanted = products @ rows.unsqueeze(2)
-        scales = torch.linalg.solve(gram, wanted).squeeze(2)
+        scales = torch.linalg.solve(products @ parts.mT, products @ rows.unsqueeze(2)).squeeze(2)
         values.append(signs * scales[:, group])
     return torch.cat(values)
 

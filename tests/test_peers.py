@@ -3,7 +3,7 @@
 import pytest
 import torch
 from bwla_converter.error_feedback import inverse_factor
-from peers import GROUP, billm, grouped_one_bit
+from peers import GROUP, billm, grouped_one_bit, row_errors
 from torch import Tensor
 
 ROWS, COLUMNS = 24, 96
@@ -18,12 +18,6 @@ def problem() -> tuple[Tensor, Tensor]:
     return torch.randn(ROWS, COLUMNS, generator=generator), hessian
 
 
-def error(found: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
-    """(found - weight) H (found - weight)^T of each row."""
-    lost = found - weight
-    return ((lost @ hessian) * lost).sum(1)
-
-
 @pytest.mark.parametrize("width", [16, 40, COLUMNS])
 def test_grouped_gptq_stores_signs_and_one_scale_a_group(problem: tuple[Tensor, Tensor], width: int) -> None:
     weight, hessian = problem
@@ -35,30 +29,30 @@ def test_grouped_gptq_stores_signs_and_one_scale_a_group(problem: tuple[Tensor, 
 def test_grouped_gptq_has_the_best_scales_for_its_signs(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
     found = grouped_one_bit(weight, hessian, inverse_factor(hessian), 32)
-    least = error(found, weight, hessian)
+    least = row_errors(found, weight, hessian)
     for start in range(0, COLUMNS, 32):
         for factor in (0.98, 1.02):
             other = found.clone()
             other[:, start : start + 32] *= factor
-            assert (error(other, weight, hessian) > least).all()
+            assert (row_errors(other, weight, hessian) > least).all()
 
 
 def test_grouped_gptq_uses_its_bits_and_its_metric(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
     factor = inverse_factor(hessian)
     by_width = [
-        error(grouped_one_bit(weight, hessian, factor, w), weight, hessian).sum() for w in (96, 32, 8)
+        row_errors(grouped_one_bit(weight, hessian, factor, w), weight, hessian).sum() for w in (96, 32, 8)
     ]
     assert by_width[0] > by_width[1] > by_width[2]
     plain = grouped_one_bit(weight, torch.eye(COLUMNS), torch.eye(COLUMNS), 32)
-    assert error(plain, weight, hessian).sum() > by_width[1]
+    assert row_errors(plain, weight, hessian).sum() > by_width[1]
 
 
 def test_billm_counts_what_it_stores(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
     part = billm(weight, inverse_factor(hessian))
     rounded = weight.abs().mean(1, keepdim=True) * weight.sign()
-    assert error(part.values, weight, hessian).sum() < error(rounded, weight, hessian).sum()
+    assert row_errors(part.values, weight, hessian).sum() < row_errors(rounded, weight, hessian).sum()
     # a sign and a membership bit a weight, four scales a row, the columns' mask, and what salient columns add
     least = 2 + 4 * 16 / COLUMNS + 1 / ROWS
     assert least <= part.bits <= least + 16 / COLUMNS
