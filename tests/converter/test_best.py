@@ -123,7 +123,9 @@ def test_tuning_that_does_not_help_is_undone(
 def test_distillation_lowers_the_divergence_and_leaves_signs(
     source: Source, calibration: Calibration
 ) -> None:
-    recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=replace(OPTIONS.tune, epochs=0)))
+    patient = replace(OPTIONS.distill, epochs=20)
+    untuned = replace(OPTIONS.tune, epochs=0)
+    recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned, distill=patient))
     stored, model, _ = run(recipe, source)
     changed = recipe.distill(model)
     assert recipe.divergence[-1] < recipe.divergence[0]
