@@ -37,6 +37,7 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.schema import Provenance
 from peers import (
     BiLLM,
+    DensePeer,
     FakeLinear,
     Gptq,
     GroupedGptq,
@@ -178,11 +179,7 @@ def method_bits(recipe: Recipe, specs: dict[str, LayerSpec]) -> float:
     if not isinstance(recipe, PeerRecipe):
         return bits_per_weight(specs.values())
     weights = {name: spec.in_features * spec.out_features for name, spec in specs.items()}
-    of = (
-        recipe.true_bits
-        if isinstance(recipe, BiLLM | GroupedGptq)
-        else {n: recipe.bits(s) for n, s in specs.items()}
-    )
+    of = recipe.true_bits if isinstance(recipe, DensePeer) else {n: recipe.bits(s) for n, s in specs.items()}
     return sum(of[name] * weights[name] for name in specs) / sum(weights.values())
 
 

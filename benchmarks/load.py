@@ -299,7 +299,7 @@ def main() -> int:
         rows.append(row)
         print(json.dumps(row, indent=1), flush=True)
         if options.out:
-            write_result(options.out, rows, serve_flags=flags)
+            write_result(options.out, rows, serve_flags=[flag.removeprefix(f"{ROOT}/") for flag in flags])
     return 0 if all(row["ok"] for row in rows) else 1
 
 

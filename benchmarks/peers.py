@@ -110,9 +110,8 @@ class Gptq(PeerRecipe):
         return stored(weights, specs, basis, code.sign, code.scale)
 
 
-class GroupedGptq(PeerRecipe):
-    """GPTQ with as many bits as ours: a 16-bit scale for every so many columns of each row spends what our format
-    spends on rotations, scales and the low-rank part of the same layers."""
+class DensePeer(PeerRecipe):
+    """A peer that our format cannot hold: dense weights stand for what it stores, and its bits are counted."""
 
     def __init__(self, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -121,17 +120,44 @@ class GroupedGptq(PeerRecipe):
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """Dense stand-ins in the places of the group's linears."""
         first = next(iter(specs))
-        columns = specs[first].in_features
-        moments, _ = self._moments(first, columns)
+        moments, _ = self._moments(first, specs[first].in_features)
         hessian = moments.hessian(DAMPING)
-        width = round(SCALE_BITS / (bits_per_weight(specs.values()) - 1.0))
-        values = grouped_one_bit(pool_rows(weights.values()), hessian, inverse_factor(hessian), width)
+        factor = inverse_factor(hessian)
         _, quantized = self.blocks
-        for name, part in zip(weights, values.split([len(w) for w in weights.values()]), strict=True):
-            self.true_bits[name] = 1.0 + SCALE_BITS * -(-columns // width) / columns
+        for name, weight in weights.items():
+            part = self.binarize(weight.float(), hessian, factor, specs)
+            self.true_bits[name] = part.bits
             bias = getattr(quantized.linear(name), "bias", None)
-            quantized.replace(name, FakeLinear(part, bias, specs[name].bits))
+            quantized.replace(name, FakeLinear(part.values, bias, specs[name].bits))
         return GroupResult({}, {})
+
+    def binarize(
+        self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
+    ) -> "Binarized":
+        """One member [N, K] of the group that `specs` describes, by its inputs' H and the `inverse_factor` of H."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Binarized:
+    """A weight as a peer stores it: dense values, and bits for each of them."""
+
+    values: Tensor
+    bits: float
+
+
+class GroupedGptq(DensePeer):
+    """GPTQ with as many bits as ours: a 16-bit scale for every so many columns of each row spends what our format
+    spends on rotations, scales and the low-rank part of the same layers."""
+
+    def binarize(
+        self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
+    ) -> Binarized:
+        """Groups as wide as the bits of the whole input group allow."""
+        columns = weight.shape[1]
+        width = round(SCALE_BITS / (bits_per_weight(specs.values()) - 1.0))
+        bits = 1.0 + SCALE_BITS * -(-columns // width) / columns
+        return Binarized(grouped_one_bit(weight, hessian, factor, width), bits)
 
 
 def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int) -> Tensor:
@@ -146,15 +172,14 @@ def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int)
 
     Returns: the weight that is stored [N, K], float32.
     """
-    best: Tensor | None = None
-    for start in START_FACTORS:
-        found = refit_groups(weight, grouped_signs(weight, factor, width, start), hessian, width)
-        if best is not None:
-            better = row_errors(found, weight, hessian) < row_errors(best, weight, hessian)
-            found = torch.where(better.unsqueeze(1), found, best)
-        best = found
-    assert best is not None
-    return best
+    tried = torch.stack(
+        [
+            refit_groups(weight, grouped_signs(weight, factor, width, start), hessian, width)
+            for start in START_FACTORS
+        ]
+    )
+    best = torch.stack([row_errors(found, weight, hessian) for found in tried]).argmin(0)
+    return tried[best, torch.arange(len(weight))]
 
 
 def row_errors(found: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
@@ -233,15 +258,7 @@ def stored(
     return GroupResult(tensors, dict.fromkeys(tensors, float("nan")))
 
 
-@dataclass(frozen=True)
-class Binarized:
-    """Part of a weight as BiLLM stores it: dense values, and bits for all of it."""
-
-    values: Tensor
-    bits: float
-
-
-class BiLLM(PeerRecipe):
+class BiLLM(DensePeer):
     """BiLLM (arXiv 2402.04291), written from the paper: salient columns get a second binarization of what is left,
     the rest is split by magnitude into two binarized groups, in blocks of 128 columns with error feedback.
 
@@ -249,23 +266,11 @@ class BiLLM(PeerRecipe):
     each row, block and part, one bit a column for salience.
     """
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.true_bits: dict[str, float] = {}
-
-    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """Dense stand-ins in the places of the group's linears."""
-        first = next(iter(specs))
-        moments, _ = self._moments(first, specs[first].in_features)
-        hessian = moments.hessian(DAMPING)
-        factor = inverse_factor(hessian)
-        _, quantized = self.blocks
-        for name, weight in weights.items():
-            part = billm(weight.float(), factor)
-            self.true_bits[name] = part.bits
-            bias = getattr(quantized.linear(name), "bias", None)
-            quantized.replace(name, FakeLinear(part.values, bias, specs[name].bits))
-        return GroupResult({}, {})
+    def binarize(
+        self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
+    ) -> Binarized:
+        """By `billm`."""
+        return billm(weight, factor)
 
 
 def billm(weight: Tensor, factor: Tensor) -> Binarized:

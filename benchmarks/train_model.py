@@ -21,15 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 sys.path.insert(0, str(ROOT / "examples"))
 from example_text import describe_file, load_stream, read_documents, train_tokenizer
-from train_example import Recipe, scores, train
-
-VOCABULARY = 8192
+from train_example import Recipe, model_config, scores, train
 
 
 def new_config(width: int, layers: int) -> Qwen3Config:
     """Qwen3's shape at `width` (a multiple of 128): heads of 64, three times as wide between, an untied head."""
-    return Qwen3Config(
-        vocab_size=VOCABULARY,
+    return model_config(
+        vocab_size=8192,
         hidden_size=width,
         intermediate_size=3 * width,
         num_hidden_layers=layers,
@@ -38,11 +36,6 @@ def new_config(width: int, layers: int) -> Qwen3Config:
         head_dim=64,
         initializer_range=width**-0.5,
         tie_word_embeddings=False,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
     )
 
 
@@ -79,8 +72,9 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(arguments.start, dtype=torch.float32)
     else:
         texts = [document for path in arguments.text for document in read_documents(path)]
-        tokenizer = train_tokenizer(texts, VOCABULARY, 1024)
-        model = Qwen3ForCausalLM(new_config(arguments.width, arguments.layers))
+        config = new_config(arguments.width, arguments.layers)
+        tokenizer = train_tokenizer(texts, config.vocab_size, config.max_position_embeddings)
+        model = Qwen3ForCausalLM(config)
     chosen = {name: getattr(arguments, name) for name in ("seed", "batch", "lr", "threads")}
     recipe = replace(Recipe(), **chosen, warmup=50)
     files = {"text": arguments.text, "valid": [arguments.valid]}

@@ -1,12 +1,13 @@
 """A quantized linear that gradients flow through: straight-through signs and codes, everything else as it is.
 
-The forward pass computes what `bwla_kernels.reference` defines, in float32 (in training, products with signs see
-bfloat16 where that is fast). Backwards, rounding of activations and
-the sign of a weight count as the identity (straight-through estimator, arXiv 1308.3432), the latter only within
-LATENT_RANGE. Scales are trained as logarithms, so they stay positive.
+The forward pass computes what `bwla_kernels.reference` defines, in float32 (in training, products with signs are in
+bfloat16 where that is fast). Backwards, rounding of activations and the sign of a weight count as the identity
+(straight-through estimator, arXiv 1308.3432), the latter only within LATENT_RANGE. Scales are trained as logarithms,
+so they stay positive.
 """
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ def straight_through_codes(x_hat: Tensor, spec: LayerSpec) -> Tensor:
     return result
 
 
+@cache  # asked for every product
 def product_dtype(device: torch.device) -> torch.dtype:
     """What products with signs are computed in while training: bfloat16 where the processor multiplies it natively.
 

@@ -65,24 +65,28 @@ class Recipe:
     threads: int = 2
 
 
-def model_config() -> Qwen3Config:
-    """The example's shape: 1,968,064 parameters; hidden and intermediate sizes are multiples of 64."""
-    return Qwen3Config(
-        vocab_size=2048,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        initializer_range=0.06,  # about 1 / sqrt(hidden_size) learns faster here than the usual 0.02
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+def model_config(**changes: object) -> Qwen3Config:
+    """The example's shape: 1,968,064 parameters; hidden and intermediate sizes are multiples of 64.
+
+    `changes` replace any part of it.
+    """
+    shape: dict[str, object] = {
+        "vocab_size": 2048,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "initializer_range": 0.06,  # about 1 / sqrt(hidden_size) learns faster here than the usual 0.02
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
+    return Qwen3Config(**{**shape, **changes})
 
 
 def learning_rate(step: int, steps: int | None, recipe: Recipe) -> float:
