@@ -51,11 +51,11 @@ def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tenso
             tensors[key] = torch.randint(-(2**31), 2**31, want.shape, generator=generator).to(dtype)
         elif key in ("rotation_left", "rotation_right"):
             square = torch.randn(want.shape, generator=generator)
-            tensors[key] = torch.linalg.qr(square).Q.contiguous()
+            tensors[key] = torch.linalg.qr(square).Q.to(dtype).contiguous()
         elif key == "column_scale":
-            tensors[key] = torch.ones(want.shape)
+            tensors[key] = torch.ones(want.shape, dtype=dtype)
         elif key == "weight_scale":
-            tensors[key] = torch.full(want.shape, spec.in_features**-0.5)
+            tensors[key] = torch.full(want.shape, spec.in_features**-0.5, dtype=dtype)
         else:
             tensors[key] = (torch.randn(want.shape, generator=generator) * 0.01).to(dtype)
     return tensors

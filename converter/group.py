@@ -9,7 +9,7 @@ import torch
 from bwla_converter.binarize import signs
 from bwla_converter.okt import count_not_finite, split_rows
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format import LayerSpec, TensorSpec, pack_signs, tensor_specs, validate_layer
+from bwla_kernels.format import LayerSpec, TensorSpec, as_stored, pack_signs, validate_layer
 from bwla_kernels.format.layer import FLOAT_DTYPES, shape_problem
 from bwla_kernels.reference import dequantize
 from torch import Tensor
@@ -84,8 +84,7 @@ def store_group(
             **({"bias": biases[name]} if spec.bias else {}),
         }
         table = {**shared, **own}
-        # In the format's order, each with memory of its own: safetensors refuses shared memory.
-        stored = {key: table[key].clone(memory_format=torch.contiguous_format) for key in tensor_specs(spec)}
+        stored = as_stored(table, spec)  # memory of its own each: safetensors refuses shared memory
         validate_layer(name, stored, spec)
         tensors[name] = stored
     return tensors

@@ -26,6 +26,7 @@ from typing import Literal
 
 import torch
 from bwla_kernels.errors import SourceError
+from bwla_kernels.format.layer import ROTATION_DTYPE
 from bwla_kernels.reference import rotate
 from torch import Tensor
 
@@ -64,8 +65,8 @@ class Rotation:
     """An orthogonal Kronecker rotation of each block, in the convention of `bwla_kernels.reference.rotate`.
 
     Attributes:
-        left: float32 [G, n1, n1].
-        right: float32 [G, n2, n2].
+        left: float32 [G, n1, n1], of values that the format can store.
+        right: float32 [G, n2, n2], likewise.
         trace: the objective at the start and after each round, in nats per weight; never grows.
     """
 
@@ -176,7 +177,9 @@ def learn_rotation(
         if on_round is not None:
             on_round(number, trace[-1])
     device = weights[0].device
-    return Rotation(state.left.float().to(device), state.right.float().to(device), trace)
+    # As they are stored, so that what is fitted in their basis makes good for the rounding too.
+    left, right = (factor.to(ROTATION_DTYPE).float().to(device) for factor in (state.left, state.right))
+    return Rotation(left, right, trace)
 
 
 def start_state(

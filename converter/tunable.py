@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from bwla_converter.shell import Block
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
-from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS
 from bwla_kernels.reference import rotate
 from torch import Tensor, nn
 
@@ -35,9 +35,9 @@ class InputSide(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.register_buffer("left", tensors["rotation_left"])
-        self.register_buffer("right", tensors["rotation_right"])
-        self.log_column = nn.Parameter(tensors["column_scale"].log())
+        self.register_buffer("left", tensors["rotation_left"].float())
+        self.register_buffer("right", tensors["rotation_right"].float())
+        self.log_column = nn.Parameter(tensors["column_scale"].float().log())
         self.low_rank_a = nn.Parameter(tensors["low_rank_a"].float()) if spec.rank else None
         self._last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
 
@@ -155,7 +155,7 @@ class TunableLinear(nn.Module):
         self.latent = nn.Parameter(agreeing(latent, signs)) if latent is not None else None
         self.register_buffer("signs", None if latent is not None else signs)
         self.register_buffer("bias", bias)
-        self.log_scale = nn.Parameter(tensors["weight_scale"].log())
+        self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +173,10 @@ class TunableLinear(nn.Module):
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What tuning may have changed, as the format stores it, without names' prefix."""
-        found = {"weight_scale": self.log_scale.exp(), "column_scale": self.side.log_column.exp()}
+        found = {
+            "weight_scale": self.log_scale.exp().to(SCALE_DTYPE),
+            "column_scale": self.side.log_column.exp().to(SCALE_DTYPE),
+        }
         if self.latent is not None:
             found["weight_packed"] = pack_signs(torch.where(self.latent >= 0, 1, -1).to(torch.int8))
         if self.low_rank_b is not None and self.side.low_rank_a is not None:

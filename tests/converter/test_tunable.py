@@ -16,7 +16,7 @@ from bwla_converter.tunable import (
     straight_through_codes,
 )
 from bwla_kernels import reference
-from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs, validate_layer
+from bwla_kernels.format import LayerSpec, as_stored, pack_signs, unpack_signs, validate_layer
 from torch import Tensor
 
 SPEC = LayerSpec(24, 64, 2, 4, 8, rank=3)
@@ -32,7 +32,7 @@ def stored(generator: torch.Generator) -> dict[str, Tensor]:
     def orthogonal(size: int) -> Tensor:
         return torch.linalg.qr(torch.randn(2, size, size, generator=generator)).Q.contiguous()
 
-    return {
+    tensors = {
         "weight_packed": pack_signs(
             torch.randint(0, 2, (24, 64), generator=generator).to(torch.int8) * 2 - 1
         ),
@@ -40,9 +40,10 @@ def stored(generator: torch.Generator) -> dict[str, Tensor]:
         "rotation_left": orthogonal(4),
         "rotation_right": orthogonal(8),
         "column_scale": torch.rand(64, generator=generator) + 0.5,
-        "low_rank_a": torch.randn(3, 64, generator=generator).bfloat16(),
-        "low_rank_b": torch.randn(24, 3, generator=generator).bfloat16(),
+        "low_rank_a": torch.randn(3, 64, generator=generator),
+        "low_rank_b": torch.randn(24, 3, generator=generator),
     }
+    return as_stored(tensors, SPEC)
 
 
 @pytest.mark.parametrize("bits", [2, 6, 8, 16])

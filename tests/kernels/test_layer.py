@@ -48,7 +48,7 @@ def test_an_extra_tensor_is_named(make_layer) -> None:
         ("weight_scale", put(0.0), "expected positive scales, found 0"),
         ("weight_scale", put(float("nan")), "expected finite values"),
         ("column_scale", put(-1.0), "expected positive scales, found -1"),
-        ("column_scale", lambda t: t.half(), "expected dtype float32, found float16"),
+        ("column_scale", lambda t: t.half(), "expected dtype bfloat16, found float16"),
         ("rotation_left", put(0.9), "expected an orthogonal matrix to 0.001"),
         ("rotation_right", lambda t: t * 1.01, "expected an orthogonal matrix to 0.001"),
         ("rotation_right", put(float("inf")), "expected finite values"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.library import Isa
-from bwla_kernels.format import LayerSpec, unpack_signs
+from bwla_kernels.format import LayerSpec, as_stored, unpack_signs
 from torch import Tensor
 
 
@@ -12,15 +12,16 @@ def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]
     """A layer with random signs; its input side does not matter here."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
     words = torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator).to(torch.int32)
-    return {
+    tensors = {
         "weight_packed": words,
         "weight_scale": torch.ones(n),
         "rotation_left": torch.zeros(spec.blocks, spec.n1, spec.n1),
         "rotation_right": torch.zeros(spec.blocks, spec.n2, spec.n2),
         "column_scale": torch.ones(k),
-        "low_rank_a": torch.zeros(r, k, dtype=torch.bfloat16),
-        "low_rank_b": torch.zeros(n, r, dtype=torch.bfloat16),
+        "low_rank_a": torch.zeros(r, k),
+        "low_rank_b": torch.zeros(n, r),
     }
+    return as_stored(tensors, spec)
 
 
 def expected(q: Tensor, words: Tensor, spec: LayerSpec) -> Tensor:

@@ -7,7 +7,7 @@ from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.backend import CpuBackend
 from bwla_kernels.cpu.library import Isa
 from bwla_kernels.errors import BackendError
-from bwla_kernels.format import LayerSpec, unpack_signs
+from bwla_kernels.format import LayerSpec, as_stored, unpack_signs
 from torch import Tensor
 
 FLOAT_EPS = torch.finfo(torch.float32).eps
@@ -179,7 +179,7 @@ def test_outputs_round_to_nearest_even(isa: Isa, dtype: torch.dtype) -> None:
         "rotation_right": torch.eye(32).unsqueeze(0),
         "column_scale": torch.ones(32),
     }
-    packed = kernel.pack(layer, spec, isa)
+    packed = kernel.pack(as_stored(layer, spec), spec, isa)
     y = kernel.linear(torch.zeros(1, 32, dtype=dtype), packed, spec, bias, isa)[0]
     torch.testing.assert_close(y, bias.to(dtype), rtol=0, atol=0, equal_nan=True)
 
@@ -213,8 +213,8 @@ def test_what_does_not_fit_is_refused_in_words(make_layer) -> None:
         kernel.linear(x, packed[1:], FULL)
     with pytest.raises(BackendError, match="bias: expected"):
         kernel.linear(x, packed, FULL, layer["bias"][1:])
-    with pytest.raises(BackendError, match="weight_scale: expected contiguous torch.float32"):
-        kernel.pack({**layer, "weight_scale": layer["weight_scale"].double()}, FULL)
+    with pytest.raises(BackendError, match="weight_packed: expected contiguous torch.int32"):
+        kernel.pack({**layer, "weight_packed": layer["weight_packed"].float()}, FULL)
     able, reason = kernel.can_implement(LayerSpec(8, 64, 1, 8, 8, bits=16))
     assert not able
     assert "quantized activations" in reason
