@@ -82,6 +82,10 @@ class PaperInTheLoop(FastRecipe):
         """By the weights alone."""
         return quantize_group(weights, specs, seed=self.seed)
 
+    def fitted_norm(self) -> dict[str, Tensor]:
+        """It knows no norms."""
+        return {}
+
 
 def fast_with(**changes: Any) -> Make:
     """`fast` with other options."""
@@ -116,6 +120,7 @@ METHODS: dict[str, Method] = {
     "fast, no column scales": Method(fast_with(column_scales=False), ablation=True),
     "fast, no error feedback": Method(fast_with(feed_back=False, sweeps=0), ablation=True),
     "fast, no coordinate descent": Method(fast_with(sweeps=0), ablation=True),
+    "fast, last norm as it was": Method(fast_with(last_norm=False), ablation=True),
     "fast, original target": Method(fast_with(target_damping=float("inf")), ablation=True),
     "best, no tuning": Method(best_with(without_tuning), ablation=True),
     "best, no distillation": Method(best_with(without_distillation), ablation=True),
@@ -157,6 +162,8 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
         model.set_submodule(task.source.family.block_name(index), quantized.layer)
     if isinstance(recipe, BestRecipe) and recipe.best.distill.epochs:
         distil(model, recipe)
+    else:
+        model.load_state_dict(recipe.fitted_norm(), strict=False)
     return model, method_bits(recipe, specs)
 
 

@@ -79,6 +79,10 @@ class PeerRecipe(FastRecipe):
         """Bits a weight: the sign, and a 16-bit scale a row."""
         return 1.0 + 16.0 / spec.in_features
 
+    def fitted_norm(self) -> dict[str, Tensor]:
+        """Peers leave norms as they are."""
+        return {}
+
 
 class RoundToNearest(PeerRecipe):
     """sign(W) and mean|W| of each row (BWN, arXiv 1603.05279)."""

@@ -162,15 +162,21 @@ class BestRecipe(FastRecipe):
         return changed
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """Distil the logits over the whole model."""
+        """Fit the last norm, then distil the logits over the whole model."""
         if not self.best.distill.epochs:
-            return {}
+            return self.fitted_norm()
         return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.shell.dtype))
 
     def distill(self, model: PreTrainedModel) -> Mapping[str, Tensor]:
         """The stored tensors of a whole quantized model that distillation changed; `model` is used up."""
         changed, self.divergence = distill(
-            model, self.shell, self.ids, self.original_hidden, self.best.distill, self.seed
+            model,
+            self.shell,
+            self.ids,
+            self.original_hidden,
+            self.best.distill,
+            self.seed,
+            self.fitted_norm(),
         )
         log.info(
             "distillation: divergence from the original %.4f -> %.4f nats",

@@ -11,6 +11,8 @@ from bwla_converter.calibration import Calibration, token_windows
 from bwla_converter.group import GroupResult
 from bwla_converter.hessian import Moments
 from bwla_converter.hf import BWLALinear
+from bwla_converter.last_norm import fit_norm
+from bwla_converter.plan import LAST_NORM
 from bwla_converter.shell import Block, Shell
 from bwla_converter.source import Source
 from bwla_converter.statistics import SAMPLE_ELEMENTS, sample_rows
@@ -116,8 +118,19 @@ class FastRecipe:
         self.hidden = self.store.take(state.get("hidden"))
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """Nothing to change."""
-        return {}
+        """The last norm, fitted to what the blocks have become."""
+        return self.fitted_norm()
+
+    def fitted_norm(self) -> dict[str, Tensor]:
+        """The last norm's weight by its full name, see `last_norm`; of several ranks each looks at its own windows."""
+        if not self.options.last_norm:
+            return {}
+        pairs = zip(
+            self.original_hidden.split(WINDOWS_AT_ONCE), self.hidden.split(WINDOWS_AT_ONCE), strict=True
+        )
+        name = f"{LAST_NORM}.weight"
+        weight = fit_norm(self.shell.last_norm(), pairs)
+        return {name: weight.to("cpu", self.shell.source.entries[name].dtype)}
 
     def _moments(self, name: str, width: int) -> tuple[Moments, Tensor]:
         """Of the inputs of the linear called `name`, and some of these inputs [M, width] for the report."""

@@ -7,12 +7,12 @@ block, and its norm and head give its logits.
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from bwla_converter.activations import Activations
 from bwla_converter.hf import BWLAHead, BWLALinear
-from bwla_converter.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT
+from bwla_converter.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAST_NORM
 from bwla_converter.shell import Shell
 from bwla_converter.tunable import InputSide, TunableLinear, forget_inputs, norm_weights
 from bwla_converter.tune import TuneOptions, parameter_groups, tune
@@ -33,6 +33,7 @@ def distill(
     original_hidden: Activations,
     options: TuneOptions,
     seed: int,
+    start: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the scales of a quantized model.
 
@@ -43,13 +44,16 @@ def distill(
         original_hidden: the original's hidden states after its last block [S, T, hidden].
         options: see there.
         seed: orders the windows.
+        start: stored tensors, by their full names, to start from instead of the model's.
 
     Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch, and
-        after, in nats; no tensors where it did not fall.
+        after, in nats; those of `start` alone where it did not fall.
     """
     model = model.to(shell.device).eval()
     model.requires_grad_(False)
     logits_of = original_logits(model, shell)
+    start = dict(start or {})
+    model.load_state_dict(start, strict=False)
     linears = make_tunable(model, shell)
     norms = norm_weights(model)
     for parameter in norms.values():
@@ -82,7 +86,7 @@ def distill(
         log.warning(
             "distillation did not bring the model closer to the original: its scales stay as they were"
         )
-        return {}, trace
+        return start, trace
     changed = {
         f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.stored().items()
     }
@@ -98,7 +102,7 @@ def original_logits(model: PreTrainedModel, shell: Shell) -> Callable[[Tensor], 
         model: the quantized model as it was stored: its last norm is the original's.
         shell: of the original.
     """
-    norm = copy.deepcopy(model.get_submodule("model.norm"))
+    norm = copy.deepcopy(model.get_submodule(LAST_NORM))
     name = EMBEDDING_WEIGHT if shell.source.tied_head else HEAD_WEIGHT
     head = shell.source.read([name])[name].to(shell.device, shell.dtype)
     cap = getattr(shell.config, "final_logit_softcapping", None)

@@ -42,18 +42,20 @@ class FastOptions:
             original weight.
         follow_stream: whether the target makes good what the residual stream has lost.
         column_scales: whether column scales are fitted, in the metric of the inputs.
+        last_norm: whether the last norm is fitted once all blocks are quantized.
         clips: whether the activation clip is chosen; without it, it is the spec's.
         latents: keep what the signs were chosen for, see `GroupResult.latents`.
     """
 
     okt_rounds: int = 40
     rounds: int = 3
-    sweeps: int = 2
+    sweeps: int = 4
     feed_back: bool = True
     damping: float = 0.01
     target_damping: float = 0.02
     follow_stream: bool = True
     column_scales: bool = True
+    last_norm: bool = True
     clips: bool = True
     latents: bool = False
 

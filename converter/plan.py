@@ -14,6 +14,7 @@ from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, 
 
 HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+LAST_NORM = "model.norm"
 LARGE_HEAD = 2**26
 """Weights from which a tied head is worth a tensor of its own."""
 

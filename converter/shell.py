@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from bwla_converter.plan import LAST_NORM
 from bwla_converter.source import Source
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
@@ -36,10 +38,7 @@ class Shell:
 
     def block(self, index: int, tensors: Mapping[str, Tensor]) -> "Block":
         """Block `index` with its stored tensors, by their full names."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = 1
-        if self.types is not None:
-            config.layer_types = [self.types[index]]
+        config = self._one_block(index)
         with torch.device("meta"):
             model = AutoModel.from_config(config, attn_implementation=self.attention)
         prefix = self.source.family.block_name(index) + "."
@@ -54,6 +53,24 @@ class Shell:
         model.norm = nn.Identity()
         model.requires_grad_(False)
         return Block(model.eval(), prefix)
+
+    def last_norm(self) -> nn.Module:
+        """The norm before the head, as the original has it."""
+        with torch.device("meta"):
+            norm: nn.Module = AutoModel.from_config(self._one_block(0)).norm
+        names = {key: f"{LAST_NORM}.{key}" for key in norm.state_dict()}
+        tensors = self.source.read(list(names.values()))
+        state = {key: tensors[name].to(self.device, self.dtype) for key, name in names.items()}
+        norm.load_state_dict(state, assign=True)
+        return norm.requires_grad_(False).eval()
+
+    def _one_block(self, index: int) -> Any:
+        """The config of a model whose only block is number `index`."""
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = 1
+        if self.types is not None:
+            config.layer_types = [self.types[index]]
+        return config
 
 
 class Block:

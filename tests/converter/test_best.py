@@ -140,6 +140,35 @@ def test_distillation_lowers_the_divergence_and_leaves_signs(
     assert all(torch.equal(tensor, shared[0]) for tensor in shared)
 
 
+def test_the_last_norm_is_fitted_to_the_blocks_as_they_are(source: Source, calibration: Calibration) -> None:
+    untuned = replace(OPTIONS.tune, epochs=0)
+    recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned))
+    _, model, hidden = run(recipe, source)
+    fitted = recipe.fitted_norm()
+    name = "model.norm.weight"
+    assert list(fitted) == [name]
+    assert fitted[name].dtype == torch.bfloat16
+    wanted = model.model.norm(recipe.original_hidden[torch.arange(6)])
+    before = (model.model.norm(hidden[-1]) - wanted).norm()
+    model.load_state_dict(fitted, strict=False)
+    assert (model.model.norm(hidden[-1]) - wanted).norm() < before
+    recipe.options = replace(recipe.options, last_norm=False)
+    assert recipe.fitted_norm() == {}
+
+
+def test_distillation_that_does_not_help_leaves_the_fitted_norm(
+    source: Source, calibration: Calibration, caplog: pytest.LogCaptureFixture
+) -> None:
+    wild = TuneOptions(epochs=1, scale_rate=3.0)
+    untuned = replace(OPTIONS.tune, epochs=0)
+    recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned, distill=wild))
+    _, model, _ = run(recipe, source)
+    changed, fitted = recipe.distill(model), recipe.fitted_norm()
+    assert "distillation did not bring the model closer" in caplog.text
+    assert changed.keys() == fitted.keys()
+    assert all(torch.equal(tensor, fitted[name]) for name, tensor in changed.items())
+
+
 def test_same_seed_same_bytes(source: Source, calibration: Calibration) -> None:
     first, again = (run(BestRecipe(source, calibration, 3, OPTIONS), source)[0] for _ in range(2))
     assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
