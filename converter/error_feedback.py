@@ -108,7 +108,8 @@ def one_bit(
         weight: float32 [N, K].
         hessian: H, positive definite [K, K].
         factor: its `inverse_factor`.
-        sweeps: sweeps of coordinate descent, each followed by a refit of the scales.
+        sweeps: sweeps of coordinate descent from every starting scale, each followed by a refit of the scales: what
+            starts best does not end best.
         start: a code of a similar weight, whose scales are tried in the place of `START_FACTORS`' on the mean
             magnitude.
         feedback: without it, the signs are the weight's own.
@@ -121,10 +122,10 @@ def one_bit(
     for scale in scales if feedback else scales[:1]:
         sign = feed_back(weight, scale, factor) if feedback else torch.where(weight >= 0, 1.0, -1.0)
         code = refit(metric, power, sign, hessian)
+        for _ in range(sweeps):
+            code = _better(code, refit(metric, power, flip(code, metric, hessian), hessian))
         best = code if best is None else _better(best, code)
     assert best is not None
-    for _ in range(sweeps):
-        best = _better(best, refit(metric, power, flip(best, metric, hessian), hessian))
     return best
 
 
