@@ -6,6 +6,7 @@ All cost O(N K^2) and K sequential steps.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -25,11 +26,13 @@ class Code:
         sign: float32 [N, K], -1 or +1.
         scale: float32 [N], positive.
         error: f of each row, float32 [N].
+        image: S H, float32 [N, K].
     """
 
     sign: Tensor
     scale: Tensor
     error: Tensor
+    image: Tensor
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
@@ -69,9 +72,10 @@ def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -
         sign: [N, K].
         hessian: H.
     """
-    dots, norms = (weight_metric * sign).sum(1), ((sign @ hessian) * sign).sum(1)
+    image = sign @ hessian
+    dots, norms = (weight_metric * sign).sum(1), (image * sign).sum(1)
     scale = (dots / norms).clamp_min(torch.finfo(torch.float32).tiny)
-    return Code(sign, scale, power - 2.0 * scale * dots + scale.square() * norms)
+    return Code(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, image)
 
 
 def flip(code: Code, weight_metric: Tensor, hessian: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ def flip(code: Code, weight_metric: Tensor, hessian: Tensor) -> Tensor:
     With g = (a s - w) H, flipping s_j changes f by 4 a (a H_jj - s_j g_j).
     """
     sign, scale = code.sign.clone(), code.scale.unsqueeze(1)
-    gradient = scale * (sign @ hessian) - weight_metric
+    gradient = scale * code.image - weight_metric
     for start in range(0, sign.shape[1], COLUMNS_AT_ONCE):
         columns = slice(start, start + COLUMNS_AT_ONCE)
         local, own, here = hessian[columns, columns], gradient[:, columns], sign[:, columns]
@@ -99,8 +103,8 @@ def one_bit(
     hessian: Tensor,
     factor: Tensor,
     sweeps: int,
-    start: Code | None = None,
     feedback: bool = True,
+    every_start: bool = False,
 ) -> Code:
     """Signs and scales of `weight` [N, K] in the metric `hessian`.
 
@@ -108,32 +112,36 @@ def one_bit(
         weight: float32 [N, K].
         hessian: H, positive definite [K, K].
         factor: its `inverse_factor`.
-        sweeps: sweeps of coordinate descent from every starting scale, each followed by a refit of the scales: what
-            starts best does not end best.
-        start: a code of a similar weight, whose scales are tried in the place of `START_FACTORS`' on the mean
-            magnitude.
+        sweeps: sweeps of coordinate descent, each followed by a refit of the scales.
         feedback: without it, the signs are the weight's own.
+        every_start: descend from every starting scale and keep what ends best, row by row; otherwise only from what
+            starts best. What starts best often does not end best, but this costs as many times the sweeps.
     """
     metric = weight @ hessian
     power = (metric * weight).sum(1)
     mean = weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-    scales = [factor_ * mean for factor_ in START_FACTORS] if start is None else [start.scale]
-    best: Code | None = None
-    for scale in scales if feedback else scales[:1]:
-        sign = feed_back(weight, scale, factor) if feedback else torch.where(weight >= 0, 1.0, -1.0)
-        code = refit(metric, power, sign, hessian)
+
+    def descended(code: Code) -> Code:
         for _ in range(sweeps):
             code = _better(code, refit(metric, power, flip(code, metric, hessian), hessian))
-        best = code if best is None else _better(best, code)
-    assert best is not None
-    return best
+        return code
+
+    if not feedback:
+        return descended(refit(metric, power, torch.where(weight >= 0, 1.0, -1.0), hessian))
+    signs = (feed_back(weight, start * mean, factor) for start in START_FACTORS)
+    codes = (refit(metric, power, sign, hessian) for sign in signs)
+    if every_start:
+        return reduce(_better, map(descended, codes))
+    return descended(reduce(_better, codes))
 
 
 def _better(one: Code, other: Code) -> Code:
     """Row by row the one with the smaller error."""
     take = other.error < one.error
+    rows = take.unsqueeze(1)
     return Code(
-        torch.where(take.unsqueeze(1), other.sign, one.sign),
+        torch.where(rows, other.sign, one.sign),
         torch.where(take, other.scale, one.scale),
         torch.where(take, other.error, one.error),
+        torch.where(rows, other.image, one.image),
     )

@@ -35,7 +35,7 @@ class FastOptions:
     Attributes:
         okt_rounds: rounds of the rotation; 0 leaves it at its random start.
         rounds: alternations of low-rank part and signs.
-        sweeps: sweeps of coordinate descent after each error feedback.
+        sweeps: sweeps of coordinate descent in the last round, from every starting scale.
         feed_back: whether signs are chosen with error feedback; without it they are the residual's own.
         damping: added to H's diagonal, in units of its mean.
         target_damping: pull of the target towards the original weight, in the same units; infinity keeps the
@@ -49,7 +49,7 @@ class FastOptions:
 
     okt_rounds: int = 40
     rounds: int = 3
-    sweeps: int = 4
+    sweeps: int = 8
     feed_back: bool = True
     damping: float = 0.01
     target_damping: float = 0.02
@@ -150,7 +150,8 @@ def quantize_group(
     }
     code: Code | None = None
     residual, low_rank_b, trace = target, target.new_zeros(len(target), 0, dtype=torch.bfloat16), []
-    for _ in range(options.rounds if side.rank or options.column_scales else 1):
+    rounds = options.rounds if side.rank or options.column_scales else 1
+    for number in range(1, rounds + 1):
         if code is not None and options.column_scales:
             # From here on in units of the column scales: x_hat is multiplied by them, the weight divided.
             column = fit_columns(residual, code, hessian)
@@ -170,7 +171,10 @@ def quantize_group(
             )
         elif code is not None:
             residual = target
-        code = one_bit(residual, hessian, factor, options.sweeps, feedback=options.feed_back)
+        # The rounds before the last one only have to tell scales and low-rank part what the signs will be like.
+        last = number == rounds
+        sweeps = options.sweeps if last else min(options.sweeps, 1)
+        code = one_bit(residual, hessian, factor, sweeps, options.feed_back, every_start=last)
         trace.append(_relative(code.error, power))
     assert code is not None
     tensors = store_group(weights, specs, {}, shared, code.sign, code.scale, low_rank_b)

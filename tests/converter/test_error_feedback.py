@@ -1,6 +1,7 @@
 """Signs in the metric of the inputs: what is promised of each step, and that each one lowers the error."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_a_sweep_never_raises_the_error_and_ends_where_no_flip_helps(columns: in
         assert bool((after <= before * (1 + 1e-5)).all())
         if torch.equal(sign, code.sign):
             break
-        code, before = type(code)(sign, code.scale, code.error), after
+        code, before = replace(code, sign=sign, image=sign @ hessian), after
     else:
         raise AssertionError("coordinate descent did not end")
     for j in range(columns):
@@ -94,3 +95,15 @@ def test_a_row_of_zeros_gets_a_positive_scale() -> None:
     code = one_bit(weight, hessian, inverse_factor(hessian), sweeps=1)
     assert bool((code.scale > 0).all())
     assert code.scale[1] < 1e-20
+
+
+def test_every_start_finds_at_least_what_the_best_start_finds() -> None:
+    weight, hessian = problem(40, 64, seed=5)
+    factor = inverse_factor(hessian)
+    one, every = (one_bit(weight, hessian, factor, sweeps=2, every_start=choice) for choice in (False, True))
+    assert bool((every.error <= one.error * (1 + 1e-5)).all())
+    assert float(every.error.sum()) < 0.995 * float(one.error.sum())
+    torch.testing.assert_close(every.image, every.sign @ hessian)
+    torch.testing.assert_close(
+        every.error, error(weight, every.scale, every.sign, hessian).float(), rtol=1e-3, atol=1e-4
+    )
