@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration import Calibration
+from bwla_converter.error_feedback import elements_at_once
 from bwla_converter.plan import EMBEDDING_WEIGHT, Plan
 from bwla_converter.source import Source
 from bwla_kernels.errors import BWLAError
@@ -29,8 +30,9 @@ STATES_ON_DISK = 3
 """Generations of the hidden states that are on disk at a time: the last two blocks' and the one being written."""
 
 OKT_ROUNDS, PSP_ROUNDS, SCALE_ROUNDS = 40, 20, 12
-FAST_CODES = 12
-"""Times that recipe `fast` chooses all signs of a group anew (3 rounds from 4 starting scales)."""
+FAST_PASSES = 46
+"""Times that recipe `fast` goes through all signs of a group: error feedback from 4 starting scales in each of 3
+rounds, a sweep of coordinate descent in the first two, 8 from every start in the last."""
 
 FREE_SHARE = 0.95
 """Share of the free memory that a conversion may plan with."""
@@ -125,8 +127,9 @@ def predict(
     calibration: Calibration | None,
     limit: float,
     rates: Rates | None = None,
+    device: str = "cpu",
 ) -> Budget:
-    """Predict a conversion on the CPU.
+    """Predict a conversion; its time as if it were on the CPU.
 
     Args:
         source, plan: what is converted, and to what.
@@ -134,6 +137,7 @@ def predict(
         calibration: its text.
         limit: bytes of memory that it may take; hidden states go to disk where they do not fit.
         rates: of this machine; measured where not given.
+        device: kind of the device that computes.
     """
     rates = rates or measure_rates()
     base = float(resident_bytes())
@@ -141,7 +145,7 @@ def predict(
     hidden = (
         3.0 * FLOAT * tokens * source.entries[EMBEDDING_WEIGHT].shape[1]
     )  # both models', and one being made
-    work, moment = max(_moments(source, plan, recipe, calibration))
+    work, moment = max(_moments(source, plan, recipe, calibration, device))
     output = float(plan.output_bytes(source))
     kept = STATES_ON_DISK * hidden * 2 / 3
     return Budget(
@@ -209,7 +213,7 @@ def _bytes(entry: Entry) -> int:
 
 
 def _moments(
-    source: Source, plan: Plan, recipe: str, calibration: Calibration | None
+    source: Source, plan: Plan, recipe: str, calibration: Calibration | None, device: str
 ) -> Iterator[tuple[float, str]]:
     """Bytes held at the moments that may be the worst, with a name for each."""
     for name in source.names_outside_blocks():
@@ -237,7 +241,7 @@ def _moments(
             assert calibration is not None
             blocks = stored + FLOAT * (weights + left)
             held = blocks + WORK_SPACE
-            yield held + _fast_bytes(group), moment
+            yield held + _fast_bytes(group, device), moment
             yield held + _forward_bytes(source, groups, calibration, group), f"{moment}, its inputs"
             if recipe != "fast":
                 yield (
@@ -246,11 +250,12 @@ def _moments(
                 )
 
 
-def _fast_bytes(group: Group) -> float:
+def _fast_bytes(group: Group, device: str) -> float:
     """The worst of the steps of `fast.quantize_group`, moments included."""
     target = 7 * group.weights + 7 * group.square  # cholesky_solve in float64
     inverse = 3 * group.weights + 11 * group.square  # inverse_factor in float64
-    signs = 10 * group.weights + 4 * group.square  # error feedback and coordinate descent
+    at_once = min(group.weights, elements_at_once(device))
+    signs = 5 * group.weights + 15 * at_once + 4 * group.square  # error feedback and coordinate descent
     return float(FLOAT * max(target, inverse, signs))
 
 
@@ -294,8 +299,8 @@ def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates)
                 flops += 20 * PSP_ROUNDS * group.weights * (plan.rank + 8)
                 passed += FLOAT * group.weights * (16 * PSP_ROUNDS + 4 * SCALE_ROUNDS)
                 continue
-            flops += 6 * FAST_CODES * group.rows * group.square + 8 * group.columns**3
-            passed += FAST_CODES * 800 * group.weights
+            flops += 4 * FAST_PASSES * group.rows * group.square + 8 * group.columns**3
+            passed += FAST_PASSES * 530 * group.weights
             flops += 4 * tokens * group.square + 2 * 5 * tokens * group.weights
             if recipe != "fast":
                 flops += 8 * 6 * tokens * group.weights

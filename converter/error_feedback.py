@@ -18,6 +18,14 @@ START_FACTORS = (0.75, 1.0, 1.3, 1.7)
 """Starting scales that each row tries, in units of its mean magnitude."""
 
 
+def elements_at_once(device: str) -> int:
+    """Weights whose signs are chosen together on a kind of device; that takes fifteen times their memory.
+
+    Many rows at a time keep a GPU busy; a CPU is busy with few.
+    """
+    return 2**24 if device == "cpu" else 2**27
+
+
 @dataclass(frozen=True)
 class Code:
     """Rows of signs with a scale each.
@@ -26,12 +34,21 @@ class Code:
         sign: float32 [N, K], -1 or +1.
         scale: float32 [N], positive.
         error: f of each row, float32 [N].
-        image: S H, float32 [N, K].
     """
 
     sign: Tensor
     scale: Tensor
     error: Tensor
+
+
+@dataclass(frozen=True)
+class Trial(Code):
+    """A code on the way.
+
+    Attributes:
+        image: S H, float32 [N, K].
+    """
+
     image: Tensor
 
 
@@ -63,7 +80,7 @@ def feed_back(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
     return sign
 
 
-def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -> Code:
+def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -> Trial:
     """The best scale of each row for its signs: a = (w H s) / (s H s), kept positive.
 
     Args:
@@ -75,10 +92,10 @@ def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -
     image = sign @ hessian
     dots, norms = (weight_metric * sign).sum(1), (image * sign).sum(1)
     scale = (dots / norms).clamp_min(torch.finfo(torch.float32).tiny)
-    return Code(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, image)
+    return Trial(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, image)
 
 
-def flip(code: Code, weight_metric: Tensor, hessian: Tensor) -> Tensor:
+def flip(code: Trial, weight_metric: Tensor, hessian: Tensor) -> Tensor:
     """One sweep of coordinate descent: every sign in turn is flipped where that lowers f. Returns the signs.
 
     With g = (a s - w) H, flipping s_j changes f by 4 a (a H_jj - s_j g_j).
@@ -117,11 +134,24 @@ def one_bit(
         every_start: descend from every starting scale and keep what ends best, row by row; otherwise only from what
             starts best. What starts best often does not end best, but this costs as many times the sweeps.
     """
+    rows = max(1, elements_at_once(weight.device.type) // weight.shape[1])
+    parts = [_code_rows(part, hessian, factor, sweeps, feedback, every_start) for part in weight.split(rows)]
+    return Code(
+        torch.cat([part.sign for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        torch.cat([part.error for part in parts]),
+    )
+
+
+def _code_rows(
+    weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, feedback: bool, every_start: bool
+) -> Code:
+    """As `one_bit`, all rows at once."""
     metric = weight @ hessian
     power = (metric * weight).sum(1)
     mean = weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
 
-    def descended(code: Code) -> Code:
+    def descended(code: Trial) -> Trial:
         for _ in range(sweeps):
             code = _better(code, refit(metric, power, flip(code, metric, hessian), hessian))
         return code
@@ -130,16 +160,15 @@ def one_bit(
         return descended(refit(metric, power, torch.where(weight >= 0, 1.0, -1.0), hessian))
     signs = (feed_back(weight, start * mean, factor) for start in START_FACTORS)
     codes = (refit(metric, power, sign, hessian) for sign in signs)
-    if every_start:
-        return reduce(_better, map(descended, codes))
-    return descended(reduce(_better, codes))
+    best = reduce(_better, map(descended, codes)) if every_start else descended(reduce(_better, codes))
+    return Code(best.sign, best.scale, best.error)
 
 
-def _better(one: Code, other: Code) -> Code:
+def _better(one: Trial, other: Trial) -> Trial:
     """Row by row the one with the smaller error."""
     take = other.error < one.error
     rows = take.unsqueeze(1)
-    return Code(
+    return Trial(
         torch.where(rows, other.sign, one.sign),
         torch.where(take, other.scale, one.scale),
         torch.where(take, other.error, one.error),

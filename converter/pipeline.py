@@ -145,7 +145,7 @@ def _finish(
 def _check_budget(options: Options, source: Source, plan: Plan, device: torch.device) -> Budget:
     """Refuse what does not fit; what an interrupted conversion left counts as free."""
     limit = options.max_memory or usable_memory()
-    budget = predict(source, plan, options.recipe, options.calibration, limit)
+    budget = predict(source, plan, options.recipe, options.calibration, limit, device=device.type)
     check_gpu(budget, device)
     left = work_path(options.out).rglob("*")
     free = shutil.disk_usage(options.out.absolute().parent).free

@@ -82,7 +82,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(make_model, tmp_path: Path, m
     convert(options)
     plain = budget_module.predict
 
-    def tight(source, plan, recipe, calibration, limit):
+    def tight(source, plan, recipe, calibration, limit, device):
         return plain(source, plan, recipe, calibration, 0.0, RATES)
 
     class Stop(Listener):
