@@ -93,7 +93,7 @@ def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int,
     if quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
         recipes.FastOptions = few  # type: ignore[attr-defined,assignment,misc]
-        error_feedback.START_FACTORS = (1.0,)
+        error_feedback.START_FACTORS = (1.0, 1.3)
         rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
         paper.PaperOptions = rounds  # type: ignore[assignment,misc]
     predicted: list[Budget] = []

@@ -266,6 +266,17 @@ def convert(
             soft_wrap=True,
         )
         raise typer.Exit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        from bwla_converter.devices import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        console.print(
+            f"[bold red]error:[/] out of memory ({escape(' '.join(str(error).split())[:200])}): {escape(str(out))} "
+            f"was not written; free some memory, or use a larger machine; {_way_on(out)}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
     finally:
         leave_ranks()
     if recipe == "paper":

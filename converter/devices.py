@@ -4,6 +4,14 @@ import torch
 from bwla_kernels.errors import BWLAError
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a failed allocation, in Python or in torch, on the CPU or a GPU, is behind an error."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(
+        error
+    )  # torch has no class for this one
+
+
 def choose_device(name: str) -> torch.device:
     """The device called `cpu`, `cuda`, `cuda:1` or `auto` (a GPU where there is one).
 

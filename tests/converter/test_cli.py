@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from bwla_converter.cli import app
 from typer.testing import CliRunner
 
@@ -46,3 +47,31 @@ def test_a_rank_is_auto_or_a_number(rank: str, tmp_path: Path) -> None:
     result = run(app, ["model", str(tmp_path / "out"), f"--rank={rank}"])
     assert result.exit_code == 2
     assert "expected auto or a number" in result.output
+
+
+def fails(error: Exception):
+    def convert(*_: object) -> None:
+        raise error
+
+    return convert
+
+
+def test_out_of_memory_is_one_sentence_that_says_how_to_go_on(
+    make_model, tmp_path: Path, monkeypatch
+) -> None:
+    try:
+        torch.empty(2**60)
+    except RuntimeError as error:
+        monkeypatch.setattr("bwla_converter.pipeline.convert", fails(error))
+    result = run(app, [str(make_model()), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert "error: out of memory" in result.output
+    assert "nothing was finished yet" in result.output
+    assert "Traceback" not in result.output
+
+
+def test_another_error_of_torch_is_not_called_out_of_memory(make_model, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("bwla_converter.pipeline.convert", fails(RuntimeError("shapes do not match")))
+    result = run(app, [str(make_model()), str(tmp_path / "out")])
+    assert isinstance(result.exception, RuntimeError)
+    assert "out of memory" not in result.output
