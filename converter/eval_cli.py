@@ -63,12 +63,15 @@ def task_scores(
     except ImportError:
         raise SourceError("--tasks needs lm-eval: pip install 'bwla[eval]'") from None
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
+    from bwla_converter.devices import choose_device
 
     found = lm_eval.simple_evaluate(
         model=str(backend),
         model_args={"pretrained": str(folder)},
         tasks=tasks,
         limit=limit,
+        # lm-eval's default is a GPU, whether there is one or not; vLLM chooses for itself.
+        device=choose_device("auto").type if backend == Backend.TRANSFORMERS else None,
         confirm_run_unsafe_code="humaneval" in tasks,  # it runs what the model writes
     )
     return {

@@ -1,9 +1,13 @@
 """`bwla-eval` on the example: figures from the same function as everywhere, and errors in a sentence."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from bwla_converter import eval_cli
 from bwla_converter.eval_cli import app, task_names
 from bwla_converter.evaluate import compare
 from typer.testing import CliRunner
@@ -55,3 +59,20 @@ def test_a_back_end_that_does_not_exist() -> None:
     done = run("model", "bwla", "--tasks", "piqa", "--backend", "onnx")
     assert done.exit_code == 2
     assert "vllm" in done.stderr
+
+
+@pytest.mark.parametrize(("backend", "device"), [("hf", "cpu"), ("vllm", None)])
+def test_tasks_run_on_a_device_that_is_here(monkeypatch: pytest.MonkeyPatch, backend: str, device) -> None:
+    """lm-eval's transformers back end takes a GPU for granted; checked against the real one by hand, on a local task."""
+    asked: dict[str, object] = {}
+
+    def simple_evaluate(**options: object) -> dict[str, object]:
+        asked.update(options)
+        return {"results": {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}}}
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = eval_cli.task_scores(Path("model"), ["piqa"], 7, eval_cli.Backend(backend))
+    assert found == {"piqa acc": 0.5}
+    assert (asked["model"], asked["device"], asked["limit"]) == (backend, device, 7)
+    assert asked["model_args"] == {"pretrained": "model"}
