@@ -63,7 +63,7 @@ def test_a_back_end_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize(("backend", "device"), [("hf", "cpu"), ("vllm", None)])
 def test_tasks_run_on_a_device_that_is_here(monkeypatch: pytest.MonkeyPatch, backend: str, device) -> None:
-    """lm-eval's transformers back end takes a GPU for granted; checked against the real one by hand, on a local task."""
+    """lm-eval's transformers back end takes a GPU for granted; tried with the real one by hand."""
     asked: dict[str, object] = {}
 
     def simple_evaluate(**options: object) -> dict[str, object]:
