@@ -53,7 +53,7 @@ import bwla_vllm
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
 
-HOST_ERRORS = (OSError, ValueError, RuntimeError, NotImplementedError, StrictDataclassError)
+HOST_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError)
 """What transformers and vLLM raise on purpose before they ask us; anything else counts as a crash."""
 
 LIMIT_S = 180

@@ -3,6 +3,7 @@
 Each is written from its publication; bits are what the published storage needs, all of it counted.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ class Gptq(PeerRecipe):
         return stored(weights, specs, basis, code.sign, code.scale)
 
 
-class DensePeer(PeerRecipe):
+class DensePeer(PeerRecipe, ABC):
     """A peer that our format cannot hold: dense weights stand for what it stores, and its bits are counted."""
 
     def __init__(self, *args: object, **options: object) -> None:
@@ -135,11 +136,11 @@ class DensePeer(PeerRecipe):
             quantized.replace(name, FakeLinear(part.values, bias, specs[name].bits))
         return GroupResult({}, {})
 
+    @abstractmethod
     def binarize(
         self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
     ) -> "Binarized":
         """One member [N, K] of the group that `specs` describes, by its inputs' H and the `inverse_factor` of H."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

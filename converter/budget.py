@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration import Calibration
-from bwla_converter.error_feedback import elements_at_once
+from bwla_converter.error_feedback import START_FACTORS, elements_at_once
+from bwla_converter.fast import FastOptions
 from bwla_converter.plan import EMBEDDING_WEIGHT, Plan
 from bwla_converter.source import Source
 from bwla_kernels.errors import BWLAError
@@ -30,10 +31,6 @@ STATES_ON_DISK = 3
 """Generations of the hidden states that are on disk at a time: the last two blocks' and the one being written."""
 
 OKT_ROUNDS, PSP_ROUNDS, SCALE_ROUNDS = 40, 20, 12
-FAST_PASSES = 46
-"""Times that recipe `fast` goes through all signs of a group: error feedback from 4 starting scales in each of 3
-rounds, a sweep of coordinate descent in the first two, 8 from every start in the last."""
-
 FREE_SHARE = 0.95
 """Share of the free memory that a conversion may plan with."""
 
@@ -299,12 +296,22 @@ def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates)
                 flops += 20 * PSP_ROUNDS * group.weights * (plan.rank + 8)
                 passed += FLOAT * group.weights * (16 * PSP_ROUNDS + 4 * SCALE_ROUNDS)
                 continue
-            flops += 4 * FAST_PASSES * group.rows * group.square + 8 * group.columns**3
-            passed += FAST_PASSES * 530 * group.weights
+            flops += 4 * fast_passes() * group.rows * group.square + 8 * group.columns**3
+            passed += fast_passes() * 530 * group.weights
             flops += 4 * tokens * group.square + 2 * 5 * tokens * group.weights
             if recipe != "fast":
                 flops += 8 * 6 * tokens * group.weights
     return flops / rates.flops + passed / rates.bytes
+
+
+def fast_passes() -> int:
+    """Times that recipe `fast` goes through all signs of a group.
+
+    Error feedback from every start in each round, a sweep of coordinate descent in each but the last, and there its
+    sweeps from every start.
+    """
+    options, starts = FastOptions(), len(START_FACTORS)
+    return options.rounds * starts + options.rounds - 1 + options.sweeps * starts
 
 
 def measure_rates(size: int = 768) -> Rates:

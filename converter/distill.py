@@ -33,7 +33,7 @@ def distill(
     original_hidden: Activations,
     options: TuneOptions,
     seed: int,
-    start: Mapping[str, Tensor] | None = None,
+    start: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Train the scales of a quantized model.
 
@@ -52,7 +52,6 @@ def distill(
     model = model.to(shell.device).eval()
     model.requires_grad_(False)
     logits_of = original_logits(model, shell)
-    start = dict(start or {})
     model.load_state_dict(start, strict=False)
     linears = make_tunable(model, shell)
     norms = norm_weights(model)
@@ -86,7 +85,7 @@ def distill(
         log.warning(
             "distillation did not bring the model closer to the original: its scales stay as they were"
         )
-        return start, trace
+        return dict(start), trace
     changed = {
         f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.stored().items()
     }

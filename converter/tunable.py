@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from bwla_converter.shell import Block
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
-from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS
+from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, widened
 from bwla_kernels.reference import rotate
 from torch import Tensor, nn
 
@@ -34,10 +34,10 @@ class InputSide(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
         super().__init__()
-        self.spec = spec
-        self.register_buffer("left", tensors["rotation_left"].float())
-        self.register_buffer("right", tensors["rotation_right"].float())
-        self.log_column = nn.Parameter(tensors["column_scale"].float().log())
+        self.spec, tensors = spec, widened(tensors)
+        self.register_buffer("left", tensors["rotation_left"])
+        self.register_buffer("right", tensors["rotation_right"])
+        self.log_column = nn.Parameter(tensors["column_scale"].log())
         self.low_rank_a = nn.Parameter(tensors["low_rank_a"].float()) if spec.rank else None
         self._last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
 
@@ -155,7 +155,7 @@ class TunableLinear(nn.Module):
         self.latent = nn.Parameter(agreeing(latent, signs)) if latent is not None else None
         self.register_buffer("signs", None if latent is not None else signs)
         self.register_buffer("bias", bias)
-        self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
+        self.log_scale = nn.Parameter(widened(tensors)["weight_scale"].log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_kernels.format import LayerSpec, pack_signs
-from bwla_kernels.format.layer import ROTATION_DTYPE, SCALE_DTYPE
+from bwla_kernels.format import LayerSpec, as_stored, pack_signs
 from torch import Tensor
 
 LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
@@ -14,7 +13,7 @@ LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
 
 def _random_rotation(blocks: int, order: int, generator: torch.Generator) -> Tensor:
     square = torch.randn(blocks, order, order, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(square).Q.to(ROTATION_DTYPE).contiguous()
+    return torch.linalg.qr(square).Q
 
 
 def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
@@ -23,17 +22,17 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
     n, k, r = spec.out_features, spec.in_features, spec.rank
     tensors = {
         "weight_packed": pack_signs(torch.randint(0, 2, (n, k), generator=generator)),
-        "weight_scale": (torch.rand(n, generator=generator) / k**0.5 + 0.01).to(SCALE_DTYPE),
+        "weight_scale": torch.rand(n, generator=generator) / k**0.5 + 0.01,
         "rotation_left": _random_rotation(spec.blocks, spec.n1, generator),
         "rotation_right": _random_rotation(spec.blocks, spec.n2, generator),
-        "column_scale": (torch.rand(k, generator=generator) + 0.5).to(SCALE_DTYPE),
+        "column_scale": torch.rand(k, generator=generator) + 0.5,
     }
     if r:
-        tensors["low_rank_a"] = (torch.randn(r, k, generator=generator) / k**0.5).bfloat16()
-        tensors["low_rank_b"] = torch.randn(n, r, generator=generator).bfloat16()
+        tensors["low_rank_a"] = torch.randn(r, k, generator=generator) / k**0.5
+        tensors["low_rank_b"] = torch.randn(n, r, generator=generator)
     if spec.bias:
         tensors["bias"] = torch.randn(n, generator=generator)
-    return tensors
+    return as_stored(tensors, spec)
 
 
 @pytest.fixture(scope="session")

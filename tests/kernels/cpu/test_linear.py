@@ -213,8 +213,8 @@ def test_what_does_not_fit_is_refused_in_words(make_layer) -> None:
         kernel.linear(x, packed[1:], FULL)
     with pytest.raises(BackendError, match="bias: expected"):
         kernel.linear(x, packed, FULL, layer["bias"][1:])
-    with pytest.raises(BackendError, match="weight_packed: expected contiguous torch.int32"):
-        kernel.pack({**layer, "weight_packed": layer["weight_packed"].float()}, FULL)
+    with pytest.raises(BackendError, match="weight_scale: expected contiguous torch.bfloat16"):
+        kernel.pack({**layer, "weight_scale": layer["weight_scale"].double()}, FULL)
     able, reason = kernel.can_implement(LayerSpec(8, 64, 1, 8, 8, bits=16))
     assert not able
     assert "quantized activations" in reason
