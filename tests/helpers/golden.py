@@ -17,7 +17,7 @@ from bwla_kernels.format import LayerSpec
 from torch import Tensor, nn
 
 PROMPT_LENGTH, NEW_TOKENS = 9, 5
-SAFE_MARGIN = 1e-4
+SAFE_MARGIN = 1.5e-4
 
 
 @dataclass(frozen=True)
