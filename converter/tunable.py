@@ -111,12 +111,15 @@ class SignProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             return of_x, None, None
         of_latent = (above.mT @ rows).to(source.dtype)
-        outwards = (source.abs() > LATENT_RANGE) & (of_latent * source < 0)
-        return of_x, of_latent.masked_fill_(outwards, 0.0), None
+        free = (source.abs() <= LATENT_RANGE).logical_or_(of_latent * source >= 0)
+        return of_x, of_latent.mul_(free.view(torch.int8)), None
 
 
 def _signs(source: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(source >= 0, 1.0, -1.0).to(dtype) if source.is_floating_point() else source.to(dtype)
+    if source.is_floating_point():
+        # By way of bytes: on a CPU torch converts booleans, and chooses between numbers, an element at a time.
+        source = (source >= 0).view(torch.int8).mul(2).sub_(1)
+    return source.to(dtype)
 
 
 def sign_product(x: Tensor, source: Tensor) -> Tensor:

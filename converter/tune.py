@@ -97,7 +97,7 @@ def tune(
     Returns: mean loss of each epoch, as it was on the way; the last one may be cut short by the budget.
     """
     # The gradient of one sign is far below Adam's usual epsilon, which would keep it from moving at all.
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15)
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
     full = [group["lr"] for group in adam.param_groups]
     steps = options.epochs * math.ceil(count / options.batch)
     steps = min(steps, options.max_steps or steps)
