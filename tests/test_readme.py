@@ -214,3 +214,8 @@ def explained() -> list[str]:
 def test_the_explained_message_exists(message: str, messages: str) -> None:
     pattern = ".*".join(re.escape(part) for part in message.split("..."))
     assert re.search(pattern, messages), message
+
+
+def test_the_tables_of_quality_are_those_of_the_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "quality_tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run scripts/quality_tables.py"

@@ -1,0 +1,106 @@
+"""Write README's tables of quality from benchmarks/results/*.json, so that none is copied by hand.
+
+python scripts/quality_tables.py            # write them
+python scripts/quality_tables.py --check    # fail where README differs
+"""
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+MARKED = re.compile(
+    r"(<!-- (quality|ablations): (\S+); scripts/quality_tables.py -->\n).*?(\n<!-- end of table -->)", re.S
+)
+"""A table between its marks: which kind, and the names of the result files, joined by +."""
+
+ABITS = (16, 8, 6, 4)
+METHODS = {
+    "rtn": "round to nearest, 1 bit",
+    "gptq": "GPTQ, 1 bit",
+    "gptq, equal bits": "GPTQ, equal bits",
+    "hadamard+gptq": "Hadamard rotation + GPTQ",
+    "billm": "BiLLM (written from its paper)",
+    "paper": "`paper`",
+    "fast": "`fast`",
+    "best": "`best`",
+}
+ABLATIONS = {
+    "best": "`best`",
+    "best, no distillation": "`best` without distillation",
+    "best, no tuning": "`best` without tuning of blocks",
+    "fast": "`fast`",
+    "fast, last norm as it was": "`fast` with the last norm as it was",
+    "fast, no column scales": "`fast` without column scales",
+    "fast, no PSP": "`fast` without the low-rank part",
+    "fast, random rotation": "`fast` with a random rotation in place of OKT",
+    "fast, no coordinate descent": "`fast` without coordinate descent",
+    "fast, no error feedback": "`fast` without error feedback and coordinate descent",
+    "fast, original target": "`fast` without making good what earlier blocks lost",
+    "paper": "`paper`",
+    "paper, rank 0": "`paper` without the low-rank part",
+}
+
+Rows = list[dict[str, Any]]
+
+
+def rows_of(names: str) -> Rows:
+    """The rows of some result files."""
+    files = [RESULTS / f"{name}.json" for name in names.split("+")]
+    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+
+
+def cell(rows: Rows, abits: int) -> str:
+    """Mean and deviation of d over the seeds."""
+    found = [row["d"] for row in rows if row["abits"] == abits]
+    spread = f" ± {statistics.stdev(found):.3f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.3f}{spread}"
+
+
+def quality_table(rows: Rows) -> str:
+    """One line a method, one column an activation width."""
+    lines = [
+        "| method | all-in bits per weight | d, 16-bit activations | 8-bit | 6-bit | 4-bit | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method, title in METHODS.items():
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            cells = " | ".join(cell(mine, abits) for abits in ABITS)
+            seeds = len({row["seed"] for row in mine})
+            lines.append(f"| {title} | {mine[0]['bits_per_weight']:.2f} | {cells} | {seeds} |")
+    return "\n".join(lines)
+
+
+def ablation_table(rows: Rows) -> str:
+    """One line a recipe with a part left out, at 6-bit activations."""
+    lines = ["| | all-in bits per weight | d | seeds |", "|---|---|---|---|"]
+    for method, title in ABLATIONS.items():
+        mine = [row for row in rows if row["method"] == method]
+        seeds = len({row["seed"] for row in mine})
+        lines.append(f"| {title} | {mine[0]['bits_per_weight']:.2f} | {cell(mine, 6)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def with_tables(text: str) -> str:
+    """README's text with every marked table made anew."""
+    make = {"quality": quality_table, "ablations": ablation_table}
+    return MARKED.sub(lambda found: found[1] + make[found[2]](rows_of(found[3])) + found[4], text)
+
+
+def main() -> int:
+    """Command line; with --check, 1 where README is not up to date."""
+    old = README.read_text(encoding="utf-8")
+    new = with_tables(old)
+    if "--check" in sys.argv[1:]:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
