@@ -216,6 +216,6 @@ def test_the_explained_message_exists(message: str, messages: str) -> None:
     assert re.search(pattern, messages), message
 
 
-def test_the_tables_of_quality_are_those_of_the_results() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "quality_tables.py"), "--check"]
-    assert subprocess.run(command, check=False).returncode == 0, "run scripts/quality_tables.py"
+def test_the_tables_are_those_of_the_code_and_the_results() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run scripts/readme_tables.py"

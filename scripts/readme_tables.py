@@ -1,7 +1,7 @@
-"""Write README's tables of quality from benchmarks/results/*.json, so that none is copied by hand.
+"""Write README's tables that say what is known elsewhere: model families from the converter, quality from results.
 
-python scripts/quality_tables.py            # write them
-python scripts/quality_tables.py --check    # fail where README differs
+python scripts/readme_tables.py            # write them
+python scripts/readme_tables.py --check    # fail where README differs
 """
 
 import json
@@ -11,12 +11,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.families import family_table
+
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+BEGIN = "<!-- table: "
 MARKED = re.compile(
-    r"(<!-- (quality|ablations): (\S+); scripts/quality_tables.py -->\n).*?(\n<!-- end of table -->)", re.S
+    r"(<!-- table: (families|quality|ablations) ?(\S*); scripts/readme_tables.py -->\n).*?(\n<!-- end of table -->)",
+    re.S,
 )
-"""A table between its marks: which kind, and the names of the result files, joined by +."""
+"""A table between its marks: which kind, and the names of the result files, if any, joined by +."""
 
 ABITS = (16, 8, 6, 4)
 METHODS = {
@@ -87,9 +91,22 @@ def ablation_table(rows: Rows) -> str:
 
 
 def with_tables(text: str) -> str:
-    """README's text with every marked table made anew."""
-    make = {"quality": quality_table, "ablations": ablation_table}
-    return MARKED.sub(lambda found: found[1] + make[found[2]](rows_of(found[3])) + found[4], text)
+    """README's text with every marked table made anew.
+
+    Raises:
+        ValueError: a mark is broken.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        if found[2] == "families":
+            return found[1] + family_table() + found[4]
+        make = quality_table if found[2] == "quality" else ablation_table
+        return found[1] + make(rows_of(found[3])) + found[4]
+
+    new, count = MARKED.subn(table, text)
+    if count == 0 or count != text.count(BEGIN):
+        raise ValueError(f"{README}: expected marks around each table, found {count} of {text.count(BEGIN)}")
+    return new
 
 
 def main() -> int:
