@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN = "<!-- table: "
 MARKED = re.compile(
-    r"(<!-- table: (families|quality|ablations) ?(\S*); scripts/readme_tables.py -->\n).*?(\n<!-- end of table -->)",
+    r"(<!-- table: (families|quality|ablations|amounts) ?(\S*); scripts/readme_tables.py -->\n)"
+    r".*?(\n<!-- end of table -->)",
     re.S,
 )
 """A table between its marks: which kind, and the names of the result files, if any, joined by +."""
@@ -53,9 +54,10 @@ Rows = list[dict[str, Any]]
 
 
 def rows_of(names: str) -> Rows:
-    """The rows of some result files."""
+    """The rows of some result files, each with the calibration windows of its file."""
     files = [RESULTS / f"{name}.json" for name in names.split("+")]
-    return [row for file in files for row in json.loads(file.read_text(encoding="utf-8"))["rows"]]
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [{**row, "samples": result["samples"]} for result in results for row in result["rows"]]
 
 
 def cell(rows: Rows, abits: int) -> str:
@@ -90,6 +92,23 @@ def ablation_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def amounts_table(rows: Rows) -> str:
+    """One line an amount of calibration text, at 6-bit activations: seed 0, which every amount was measured with."""
+    found = {
+        (row["samples"], row["method"]): row["d"] for row in rows if row["abits"] == 6 and row["seed"] == 0
+    }
+    methods = ("gptq", "gptq, equal bits", "fast", "best")
+    lines = [
+        "| calibration windows | " + " | ".join(METHODS[method] for method in methods) + " |",
+        "|---|" + "---|" * len(methods),
+    ]
+    for samples in sorted({row["samples"] for row in rows}):
+        values = (found.get((samples, method)) for method in methods)
+        cells = " | ".join("" if value is None else f"{value:.3f}" for value in values)
+        lines.append(f"| {samples:,} | {cells} |")
+    return "\n".join(lines)
+
+
 def with_tables(text: str) -> str:
     """README's text with every marked table made anew.
 
@@ -100,8 +119,8 @@ def with_tables(text: str) -> str:
     def table(found: re.Match[str]) -> str:
         if found[2] == "families":
             return found[1] + family_table() + found[4]
-        make = quality_table if found[2] == "quality" else ablation_table
-        return found[1] + make(rows_of(found[3])) + found[4]
+        make = {"quality": quality_table, "ablations": ablation_table, "amounts": amounts_table}
+        return found[1] + make[found[2]](rows_of(found[3])) + found[4]
 
     new, count = MARKED.subn(table, text)
     if count == 0 or count != text.count(BEGIN):
