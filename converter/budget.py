@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration import Calibration
-from bwla_converter.error_feedback import START_FACTORS, elements_at_once
+from bwla_converter.error_feedback import elements_at_once
 from bwla_converter.fast import FastOptions
 from bwla_converter.plan import EMBEDDING_WEIGHT, Plan
 from bwla_converter.source import Source
@@ -286,6 +286,7 @@ def _distilling_bytes(source: Source, plan: Plan, calibration: Calibration) -> f
 
 def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates) -> float:
     flops = passed = 0.0
+    passes = FastOptions().passes
     for index in range(source.num_blocks):
         for _, group in _groups(source, plan, index):
             spread = 2 * math.isqrt(group.columns)  # n1 + n2 of one block
@@ -296,22 +297,12 @@ def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates)
                 flops += 20 * PSP_ROUNDS * group.weights * (plan.rank + 8)
                 passed += FLOAT * group.weights * (16 * PSP_ROUNDS + 4 * SCALE_ROUNDS)
                 continue
-            flops += 4 * fast_passes() * group.rows * group.square + 8 * group.columns**3
-            passed += fast_passes() * 530 * group.weights
+            flops += 4 * passes * group.rows * group.square + 8 * group.columns**3
+            passed += passes * 530 * group.weights
             flops += 4 * tokens * group.square + 2 * 5 * tokens * group.weights
             if recipe != "fast":
                 flops += 8 * 6 * tokens * group.weights
     return flops / rates.flops + passed / rates.bytes
-
-
-def fast_passes() -> int:
-    """Times that recipe `fast` goes through all signs of a group.
-
-    Error feedback from every start in each round, a sweep of coordinate descent in each but the last, and there its
-    sweeps from every start.
-    """
-    options, starts = FastOptions(), len(START_FACTORS)
-    return options.rounds * starts + options.rounds - 1 + options.sweeps * starts
 
 
 def measure_rates(size: int = 768) -> Rates:

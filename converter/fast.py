@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from bwla_converter.clip import choose_clip
-from bwla_converter.error_feedback import Code, inverse_factor, one_bit
+from bwla_converter.error_feedback import START_FACTORS, Code, inverse_factor, one_bit
 from bwla_converter.group import GroupResult, check_group, group_generator, pool_rows, store_group
 from bwla_converter.hessian import Moments, rotate_metric
 from bwla_converter.metric_low_rank import metric_low_rank
@@ -58,6 +58,16 @@ class FastOptions:
     last_norm: bool = True
     clips: bool = True
     latents: bool = False
+
+    @property
+    def passes(self) -> int:
+        """Times that the recipe goes through all signs of a group.
+
+        Error feedback from every start in each round, a sweep of coordinate descent in each but the last, and there
+        its sweeps from every start.
+        """
+        starts = len(START_FACTORS)
+        return self.rounds * starts + self.rounds - 1 + self.sweeps * starts
 
 
 def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:

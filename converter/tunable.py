@@ -158,7 +158,7 @@ class TunableLinear(nn.Module):
         self.latent = nn.Parameter(agreeing(latent, signs)) if latent is not None else None
         self.register_buffer("signs", None if latent is not None else signs)
         self.register_buffer("bias", bias)
-        self.log_scale = nn.Parameter(widened(tensors)["weight_scale"].log())
+        self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
 
     def forward(self, x: Tensor) -> Tensor:
