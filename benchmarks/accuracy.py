@@ -105,6 +105,10 @@ def without_distillation(options: BestOptions) -> BestOptions:
     return replace(options, distill=replace(options.distill, epochs=0))
 
 
+def signs_stay(options: BestOptions) -> BestOptions:
+    return replace(options, distill=replace(options.distill, latent_rate=0.0))
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method(RoundToNearest, 0),
     "gptq": Method(Gptq, 0),
@@ -123,6 +127,7 @@ METHODS: dict[str, Method] = {
     "fast, last norm as it was": Method(fast_with(last_norm=False), ablation=True),
     "fast, original target": Method(fast_with(target_damping=float("inf")), ablation=True),
     "best, no tuning": Method(best_with(without_tuning), ablation=True),
+    "best, signs not distilled": Method(best_with(signs_stay), ablation=True),
     "best, no distillation": Method(best_with(without_distillation), ablation=True),
 }
 

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration import Calibration
+from bwla_converter.distill import DISTILLATION
 from bwla_converter.error_feedback import elements_at_once
 from bwla_converter.fast import FastOptions
 from bwla_converter.plan import EMBEDDING_WEIGHT, Plan
+from bwla_converter.sections import sections
 from bwla_converter.source import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import Entry
@@ -276,12 +278,15 @@ def _tuning_bytes(
 
 
 def _distilling_bytes(source: Source, plan: Plan, calibration: Calibration) -> float:
-    """Recipe `best` at its end: the whole model with signs in int8, embedding and heads in float32, the activations of
-    a batch kept for the backward pass, and six copies of its logits."""
-    tokens = min(WINDOWS_AT_ONCE, calibration.samples) * calibration.length
+    """Recipe `best` at its end: the whole model with signs in int8, embedding and heads in float32, a section's latent
+    weights with gradient and Adam's two moments, the activations of a batch kept for the backward pass, and six copies
+    of its logits."""
+    tokens = min(DISTILLATION.batch, calibration.samples) * calibration.length
+    section = max(weights for _, weights in sections(source))
     vocabulary, width = source.entries[EMBEDDING_WEIGHT].shape
     kept = sum(spec.out_features + 2 * spec.in_features for spec in plan.specs.values())
-    return float(plan.weights + FLOAT * (3 * vocabulary * width + tokens * (kept + 6 * vocabulary)))
+    logits = tokens * (kept + 6 * vocabulary)
+    return float(plan.weights + FLOAT * (3 * vocabulary * width + 4 * section + logits))
 
 
 def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates) -> float:
@@ -302,6 +307,13 @@ def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates)
             flops += 4 * tokens * group.square + 2 * 5 * tokens * group.weights
             if recipe != "fast":
                 flops += 8 * 6 * tokens * group.weights
+    if recipe == "best":
+        flops += (
+            16
+            * DISTILLATION.epochs
+            * tokens
+            * (plan.weights + math.prod(source.entries[EMBEDDING_WEIGHT].shape))
+        )
     return flops / rates.flops + passed / rates.bytes
 
 

@@ -116,9 +116,7 @@ def convert(
     ] = None,
     distill_epochs: Annotated[
         int | None,
-        typer.Option(
-            help="Recipe best: passes over the text for the whole model's scales; 0 for none.", min=0
-        ),
+        typer.Option(help="Recipe best: passes over the text for the whole model; 0 for none.", min=0),
     ] = None,
     minutes: Annotated[
         float | None,

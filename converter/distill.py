@@ -1,8 +1,16 @@
-"""Scale distillation: the whole quantized model learns the original's next-token distributions through its scales.
+"""Distillation: the whole quantized model learns the original's next-token distributions.
 
-Signs stay (tuning them here hurts: NanoQuant's ablation); row and column scales, norms and low-rank factors are
-few, so little text suffices. The original itself is not loaded: its last hidden states are at hand after the last
-block, and its norm and head give its logits.
+Row and column scales, norms and low-rank factors learn all the time; signs in sections of as many blocks as
+`sections.SIGNS_AT_ONCE` allows, one section after the other, so that a large model needs latent weights and their
+optimizer's state of one section only. All sections together see the text as often as the options say.
+
+A sign moves when its gradient has pushed the same way for long: its latent weight starts at what the original weight
+would be here, but nowhere nearer to zero than `tunable.SMALLEST_LATENT`, and the steps are small. NanoQuant's ablation
+found signs better left alone here; so it is with latent weights that come from the blocks' tuning, many of which are
+next to zero, or with large steps (measured: divergence three times as large instead of half).
+
+The original itself is not loaded: its last hidden states are at hand after the last block, and its norm and head
+give its logits; its weights are read a linear at a time where latent weights begin.
 """
 
 import copy
@@ -13,6 +21,7 @@ import torch
 from bwla_converter.activations import Activations
 from bwla_converter.hf import BWLAHead, BWLALinear
 from bwla_converter.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAST_NORM
+from bwla_converter.sections import sections, shared_out
 from bwla_converter.shell import Shell
 from bwla_converter.tunable import InputSide, TunableLinear, forget_inputs, norm_weights
 from bwla_converter.tune import TuneOptions, parameter_groups, tune
@@ -22,8 +31,10 @@ from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-DISTILLATION = TuneOptions(epochs=4, batch=4, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3)
-"""How the scales are distilled; there are no latent weights."""
+DISTILLATION = TuneOptions(
+    epochs=2, batch=2, latent_rate=3e-3, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3, momentum=0.8
+)
+"""How the whole model is distilled; at a latent rate of 0 all signs stay as they are."""
 
 
 def distill(
@@ -35,19 +46,19 @@ def distill(
     seed: int,
     start: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """Train the scales of a quantized model.
+    """Train a quantized model as a whole.
 
     Args:
         model: the model, its quantized linears `BWLALinear`; changed in place.
         shell: of the original; gives its head.
         ids: token ids of the calibration windows [S, T].
         original_hidden: the original's hidden states after its last block [S, T, hidden].
-        options: see there.
+        options: see there; no latent weights at a latent rate of 0.
         seed: orders the windows.
         start: stored tensors, by their full names, to start from instead of the model's.
 
-    Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch, and
-        after, in nats; those of `start` alone where it did not fall.
+    Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch of
+        each section, and after, in nats; those of `start` alone where it did not fall.
     """
     model = model.to(shell.device).eval()
     model.requires_grad_(False)
@@ -71,19 +82,22 @@ def distill(
         forget_inputs(linears.values())
         return total / len(ids)
 
-    before = divergence()
-    trace = tune(
-        loss_of,
-        parameter_groups(linears.values(), norms.values(), options),
-        len(ids),
-        options,
-        torch.Generator().manual_seed(seed),
-        lambda: forget_inputs(linears.values()),
-    )
-    trace = [before, *trace, divergence()]
-    if trace[-1] >= before:
+    generator = torch.Generator().manual_seed(seed)
+    trace = [divergence()]
+    parts = [blocks for blocks, _ in sections(shell.source)] if options.latent_rate else [[]]
+    for blocks, share in zip(parts, shared_out(options, len(ids), len(parts)), strict=True):
+        moving = [name for index in blocks for name in shell.source.linears_of_block(index)]
+        before = {name: free_signs(linears[name], f"{name}.weight", shell) for name in moving}
+        groups = parameter_groups(linears.values(), norms.values(), share)
+        trace += tune(loss_of, groups, len(ids), share, generator, lambda: forget_inputs(linears.values()))
+        moved = sum(int((linears[name].fix_signs() != signs).sum()) for name, signs in before.items())
+        if moving:
+            share_moved = 100 * moved / sum(signs.numel() for signs in before.values())
+            log.info("distillation: blocks %d-%d, %.2f %% of signs moved", blocks[0], blocks[-1], share_moved)
+    trace.append(divergence())
+    if trace[-1] >= trace[0]:
         log.warning(
-            "distillation did not bring the model closer to the original: its scales stay as they were"
+            "distillation did not bring the model closer to the original: it stays as it was; try more --samples"
         )
         return dict(start), trace
     changed = {
@@ -92,6 +106,14 @@ def distill(
     dtypes = {name: shell.source.entries[name].dtype for name in norms}
     changed |= {name: parameter.detach().to(dtypes[name], copy=True) for name, parameter in norms.items()}
     return changed, trace
+
+
+def free_signs(linear: TunableLinear, weight: str, shell: Shell) -> Tensor:
+    """Let the signs of a linear move, from the original's weight of that name; returns what they are, int8 [N, K]."""
+    assert linear.signs is not None
+    signs = linear.signs
+    linear.free_signs(linear.original_latent(shell.source.read([weight])[weight].to(shell.device)))
+    return signs
 
 
 def original_logits(model: PreTrainedModel, shell: Shell) -> Callable[[Tensor], Tensor]:

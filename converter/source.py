@@ -74,6 +74,10 @@ class Source:
             if not ignored:
                 yield group, names
 
+    def linears_of_block(self, index: int) -> list[str]:
+        """The linears of a decoder block that are to be quantized. Raises as `groups_of_block`."""
+        return [name for _, names in self.groups_of_block(index) for name in names]
+
     def names_of_block(self, index: int) -> list[str]:
         """Names of all tensors of one decoder block."""
         prefix = self.family.block_name(index) + "."
@@ -198,8 +202,7 @@ def check_values(
 
 def _linear_weights(source: Source) -> Iterator[str]:
     for index in range(source.num_blocks):
-        for _, names in source.groups_of_block(index):
-            yield from (f"{name}.weight" for name in names)
+        yield from (f"{name}.weight" for name in source.linears_of_block(index))
 
 
 def outline_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:

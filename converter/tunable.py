@@ -154,9 +154,10 @@ class TunableLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.side, self.spec = side, spec
-        signs = unpack_signs(tensors["weight_packed"])
-        self.latent = nn.Parameter(agreeing(latent, signs)) if latent is not None else None
-        self.register_buffer("signs", None if latent is not None else signs)
+        self.register_buffer("signs", unpack_signs(tensors["weight_packed"]))
+        self.latent: nn.Parameter | None = None
+        if latent is not None:
+            self.free_signs(latent)
         self.register_buffer("bias", bias)
         self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
@@ -173,15 +174,39 @@ class TunableLinear(nn.Module):
             y = y + self.bias.float()
         return y.to(x.dtype)
 
+    def free_signs(self, latent: Tensor) -> None:
+        """From now on the signs, which were fixed, follow a latent weight [N, K] in units of the row's scale."""
+        assert self.signs is not None
+        self.latent, self.signs = nn.Parameter(agreeing(latent, self.signs)), None
+
+    @torch.no_grad()
+    def fix_signs(self) -> Tensor:
+        """From now on the signs stay as they are, int8 [N, K]; the latent weight is let go."""
+        assert self.latent is not None
+        signs = _signs(self.latent, torch.int8)
+        self.latent, self.signs = None, signs
+        return signs
+
+    @torch.no_grad()
+    def original_latent(self, weight: Tensor) -> Tensor:
+        """A weight [N, K] as `free_signs` takes it: rotated, without the low-rank part, in units of the scales."""
+        column = self.side.log_column.exp()
+        rotated = rotate(weight.float(), self.side.left, self.side.right) / column
+        if self.low_rank_b is not None and self.side.low_rank_a is not None:
+            low_rank_a = rotate(self.side.low_rank_a, self.side.left, self.side.right) / column
+            rotated -= self.low_rank_b @ low_rank_a
+        return rotated / self.log_scale.exp().unsqueeze(1)
+
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What tuning may have changed, as the format stores it, without names' prefix."""
+        source = self.signs if self.latent is None else self.latent
+        assert source is not None
         found = {
+            "weight_packed": pack_signs(_signs(source, torch.int8)),
             "weight_scale": self.log_scale.exp().to(SCALE_DTYPE),
             "column_scale": self.side.log_column.exp().to(SCALE_DTYPE),
         }
-        if self.latent is not None:
-            found["weight_packed"] = pack_signs(torch.where(self.latent >= 0, 1, -1).to(torch.int8))
         if self.low_rank_b is not None and self.side.low_rank_a is not None:
             found["low_rank_a"] = self.side.low_rank_a.bfloat16()
             found["low_rank_b"] = self.low_rank_b.bfloat16()

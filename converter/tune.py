@@ -26,6 +26,7 @@ class TuneOptions:
         batch: windows a step.
         latent_rate, scale_rate, low_rank_rate, norm_rate: Adam's steps, of latent weights in units of their row's
             scale, of log scales, of low-rank factors and norms in units of their root mean square.
+        momentum: share of its running mean that Adam keeps of a gradient, each step.
         warm_up: share of the work in which the rates rise; they then fall to zero along a cosine.
         max_steps: fewer steps than the epochs have; None for all of them.
         minutes: time to stop after. The result then depends on the machine's speed; None for no limit.
@@ -37,9 +38,15 @@ class TuneOptions:
     scale_rate: float = 3e-3
     low_rank_rate: float = 1e-2
     norm_rate: float = 3e-3
+    momentum: float = 0.9
     warm_up: float = 0.05
     max_steps: int | None = None
     minutes: float | None = None
+
+    def steps(self, count: int) -> int:
+        """Adam's steps on `count` windows, unless the minutes end them."""
+        steps = self.epochs * math.ceil(count / self.batch)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def parameter_groups(
@@ -97,10 +104,9 @@ def tune(
     Returns: mean loss of each epoch, as it was on the way; the last one may be cut short by the budget.
     """
     # The gradient of one sign is far below Adam's usual epsilon, which would keep it from moving at all.
-    adam = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-15, fused=True)
+    adam = torch.optim.Adam(groups, betas=(options.momentum, 0.95), eps=1e-15, fused=True)
     full = [group["lr"] for group in adam.param_groups]
-    steps = options.epochs * math.ceil(count / options.batch)
-    steps = min(steps, options.max_steps or steps)
+    steps = options.steps(count)
     trace: list[float] = []
     step, started = 0, time.monotonic()
     while step < steps:

@@ -36,6 +36,7 @@ METHODS = {
 }
 ABLATIONS = {
     "best": "`best`",
+    "best, signs not distilled": "`best` with signs that stay in distillation",
     "best, no distillation": "`best` without distillation",
     "best, no tuning": "`best` without tuning of blocks",
     "fast": "`fast`",

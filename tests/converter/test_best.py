@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import recipes
+from bwla_converter import distill, recipes
 from bwla_converter.best import BestOptions, BestRecipe, relative_loss
 from bwla_converter.calibration import Calibration, token_windows
 from bwla_converter.distill import DISTILLATION
@@ -15,6 +15,7 @@ from bwla_converter.fast import FastOptions
 from bwla_converter.hf import BWLALinear
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
+from bwla_converter.sections import sections
 from bwla_converter.source import Source, open_source
 from bwla_converter.tune import TuneOptions
 from bwla_kernels.format import LayerSpec, validate_layer
@@ -120,16 +121,30 @@ def test_tuning_that_does_not_help_is_undone(
     assert all(torch.equal(one, other) for one, other in zip(hidden, kept, strict=True))
 
 
-def test_distillation_lowers_the_divergence_and_leaves_signs(
-    source: Source, calibration: Calibration
+@pytest.mark.parametrize(("rate", "at_once", "epochs"), [(0.0, 2**28, 20), (3e-3, 2**28, 20), (3e-3, 1, 40)])
+def test_distillation_lowers_the_divergence(
+    source: Source,
+    calibration: Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+    rate: float,
+    at_once: int,
+    epochs: int,
 ) -> None:
-    patient = replace(OPTIONS.distill, epochs=20)
+    """With signs that stay, that all move, and that move block by block."""
+    monkeypatch.setattr(distill, "sections", lambda source: sections(source, at_once))
+    patient = replace(OPTIONS.distill, epochs=epochs, latent_rate=rate)
     untuned = replace(OPTIONS.tune, epochs=0)
     recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned, distill=patient))
     stored, model, _ = run(recipe, source)
     changed = recipe.distill(model)
     assert recipe.divergence[-1] < recipe.divergence[0]
-    assert not any(name.endswith(("weight_packed", "rotation_left")) for name in changed)
+    assert not any(name.endswith("rotation_left") for name in changed)
+    packed = [name for name in changed if name.endswith("weight_packed")]
+    moved = [name for name in packed if not torch.equal(changed[name], stored[name])]
+    assert len(packed) == 14
+    assert bool(moved) == bool(rate)
+    if rate:
+        assert {name.split(".")[2] for name in moved} == {"0", "1"}
     assert all(name in stored or name.endswith("norm.weight") for name in changed)
     assert "model.norm.weight" in changed
     for name, tensor in changed.items():

@@ -159,6 +159,41 @@ def test_latents_start_with_the_signs_that_were_chosen(generator: torch.Generato
     assert torch.equal(unpack_signs(pack_signs(start.sign().to(torch.int8))), signs)
 
 
+def test_a_weight_as_latent_is_the_weight_in_other_units(
+    stored: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    weight = torch.randn(24, 64, generator=generator)
+    latent = linear.original_latent(weight)
+    basis = stored["rotation_left"].float(), stored["rotation_right"].float()
+    columns = stored["column_scale"].float()
+    # x W^T = (x_hat * columns) (latent * scales)^T + x (B A)^T, with x_hat the rotated x.
+    x = torch.randn(5, 64, generator=generator)
+    x_hat = reference.rotate(x, *basis) * columns
+    found = x_hat @ (latent * stored["weight_scale"].float().unsqueeze(1)).mT
+    found += x @ (stored["low_rank_b"].float() @ stored["low_rank_a"].float()).mT
+    torch.testing.assert_close(found, x @ weight.mT, rtol=1e-2, atol=1e-1)  # rotations are stored in 16 bits
+
+
+def test_signs_that_are_freed_and_fixed_again_are_the_same(
+    stored: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    signs = linear.signs
+    assert signs is not None
+    linear.free_signs(torch.randn(24, 64, generator=generator))
+    assert linear.signs is None
+    assert {name for name, _ in linear.named_parameters()} >= {"latent"}
+    assert linear.latent is not None
+    with torch.no_grad():
+        linear.latent[0, 0] *= -1.0
+    fixed = linear.fix_signs()
+    assert linear.latent is None
+    assert fixed.dtype == torch.int8
+    assert (fixed != signs).nonzero().tolist() == [[0, 0]]
+    assert torch.equal(unpack_signs(linear.stored()["weight_packed"]), fixed)
+
+
 def test_codes_of_zeros_are_zeros() -> None:
     x_hat = torch.zeros(2, 64, requires_grad=True)
     out = straight_through_codes(x_hat, SPEC)
