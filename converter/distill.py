@@ -32,7 +32,7 @@ from transformers import PreTrainedModel
 log = logging.getLogger(__name__)
 
 DISTILLATION = TuneOptions(
-    epochs=2, batch=2, latent_rate=3e-3, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3, momentum=0.8
+    epochs=4, batch=2, latent_rate=3e-3, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3, momentum=0.8
 )
 """How the whole model is distilled; at a latent rate of 0 all signs stay as they are."""
 
