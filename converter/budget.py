@@ -308,12 +308,8 @@ def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates)
             if recipe != "fast":
                 flops += 8 * 6 * tokens * group.weights
     if recipe == "best":
-        flops += (
-            16
-            * DISTILLATION.epochs
-            * tokens
-            * (plan.weights + math.prod(source.entries[EMBEDDING_WEIGHT].shape))
-        )
+        head = math.prod(source.entries[EMBEDDING_WEIGHT].shape)
+        flops += 16 * DISTILLATION.epochs * tokens * (plan.weights + head)
     return flops / rates.flops + passed / rates.bytes
 
 

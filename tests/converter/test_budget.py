@@ -51,6 +51,16 @@ def test_paper_keeps_no_text(planned) -> None:
     assert budget.seconds < predict(*planned, "fast", text(8), 1e12, RATES).seconds
 
 
+def test_best_counts_what_distillation_trains(planned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A latent weight, its gradient and Adam's two moments are 16 bytes."""
+    plain = predict(*planned, "best", text(8), 1e12, RATES)
+    monkeypatch.setattr(budget_module, "sections", lambda source: [([0], 10**8), ([1], 10**7)])
+    large = predict(*planned, "best", text(8), 1e12, RATES)
+    assert large.moment == "distillation"
+    assert 16e8 < large.work < 17e8 + plain.work
+    assert plain.seconds > predict(*planned, "fast", text(8), 1e12, RATES).seconds
+
+
 def test_too_little_memory_is_refused_with_the_numbers(make_model, tmp_path: Path) -> None:
     options = Options(str(make_model()), tmp_path / "out", rank=2, max_memory=10**7)
     sentence = (
