@@ -165,14 +165,19 @@ class TunableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x."""
         x_hat, u = self.side(x)
-        source = self.signs if self.latent is None else self.latent
-        assert source is not None
-        y: Tensor = sign_product(x_hat, source) * self.log_scale.exp()
+        y: Tensor = sign_product(x_hat, self._source) * self.log_scale.exp()
         if u is not None and self.low_rank_b is not None:
             y = y + u @ self.low_rank_b.mT
         if self.bias is not None:
             y = y + self.bias.float()
         return y.to(x.dtype)
+
+    @property
+    def _source(self) -> Tensor:
+        """What the signs are the signs of: latent weights, or the signs themselves where they are fixed."""
+        source = self.signs if self.latent is None else self.latent
+        assert source is not None
+        return source
 
     def free_signs(self, latent: Tensor) -> None:
         """From now on the signs, which were fixed, follow a latent weight [N, K] in units of the row's scale."""
@@ -200,10 +205,8 @@ class TunableLinear(nn.Module):
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """What tuning may have changed, as the format stores it, without names' prefix."""
-        source = self.signs if self.latent is None else self.latent
-        assert source is not None
         found = {
-            "weight_packed": pack_signs(_signs(source, torch.int8)),
+            "weight_packed": pack_signs(_signs(self._source, torch.int8)),
             "weight_scale": self.log_scale.exp().to(SCALE_DTYPE),
             "column_scale": self.side.log_column.exp().to(SCALE_DTYPE),
         }

@@ -88,9 +88,8 @@ def ablation_table(rows: Rows) -> str:
     lines = ["| | all-in bits per weight | d | seeds |", "|---|---|---|---|"]
     for method, title in ABLATIONS.items():
         mine = [row for row in rows if row["method"] == method]
-        if mine:
-            seeds = len({row["seed"] for row in mine})
-            lines.append(f"| {title} | {mine[0]['bits_per_weight']:.2f} | {cell(mine, 6)} | {seeds} |")
+        seeds = len({row["seed"] for row in mine})
+        lines.append(f"| {title} | {mine[0]['bits_per_weight']:.2f} | {cell(mine, 6)} | {seeds} |")
     return "\n".join(lines)
 
 
