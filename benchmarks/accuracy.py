@@ -64,7 +64,7 @@ class Method:
         make: the recipe for a source, calibration and seed.
         rank: rank of the low-rank part; None for the one that was asked for.
         respec: change of a layer's spec.
-        ablation: whether it is one of our recipes with a part left out.
+        ablation: whether it is one of our recipes with a part left out or changed.
     """
 
     make: Make
@@ -109,6 +109,10 @@ def signs_stay(options: BestOptions) -> BestOptions:
     return replace(options, distill=replace(options.distill, latent_rate=0.0))
 
 
+def distilled_longer(options: BestOptions) -> BestOptions:
+    return replace(options, distill=replace(options.distill, epochs=8))
+
+
 METHODS: dict[str, Method] = {
     "rtn": Method(RoundToNearest, 0),
     "gptq": Method(Gptq, 0),
@@ -126,6 +130,7 @@ METHODS: dict[str, Method] = {
     "fast, no coordinate descent": Method(fast_with(sweeps=0), ablation=True),
     "fast, last norm as it was": Method(fast_with(last_norm=False), ablation=True),
     "fast, original target": Method(fast_with(target_damping=float("inf")), ablation=True),
+    "best, 8 distillation epochs": Method(best_with(distilled_longer), ablation=True),
     "best, no tuning": Method(best_with(without_tuning), ablation=True),
     "best, signs not distilled": Method(best_with(signs_stay), ablation=True),
     "best, no distillation": Method(best_with(without_distillation), ablation=True),
@@ -295,11 +300,12 @@ def main(
     """Convert by every method, evaluate, print the table."""
     if quick:
         seeds, samples, length, window, limit = 1, 8, 128, 128, 8
-    chosen = {
+    groups = {
         "all": list(METHODS),
         "main": [name for name, method in METHODS.items() if not method.ablation],
         "ablations": [name for name, method in METHODS.items() if method.ablation],
-    }.get(methods) or methods.split(";" if ";" in methods else ",")
+    } | {name: [name] for name in METHODS}
+    chosen = groups.get(methods) or methods.split(";" if ";" in methods else ",")
     for name in chosen:
         if name not in METHODS:
             raise typer.BadParameter(f"{name!r} is no method; separate names that hold a comma by ;")
