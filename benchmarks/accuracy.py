@@ -92,25 +92,13 @@ def fast_with(**changes: Any) -> Make:
     return lambda source, text, seed: FastRecipe(source, text, seed, replace(FastOptions(), **changes))
 
 
-def best_with(options: Callable[[BestOptions], BestOptions] = lambda options: options) -> Make:
-    """`best` with other options."""
-    return lambda source, text, seed: BestRecipe(source, text, seed, options(BestOptions()))
-
-
-def without_tuning(options: BestOptions) -> BestOptions:
-    return replace(options, tune=replace(options.tune, epochs=0))
-
-
-def without_distillation(options: BestOptions) -> BestOptions:
-    return replace(options, distill=replace(options.distill, epochs=0))
-
-
-def signs_stay(options: BestOptions) -> BestOptions:
-    return replace(options, distill=replace(options.distill, latent_rate=0.0))
-
-
-def distilled_longer(options: BestOptions) -> BestOptions:
-    return replace(options, distill=replace(options.distill, epochs=8))
+def best_with(tune: Mapping[str, Any] | None = None, distill: Mapping[str, Any] | None = None) -> Make:
+    """`best` with other options of its blocks' tuning and of its distillation."""
+    usual = BestOptions()
+    options = replace(
+        usual, tune=replace(usual.tune, **(tune or {})), distill=replace(usual.distill, **(distill or {}))
+    )
+    return lambda source, text, seed: BestRecipe(source, text, seed, options)
 
 
 METHODS: dict[str, Method] = {
@@ -130,10 +118,10 @@ METHODS: dict[str, Method] = {
     "fast, no coordinate descent": Method(fast_with(sweeps=0), ablation=True),
     "fast, last norm as it was": Method(fast_with(last_norm=False), ablation=True),
     "fast, original target": Method(fast_with(target_damping=float("inf")), ablation=True),
-    "best, 8 distillation epochs": Method(best_with(distilled_longer), ablation=True),
-    "best, no tuning": Method(best_with(without_tuning), ablation=True),
-    "best, signs not distilled": Method(best_with(signs_stay), ablation=True),
-    "best, no distillation": Method(best_with(without_distillation), ablation=True),
+    "best, 8 distillation epochs": Method(best_with(distill={"epochs": 8}), ablation=True),
+    "best, no tuning": Method(best_with(tune={"epochs": 0}), ablation=True),
+    "best, signs not distilled": Method(best_with(distill={"latent_rate": 0.0}), ablation=True),
+    "best, no distillation": Method(best_with(distill={"epochs": 0}), ablation=True),
 }
 
 
