@@ -14,13 +14,11 @@ import triton
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
+from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
 from torch import Tensor
-
-RANK_MULTIPLE = 16
-"""Columns of B are padded to what a tensor-core instruction takes."""
 
 GROUP_M = 8
 """Token tiles that share a piece of the weights in the cache."""
@@ -85,7 +83,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     }
     if spec.rank:
         low_b = tensors["low_rank_b"].bfloat16()
-        spare = -spec.rank % RANK_MULTIPLE
+        spare = -spec.rank % RANK_STEP
         padding = (0, spare, 0, layout.rows - spec.out_features)
         prepared["low_rank_b"] = torch.nn.functional.pad(low_b, padding).contiguous()
     if "bias" in tensors:

@@ -7,6 +7,12 @@ import triton
 import triton.language as tl
 
 
+RANK_STEP = 16
+"""Columns of B that one tensor-core instruction takes; B is padded to a multiple of it."""
+
+_STEP = tl.constexpr(RANK_STEP)
+
+
 @triton.jit
 def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexpr):
     """y [BN, BM] + B[n, :] . u[m, :], exact to float32's rounding although B is bfloat16.
@@ -14,25 +20,32 @@ def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexp
     u is cut into three bfloat16 parts that add up to all of its 24 bits; each product with the tensor cores'
     float32 sums is then exact. The interpreter cannot compute in bfloat16 (PURE): there it is float32.
 
+    RANK is walked in steps of 16: it need not be a power of two, and the operands of one step fit the registers.
+
     Args:
         u: float32 [M, rank]; low_b: bfloat16 [N_padded, RANK], zero beyond rank.
     """
-    r = tl.arange(0, RANK)
-    b = tl.load(low_b + n[:, None] * RANK + r[None, :])
-    x = tl.load(u + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0)
-    if PURE:
-        return tl.dot(b.to(tl.float32), x, y, input_precision="ieee")
-    for _ in tl.static_range(3):
-        part = x.to(tl.bfloat16)
-        y = tl.dot(b, part, y)
-        x -= part.to(tl.float32)
+    for start in tl.static_range(0, RANK, _STEP):
+        r = start + tl.arange(0, _STEP)
+        b = tl.load(low_b + n[:, None] * RANK + r[None, :])
+        x = tl.load(u + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0)
+        if PURE:
+            y = tl.dot(b.to(tl.float32), x, y, input_precision="ieee")
+        else:
+            for _ in tl.static_range(3):
+                part = x.to(tl.bfloat16)
+                y = tl.dot(b, part, y)
+                x -= part.to(tl.float32)
     return y
 
 
 @triton.jit
 def low_rank_row(u, low_b, m, n, rank, RANK: tl.constexpr):
-    """B[n, :] . u[m, :] for one token m: float32 [BN], without tensor cores."""
-    r = tl.arange(0, RANK)
-    b = tl.load(low_b + n[:, None] * RANK + r[None, :]).to(tl.float32)
-    x = tl.load(u + m * rank + r, mask=r < rank, other=0.0)
-    return tl.sum(b * x[None, :], 1)
+    """B[n, :] . u[m, :] for one token m: float32 [BN], without tensor cores; RANK in steps of 16."""
+    total = tl.zeros([n.shape[0], _STEP], tl.float32)
+    for start in tl.static_range(0, RANK, _STEP):
+        r = start + tl.arange(0, _STEP)
+        b = tl.load(low_b + n[:, None] * RANK + r[None, :]).to(tl.float32)
+        x = tl.load(u + m * rank + r, mask=r < rank, other=0.0)
+        total += b * x[None, :]
+    return tl.sum(total, 1)

@@ -5,13 +5,13 @@ from typing import Any
 
 from bwla_kernels.triton.binary_matmul import (
     GROUP_M,
-    RANK_MULTIPLE,
     binary_meta,
     integer_meta,
 )
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
 from bwla_kernels.triton.compiling import CompileCase
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
+from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
 from bwla_kernels.triton.tuning import BINARY, MatmulConfig, selectable
 
@@ -89,7 +89,7 @@ def _case(
     absent = ("u", "low_b", "bias") * variant.bare + ("partial", "counters") * (config.split == 1)
     constexprs = {
         **meta,
-        "RANK": 0 if variant.bare else RANK_MULTIPLE,
+        "RANK": 0 if variant.bare else RANK_STEP,
         "BIAS": not variant.bare,
         "PDL": variant.pdl,
         "PURE": False,

@@ -98,6 +98,12 @@ def _piece_at(
 
 
 @triton.jit
+def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """float32 zeros; Triton 3.6 takes an element of a constexpr tuple as an argument, but not in a list."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
 def rotate_role(
     x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
     q_ptr, scale_ptr, q_sum_ptr, planes_ptr, residual_out_ptr,
@@ -225,7 +231,7 @@ def rotate_role(
     outputs = ()
     peaks = ()
     for p in tl.static_range(OUT_PIECES):
-        acc = tl.zeros([ROWS, OUT_WIDTHS[p]], tl.float32)
+        acc = _zeros(ROWS, OUT_WIDTHS[p])
         for s in tl.static_range(PIECES):
             if EARLY:
                 right_hi = rights[2 * (p * PIECES + s)]

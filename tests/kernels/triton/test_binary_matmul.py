@@ -9,7 +9,6 @@ from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec, pack_signs
 from bwla_kernels.triton.binary_matmul import (
-    RANK_MULTIPLE,
     Activations,
     Weights,
     binary_matmul,
@@ -17,6 +16,7 @@ from bwla_kernels.triton.binary_matmul import (
     self_check,
     weights_of,
 )
+from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.layout import chunk_layout, pack_planes, repack_weights
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig, select_config
 from torch import Tensor
@@ -74,7 +74,7 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
     layout = chunk_layout(p.n, p.blocks, p.block_width)
     padded = None
     if low_b is not None:
-        padded = torch.zeros(layout.rows, -(-p.rank // RANK_MULTIPLE) * RANK_MULTIPLE, dtype=torch.bfloat16)
+        padded = torch.zeros(layout.rows, -(-p.rank // RANK_STEP) * RANK_STEP, dtype=torch.bfloat16)
         padded[: p.n, : p.rank] = low_b
     planes = pack_planes(q, p.bits, layout)
     weights = Weights(
@@ -176,7 +176,7 @@ def test_outputs(
     check(Problem(m, 70, blocks, width, rank=16, bias=True), config, dtype, device)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 20])
+@pytest.mark.parametrize("rank", [1, 16, 20, 35, 40, 64])
 @pytest.mark.parametrize("config", [binary(2), integer(16)], ids=str)
 def test_any_rank(rank: int, config: MatmulConfig, device: torch.device) -> None:
     check(Problem(2, 40, 1, 256, rank=rank), config, torch.float32, device)
