@@ -98,7 +98,8 @@ def convert(
     rank: Annotated[
         str,
         typer.Option(
-            help="Rank of the low-rank correction: auto (up to 1.16 all-in bits a weight) or a number."
+            help="Rank of the low-rank correction: a number, or auto (the largest within 1.16 all-in bits a weight "
+            "that fills at least half of its last 16 columns, which a GPU reads whole)."
         ),
     ] = "auto",
     abits: Annotated[
@@ -208,6 +209,7 @@ def convert(
     from bwla_converter.distributed import join_ranks, leave_ranks, start_ranks
     from bwla_converter.dummy import write_dummy
     from bwla_converter.hub import check_push, push
+    from bwla_converter.ledger import rank_words
     from bwla_converter.pipeline import Options, follow
     from bwla_converter.pipeline import convert as run
     from bwla_converter.progress import ProgressListener
@@ -242,7 +244,8 @@ def convert(
         if dummy:
             plan = write_dummy(options)
             typer.echo(
-                f"{out}: random weights, rank {plan.rank}, {plan.bits_per_weight:.3f} bits per weight all-in"
+                f"{out}: random weights, {rank_words(plan.rank, plan.fitting_rank)}, "
+                f"{plan.bits_per_weight:.3f} bits per weight all-in"
             )
             return
         start_ranks(gpus)
@@ -284,8 +287,9 @@ def convert(
         )
     worst = max(summary.layers, key=lambda layer: layer.error)
     typer.echo(
-        f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in (rank {summary.rank}, "
-        f"{summary.weights:,} weights), {summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
+        f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in, "
+        f"{rank_words(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
+        f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
         f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), worst layer {worst.name} "
         f"(relative error {worst.error:.3f}), {summary.seconds:.1f} s"
     )

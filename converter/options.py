@@ -57,10 +57,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion produced; `seconds` counts all its sessions."""
+    """What a conversion produced; `seconds` counts all its sessions, `fitting_rank` is as in `plan.Plan`."""
 
     out: str
     rank: int
+    fitting_rank: int
     bits_per_weight: float
     weights: int
     bytes_before: int

@@ -129,6 +129,7 @@ def _finish(
     summary = Summary(
         out=str(options.out),
         rank=plan.rank,
+        fitting_rank=plan.fitting_rank,
         bits_per_weight=plan.bits_per_weight,
         weights=plan.weights,
         bytes_before=input_bytes(source),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bwla_converter.ledger import auto_rank, bits_per_weight, stored_bits, weights_of
+from bwla_converter.ledger import auto_rank, bits_per_weight, fitting_rank, stored_bits, weights_of
 from bwla_converter.source import Source
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
@@ -26,12 +26,14 @@ class Plan:
     Attributes:
         specs: spec of every linear to quantize, by module path, in execution order.
         rank: rank of the low-rank correction, the same everywhere.
+        fitting_rank: the rank that the bits would allow where it was chosen (see `ledger.auto_rank`), else `rank`.
         format: the `quantization_config` to be written.
         head_source: name of the tensor that the 8-bit head is made from; None where the head stays as it is.
     """
 
     specs: Mapping[str, LayerSpec]
     rank: int
+    fitting_rank: int
     format: BWLAFormat
     head_source: str | None = None
 
@@ -110,7 +112,7 @@ def make_plan(
 
     Args:
         source: the checked model.
-        rank: rank of the correction; None for the largest within 1.16 all-in bits per weight.
+        rank: rank of the correction; None to choose one within 1.16 all-in bits per weight (`ledger.auto_rank`).
         bits: activation bits, 2..8 or 16.
         clip: activation clip in (0, 1]; None for 1, until the recipe chooses others (`with_clips`).
         provenance: what is recorded of the conversion.
@@ -137,8 +139,9 @@ def make_plan(
                     rotation[name] = sizes
     if not specs:
         raise SourceError(f"{source.folder}: --ignore leaves no linear to quantize: ignore fewer")
+    fitting = fitting_rank(specs.values()) if rank is None else rank
     if rank is None:
-        rank = auto_rank(specs.values())
+        rank = auto_rank(fitting)
     for name, spec in specs.items():
         if rank > min(spec.out_features, spec.in_features):
             raise SourceError(
@@ -156,7 +159,7 @@ def make_plan(
         lm_head=head_args() if head_source else None,
         provenance=provenance,
     )
-    return Plan(specs, rank, format_, head_source)
+    return Plan(specs, rank, fitting, format_, head_source)
 
 
 def with_clips(plan: Plan, clips: Mapping[str, float]) -> Plan:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from bwla_converter.budget import Budget
 from bwla_converter.interrupt import Interrupts
+from bwla_converter.ledger import rank_words
 from bwla_converter.options import LayerReport, Listener
 from bwla_converter.plan import Plan
 from bwla_converter.source import Source
@@ -42,7 +43,7 @@ class ProgressListener(Listener):
     def planned(self, source: Source, plan: Plan) -> None:
         self._say(
             f"{source.family.architecture}, {source.num_blocks} blocks, {plan.weights:,} weights to quantize; "
-            f"rank {plan.rank}, {plan.bits_per_weight:.3f} bits per weight all-in"
+            f"{rank_words(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"
         )
         self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)

@@ -8,6 +8,9 @@ PACK_FACTOR = 32
 MAX_FACTOR = 128
 """Largest n1 or n2 that a GPU kernel holds in registers and shared memory."""
 
+RANK_STEP = 16
+"""Columns of the low-rank factor B that a GPU reads at a time: it pays for a rank's next multiple of this."""
+
 SHARDED_BLOCKS = 8
 """Blocks wished for where tensor parallelism cuts the input: 1, 2, 4 or 8 ranks then hold whole blocks."""
 

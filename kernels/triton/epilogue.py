@@ -5,10 +5,7 @@
 
 import triton
 import triton.language as tl
-
-
-RANK_STEP = 16
-"""Columns of B that one tensor-core instruction takes; B is padded to a multiple of it."""
+from bwla_kernels.factorize import RANK_STEP as RANK_STEP
 
 _STEP = tl.constexpr(RANK_STEP)
 
