@@ -23,6 +23,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from bwla_vllm.checks import ADVICE, check_blocks
+from bwla_vllm.compat import untested_triton
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.observe import Observer
@@ -125,6 +126,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.register_parameter(name, parameter)
             backend, reason = select_backend(spec, layer.weight_packed.device, self.wanted)
         logger.info_once("BWLA layers: %s", reason)
+        if backend.name == "triton":
+            _warn_of_untested_triton()
         backend = self.observer.watch_layer(backend, self.name)
         self.observer.expect(self.name)
         layer.bwla = Plan(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
@@ -245,6 +248,15 @@ def _merged(parameter: Parameter) -> Tensor:
     if not isinstance(parameter, SharedParameter):
         return data
     return data[0].clone() if len(data) > 1 else data[0]
+
+
+def _warn_of_untested_triton() -> None:
+    """Say once a process where the kernels are about to be compiled by a Triton that they were not checked with."""
+    import triton  # as the backend does, only where a layer needs it
+
+    warning = untested_triton(triton.__version__)
+    if warning:
+        logger.warning_once(warning)
 
 
 def _note_backend(name: str) -> bool:

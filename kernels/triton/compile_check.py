@@ -2,8 +2,9 @@
 
     python -m bwla_kernels.triton.compile_check [--arch 90] [--jobs 2] [--out FILE]
 
-Fails on spills, stack, too much shared memory, or a missing tensor-core instruction. What Triton has compiled once it
-finds in its own cache, so a second run only reads the results.
+Fails on spills, stack, too much shared memory, or a missing tensor-core instruction. scripts/check_tritons.py runs it
+with every supported Triton, not only the installed one. What Triton has compiled once it finds in its own cache, so a
+second run only reads the results.
 """
 
 import argparse
@@ -164,7 +165,11 @@ def main(arguments: list[str] | None = None) -> int:
     everything = [(arch, i) for arch in ARCHITECTURES for i in range(len(all_cases(arch, modules)))]
     kept: list[Row] = []
     if options.out and options.out.exists() and (options.merge or options.missing):
-        kept = merge(read_rows(options.out), [], _names(everything, modules))
+        try:
+            kept = merge(read_rows(options.out), [], _names(everything, modules))
+        except BackendError as error:
+            print(f"compile_check: {error}", file=sys.stderr)
+            return 2
     if options.missing:
         there = {key_of(row) for row in kept if not row["spills"] + row["stack"]}
         wanted = [one for one, name in zip(wanted, _names(wanted, modules), strict=True) if name not in there]

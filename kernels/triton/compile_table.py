@@ -84,19 +84,26 @@ def summary(rows: Iterable[Row]) -> list[str]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier table.
+    """The rows of an earlier table, to be completed with the installed Triton.
 
     Raises:
-        BackendError: the file is not such a table.
+        BackendError: the file is not such a table, or was made with another Triton.
     """
     try:
-        rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        table = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[Row] = table["rows"]
+        triton: str = table["triton"]
         for row in rows:
             key_of(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendError(
             f"{path}: expected a table written by compile_check, found {error!r}: leave out --merge to replace it"
         ) from error
+    if triton != version("triton"):
+        raise BackendError(
+            f"{path}: expected a table made with Triton {version('triton')}, which is installed, found one made with "
+            f"{triton}: give each Triton a file of its own, or leave out --merge and --missing to replace it"
+        )
     return rows
 
 
@@ -108,7 +115,7 @@ def merge(old: Iterable[Row], new: Iterable[Row], exists: Iterable[Key]) -> list
 
 
 def write_rows(path: Path, rows: Sequence[Row], command: str) -> None:
-    """Write `{"command": ..., "triton": ..., "rows": [...]}`, one row a line."""
+    """Write `{"command": ..., "triton": ..., "summary": [...], "rows": [...]}`, one row a line."""
     facts = {"command": command, "triton": version("triton"), "summary": summary(rows)}
     head = json.dumps(facts, indent=1)[:-2]  # without the closing brace
     body = ",\n".join(json.dumps(row) for row in rows)

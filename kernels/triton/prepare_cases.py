@@ -18,13 +18,13 @@ from bwla_kernels.triton.prepare_input import (
 )
 from bwla_kernels.triton.prepare_kernel import prepare_input_kernel
 
-HIDDEN = (1024, 2048, 4096, 5120)
-"""Widths into q, k, v, gate and up: Qwen3-0.6B, 1.7B, 8B and Llama-2-7B and 3-8B, 14B and 32B."""
+HIDDEN = (1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192)
+"""Widths into q, k, v, gate and up: Qwen3-0.6B to 32B, Qwen2.5-1.5B to 72B, Llama-2 and 3, Mistral, Phi-3."""
 
-ATTENTION = (2048, 4096, 5120, 8192)
+ATTENTION = (1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192)
 """Widths into o, cut into blocks for tensor parallelism."""
 
-INTERMEDIATE = (3072, 6144, 11008, 12288, 14336, 17408, 25600)
+INTERMEDIATE = (3072, 6144, 8192, 11008, 12288, 13824, 14336, 17408, 18944, 25600, 27648, 28672)
 """Widths into down, likewise."""
 
 WIDE = ((8, 40, 128), (1, 64, 128), (1, 96, 128), (1, 112, 128), (1, 128, 128))

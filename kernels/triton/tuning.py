@@ -132,10 +132,11 @@ def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> 
 
 
 def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
-    """The table's choices for 1, 2 or 4 tokens; several tokens' sums need the registers."""
+    """The table's choices for 1, 2 or 4 tokens; several tokens' sums need the registers, and some entries say so."""
     limit = 0 if tokens == 1 else 255
     return [
-        MatmulConfig(kernel=BINARY, block_m=tokens, max_registers=limit, **entry) for entry in arch["binary"]
+        MatmulConfig(kernel=BINARY, block_m=tokens, **{"max_registers": limit, **entry})
+        for entry in arch["binary"]
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from bwla_vllm.compat import NEWEST, OLDEST, outside_tested_range
+from bwla_vllm.compat import NEWEST, OLDEST, TESTED_TRITONS, outside_tested_range, untested_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 LINEAR = "vllm/model_executor/layers/linear.py"
@@ -78,6 +78,50 @@ def test_the_log_has_one_line_for_an_untested_release(
     assert [r.getMessage() for r in caplog.records if "0.99.0" in r.getMessage()] == [
         outside_tested_range("0.99.0")
     ]
+
+
+@pytest.mark.parametrize("release", [*TESTED_TRITONS, "3.7.0", "3.9.0+git4", "3.6.0.post1"])
+def test_tritons_between_the_checked_ones_are_used_without_a_word(release: str) -> None:
+    assert untested_triton(release) is None
+
+
+@pytest.mark.parametrize("release", ["3.5.1", "3.9.1", "4.0.0", "built here"])
+def test_other_tritons_are_named(release: str) -> None:
+    said = untested_triton(release)
+    assert said is not None
+    assert said.startswith(f"Triton {release} is outside the releases")
+    assert "3.6.0 to 3.9.0" in said
+
+
+@pytest.mark.usefixtures("vllm_config", "on_rank")
+def test_the_log_has_one_line_for_an_untested_triton(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where layers run on it: however many they are; and none where another backend was chosen."""
+    import triton
+    from bwla_kernels.format.schema import BWLAFormat, activation_args
+    from bwla_kernels.ops import backends
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    from bwla_vllm import fusion, linear
+    from bwla_vllm.config import BWLAConfig
+
+    monkeypatch.setattr(triton, "__version__", "2.99.0")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    monkeypatch.setattr(fusion, "install", lambda config: None)
+    config = BWLAConfig(
+        BWLAFormat(input_activations=activation_args(6), rank=2, rotation={"c_proj": (1, 8, 8)})
+    )
+
+    def lines_of_layers(backend: str) -> list[str]:
+        (chosen,) = (one for one in backends() if one.name == backend)
+        monkeypatch.setattr(linear, "select_backend", lambda *_: (chosen, "as the test wants"))
+        for i in range(2):
+            ReplicatedLinear(64, 48, bias=False, quant_config=config, prefix=f"layers.{i}.c_proj")
+        return [r.getMessage() for r in caplog.records if "2.99.0" in r.getMessage()]
+
+    assert lines_of_layers("torch") == []
+    assert lines_of_layers("triton") == [untested_triton("2.99.0")]
 
 
 def installed_vllm() -> Path:

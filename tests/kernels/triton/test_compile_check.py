@@ -68,7 +68,7 @@ def run_check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "count"), [(80, 1), (89, 1), (90, 2), (100, 1)])
 def test_kernels_compile_cleanly(arch: int, count: int, tmp_path: Path) -> None:
-    """A sample of each kernel's configurations; the module itself compiles them all."""
+    """A sample of each kernel's configurations, with the installed Triton; the module itself compiles them all."""
     done = run_check(
         "--arch", str(arch), "--sample", str(count), "--out", str(tmp_path / "table.json"), cwd=tmp_path
     )
@@ -111,6 +111,10 @@ def test_gates_fail_on_bad_kernels(tmp_path: Path) -> None:
     done = run_check(*sound, "--missing", cwd=tmp_path)
     assert "0 compiled, 0 problems" in done.stdout, "what the table has is not compiled again"
     assert json.loads((tmp_path / "table.json").read_text())["rows"] == json.loads(table)["rows"]
+    (tmp_path / "table.json").write_text(table.replace('"triton": "', '"triton": "0.'))
+    done = run_check(*sound, "--missing", cwd=tmp_path)
+    assert done.returncode == 2, "a table holds what one Triton compiled"
+    assert "found one made with 0." in done.stderr
 
 
 def test_interpreted_kernels_are_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The compile check's table: what a merge keeps, what the file holds."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,22 @@ def test_file_holds_a_row_a_line(tmp_path: Path) -> None:
     assert read_rows(path) == rows
     content = json.loads(path.read_text())
     assert content["command"] == "command"
+    assert content["triton"] == version("triton")
     assert len(content["summary"]) == 2
     assert sum('"config"' in line for line in path.read_text().splitlines()) == 2
     write_rows(path, [], "command")
     assert read_rows(path) == []
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"rows": [{"kernel": 1}]}', '{"rows": [7]}'])
+def test_tables_of_two_tritons_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "table.json"
+    write_rows(path, [row("a")], "command")
+    path.write_text(path.read_text().replace(f'"triton": "{version("triton")}"', '"triton": "2.0.0"'))
+    with pytest.raises(BackendError, match="found one made with 2.0.0: give each Triton a file of its own"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"rows": []}', '{"rows": [{"kernel": 1}]}', '{"rows": [7]}'])
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)

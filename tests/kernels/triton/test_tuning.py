@@ -48,6 +48,21 @@ def test_binary_tiles_shrink_with_the_rows() -> None:
     assert choose(5120, 25600, 8, 1, (9, 0)).block_n == 16
 
 
+def test_binary_entries_may_ask_for_registers() -> None:
+    """Triton 3.6 spills in the smallest tile of sm_90 where the assembler may trade registers for programs."""
+    limits = {(c.block_n, c.block_m): c.max_registers for c in selectable("90", True) if c.kernel == BINARY}
+    assert limits[16, 1] == 255
+    assert limits[128, 1] == 0
+    assert all(limit == 255 for (_, tokens), limit in limits.items() if tokens > 1)
+
+
+@pytest.mark.parametrize("m", [5, 6, 7, 8])
+def test_five_tokens_fill_a_tile_of_sixteen_on_hopper(m: int) -> None:
+    """wgmma takes 8, but Triton 3.6 turns a tile of 8 tokens into mma.sync; others have no such instruction."""
+    assert choose(51200, 5120, 1, m, (9, 0)).block_m == 16
+    assert choose(51200, 5120, 1, m, (8, 9)).block_m == 8
+
+
 def test_measured_shapes_win(monkeypatch: pytest.MonkeyPatch) -> None:
     table = json.loads(json.dumps(tuning.load_table()))
     measured = MatmulConfig(INTEGER, 64, 128, 4, 2)
