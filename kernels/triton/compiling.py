@@ -42,6 +42,8 @@ class CompileCase:
         num_warps, num_stages: as at launch.
         tensor_core: acceptable SASS mnemonics (a prefix each), one of which must occur; () where none is needed.
         loop_weights: weights that one round of the main loop consumes, to state instructions per weight.
+        loop_cores: tensor-core instructions of a warp in one round, by which unrolled rounds are counted; 0 where the
+            assembler is not expected to unroll the main loop.
         options: further compiler options.
         fragment_layout: the tensor layout that inline tensor-core instructions rely on; "" where there are none.
     """
@@ -56,6 +58,7 @@ class CompileCase:
     num_stages: int
     tensor_core: tuple[str, ...]
     loop_weights: int = 0
+    loop_cores: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     fragment_layout: str = ""
 
@@ -70,8 +73,9 @@ class Compiled:
         stack: bytes of local memory per thread.
         shared_bytes: shared memory per block.
         instructions: count by mnemonic (`IMMA`, `LDG`, ...) over the whole kernel.
-        loop: the same over the main loop: the innermost one with a tensor-core instruction, else the longest;
-            what a forward branch may skip (the end of a block, which most rounds do not reach) is left out.
+        loop: the same over the main loop: the innermost one with a tensor-core instruction, without what a forward
+            branch may skip (the end of a block, which most rounds do not reach). Where the assembler has unrolled
+            that loop as a whole, everything.
         tensor_core: the wanted mnemonic that was found, "" where none was.
         per_weight: thread instructions of the main loop per weight, None where not stated.
         fragment_layouts: layouts of the tensors that inline tensor-core instructions work on.
@@ -146,7 +150,9 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
     per_weight = None
     if case.loop_weights:
         threads = 32 * case.num_warps
-        per_weight = sum(loop.values()) * threads / case.loop_weights
+        cores = sum(count for name, count in loop.items() if name.startswith(case.tensor_core))
+        rounds = cores / case.loop_cores if case.loop_cores and cores else 1.0
+        per_weight = sum(loop.values()) * threads / (case.loop_weights * rounds)
     return Compiled(
         case=case,
         arch=arch,
@@ -299,9 +305,15 @@ def _target(operands: str, labels: Mapping[str, int]) -> int | None:
 
 
 def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
-    """Mnemonics of the main loop: the shortest one with a tensor-core instruction, else the longest one."""
+    """Mnemonics of the main loop: the shortest one with a tensor-core instruction.
+
+    Where no loop has one, all of the kernel's: the loop ran a constant number of times and was unrolled. Without
+    tensor cores, the longest loop.
+    """
     bodies = sorted(loops(lines), key=len)
+    if not tensor_core:
+        return Counter(bodies[-1] if bodies else [])
     for body in bodies:
-        if tensor_core and any(name.startswith(tensor_core) for name in body):
+        if any(name.startswith(tensor_core) for name in body):
             return Counter(body)
-    return Counter(bodies[-1] if bodies else [])
+    return count_mnemonics(lines)
