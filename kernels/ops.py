@@ -18,6 +18,7 @@ from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import TorchHead
 from bwla_kernels.torch_backend import TorchBackend
 from bwla_kernels.triton.backend import TritonBackend
+from bwla_kernels.triton.head import TritonHead
 from torch import Tensor
 
 
@@ -66,7 +67,7 @@ def backends() -> tuple[Backend, ...]:
 @functools.cache
 def head_backends() -> tuple[HeadBackend, ...]:
     """All backends of the 8-bit head, likewise."""
-    return (CpuHead(), TorchHead())
+    return (TritonHead(), CpuHead(), TorchHead())
 
 
 def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = None) -> tuple[Backend, str]:

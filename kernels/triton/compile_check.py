@@ -32,7 +32,11 @@ from bwla_kernels.triton.compile_table import (
 )
 from bwla_kernels.triton.compiling import ARCHITECTURES, CompileCase, compile_case
 
-CASE_MODULES = ("bwla_kernels.triton.prepare_cases", "bwla_kernels.triton.matmul_cases")
+CASE_MODULES = (
+    "bwla_kernels.triton.prepare_cases",
+    "bwla_kernels.triton.matmul_cases",
+    "bwla_kernels.triton.head_cases",
+)
 """Modules with a `compile_cases(arch) -> list[CompileCase]`."""
 
 
