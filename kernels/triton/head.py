@@ -214,18 +214,21 @@ def matmul_meta(in_features: int, config: HeadConfig) -> dict[str, int | bool]:
     }
 
 
-CHECK_ROWS, CHECK_COLUMNS = 304, 1024
-"""Sizes of the head that `self_check` computes: no whole tiles of rows, whole steps of columns, both divisible by 16
-as those of a served head mostly are, so that the code that was checked is the code that serves."""
+CHECK_ROWS = 304
+"""Rows of the head that `self_check` computes: no whole tiles, but divisible by 16 as those of vLLM's heads are, so
+that the code that was checked is the code that serves."""
 
 
-def self_check(device: torch.device, dtype: torch.dtype = torch.float32, spare_columns: int = 0) -> None:
+def self_check(
+    device: torch.device, dtype: torch.dtype = torch.float32, columns: int = 1024, pdl: bool = False
+) -> None:
     """Compute a small head in every configuration and compare it with the definition; run it before serving.
 
     Args:
         device: where the kernels run.
         dtype: of the activations.
-        spare_columns: columns beyond whole steps, to check the masked kernels.
+        columns: of the head; what is compiled depends on its divisors, and on its size.
+        pdl: as in `head`.
 
     Raises:
         BackendError: a kernel is wrong on this GPU with this Triton.
@@ -235,15 +238,14 @@ def self_check(device: torch.device, dtype: torch.dtype = torch.float32, spare_c
     # All is drawn on the CPU in float32, whatever the caller's default device and dtype are.
     cpu, single = torch.device("cpu"), torch.float32
     generator = torch.Generator().manual_seed(0)
-    columns = CHECK_COLUMNS + spare_columns
     weight = torch.empty(CHECK_ROWS, columns, dtype=torch.int8, device=cpu).random_(
         -127, 128, generator=generator
     )
     weight_scale = torch.rand(CHECK_ROWS, generator=generator, dtype=single, device=cpu) + 0.5
     for config in selectable(_capability(device)):
-        tokens = min(config.block_m + 1, 20)
+        tokens = config.block_m + 1
         x = torch.randn(tokens, columns, generator=generator, dtype=single, device=cpu).to(dtype)
-        got = head(x.to(device), weight.to(device), weight_scale.to(device), config).cpu()
+        got = head(x.to(device), weight.to(device), weight_scale.to(device), config, pdl).cpu()
         want = head_reference(x, weight, weight_scale)
         if not torch.equal(got, want):
             worst = (got.double() - want.double()).abs().max().item()
@@ -254,8 +256,8 @@ def self_check(device: torch.device, dtype: torch.dtype = torch.float32, spare_c
 
 
 @functools.cache
-def _checked(device: torch.device, dtype: torch.dtype, spare_columns: int) -> None:
-    self_check(device, dtype, spare_columns)
+def _checked(device: torch.device, dtype: torch.dtype, columns: int) -> None:
+    self_check(device, dtype, columns)
 
 
 def _head(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
@@ -304,7 +306,7 @@ class TritonHead:
         weight = prepared["weight_int8"]
         if weight.device.type == "cuda":
             dtype = torch.get_default_dtype()
-            _checked(weight.device, dtype, spec.in_features % max(c.block_k for c in CONFIGS))
+            _checked(weight.device, dtype, spec.in_features)
             # The kernels depend on the divisibility of these sizes too: whatever the check has not compiled.
             for config in selectable(_capability(weight.device)):
                 self.apply(weight.new_zeros(config.block_m, spec.in_features, dtype=dtype), prepared, spec)
