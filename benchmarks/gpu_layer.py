@@ -4,156 +4,98 @@
 
 A graph holds one call for each of several copies of the weights, together larger than four times the second-level
 cache; a figure is the median time of a replay over the calls in it. Whole layers: every method quantizes its own
-activations, and BWLA also rotates them and adds its low-rank part. `bwla_matmul` is the weight side alone.
-Methods that are not installed are named and left out.
+activations, and BWLA also rotates them, adds its low-rank part and computes the norm or SiLU * mul before it
+(`fused_us`; `plain_us` is without, `separate_us` with that step as a kernel of torch's compiler). BWLA's rows are
+those of the `layer` step of gpu_day.py, checked against float64 before they are timed. Methods that are not
+installed, and cases that fail, are named in the result; --quick needs none of them and takes a minute.
 """
 
 import argparse
-import statistics
+import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from bwla_converter.dummy import random_layer
-from bwla_kernels import ops
-from bwla_kernels.factorize import choose_rotation
-from bwla_kernels.format import LayerSpec
-from cpu_layer import SHAPES
-from gpu_peers import PEERS, Layer
+from gpu.checks import check
+from gpu.journal import RESTART, Case, Journal, Row, run_cases
+from gpu.layer_table import copy_bandwidth, measure, measure_method
+from gpu.layers import Inputs, call, device_is_lost, make_inputs, make_layer, step_in_torch
+from gpu.shapes import GPU, MODELS, PLAIN, Setting, Shape
+from gpu.timing import copies_for, time_calls
+from gpu_peers import PEERS, Peer
+from gpu_report import layer_lines
 from record import write_result
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 1024, 4096, 8192)
-RANK = 16
-REPLAYS = 15
-Row = dict[str, Any]
+QUICK_TOKENS = (1, 8, 4096)
+STEP = "layer"
 
 
-def copies_for(bits: float, n: int, k: int) -> int:
-    """Copies of a weight that together exceed four times the second-level cache, at most 64."""
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return int(max(2, min(64, -(-4 * cache // int(n * k * bits / 8)))))
+def separate(row: Row, shape: Shape, m: int, setting: Setting) -> None:
+    """Time what stands before a layer as one kernel of torch's compiler, and then the plain layer."""
+    layer = make_layer(shape.spec(), setting.device)
+    inputs = make_inputs(shape.step, m, shape.k, setting.dtype, setting.device)
+    if not check(shape.step, inputs, layer, row):
+        return
+    before: Callable[[str, Inputs], Tensor] = torch.compile(step_in_torch, dynamic=False)
+
+    def run(tensors: dict[str, Tensor]) -> object:
+        plain = Inputs(before(shape.step, inputs), inputs.norm_weight, inputs.residual)
+        return call(PLAIN, plain, tensors, layer.spec)
+
+    sets = layer.copies(copies_for(shape.n * shape.k / 8, setting.device))
+    time_calls([partial(run, tensors) for tensors in sets], setting.device).into(row, "separate")
 
 
-def microseconds(layers: Sequence[Layer], x: Tensor) -> float:
-    """Median time of a call, in a CUDA graph of one call each."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for layer in layers[:2]:
-            layer(x)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [layer(x) for layer in layers]
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(layers))
-    del kept
-    return statistics.median(times)
+def peer_case(row: Row, peer: Peer, shape: Shape, m: int, setting: Setting) -> None:
+    """Time another method's layer."""
+    row[f"{peer.name}_us"] = measure_method(peer.make, peer.bits, shape, m, setting)
 
 
-def bwla_layers(spec: LayerSpec) -> tuple[list[Layer], Callable[[Tensor], list[Layer]]]:
-    """Copies of the layer, and for an x copies of its weight side alone."""
-    from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
-    from bwla_kernels.triton.prepare_input import prepare_input
-    from bwla_kernels.triton.tuning import BINARY, select_config
-
-    device = torch.device("cuda")
-    stored = {name: t.to(device) for name, t in random_layer(spec, torch.Generator().manual_seed(0)).items()}
-    backend, reason = ops.select_backend(spec, device, "triton")
-    print(f"{spec.out_features}x{spec.in_features}: {reason}")
-    first = backend.prepare(stored, spec)
-    tensors = [first]
-    for _ in range(copies_for(1, spec.out_features, spec.in_features) - 1):
-        tensors.append({name: tensor.clone() for name, tensor in first.items()})
-
-    def layer_of(own: dict[str, Tensor]) -> Layer:
-        return lambda x: backend.apply(x, own, spec)
-
-    def weight_sides(x: Tensor) -> list[Layer]:
-        properties = torch.cuda.get_device_properties(device)
-        layout = weights_of(first, spec).layout
-        config = select_config(
-            *(spec.out_features, spec.in_features, spec.blocks, layout.chunk, len(x), spec.bits),
-            (properties.major, properties.minor),
-            properties.multi_processor_count,
-        )
-        made = prepare_input(x, first, spec, planes=config.kernel == BINARY, chunk=layout.chunk)
-        given = Activations(made.q, made.scale, made.q_sum, made.u, made.planes)
-
-        def side_of(own: dict[str, Tensor]) -> Layer:
-            weights = weights_of(own, spec)
-            return lambda x: binary_matmul(given, weights, spec.bits, config, x.dtype)
-
-        return [side_of(own) for own in tensors]
-
-    return [layer_of(own) for own in tensors], weight_sides
-
-
-def measure_shape(n: int, k: int, wished: int, tokens: Sequence[int], end: float) -> Iterator[Row]:
-    """Rows of one shape, until `end` on the monotonic clock."""
-    spec = LayerSpec(n, k, *choose_rotation(k, wished), rank=RANK)
-    xs = {m: torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in tokens}
-    found: dict[int, Row] = {m: {"n": n, "k": k, "m": m, "blocks": spec.blocks} for m in tokens}
-    layers, weight_sides = bwla_layers(spec)
-    for m in tokens:
-        found[m]["bwla_us"] = microseconds(layers, xs[m])
-        found[m]["bwla_matmul_us"] = microseconds(weight_sides(xs[m]), xs[m])
-    del layers, weight_sides
-    for peer in PEERS:
-        if time.monotonic() > end:
-            print(f"{n}x{k} {peer.name}: not measured: no time left")
-            continue
-        try:
-            others = [peer.make(n, k) for _ in range(copies_for(peer.bits, n, k))]
+def cases(
+    models: Sequence[str], tokens: Sequence[int], peers: Sequence[Peer], setting: Setting
+) -> list[Case]:
+    """BWLA's cases, then each other method's."""
+    found = []
+    shapes = [(f"{model} {shape.name}", shape) for model in models for shape in MODELS[model].values()]
+    for name, shape in shapes:
+        for m in tokens:
+            found.append(Case(f"{name} m={m}", partial(measure, shape, m, setting)))
+    for peer in peers:
+        for name, shape in shapes:
             for m in tokens:
-                found[m][f"{peer.name}_us"] = microseconds(others, xs[m])
-            del others
-        except Exception as error:  # a peer's own failure, of any kind, must not end the run
-            print(f"{n}x{k} {peer.name}: not measured: {type(error).__name__}: {error}")
-        torch.cuda.empty_cache()
-    for m, row in found.items():
-        row["packed_tb_s"] = n * k / 8 / row["bwla_matmul_us"] / 1e6
-        row["bwla_tops"] = 2 * m * n * k / row["bwla_us"] / 1e6
-        yield row
+                run = partial(peer_case, peer=peer, shape=shape, m=m, setting=setting)
+                found.append(Case(f"{name} m={m} {peer.name}", run))
+    for name, shape in shapes if peers else ():
+        if shape.step:
+            for m in tokens:
+                run = partial(separate, shape=shape, m=m, setting=setting)
+                found.append(Case(f"{name} m={m} separate", run))
+    return found
 
 
-def copy_tb_s() -> float:
-    """Bandwidth of a plain copy, read and written bytes."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / microseconds([lambda x: target.copy_(source)] * 4, source[:1]) / 1e6
-
-
-def show(rows: Sequence[Row]) -> None:
-    """Print the rows with BWLA's ratios."""
-    names = [peer.name for peer in PEERS]
-    table = Table(title="microseconds; BWLA's ratio to each method")
-    for heading in ("N x K", "M", "BWLA", "matmul", "TB/s", "TOPS", *names):
-        table.add_column(heading, justify="right")
+def merged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """One row for each linear and number of tokens with every method's time, and what was not measured."""
+    found: dict[str, Row] = {}
+    missing = []
     for row in rows:
-        others = [row.get(f"{name}_us") for name in names]
-        table.add_row(
-            f"{row['n']}x{row['k']}",
-            str(row["m"]),
-            f"{row['bwla_us']:.1f}",
-            f"{row['bwla_matmul_us']:.1f}",
-            f"{row['packed_tb_s']:.2f}",
-            f"{row['bwla_tops']:.0f}",
-            *(f"{us:.1f} ({us / row['bwla_us']:.2f}x)" if us else "-" for us in others),
-        )
-    Console(width=140).print(table)
+        if "case" not in row:
+            missing.append(f"no time left for {row.get('left_out')}")
+            continue
+        key, method = " ".join(row["case"].split()[:3]), row["case"].split()[3:]
+        if not row.get("ok", True):
+            missing.append(f"{row['case']}: {row.get('error', 'wrong')}")
+        if not method:
+            found[key] = dict(row)
+        elif row.get("ok", True):
+            times = {name: us for name, us in row.items() if name.endswith("_us") and name != "config"}
+            found.setdefault(key, {"case": key}).update(times)
+    return list(found.values()), missing
 
 
 def main() -> int:
@@ -162,27 +104,33 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="32b,8b", help="Qwen3 shapes (32b,8b)")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="values of M")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time after which no method is begun (9)")
+    parser.add_argument("--tokens", help=f"values of M ({','.join(map(str, TOKENS))})")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (9)")
+    parser.add_argument(
+        "--quick", action="store_true", help="Qwen3-32B alone, three values of M, no other engines"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of this run before it lost its GPU
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("expected an NVIDIA GPU, found none: see cpu_layer.py for the CPU")
-    from gpu_rates import rates
-
-    end = time.monotonic() + 60 * arguments.minutes
-    facts = {"copy_tb_s": copy_tb_s(), **rates()}
-    print(facts, flush=True)
-    rows: list[Row] = []
-    for name in arguments.models.split(","):
-        for n, k, wished in SHAPES[name]:
-            if time.monotonic() > end:
-                print(f"{n}x{k}: not measured: no time left")
-                continue
-            rows += measure_shape(n, k, wished, [int(m) for m in arguments.tokens.split(",")], end)
-            if arguments.out:
-                write_result(arguments.out, rows, **facts)
-    show(rows)
+    folder = arguments.rows or Path(tempfile.mkdtemp(prefix="gpu_layer_"))
+    until = arguments.until or time.time() + 60 * arguments.minutes
+    tokens = tuple(int(m) for m in arguments.tokens.split(",")) if arguments.tokens else TOKENS
+    models, peers = arguments.models.split(","), [peer for peer in PEERS if peer.name != "cublas_bf16"]
+    if arguments.quick:
+        models, tokens, peers = ["32b"], QUICK_TOKENS, []
+    journal = Journal(folder, until)
+    wanted = cases(models, tokens, peers, GPU)
+    status = run_cases(journal, STEP, wanted, lambda: device_is_lost(GPU.device))
+    if status == RESTART:
+        words = [word for word in sys.argv[1:] if not word.startswith(("--rows=", "--until="))]
+        os.execv(sys.executable, [sys.executable, __file__, *words, f"--rows={folder}", f"--until={until}"])
+    rows, missing = merged(journal.rows(STEP))
+    if arguments.out:
+        write_result(arguments.out, rows, not_measured=missing, copy_tb_s=copy_bandwidth(GPU.device))
+    print("\n".join([*layer_lines(rows), *missing]))
     return 0
 
 

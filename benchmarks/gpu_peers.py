@@ -1,6 +1,7 @@
 """Other ways to compute a linear on a GPU, each as a function that makes one layer of random weights.
 
-What is not installed, or fails, says so when it is asked for; nothing falls back to something else.
+What is not installed, or fails, says so when it is asked for; nothing falls back to something else. Whoever times
+one looks at its result first (`gpu.layer_table.measure_method`).
 """
 
 from collections.abc import Callable

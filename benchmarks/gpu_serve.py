@@ -4,20 +4,20 @@
 
 Weights are random and never written: every engine starts from a config.json with vLLM's dummy loader. Each runs in a
 process of its own. Decode is the slope between two answer lengths at batch 1, 8 and 64; prefill is one prompt of
-1K or 4K tokens with one answer token. What does not fit into --minutes is left out and named.
+1K or 4K tokens with one answer token. What fails, gives no sensible figure or does not fit into --minutes is named and
+left out; the file is written after every method. With random weights an answer's text means nothing: whether the
+kernels are right, BWLA's layers check as they load, and gpu_day.py in full.
 """
 
 import argparse
 import json
-import subprocess
+import math
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from bwla_converter.dummy import plan_dummy
-from bwla_converter.pipeline import Options, output_config
 from engines import SHAPES, Job, run_job, write_config
 from record import write_result
 from rich.console import Console
@@ -42,6 +42,9 @@ def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if method == "bwla":
+        from bwla_converter.dummy import plan_dummy
+        from bwla_converter.pipeline import Options, output_config
+
         source, plan = plan_dummy(Options(str(folder), folder / "out", head_bits=8))
         config = output_config(source, plan)
     elif method == "int4":
@@ -54,7 +57,7 @@ def measure(shape: str, method: str, attention: str | None, timeout: float) -> d
     """Tokens per second of one method: `decode_1`, ..., `prefill_4096`.
 
     Raises:
-        RuntimeError, subprocess.TimeoutExpired: as `engines.run_job`.
+        RuntimeError, subprocess.TimeoutExpired: as `engines.run_job`, or a figure that is no speed.
     """
     with tempfile.TemporaryDirectory() as work:
         engine = {
@@ -66,7 +69,10 @@ def measure(shape: str, method: str, attention: str | None, timeout: float) -> d
         }
         result = run_job(Job(work, BATCHES, PREFILLS, repeats=2, engine=engine), timeout)
     found = {f"decode_{batch}": result["decode"][str(batch)] for batch in BATCHES}
-    return found | {f"prefill_{length}": result["prefill"][f"1x{length}"] for length in PREFILLS}
+    found |= {f"prefill_{length}": result["prefill"][f"1x{length}"] for length in PREFILLS}
+    if odd := {key: speed for key, speed in found.items() if not 0 < speed < math.inf}:
+        raise RuntimeError(f"the longer answers took no longer than the shorter ones: {odd}")
+    return found
 
 
 def to_rows(shape: str, found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
@@ -107,9 +113,10 @@ def main() -> int:
     parser.add_argument("--attention-backend", help="vLLM's attention backend (vLLM's own choice)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
-    end, rows, problems = time.monotonic() + 60 * arguments.minutes, [], []
+    end, problems = time.monotonic() + 60 * arguments.minutes, []
+    speeds: dict[str, dict[str, dict[str, float]]] = {}
     for shape in arguments.models.split(","):
-        found: dict[str, dict[str, float]] = {}
+        found = speeds.setdefault(shape, {})
         for method in arguments.methods.split(","):
             left = end - time.monotonic()
             try:
@@ -117,12 +124,12 @@ def main() -> int:
                     raise TimeoutError("no time left")
                 found[method] = measure(shape, method, arguments.attention_backend, left)
                 print(f"{shape} {method}: {found[method]}", flush=True)
-            except (RuntimeError, TimeoutError, subprocess.TimeoutExpired) as error:
-                problems.append(f"{shape} {method}: not measured: {error}")
+            except Exception as error:  # whatever one engine does, the others must run
+                problems.append(f"{shape} {method}: not measured: {type(error).__name__}: {error}")
                 print(problems[-1], flush=True)
-        rows += to_rows(shape, found)
-        if arguments.out:
-            write_result(arguments.out, rows, not_measured=problems)
+            rows = [row for name, methods in speeds.items() for row in to_rows(name, methods)]
+            if arguments.out:
+                write_result(arguments.out, rows, not_measured=problems)
     show(rows)
     return 0 if all("bwla_tok_s" in row for row in rows) else 1
 

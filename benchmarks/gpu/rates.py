@@ -1,8 +1,15 @@
 """What the tensor cores of this GPU can do at most: binary (and, popcount) and int8 instructions back to back."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
+
+from gpu.journal import Case, Row
+from gpu.shapes import Setting
+from gpu.timing import time_events
 
 WARPS, ROUNDS, CHAINS = 8, 1024, 8
 
@@ -25,8 +32,8 @@ def assembly(instruction: str) -> str:
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-@triton.jit
-def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Each warp runs the assembly once."""
     lane = tl.arange(0, THREADS)
     total = tl.inline_asm_elementwise(
@@ -40,18 +47,22 @@ def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):
     tl.store(out + tl.program_id(0) * THREADS + lane, total)
 
 
-def tera_operations(instruction: str) -> float:
-    """10^12 operations a second over the whole GPU, the best of many runs."""
-    programs = 4 * torch.cuda.get_device_properties(0).multi_processor_count
-    out = torch.empty(programs * 32 * WARPS, dtype=torch.int32, device="cuda")
+def _measure(row: Row, instruction: str, setting: Setting) -> None:
+    """Fill `tera_operations`, 10^12 operations a second over the whole GPU; every program must find the same sums."""
+    programs = 4 * torch.cuda.get_device_properties(setting.device).multi_processor_count
+    out = torch.zeros(programs, 32 * WARPS, dtype=torch.int32, device=setting.device)
 
     def run() -> None:
         rate_kernel[(programs,)](out, 1, assembly(instruction), 32 * WARPS, num_warps=WARPS)
 
-    milliseconds = min(triton.testing.do_bench(run, return_mode="all"))
-    return programs * WARPS * ROUNDS * CHAINS * OPERATIONS[instruction] / milliseconds / 1e9
+    run()
+    row["ok"] = bool(out.any()) and torch.equal(out, out[:1].expand_as(out))
+    microseconds = time_events(run).into(row, "kernel")
+    row["tera_operations"] = programs * WARPS * ROUNDS * CHAINS * OPERATIONS[instruction] / microseconds / 1e6
 
 
-def rates() -> dict[str, float]:
-    """Both rates."""
-    return {"binary_tops": tera_operations(BINARY), "int8_tops": tera_operations(INTEGER)}
+def cases(setting: Setting) -> Iterator[Case]:
+    """The step's cases: none without a GPU."""
+    for name, instruction in (("binary", BINARY), ("int8", INTEGER)):
+        if setting.on_gpu:
+            yield Case(name, partial(_measure, instruction=instruction, setting=setting))

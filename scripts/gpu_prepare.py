@@ -1,0 +1,160 @@
+"""Prepare scripts/gpu_day.sh and gpu_serve_day.sh for an isolated H100 or H200, on a machine with a package index.
+
+    python scripts/gpu_prepare.py --python PYTHON3.12 [--serve] [--jobs 2]
+
+PYTHON3.12 is an interpreter with the GPU machine's releases of Python, torch and Triton (3.12, 2.11, 3.6.0; a CPU
+build of torch does, no GPU is needed): it builds Triton's cache, whose keys hash Triton and these sources. Commit
+first, and do not edit kernels/triton afterwards. Everything goes into .gpu, which git ignores:
+
+    whl/            packages that such a machine lacks
+    cache.tar.xz    compiled kernels (without it, the machine compiles them itself, a few seconds each)
+    bundle/         with --serve: vLLM (build_gpu_bundle.py)
+    whl_serve/      with --serve: this project's wheel
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from build_gpu_bundle import BundleError, download
+from gpu_bundle_pins import PACKAGES, PYTHON, TRITON
+
+ROOT = Path(__file__).resolve().parent.parent
+PREPARED, WORK = ROOT / ".gpu", ROOT / "build" / "gpu"
+LACKING = (
+    "compressed-tensors",
+    "loguru",
+    "pydantic",
+    "pydantic-core",
+    "annotated-types",
+    "typing-inspection",
+)
+"""What the converter and the plugin import and a machine with torch and transformers may not have."""
+
+INSTALLED = {"bwla_kernels": "kernels", "bwla_converter": "converter", "bwla_vllm": "bwla_vllm"}
+
+
+class PrepareError(Exception):
+    """A step failed; the message says what to do."""
+
+
+def run(words: Sequence[str | Path], failure: str, **environment: str) -> None:
+    """Run a command in the repository's root; raise PrepareError with `failure` where it fails."""
+    print("+", *words, flush=True)
+    done = subprocess.run(
+        [str(word) for word in words], cwd=ROOT, env={**os.environ, **environment}, check=False
+    )
+    if done.returncode:
+        raise PrepareError(failure)
+
+
+def wheels(folder: Path) -> None:
+    """Fetch the few packages."""
+    shutil.rmtree(folder, ignore_errors=True)
+    found = download(WORK / "wheels_day", {name: PACKAGES[name] for name in LACKING})
+    folder.mkdir(parents=True)
+    for path in found:
+        shutil.copy(path, folder)
+
+
+def check_python(python: str) -> None:
+    """Refuse an interpreter whose cache the GPU machine could not use."""
+    code = "import sys, triton; print(*sys.version_info[:2], triton.__version__, sep='.')"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    found, wanted = done.stdout.strip() or done.stderr.strip()[-200:], f"{PYTHON}.{TRITON}"
+    if found != wanted:
+        raise PrepareError(
+            f"--python {python}: expected Python and Triton {wanted}, found {found}: the keys of Triton's cache "
+            "depend on both; make such an environment (pip install torch==2.11.0 triton==3.6.0) and name it"
+        )
+
+
+def cache(python: str, what: Sequence[str], jobs: int) -> None:
+    """Compile everything in `jobs` processes and pack it."""
+    folder, site = WORK / "cache", WORK / "site"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(site, ignore_errors=True)
+    folder.mkdir(parents=True)
+    site.mkdir(parents=True)
+    for name, source in INSTALLED.items():  # module names are part of the keys
+        (site / name).symlink_to(ROOT / source)
+    environment = {
+        **os.environ,
+        "TRITON_CACHE_DIR": str(folder),
+        "PYTHONPATH": str(site),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    words = [python, str(ROOT / "benchmarks" / "gpu_prebuild.py"), *what, "--part"]
+    begun = time.monotonic()
+    parts = [subprocess.Popen([*words, f"{part}/{jobs}"], cwd=ROOT, env=environment) for part in range(jobs)]
+    statuses = [process.wait() for process in parts]
+    print(f"cache: {len(list(folder.iterdir()))} entries in {time.monotonic() - begun:.0f} s", flush=True)
+    if any(statuses):
+        print("cache: some kernels could not be compiled, see above; the rest is packed", flush=True)
+    with tarfile.open(PREPARED / "cache.tar.xz", "w:xz") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, arcname=path.name, filter=_cubins_only)
+
+
+def _cubins_only(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Leave out what Triton does not load again: intermediate forms of a kernel."""
+    return None if info.name.endswith((".ttir", ".ttgir", ".llir", ".ptx", ".source")) else info
+
+
+def serving(python: str) -> None:
+    """Build vLLM's bundle, and this project's wheel."""
+    work = WORK / "bundle"
+    run(
+        [sys.executable, ROOT / "scripts" / "build_gpu_bundle.py", "--out", work, "--work", WORK / "wheels"],
+        "the bundle could not be built, see above",
+    )
+    for name in ("bundle", "whl_serve"):
+        shutil.rmtree(PREPARED / name, ignore_errors=True)
+    (PREPARED / "bundle").mkdir(parents=True)
+    for path in work.iterdir():
+        if path.is_file():
+            shutil.copy(path, PREPARED / "bundle")
+    run(
+        [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", PREPARED / "whl_serve", "."],
+        "this project's wheel could not be built, see above",
+    )
+
+
+def main() -> int:
+    """Command line; returns 1 where a step failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--python", help="interpreter that builds the cache; without it there is none")
+    parser.add_argument("--serve", action="store_true", help="also what gpu_serve_day.sh needs")
+    parser.add_argument("--models", default="32b,8b", help="models whose start is compiled for (32b,8b)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    arguments = parser.parse_args()
+    PREPARED.mkdir(exist_ok=True)
+    try:
+        if arguments.python:
+            check_python(arguments.python)
+        wheels(PREPARED / "whl")
+        if arguments.serve:
+            serving(arguments.python or sys.executable)
+        if arguments.python:
+            what = ["day", *(["serve"] if arguments.serve else []), "--models", arguments.models]
+            cache(arguments.python, what, arguments.jobs)
+    except (PrepareError, BundleError) as error:
+        print(f"gpu_prepare: {error}", file=sys.stderr)
+        return 1
+    for path in sorted(PREPARED.rglob("*")):
+        if path.is_file():
+            print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
