@@ -2,24 +2,34 @@
 
     python -m bwla_kernels.triton.tune --out FILE [--shapes 51200x5120/1,...] [--tokens 1,4,64,...]
 
-Each candidate is first compared with the first one's output, then timed in a CUDA graph over as many copies of the
-weights as the second-level cache cannot hold. The file keeps the architecture's defaults and adds the exact shapes.
+Two rounds for each shape and number of tokens: a few cuts that should fill the GPU, then variations of the two
+fastest. Each candidate is compared with float64 on a sample of rows, then timed in a CUDA graph over more weights
+than the second-level cache holds. One that fails or is wrong is recorded in FILE's `.jsonl` and left out. The table
+keeps the architecture's defaults, adds the exact shapes, and is written after each of them.
 """
 
 import argparse
 import json
+import math
+import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 from bwla_kernels.errors import BackendError
+from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.triton.binary_matmul import Activations, Weights, binary_matmul
-from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes
+from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
+from bwla_kernels.triton.prepare_config import PLANES_MAX_TOKENS
 from bwla_kernels.triton.tuning import (
     BINARY,
     INTEGER,
+    SPLITS,
     MatmulConfig,
     as_entry,
     binary_is_native,
@@ -28,79 +38,193 @@ from bwla_kernels.triton.tuning import (
     table_arch,
     token_limit,
 )
+from torch import Tensor
 
 SHAPES = (
-    "6144x4096/1,4096x4096/8,24576x4096/1,4096x12288/8,"  # Qwen3-8B: qkv, o, gate_up, down
-    "10240x5120/1,5120x8192/8,51200x5120/1,5120x25600/8"  # Qwen3-32B
+    "10240x5120/1,5120x8192/8,51200x5120/1,5120x25600/8,"  # Qwen3-32B: qkv, o, gate_up, down
+    "6144x4096/1,4096x4096/8,24576x4096/1,4096x12288/8"  # Qwen3-8B
 )
 TOKENS = "1,2,4,8,16,32,64,128,256,512,1024,2048,4096,8192"
-BITS = 6
+BITS, RANK = 6, 32
 REPLAYS = 10
 COLD_BYTES = 256 << 20
 """Weights in a round of measurements: several times a second-level cache."""
 
+MOST_FIRST, VARIED = 16, 2
+"""Candidates of the first round, and how many of them the second one varies."""
 
-def candidates(layout: ChunkLayout, m: int, capability: tuple[int, int]) -> Iterator[MatmulConfig]:
-    """Configurations worth measuring for m tokens."""
+IN_FLIGHT = 48 << 10
+"""Bytes of weights that a multiprocessor should have under way: what hides the memory's latency, with some reserve."""
+
+SAMPLE = 128
+"""Rows at each end of the product that are compared; LARGEST_ERROR is relative to the largest of them."""
+
+LARGEST_ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the candidates are given.
+
+    Attributes:
+        activations: m random tokens.
+        weights: copies of random weights that no cache holds together.
+        tokens, rows: indices of the sampled outputs.
+        expected: float64 [tokens, rows].
+    """
+
+    activations: Activations
+    weights: list[Weights]
+    tokens: Tensor
+    rows: Tensor
+    expected: Tensor
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a candidate: its microseconds, or what is wrong with it."""
+
+    config: MatmulConfig
+    microseconds: float | None = None
+    error: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As a line of the record."""
+        found = {"config": str(self.config), **asdict(self.config), "us": self.microseconds}
+        return found | {"ok": self.error is None, **({"error": self.error} if self.error else {})}
+
+
+def candidates(
+    layout: ChunkLayout, m: int, capability: tuple[int, int], multiprocessors: int
+) -> list[MatmulConfig]:
+    """The first round for m tokens, most promising first: at most 16, or 32 where skinny and tiled ones compete."""
     tokens = token_limit(m)
-    if tokens <= 8 and binary_is_native(capability):
-        for rows in (16, 32, 64, 128):
-            for warps, k_warps in ((1, 1), (2, 2), (4, 4), (4, 2), (8, 8), (8, 4)):
-                r = rows * k_warps // (16 * warps)
-                if 1 <= r <= (2 if tokens == 8 else 4):
-                    for limit in (0, 255):
-                        yield MatmulConfig(BINARY, tokens, rows, warps, k_warps=k_warps, max_registers=limit)
+    if tokens <= PLANES_MAX_TOKENS and binary_is_native(capability):
+        return _binary(layout, tokens, multiprocessors)
+    found = []
     if tokens <= 64:
-        for rows in (64, 128, 256):
-            for warps in (2, 4, 8):
-                for stages in (3, 4, 6):
-                    for split in (1, 2, 4, 8, 16):
-                        if layout.rows % rows == 0 and layout.chunks >= 2 * split:
-                            yield MatmulConfig(INTEGER, max(8, tokens), rows, warps, stages, split)
+        found += _skinny(layout, tokens, capability, multiprocessors)
     if tokens >= 64:
-        for rows, columns, warps in (
-            (256, 128, 8),
-            (256, 64, 8),
-            (128, 256, 8),
-            (128, 128, 8),
-            (128, 128, 4),
-            (128, 64, 4),
-            (128, 64, 8),
-        ):
-            for stages in (2, 3, 4):
-                if layout.rows % rows == 0 and columns <= tokens:
-                    yield MatmulConfig(INTEGER, columns, rows, warps, stages)
+        found += _tiled(layout, tokens)
+    return found
 
 
-def draw(layout: ChunkLayout, m: int, device: torch.device) -> tuple[Activations, list[Weights]]:
-    """Random activations, and copies of random weights that no cache holds together."""
-    width = layout.blocks * layout.block_width
-    q = torch.randint(-31, 32, (m, width), dtype=torch.int8, device=device)
-    q_sum = q.unflatten(1, (layout.blocks, layout.block_width)).sum(-1, dtype=torch.int32)
-    scale = torch.rand(m, layout.blocks, device=device)
-    u = torch.randn(m, 16, device=device)
-    planes = pack_planes(q, BITS, layout) if m <= 8 else None
-    size = layout.shape[0] * layout.shape[1] * layout.shape[2]
-    copies = max(1, min(64, COLD_BYTES // size))
-    low_b = torch.randn(layout.rows, 16, dtype=torch.bfloat16, device=device)
-    alpha = torch.rand(layout.out_features, device=device)
-    counters = torch.zeros(4096, dtype=torch.int32, device=device)
-    weights = [
-        Weights(
-            torch.randint(0, 256, layout.shape, dtype=torch.uint8, device=device),
-            alpha,
-            low_b,
-            None,
-            counters,
-            layout,
-        )
-        for _ in range(copies)
+def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[MatmulConfig]:
+    """Cuts with a program for most multiprocessors and few enough to start; those that load about enough at once."""
+
+    def distance(config: MatmulConfig) -> float:
+        fragments = layout.rows // 16 * config.k_warps * config.unroll  # of 16 rows by 512 columns: 1 KiB
+        return abs(math.log2(fragments * 1024 / multiprocessors / IN_FLIGHT))
+
+    tiles = [n for n in (16, 32, 64, 128) if 0.7 <= layout.rows // n / multiprocessors <= 8]
+    found = []
+    for rows in tiles or (16,):
+        for warps, k_warps in ((2, 2), (4, 4), (4, 2), (8, 8), (8, 4)):
+            r = rows * k_warps // (16 * warps)
+            for unroll in (1, 2, 4):
+                if r >= 1 and r * unroll <= 4:
+                    config = MatmulConfig(
+                        BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll, max_registers=255
+                    )
+                    found.append(config)
+    return sorted(found, key=distance)[:MOST_FIRST]
+
+
+def _skinny(
+    layout: ChunkLayout, tokens: int, capability: tuple[int, int], multiprocessors: int
+) -> list[MatmulConfig]:
+    """Few tokens on integer tensor cores: columns split until there are one to five programs a multiprocessor."""
+    least = 16 if capability[0] == 9 else 8  # eight columns are no wgmma
+    found = []
+    for rows in (128, 64, 256):
+        if layout.rows % rows:
+            continue
+        allowed = [split for split in SPLITS if split == 1 or layout.chunks >= 2 * split]
+        useful = [s for s in allowed if 1 <= layout.rows // rows * s / multiprocessors <= 5] or allowed[-1:]
+        for split in useful:
+            for warps in (4, 8) if rows > 64 else (4,):
+                found.append(MatmulConfig(INTEGER, max(least, tokens), rows, warps, 4, split))
+    return found[:MOST_FIRST]
+
+
+def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
+    """Many tokens: tiles that divide the rows."""
+    cuts = (
+        (256, 128, 8),
+        (128, 128, 8),
+        (128, 256, 8),
+        (256, 64, 8),
+        (128, 64, 4),
+        (128, 128, 4),
+        (128, 64, 8),
+    )
+    return [
+        MatmulConfig(INTEGER, columns, rows, warps, 3)
+        for rows, columns, warps in cuts
+        if layout.rows % rows == 0 and columns <= tokens
     ]
-    return Activations(q, scale, q_sum, u, planes), weights
 
 
-def microseconds(activations: Activations, weights: list[Weights], config: MatmulConfig) -> float:
+def variations(config: MatmulConfig) -> list[MatmulConfig]:
+    """The second round around a fast configuration: other loads in flight, another limit on registers."""
+    if config.kernel == BINARY:
+        row_warps = config.num_warps // config.k_warps
+        fragments = config.block_n // (16 * row_warps)
+        unrolls = [u for u in (config.unroll // 2, 2 * config.unroll) if u >= 1 and u * fragments <= 8]
+        found = [replace(config, unroll=unroll) for unroll in unrolls]
+    else:
+        found = [replace(config, num_stages=stages) for stages in (2, 3, 4, 6) if stages != config.num_stages]
+    return [*found, replace(config, max_registers=0 if config.max_registers else 255)]
+
+
+def draw(layout: ChunkLayout, m: int, device: torch.device, cold_bytes: int = COLD_BYTES) -> Problem:
+    """Random activations and weights, and part of the product in float64.
+
+    What the low-rank term multiplies are bfloat16 numbers: its products are exact whatever unit computes them, and
+    a single wrong sign shows.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    width = layout.blocks * layout.block_width
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).bfloat16()
+
+    q = torch.randint(-31, 32, (m, width), dtype=torch.int8, device=device, generator=generator)
+    q_sum = q.unflatten(1, (layout.blocks, layout.block_width)).sum(-1, dtype=torch.int32)
+    scale = torch.rand(m, layout.blocks, device=device, generator=generator)
+    u = normal(m, RANK).float()
+    planes = pack_planes(q, BITS, layout) if m <= PLANES_MAX_TOKENS else None
+    low_b = normal(layout.rows, RANK)
+    alpha = torch.rand(layout.out_features, device=device, generator=generator)
+    counters = torch.zeros(4096, dtype=torch.int32, device=device)
+    copies = max(1, min(64, cold_bytes // math.prod(layout.shape)))
+    words = layout.out_features, width // PACK_FACTOR
+
+    def weight() -> Tensor:  # repacked, for what pads a block must be zeros
+        signs = torch.randint(-(2**31), 2**31, words, device=device, generator=generator)
+        return repack_weights(signs.int(), layout)
+
+    packed = [weight() for _ in range(copies)]
+    weights = [Weights(part, alpha, low_b, None, counters, layout) for part in packed]
+    rows, tokens = _ends(layout.out_features, device), _ends(m, device)
+    sample = chunk_layout(len(rows), layout.blocks, layout.block_width)
+    signs = unpack_weights(packed[0][:, rows], sample).double().unflatten(1, (layout.blocks, -1))
+    codes = q[tokens].double().unflatten(1, (layout.blocks, -1))
+    sums = torch.einsum("mgk,ngk->mng", codes, signs)
+    expected = (sums * scale[tokens].double().unsqueeze(1)).sum(-1) * alpha[rows].double()
+    expected += u[tokens].double() @ low_b[rows].double().t()
+    return Problem(Activations(q, scale, q_sum, u, planes), weights, tokens, rows, expected)
+
+
+def _ends(count: int, device: torch.device) -> Tensor:
+    """The first and the last SAMPLE of `count` indices."""
+    first = torch.arange(min(count, SAMPLE), device=device)
+    return torch.cat([first, torch.arange(max(len(first), count - SAMPLE), count, device=device)])
+
+
+def microseconds(problem: Problem, config: MatmulConfig) -> float:
     """Time of one call with cold weights, launches in a CUDA graph; the best of three rounds."""
+    activations, weights = problem.activations, problem.weights
     binary_matmul(activations, weights[0], BITS, config, torch.bfloat16)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -119,24 +243,98 @@ def microseconds(activations: Activations, weights: list[Weights], config: Matmu
     return best
 
 
-def measure(layout: ChunkLayout, m: int, device: torch.device) -> tuple[MatmulConfig, float] | None:
-    """The fastest sound configuration and its microseconds; None where none ran."""
-    activations, weights = draw(layout, m, device)
-    best: tuple[MatmulConfig, float] | None = None
-    first: torch.Tensor | None = None
-    for config in candidates(layout, m, torch.cuda.get_device_capability(device)):
+Timer = Callable[[Problem, MatmulConfig], float]
+
+
+def try_config(problem: Problem, config: MatmulConfig, timer: Timer = microseconds) -> Finding:
+    """Check a configuration, then time it; whatever it raises is in the finding."""
+    try:
+        y = binary_matmul(problem.activations, problem.weights[0], BITS, config, torch.float32)
+        found = y[problem.tokens][:, problem.rows].double()
+        error = ((found - problem.expected).abs().max() / problem.expected.abs().max()).item()
+        if not error <= LARGEST_ERROR:
+            return Finding(config, error=f"wrong by {error:.1e} of the largest value")
+        return Finding(config, timer(problem, config))
+    except Exception as error:  # a candidate's own failure, of any kind, must not end the run
+        last = traceback.format_exception_only(error)[-1].strip()
+        return Finding(config, error=last[:400])
+
+
+def fastest(findings: Iterable[Finding]) -> list[Finding]:
+    """The right ones, fastest first."""
+    right = [finding for finding in findings if finding.microseconds is not None]
+    return sorted(right, key=lambda finding: finding.microseconds or 0.0)
+
+
+def second_round(findings: Sequence[Finding]) -> list[MatmulConfig]:
+    """Variations of the fastest of the first round that were not in it."""
+    tried = {finding.config for finding in findings}
+    varied = [config for finding in fastest(findings)[:VARIED] for config in variations(finding.config)]
+    return [config for config in dict.fromkeys(varied) if config not in tried]
+
+
+def measure(
+    layout: ChunkLayout, m: int, device: torch.device, done: Sequence[Finding] = ()
+) -> Iterator[Finding]:
+    """Both rounds for m tokens, one finding a candidate; those in `done` are not tried again."""
+    known = {finding.config: finding for finding in done}
+    problem = draw(layout, m, device)
+    properties = torch.cuda.get_device_properties(device)
+    first = candidates(layout, m, (properties.major, properties.minor), properties.multi_processor_count)
+    findings = []
+    for config in first:
+        finding = known.get(config) or try_config(problem, config)
+        findings.append(finding)
+        if config not in known:
+            yield finding
+    for config in second_round(findings):
+        if config not in known:
+            yield try_config(problem, config)
+
+
+def read_findings(path: Path) -> dict[tuple[str, int], list[Finding]]:
+    """The record of an earlier run: findings by shape and number of tokens; a line that was cut off is left out."""
+    found: dict[tuple[str, int], list[Finding]] = {}
+    names = MatmulConfig.__dataclass_fields__
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            y = binary_matmul(activations, weights[0], BITS, config, torch.float32)
-            first = y if first is None else first
-            if not torch.allclose(y, first, rtol=1e-4, atol=1e-3 * first.abs().max().item()):
-                raise BackendError(f"{config} disagrees with the first configuration on {layout}")
-            time = microseconds(activations, weights, config)
-        except (triton.OutOfResources, triton.CompilationError) as error:
-            print(f"  {config}: left out ({type(error).__name__})")
+            row = json.loads(line)
+        except ValueError:
             continue
-        if best is None or time < best[1]:
-            best = (config, time)
-    return best
+        config = MatmulConfig(**{name: row[name] for name in names})
+        found.setdefault((row["shape"], row["m"]), []).append(Finding(config, row["us"], row.get("error")))
+    return found
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """`NxK/G` -> (N, K, G).
+
+    Raises:
+        BackendError: it is none.
+    """
+    try:
+        n, k, g = (int(part) for part in text.replace("/", "x").split("x"))
+    except ValueError:
+        raise BackendError(f"expected a shape NxK/G such as 51200x5120/1, found {text!r}") from None
+    return n, k, g
+
+
+def new_table(name: str, arch: str) -> dict[str, Any]:
+    """A copy of the package's table that says where its shapes for `arch` are from."""
+    table: dict[str, Any] = json.loads(json.dumps(load_table()))
+    table["origin"] = (
+        f"defaults hand-chosen from compiled code; shapes of sm_{arch} measured on {name}, "
+        f"Triton {triton.__version__}, torch {torch.__version__}"
+    )
+    return table
+
+
+def enter(
+    table: dict[str, Any], arch: str, shape: tuple[int, int, int], m: int, config: MatmulConfig
+) -> None:
+    """Put a measured configuration into a table."""
+    rows = table["architectures"][arch]["shapes"].setdefault(shape_key(*shape), {})
+    rows[str(token_limit(m))] = as_entry(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -145,36 +343,46 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the table to write (see tuning.json)")
     parser.add_argument("--shapes", default=SHAPES, help="NxK/G, comma-separated")
     parser.add_argument("--tokens", default=TOKENS, help="numbers of tokens, comma-separated powers of two")
+    parser.add_argument("--resume", action="store_true", help="go on after the last line of the .jsonl")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune: no NVIDIA GPU found: run it on the machine that will serve", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    device, log = torch.device("cuda"), options.out.with_suffix(".jsonl")
+    if not options.resume:
+        log.unlink(missing_ok=True)
     arch = table_arch(torch.cuda.get_device_capability(device))
-    table = json.loads(json.dumps(load_table()))
-    name = torch.cuda.get_device_name(device)
-    table["origin"] = (
-        f"defaults hand-chosen from compiled code; shapes of sm_{arch} measured on {name}, "
-        f"Triton {triton.__version__}, torch {torch.__version__}"
-    )
+    table, known = new_table(torch.cuda.get_device_name(device), arch), read_findings(log)
     for text in options.shapes.split(","):
-        n, k, g = (int(part) for part in text.replace("/", "x").split("x"))
-        layout = chunk_layout(n, g, k // g)
-        rows = table["architectures"][arch]["shapes"].setdefault(shape_key(n, k, g), {})
+        n, k, g = parse_shape(text)
         for m in (int(part) for part in options.tokens.split(",")):
-            found = measure(layout, m, device)
-            if found is None:
-                continue
-            config, time = found
-            rows[str(token_limit(m))] = as_entry(config)
-            packed = n * k / 8 / time / 1e6
-            print(
-                f"{text} m={m}: {config}, {time:.2f} us, {packed:.2f} TB/s of packed weights, "
-                f"{2 * m * n * k / time / 1e6:.0f} TOPS",
-                flush=True,
-            )
-            options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+            findings = known.get((text, m), [])
+            for finding in measure(chunk_layout(n, g, k // g), m, device, tuple(findings)):
+                with log.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"shape": text, "m": m, **finding.row()}) + "\n")
+                if finding.error is not None:
+                    print(f"  {finding.config}: left out: {finding.error}", flush=True)
+                    _restart_if_lost(device, sys.argv[1:] if arguments is None else arguments)
+                findings = [*findings, finding]
+            for best in fastest(findings)[:1]:
+                time = best.microseconds or math.inf
+                enter(table, arch, (n, k, g), m, best.config)
+                print(
+                    f"{text} m={m}: {best.config}, {time:.2f} us, {n * k / 8 / time / 1e6:.2f} TB/s of packed "
+                    f"weights, {2 * m * n * k / time / 1e6:.0f} TOPS",
+                    flush=True,
+                )
+                options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 0
+
+
+def _restart_if_lost(device: torch.device, arguments: Sequence[str]) -> None:
+    """Go on in a new process where a kernel's failure has ended this one's use of the GPU."""
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:  # whatever CUDA raises then, nothing more runs here
+        words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
+        os.execv(sys.executable, [sys.executable, "-m", "bwla_kernels.triton.tune", *words])
 
 
 if __name__ == "__main__":
