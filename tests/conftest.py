@@ -1,5 +1,6 @@
 """Fixtures that every package's tests share: random layers in the stored format, tiny models, the converted example."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,17 @@ from bwla_kernels.format import LayerSpec, as_stored, pack_signs
 from torch import Tensor
 
 LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
+
+NEED_VLLM = [] if importlib.util.find_spec("vllm") else ["vllm", "test_fuzz.py"]
+"""What cannot even be imported where vLLM is not installed (a GPU machine that only runs the kernels' tests)."""
+
+collect_ignore = NEED_VLLM
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say it where tests were left out."""
+    for name in NEED_VLLM:
+        terminalreporter.write_line(f"SKIPPED tests/{name}: vLLM is not installed")
 
 
 def _random_rotation(blocks: int, order: int, generator: torch.Generator) -> Tensor:

@@ -336,9 +336,13 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         prepare_input(make_input(1, 384, torch.float16, device), tensors, make_spec(1, 2, 192))
 
 
+RANDOM_LAYERS = 40
+"""Each compiles a kernel or two of its own, a few seconds each."""
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not TENSOR_CORES, reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize("seed", range(400))
+@pytest.mark.parametrize("seed", range(RANDOM_LAYERS))
 def test_random_layers_on_a_gpu(seed: int, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(seed)
 
