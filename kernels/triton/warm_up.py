@@ -1,73 +1,122 @@
-"""Compile at load what a request may need: Triton compiles a kernel where it first meets a configuration."""
+"""Compile and check at load what a request may need: Triton compiles a kernel where it first meets a configuration.
+
+vLLM measures how much memory a model takes while this happens, and gives the KV cache the rest. So nothing here runs
+as many tokens as a request may have: each configuration is given explicitly, with the few tokens of `FEW_TOKENS`. The
+compiled kernel is the same, for no kernel is specialized for a number of tokens. It is for what follows from sizes
+and dtypes, and for addresses and strides that are multiples of 16, which allocations and rows of a layer's width are;
+an input that starts elsewhere (a slice of odd columns) would still be compiled for when it comes.
+"""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 
 import torch
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton import prepare_input
-from bwla_kernels.triton.binary_matmul import self_check
+from bwla_kernels.triton import self_check
+from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
+from bwla_kernels.triton.launch import is_dependent
 from bwla_kernels.triton.layout import chunk_layout
-from bwla_kernels.triton.tuning import MatmulConfig, select_config
+from bwla_kernels.triton.prepare_config import FewConfig, InputConfig
+from bwla_kernels.triton.prepare_config import select_config as select_input
+from bwla_kernels.triton.prepare_input import prepare_input
+from bwla_kernels.triton.tuning import BINARY, MatmulConfig, select_config
 from torch import Tensor
 
-TOKENS = (1, 2, 3, *(1 << i for i in range(2, 14)))
-"""Numbers of tokens among which every configuration occurs."""
+TOKENS = (*range(1, 513), *(m + i for m in range(512, 1 << 15, 64) for i in (1, 64)))
+"""Numbers of tokens among which every configuration occurs: from 512 on, choices change at multiples of 64 only."""
+
+FEW_TOKENS = 8
+"""Most tokens that a warm-up runs."""
 
 
+@functools.lru_cache(maxsize=256)
 def configs(
     spec: LayerSpec, capability: tuple[int, int], multiprocessors: int
-) -> dict[tuple[MatmulConfig, prepare_input.InputConfig], int]:
+) -> Mapping[tuple[MatmulConfig, InputConfig | FewConfig], int]:
     """Every pair of configurations that a layer can run with, and the fewest tokens that select it."""
     layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
-    found: dict[tuple[MatmulConfig, prepare_input.InputConfig], int] = {}
+    found: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
     for m in TOKENS:
         matmul = select_config(
             *(spec.out_features, spec.in_features, spec.blocks, layout.chunk, m, spec.bits),
             capability,
             multiprocessors,
         )
-        found.setdefault((matmul, prepare_input.select_config(spec, m, capability)), m)
+        found.setdefault((matmul, select_input(spec, m, capability)), m)
     return found
 
 
-@functools.cache
-def _once(spec: LayerSpec, device: torch.device, dtype: torch.dtype, fused: str) -> Iterator[None]:
-    """An iterator that is exhausted once it was walked: what is done in it is done once a process."""
-    return iter((None,))
-
-
-@functools.cache
-def _checked(config: MatmulConfig, device: torch.device) -> None:
-    self_check(device, [config])
+_done: set[tuple[object, ...]] = set()
+"""Kinds of layers that are compiled and right."""
 
 
 def warm_up(
     spec: LayerSpec,
-    device: torch.device,
+    tensors: Mapping[str, Tensor],
     dtype: torch.dtype,
     capability: tuple[int, int],
     multiprocessors: int,
-    apply: Callable[[Tensor], Tensor],
-    fused: str = "",
-    columns: int | None = None,
+    fused: str = self_check.PLAIN,
+    norm_weight: Tensor | None = None,
 ) -> None:
-    """Run a layer of a new kind once with every configuration, and check each matmul against plain torch.
+    """Check every kernel that a layer of a new kind can run with, then run each on a few tokens of zeros.
 
     Args:
         spec: the layer.
-        device: its GPU.
+        tensors: what `TritonBackend.prepare` makes of it.
         dtype: of the activations to come.
         capability: of the GPU.
         multiprocessors: of the GPU.
-        apply: x [M, columns] -> [M, N].
-        fused: what is fused into the load of x.
-        columns: of x; None for the layer's width.
+        fused: what is fused into the load of the input: "", "norm", "add+norm" or "silu*mul".
+        norm_weight: [K], where there is a norm.
 
     Raises:
-        BackendError: a kernel computes wrong numbers with this GPU and this Triton.
+        BackendError: a kernel computes wrong numbers with this GPU and this Triton, or cannot be compiled.
     """
-    for _ in _once(spec, device, dtype, fused):
-        for (matmul, _), m in configs(spec, capability, multiprocessors).items():
-            _checked(matmul, device)
-            apply(torch.zeros(m, columns or spec.in_features, dtype=dtype, device=device))
+    device, bias = tensors["weight_scale"].device, tensors.get("bias")
+    bias_dtype = None if bias is None else bias.dtype
+    norm_dtype = None if norm_weight is None else norm_weight.dtype
+    pdl = is_dependent(device)
+    kind = (spec, device, dtype, fused, norm_dtype, bias_dtype, pdl)
+    if kind in _done:
+        return
+    for (matmul, config), m in configs(spec, capability, multiprocessors).items():
+        planes, tokens = matmul.kernel == BINARY, min(m, self_check.MOST_TOKENS)
+        self_check.check_input(
+            self_check.input_spec(spec), config, tokens, planes, dtype, fused, norm_dtype, device, pdl
+        )
+        self_check.check_matmul(self_check.matmul_spec(spec), matmul, dtype, bias_dtype, device, pdl)
+        _run(spec, tensors, dtype, matmul, config, min(m, FEW_TOKENS), fused, norm_weight)
+    _done.add(kind)
+
+
+def _run(
+    spec: LayerSpec,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    matmul: MatmulConfig,
+    config: InputConfig | FewConfig,
+    m: int,
+    fused: str,
+    norm_weight: Tensor | None,
+) -> None:
+    """Run the layer on m tokens, with these configurations: the launches of a request, as `backend` makes them."""
+    weights = weights_of(tensors, spec)
+    columns = spec.in_features * (2 if fused == self_check.SILU_MUL else 1)
+    x = torch.zeros(m, columns, dtype=dtype, device=weights.scale.device)
+    pdl = is_dependent(x.device)
+    prepared = prepare_input(
+        x,
+        tensors,
+        spec,
+        planes=matmul.kernel == BINARY,
+        chunk=weights.layout.chunk,
+        norm_weight=norm_weight,
+        eps=1.0,
+        residual=torch.zeros_like(x) if fused == self_check.ADD_NORM else None,
+        silu_mul=fused == self_check.SILU_MUL,
+        config=config,
+        dependent_launch=pdl,
+    )
+    activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
+    binary_matmul(activations, weights, spec.bits, matmul, dtype, pdl)

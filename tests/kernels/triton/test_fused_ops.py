@@ -79,30 +79,26 @@ def test_fakes_have_the_shapes_of_the_results(make_layer, device: torch.device) 
 def test_the_first_call_compiles_for_later_ones(
     fused: str, make_layer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first call on a GPU hands to the warm-up: the layer, the input's width and a way to run it."""
+    """What the first call on a GPU hands to the warm-up: the layer, its tensors, and what is fused."""
     from types import SimpleNamespace
 
     from bwla_kernels.triton import backend, warm_up
 
     spec = LayerSpec(40, 256, 1, 16, 16, rank=3)
-    rest = arguments(TritonBackend().prepare(make_layer(spec, 7), spec), spec)
-    silu_mul = fused == "silu*mul"
-    weight = torch.ones(spec.in_features, dtype=torch.float16)
-    options = {"silu_mul": True} if silu_mul else {"norm_weight": weight, "eps": EPSILON}
-    columns = spec.in_features * (2 if silu_mul else 1)
-    x = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float16, shape=(5, columns))
+    prepared = TritonBackend().prepare(make_layer(spec, 7), spec)
+    rest = arguments(prepared, spec)
+    weight = None if fused == "silu*mul" else torch.ones(spec.in_features, dtype=torch.float16)
+    x = SimpleNamespace(device=SimpleNamespace(type="cuda"), dtype=torch.float16)
     calls = []
     monkeypatch.setattr(warm_up, "warm_up", lambda *given, **named: calls.append((given, named)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    properties = backend._properties
-    monkeypatch.setattr(
-        backend, "_properties", lambda device: ((9, 0), 132) if device.type == "cuda" else properties(device)
-    )
-    backend._warm_up_fused(fused, x, rest, **options)
-    (((given_spec, _, dtype, capability, multiprocessors, apply), named),) = calls
+    monkeypatch.setattr(backend, "_properties", lambda device: ((9, 0), 132))
+    backend._warm_up_fused(fused, x, rest, weight)
+    (((given_spec, tensors, dtype, capability, multiprocessors), named),) = calls
     assert (given_spec, dtype, capability, multiprocessors) == (spec, torch.float16, (9, 0), 132)
-    assert named == {"fused": fused, "columns": columns}
-    assert apply(torch.zeros(2, columns, dtype=torch.float16)).shape == (2, spec.out_features)
+    assert tensors.keys() == prepared.keys()
+    assert all(tensors[name] is prepared[name] for name in prepared)
+    assert named == {"fused": fused, "norm_weight": weight}
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    backend._warm_up_fused(fused, x, rest, **options)
+    backend._warm_up_fused(fused, x, rest, weight)
     assert len(calls) == 1, "nothing may be compiled while a CUDA graph is captured"
