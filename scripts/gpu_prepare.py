@@ -37,6 +37,8 @@ LACKING = (
 )
 """What the converter and the plugin import and a machine with torch and transformers may not have."""
 
+MADE = ("whl", "cache.tar.xz", "bundle", "whl_serve")
+
 INSTALLED = {"bwla_kernels": "kernels", "bwla_converter": "converter", "bwla_vllm": "bwla_vllm"}
 
 
@@ -151,7 +153,7 @@ def main() -> int:
         print(f"gpu_prepare: {error}", file=sys.stderr)
         return 1
     for path in sorted(PREPARED.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.relative_to(PREPARED).parts[0] in MADE:
             print(f"{path.stat().st_size / 2**20:8.2f} MiB  {path.relative_to(ROOT)}")
     return 0
 

@@ -94,12 +94,11 @@ def _compile_layer(case: SmokeCase) -> None:
 
 
 def _compile_tuning(layout: ChunkLayout, m: int) -> None:
-    """The first round of a shape's tuning, checked in float32 and timed in bfloat16."""
+    """The first round of a shape's tuning."""
     problem = tune.draw(layout, m, torch.device("cpu"), 1)
     for config in tune.candidates(layout, m, divmod(CAPABILITY, 10), MULTIPROCESSORS):
-        for dtype in (torch.float32, torch.bfloat16):
-            with suppress(triton.TritonError):  # the tuning will find the same, and say so
-                binary_matmul(problem.activations, problem.weights[0], tune.BITS, config, dtype)
+        with suppress(triton.TritonError):  # the tuning will find the same, and say so
+            binary_matmul(problem.activations, problem.weights[0], tune.BITS, config, problem.dtype)
 
 
 def _compile_head(model: str, m: int) -> None:

@@ -32,15 +32,14 @@ def layout_of(shape: Shape) -> ChunkLayout:
 def _problem(layout: ChunkLayout, m: int, device: torch.device) -> tune.Problem:
     if device.type == "cuda":
         return tune.draw(layout, m, device)
-    return tune.draw(layout, m, device, TINY_BYTES)
+    return tune.draw(layout, m, device, TINY_BYTES, torch.float16)
 
 
 def _time(problem: tune.Problem, config: MatmulConfig) -> float:
     """Median microseconds, cold."""
     device = problem.expected.device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
     calls = [
-        partial(binary_matmul, problem.activations, weights, tune.BITS, config, dtype)
+        partial(binary_matmul, problem.activations, weights, tune.BITS, config, problem.dtype)
         for weights in problem.weights
     ]
     return time_calls(calls[: None if device.type == "cuda" else 1], device).median

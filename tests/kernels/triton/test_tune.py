@@ -15,6 +15,8 @@ from torch import Tensor
 SHAPES = [tune.parse_shape(text) for text in tune.SHAPES.split(",")]
 HOPPER = ((9, 0), 132)
 TINY = chunk_layout(120, 2, 96)
+DTYPE = torch.float16
+"""Of the outputs: the interpreter cuts bfloat16 off instead of rounding."""
 
 
 def layout_of(shape: tuple[int, int, int]) -> ChunkLayout:
@@ -67,15 +69,13 @@ def some_time(problem: tune.Problem, config: MatmulConfig) -> float:
     [MatmulConfig(BINARY, 2, 16, 2, k_warps=2, max_registers=255), MatmulConfig(INTEGER, 16, 64, 4, 3, 2)],
 )
 def test_a_right_candidate_is_timed(config: MatmulConfig, device: torch.device) -> None:
-    problem = tune.draw(TINY, 2, device, 1 << 16)
+    problem = tune.draw(TINY, 2, device, 1 << 16, DTYPE)
     assert len(problem.weights) > 1
     assert tune.try_config(problem, config, some_time) == tune.Finding(config, 1.5)
 
 
-def test_a_wrong_or_failing_candidate_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    problem = tune.draw(TINY, 1, device, 1)
+def test_a_wrong_candidate_is_recorded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    problem = tune.draw(TINY, 1, device, 1, DTYPE)
     config = MatmulConfig(BINARY, 1, 16, 2, k_warps=2)
     right = torch.zeros(1, TINY.out_features, dtype=torch.float64, device=device)
     right[problem.tokens.unsqueeze(1), problem.rows] = problem.expected
@@ -85,13 +85,29 @@ def test_a_wrong_or_failing_candidate_is_recorded(
         return tune.try_config(problem, config, some_time)
 
     assert answer(right).error is None
-    # One sign the other way round changes an output by twice a code times the scales.
+    assert answer(right.to(DTYPE)).error is None
     off = right.clone()
-    step = problem.activations.scale.min() * problem.weights[0].scale.min()
-    off[0, 5] += 2 * step
-    assert "wrong by" in (answer(off).error or "") or 2 * step <= tune.LARGEST_ERROR * right.abs().max()
+    off[0, 5] *= 1 + 4 * torch.finfo(DTYPE).eps
+    assert "wrong by up to" in (answer(off).error or "")
     off[0, 5] = float("nan")
-    assert "wrong by nan" in (answer(off).error or "")
+    assert "wrong by up to nan" in (answer(off).error or "")
+
+
+def test_a_single_wrong_sign_shows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    problem = tune.draw(chunk_layout(256, 1, 25600), 1, device, 1)
+    q, scale = problem.activations.q, problem.activations.scale
+    assert q is not None
+    # What flipping the sign of one column does to every row, in bfloat16: exact / |change| is K's square root at most.
+    change = 2 * q[0, 7].item() * scale[0, 0] * problem.weights[0].scale
+    y = torch.zeros(1, 256, dtype=torch.float64, device=device)
+    y[problem.tokens.unsqueeze(1), problem.rows] = problem.expected
+    monkeypatch.setattr(tune, "binary_matmul", lambda *_: (y + change).bfloat16())
+    finding = tune.try_config(problem, MatmulConfig(BINARY, 1, 16, 2, k_warps=2), some_time)
+    assert "wrong by" in (finding.error or "")
+
+
+def test_a_failing_candidate_is_recorded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    problem, config = tune.draw(TINY, 1, device, 1, DTYPE), MatmulConfig(BINARY, 1, 16, 2, k_warps=2)
 
     def fail(*_: object) -> Tensor:
         raise RuntimeError("out of resource: shared memory")
