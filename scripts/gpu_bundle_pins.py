@@ -92,8 +92,8 @@ target either: the Marlin kernels that only quantized mixture-of-experts models 
 NOT_CARRIED = (
     "anthropic fastsafetensors flashinfer-python humming-kernels jsonschema lark mcp mistral-common numba "
     "nvidia-cudnn-frontend nvidia-cutlass-dsl nvtx opentelemetry-api opentelemetry-exporter-otlp "
-    "opentelemetry-sdk opentelemetry-semantic-conventions-ai outlines-core pynvvideocodec python-json- "
-    "logger quack-kernels setuptools supervisor tilelang tokenspeed-mla torchcodec"
+    "opentelemetry-sdk opentelemetry-semantic-conventions-ai outlines-core pynvvideocodec "
+    "python-json-logger quack-kernels setuptools supervisor tilelang tokenspeed-mla torchcodec"
 )
 """Requirements that are left out on purpose, or that another version meets."""
 

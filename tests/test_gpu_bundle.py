@@ -4,6 +4,7 @@ import importlib
 import io
 import lzma
 import struct
+import subprocess
 import sys
 import tarfile
 import zipfile
@@ -117,6 +118,13 @@ def test_the_install_script_is_complete(scripts: dict[str, ModuleType]) -> None:
     assert "@" not in text.replace('"$@"', "")
     assert "export VLLM_USE_FLASHINFER_SAMPLER=0" in text
     assert f'!= "{scripts["gpu_bundle_pins"].TORCH}"' in text
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("gpu_*.sh")), ids=lambda path: path.name)
+def test_the_shell_scripts_parse(script: Path) -> None:
+    shell = script.read_text().split("\n", 1)[0].removeprefix("#!").rsplit("/", 1)[-1]
+    done = subprocess.run([shell, "-n", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_small_wheels_are_among_the_pinned(scripts: dict[str, ModuleType]) -> None:

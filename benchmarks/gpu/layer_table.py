@@ -8,7 +8,17 @@ from torch import Tensor
 
 from gpu.checks import check
 from gpu.journal import Case, Row
-from gpu.layers import Layer, Tensors, call, input_side, make_inputs, make_layer, step_in_torch, weight_side
+from gpu.layers import (
+    Inputs,
+    Layer,
+    Tensors,
+    call,
+    input_side,
+    make_inputs,
+    make_layer,
+    step_in_torch,
+    weight_side,
+)
 from gpu.shapes import MODELS, PLAIN, Setting, Shape
 from gpu.timing import MAX_COPIES, copies_for, copy_tb_s, time_calls
 
@@ -52,8 +62,7 @@ def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
     layer, sets = _layer_copies(shape, device)
     spec = layer.spec
     inputs = make_inputs(shape.step, m, shape.k, setting.dtype, device)
-    plain = make_inputs(PLAIN, m, shape.k, setting.dtype, device)
-    plain.x.copy_(step_in_torch(shape.step, inputs))
+    plain = Inputs(step_in_torch(shape.step, inputs).contiguous(), inputs.norm_weight, inputs.residual)
     dense = _bf16_weights(shape.n, shape.k, device, setting.dtype)
     calls = [partial(torch.nn.functional.linear, plain.x, weight) for weight in dense]
     bf16 = time_calls(calls, device).into(row, "bf16")

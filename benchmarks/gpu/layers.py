@@ -83,13 +83,13 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
 
 
 def make_inputs(step: str, m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Inputs:
-    """Random inputs of m tokens, some columns of which are fifteen times larger."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, 2 * k if step == SILU_MUL else k, generator=generator)
+    """Random inputs of m tokens, some columns of which are fifteen times larger; drawn on the device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    x = torch.randn(m, 2 * k if step == SILU_MUL else k, generator=generator, device=device)
     x[:, :: max(1, k // 7)] *= 15
-    norm_weight = torch.rand(k, generator=generator) + 0.5
-    residual = torch.randn(m, k, generator=generator)
-    return Inputs(*(t.to(dtype).to(device) for t in (x, norm_weight, residual)))
+    norm_weight = torch.rand(k, generator=generator, device=device) + 0.5
+    residual = torch.randn(m, k, generator=generator, device=device)
+    return Inputs(*(t.to(dtype) for t in (x, norm_weight, residual)))
 
 
 def fused_options(step: str, inputs: Inputs) -> dict[str, object]:
