@@ -11,6 +11,10 @@ import torch
 from gpu.journal import Row
 
 REPLAYS = 15
+REPLAY_US, MOST_ROUNDS = 2000.0, 16
+"""A graph holds its calls so often that a replay takes about so long: the few microseconds of starting it are then
+nothing to the figure."""
+
 COLD_FACTOR = 4
 """Weights of a round, in second-level caches."""
 
@@ -56,7 +60,8 @@ def time_events(run: Call, calls: int = 1, replays: int = REPLAYS) -> Timing:
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLAYS) -> Timing:
-    """Time one call of several, captured in one CUDA graph; on the CPU, one run of each by the clock.
+    """Time one call of several, captured in one CUDA graph, several times over where they are short; on the CPU, one
+    run of each by the clock.
 
     Everything before the capture runs on the current stream, which the capture waits for: two streams never run
     one layer, whose split counters they would share.
@@ -68,13 +73,12 @@ def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLA
             one()
             samples.append(1e6 * (time.perf_counter() - begun))
         return timing_of(samples)
-    for one in calls[:2]:
-        one()
-    torch.cuda.synchronize()
+    once = time_events(lambda: [one() for one in calls], replays=1).median
+    rounds = max(1, min(MOST_ROUNDS, math.ceil(REPLAY_US / once)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = [one() for one in calls]  # results that were freed would share memory
-    timing = time_events(graph.replay, len(calls), replays)
+        kept = [one() for _ in range(rounds) for one in calls]  # results that were freed would share memory
+    timing = time_events(graph.replay, rounds * len(calls), replays)
     del kept
     return timing
 
