@@ -17,6 +17,9 @@ RUNNER = Path(__file__).resolve().parent.parent / "gpu_day.py"
 MARGIN = 3.0
 """Seconds before a step's limit at which its workers are told to end: the last case may run over."""
 
+GRACE = 5.0
+"""Seconds that a killed worker may take to go: the driver may hold it, and the next step must begin."""
+
 LEAST = 10.0
 """Seconds under which a step is not begun."""
 
@@ -128,7 +131,8 @@ class Day:
             status = process.poll()
             if status is None:
                 process.kill()
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(GRACE)
             if status in (0, SHORT):
                 return
             case = mark.read_text(encoding="utf-8") if mark.exists() else ""
