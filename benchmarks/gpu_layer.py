@@ -93,7 +93,7 @@ def merged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
         if not method:
             found[key] = dict(row)
         elif row.get("ok", True):
-            times = {name: us for name, us in row.items() if name.endswith("_us") and name != "config"}
+            times = {name: us for name, us in row.items() if name.endswith("_us")}
             found.setdefault(key, {"case": key}).update(times)
     return list(found.values()), missing
 
