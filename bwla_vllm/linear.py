@@ -11,6 +11,7 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.layer import INPUT_SIDE
 from bwla_kernels.ops import Backend, select_backend
+from bwla_kernels.triton import launch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
@@ -259,6 +260,19 @@ def _warn_of_untested_triton() -> None:
         logger.warning_once(warning)
 
 
+DEPENDENT_SWITCH = "bwla_dependent_launch"
+"""Key of vLLM's `--additional-config` that keeps kernels from overlapping: '{"bwla_dependent_launch": false}'."""
+
+
+def _switch_dependent_launch(additional: Any) -> None:
+    """Turn programmatic dependent launch off where the user asks for it."""
+    if isinstance(additional, dict) and not additional.get(DEPENDENT_SWITCH, True):
+        launch.set_dependent_launch(launch.OFF)
+        logger.info_once(
+            "BWLA layers: kernels wait for one another to end, as asked for by %s", DEPENDENT_SWITCH
+        )
+
+
 def _note_backend(name: str) -> bool:
     """Make the backend part of vLLM's compile-cache key; returns whether vLLM loads dummy weights.
 
@@ -277,4 +291,5 @@ def _note_backend(name: str) -> bool:
         from bwla_vllm import fusion  # brings vLLM's compiler: only where it is needed
 
         fusion.install(config)
+        _switch_dependent_launch(config.additional_config)
     return loads_dummy_weights(config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from bwla_kernels.triton.launch import is_dependent
 from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)
@@ -80,7 +81,13 @@ def _layer(
     config = select_config(
         out_features, spec.in_features, blocks, layout.chunk, len(rows), bits, capability, multiprocessors
     )
-    side = {"left_split": left_split, "right_split": right_split, "column_scale": column_scale}
+    side = {
+        "left_split": left_split,
+        "right_split": right_split,
+        "column_scale": column_scale,
+        "split_counters": split_counters,
+    }
+    pdl = is_dependent(x.device)
     if low_rank_a is not None:
         side["low_rank_a"] = low_rank_a
     prepared = prepare_input(
@@ -93,10 +100,11 @@ def _layer(
         eps=eps,
         residual=None if residual is None else _rows(residual, spec.in_features),
         silu_mul=silu_mul,
+        dependent_launch=pdl,
     )
     activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
     weights = Weights(weight_chunks, weight_scale, low_rank_b, bias, split_counters, layout)
-    y = binary_matmul(activations, weights, bits, config, x.dtype).reshape(*x.shape[:-1], out_features)
+    y = binary_matmul(activations, weights, bits, config, x.dtype, pdl).reshape(*x.shape[:-1], out_features)
     return y, None if prepared.residual is None else prepared.residual.reshape(x.shape)
 
 
@@ -111,25 +119,25 @@ def _linear(x: Tensor, *layer: Any) -> Tensor:
 
 def _rms_norm_linear(x: Tensor, *arguments: Any) -> Tensor:
     *layer, norm_weight, eps = arguments
-    _warm_up_fused("norm", x, layer, norm_weight=norm_weight, eps=eps)
+    _warm_up_fused("norm", x, layer, norm_weight)
     return _layer(x, *layer, norm_weight=norm_weight, eps=eps)[0]
 
 
 def _add_rms_norm_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *layer, norm_weight, eps, residual = arguments
-    _warm_up_fused("add+norm", x, layer, norm_weight=norm_weight, eps=eps)
+    _warm_up_fused("add+norm", x, layer, norm_weight)
     y, total = _layer(x, *layer, norm_weight=norm_weight, eps=eps, residual=residual)
     assert total is not None
     return y, total
 
 
 def _silu_mul_linear(x: Tensor, *layer: Any) -> Tensor:
-    _warm_up_fused("silu*mul", x, layer, silu_mul=True)
+    _warm_up_fused("silu*mul", x, layer)
     return _layer(x, *layer, silu_mul=True)[0]
 
 
-def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], **options: Any) -> None:
-    """Compile, once a process and kind of layer, what other numbers of tokens will need.
+def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], norm_weight: Tensor | None = None) -> None:
+    """Check and compile, once a process and kind of layer, what other numbers of tokens will need.
 
     `prepare` cannot know what a compiler fuses. A server runs its model once before it captures CUDA graphs and
     before it takes requests, which is when this happens.
@@ -138,16 +146,23 @@ def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], **options: Any) 
         return
     from bwla_kernels.triton.warm_up import warm_up
 
-    def apply(rows: Tensor) -> Tensor:
-        residual = rows if fused == "add+norm" else None
-        return _layer(rows, *layer, residual=residual, **options)[0]
-
-    spec = _spec(*layer[_SIZES])
-    warm_up(spec, x.device, x.dtype, *_properties(x.device), apply, fused=fused, columns=x.shape[-1])
+    tensors = {name: tensor for name, tensor in zip(_TENSORS, layer, strict=False) if tensor is not None}
+    spec = _spec(*layer[len(_TENSORS) :])
+    warm_up(spec, tensors, x.dtype, *_properties(x.device), fused=fused, norm_weight=norm_weight)
 
 
-_SIZES = slice(9, 16)
-"""Where a layer's sizes are in its arguments after x."""
+_TENSORS = (
+    "weight_chunks",
+    "weight_scale",
+    "split_counters",
+    "left_split",
+    "right_split",
+    "column_scale",
+    "low_rank_a",
+    "low_rank_b",
+    "bias",
+)
+"""A layer's arguments after x, before its sizes."""
 
 
 def _linear_fake(x: Tensor, weight_chunks: Tensor, weight_scale: Tensor, *_: object) -> Tensor:
@@ -217,13 +232,7 @@ class TritonBackend:
         if left.device.type == "cuda":
             from bwla_kernels.triton.warm_up import warm_up
 
-            warm_up(
-                spec,
-                left.device,
-                torch.get_default_dtype(),
-                *_properties(left.device),
-                lambda x: self.apply(x, prepared, spec),
-            )
+            warm_up(spec, prepared, torch.get_default_dtype(), *_properties(left.device))
         return prepared
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

@@ -13,10 +13,11 @@ import torch
 import triton
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton import launch
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
-from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
+from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, repack_weights
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
 from torch import Tensor
 
@@ -170,13 +171,12 @@ def _launch_binary(
         m,
         layout.out_features,
         layout.rows,
-        layout.chunks_per_block,
-        layout.blocks,
         rank,
         **meta,
         RANK=padded_rank,
         BIAS=weights.bias is not None,
-        PDL=pdl,
+        PDL=launch.trigger(pdl),
+        PREFETCH=launch.prefetches(),
         PURE=interpreted(),
         launch_pdl=pdl,
         num_warps=config.num_warps,
@@ -188,11 +188,13 @@ def _launch_binary(
 def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[str, int | bool]:
     """Compile-time arguments of `binary_mma_kernel` that follow from sizes and configuration."""
     row_warps = config.num_warps // config.k_warps
-    step = 512 // layout.chunk
     by_block = layout.blocks >= config.k_warps
-    even_steps = layout.chunks_per_block % (step if by_block else step * config.k_warps) == 0
+    step = 512 // layout.chunk * (1 if by_block else config.k_warps)
+    even_steps = layout.chunks_per_block % (step * config.unroll) == 0
     even_blocks = not by_block or layout.blocks % config.k_warps == 0
     return {
+        "BLOCKS": layout.blocks,
+        "CHUNKS": layout.chunks_per_block,
         "BITS": bits,
         "TOKENS": config.block_m,
         "TILES": -(-config.block_m * bits // 8),
@@ -200,8 +202,8 @@ def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[st
         "R": config.block_n // (16 * row_warps),
         "ROW_WARPS": row_warps,
         "K_WARPS": config.k_warps,
+        "UNROLL": config.unroll,
         "BY_BLOCK": by_block,
-        "ONE_BLOCK": layout.blocks == 1,
         "MASKED": not (even_steps and even_blocks),
     }
 
@@ -247,7 +249,7 @@ def _launch_integer(
         **integer_meta(layout, config),
         RANK=padded_rank,
         BIAS=weights.bias is not None,
-        PDL=pdl,
+        PDL=launch.trigger(pdl),
         PURE=interpreted(),
         launch_pdl=pdl,
         num_warps=config.num_warps,
@@ -267,38 +269,3 @@ def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | b
         "ONE_BLOCK": layout.blocks == 1,
         "PADDED": layout.padded,
     }
-
-
-def self_check(device: torch.device, configs: list[MatmulConfig]) -> None:
-    """Compute a small layer with each configuration and compare with plain torch; run it once before serving.
-
-    The binary kernel relies on how Triton lays its tensors out: another release could change that.
-
-    Raises:
-        BackendError: a kernel is wrong on this GPU with this Triton.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for config in configs:
-        m, bits = min(config.block_m, 4), 6
-        layout = chunk_layout(256, 1, 1024)
-        words = torch.randint(-(2**31), 2**31, (256, 32), generator=generator).to(torch.int32).to(device)
-        q = torch.randint(-31, 32, (m, 1024), generator=generator).to(torch.int8).to(device)
-        ones = torch.ones(256, device=device)
-        packed = repack_weights(words, layout)
-        activations = Activations(
-            q,
-            torch.ones(m, 1, device=device),
-            q.sum(1, keepdim=True, dtype=torch.int32),
-            None,
-            pack_planes(q, bits, layout),
-        )
-        got = binary_matmul(
-            activations, Weights(packed, ones, None, None, None, layout), bits, config, torch.float32
-        )
-        want = q.double() @ unpack_weights(packed, layout).double().t()
-        if not torch.equal(got.double(), want):
-            worst = (got.double() - want).abs().max().item()
-            raise BackendError(
-                f"the Triton kernel {config} is wrong on {device} with Triton {triton.__version__} "
-                f"(largest error {worst:g}): use another backend and report this"
-            )

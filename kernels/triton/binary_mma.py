@@ -6,7 +6,7 @@ weight is ever unpacked: one instruction covers 4,096 weights. Native on compute
 
 Triton has no such dot. The instruction is written as inline assembly on tensors whose layout makes a thread's four
 neighbouring elements its fragment: [R, 128 warps], four elements (16 bytes) a thread, 32 threads a warp. Triton
-chooses that layout for the 16-byte loads; `compile_check` asserts it, and `binary_matmul.self_check` computes it.
+chooses that layout for the 16-byte loads; `compile_check` asserts it, and `self_check.check_matmul` computes it.
 """
 
 # mypy: ignore-errors
@@ -17,7 +17,8 @@ chooses that layout for the 16-byte loads; `compile_check` asserts it, and `bina
 import triton
 import triton.language as tl
 from bwla_kernels.triton.epilogue import low_rank_row
-from triton.language.extra.cuda import gdc_wait
+from bwla_kernels.triton.pdl import PDL_EARLY, PDL_LATE
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -72,27 +73,53 @@ def _sum_rows(x, R: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.constexpr
 
 
 @triton.jit
-def _prefetch(weight, first_row, rows, chunks, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr):
+def _prefetch(
+    weight, first_row, rows, CHUNKS: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr
+):
     """Ask for this program's rows of the first chunks (one a thread) in the second-level cache; from 9.0 on."""
     chunk = tl.arange(0, 32 * WARPS)
     address = weight + (chunk.to(tl.int64) * rows + first_row) * WORDS
     tl.inline_asm_elementwise(
         f"""{{
             .reg .pred live;
-            setp.lt.s32 live, $2, $3;
+            setp.lt.s32 live, $2, {CHUNKS};
             @live cp.async.bulk.prefetch.L2.global [$1], {BN * WORDS * 4};
             mov.u32 $0, 0;
         }}""",
-        "=r,l,r,r",
-        [address.to(tl.int64), chunk, tl.broadcast_to(chunks, (32 * WARPS,))],
+        "=r,l,r",
+        [address.to(tl.int64), chunk],
         tl.int32,
         is_pure=False,
         pack=1,
     )
 
 
+@triton.jit
+def _load_weights(
+    a_ptrs, chunk0, block0, group, rows,
+    BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_TURNS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The weights of one group of UNROLL steps: (low, high) fragments of each, loaded together."""
+    turn = group // GROUPS
+    first = (group % GROUPS) * UNROLL
+    loaded = ()
+    for i in tl.static_range(UNROLL):
+        at = turn * (BLOCK_TURNS * CHUNKS) + (first + i) * STRIDE
+        a_at = a_ptrs + at * (rows.to(tl.int64) * WORDS)
+        if MASKED:
+            live = ((first + i) * STRIDE + chunk0 < CHUNKS) & (turn * BLOCK_TURNS + block0 < BLOCKS)
+            loaded = loaded + (
+                tl.load(a_at, mask=live[None, :], other=0),
+                tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0),
+            )
+        else:
+            loaded = loaded + (tl.load(a_at), tl.load(a_at + 8 * WORDS))
+    return loaded
+
+
 # One compiled kernel for every number of tokens: none of its own for 1 or for multiples of 16.
-@triton.jit(do_not_specialize=["M", "chunks_per_block", "blocks", "rank"])
+@triton.jit(do_not_specialize=["M", "rank"])
 def binary_mma_kernel(
     planes,
     scale,
@@ -106,9 +133,9 @@ def binary_mma_kernel(
     M,
     N,
     rows,
-    chunks_per_block,
-    blocks,
     rank,
+    BLOCKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     BITS: tl.constexpr,
     TOKENS: tl.constexpr,
     TILES: tl.constexpr,
@@ -116,27 +143,33 @@ def binary_mma_kernel(
     R: tl.constexpr,
     ROW_WARPS: tl.constexpr,
     K_WARPS: tl.constexpr,
+    UNROLL: tl.constexpr,
     BY_BLOCK: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PURE: tl.constexpr,
 ):
     """All M <= TOKENS tokens of 16 R ROW_WARPS rows; K_WARPS warps share the columns of a row.
 
     They take turns by blocks (BY_BLOCK), else by steps of 512 columns within each block.
 
-    `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows, C / 32] in the chunk layout.
-    TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
-    PDL: the launch may overlap the kernel before it, which makes the activations: until that is done, this one
-    only fetches weights.
+    `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows, C / 32] in the chunk layout, of BLOCKS
+    blocks of CHUNKS chunks. TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
+    UNROLL: steps whose weights are loaded together, one group ahead of the one that is multiplied: what a thread has
+    in flight.
+    PDL: the launch may overlap the kernel before it, which makes the activations (see `launch`): until that is done,
+    this one only reads weights, and with PREFETCH asks for all of them in the second-level cache.
     """
     WARPS: tl.constexpr = ROW_WARPS * K_WARPS
     WORDS: tl.constexpr = C // 32
     STEP: tl.constexpr = 16 // WORDS  # chunks that one step of a warp covers: 512 columns
     BN: tl.constexpr = 16 * R * ROW_WARPS
+    ONE_BLOCK: tl.constexpr = BLOCKS == 1
+    if PDL == PDL_EARLY:
+        gdc_launch_dependents()
     e = tl.arange(0, 128 * WARPS)
     word = e % 4
     quad = e // 4 % 4
@@ -157,13 +190,24 @@ def binary_mma_kernel(
         STRIDE: tl.constexpr = STEP * K_WARPS
         chunk0 = k_warp * STEP + chunk_in_step
         block0 = k_warp * 0
+    STEPS: tl.constexpr = (CHUNKS + STRIDE - 1) // STRIDE
+    GROUPS: tl.constexpr = (STEPS + UNROLL - 1) // UNROLL
+    TURNS: tl.constexpr = (BLOCKS + BLOCK_TURNS - 1) // BLOCK_TURNS
     first_row = tl.program_id(0) * BN
+    at0 = block0 * CHUNKS + chunk0
+    a_ptrs = (
+        weight + first_row * WORDS + (at0.to(tl.int64) * rows * WORDS + word_in_chunk)[None, :] + row * WORDS
+    )
+    ahead = _load_weights(
+        a_ptrs, chunk0, block0, 0, rows,
+        BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
+    )  # fmt: skip
     if PDL:
-        _prefetch(weight, first_row, rows, blocks * chunks_per_block, BN, WORDS, WARPS)
+        if PREFETCH and TURNS * GROUPS > 1:
+            _prefetch(weight, first_row, rows, BLOCKS * CHUNKS, BN, WORDS, WARPS)
         gdc_wait()
-    a_ptrs = weight + first_row * WORDS + (row * WORDS + word_in_chunk[None, :])
-    stride = blocks * chunks_per_block * WORDS
-    b_ptrs = planes + (group * stride + word_in_chunk)
+    PLANE: tl.constexpr = BLOCKS * CHUNKS * WORDS
+    b_ptrs = planes + (group * PLANE + at0 * WORDS + word_in_chunk)
 
     tokens = 1 if TOKENS == 1 else M
     # What a column of the fragments stands for: plane 8 tile + 2 quad + word % 2 = token * BITS + bit.
@@ -173,43 +217,48 @@ def binary_mma_kernel(
     for _ in tl.static_range(TILES):
         counts = counts + (tl.zeros([R, 128 * WARPS], tl.int32),)
         totals = totals + (tl.zeros([R, 128 * WARPS], tl.float32),)
-    for turn in range(tl.cdiv(blocks, BLOCK_TURNS)):
+    for step_group in range(TURNS * GROUPS):
+        turn = step_group // GROUPS
+        first = (step_group % GROUPS) * UNROLL
         g = turn * BLOCK_TURNS + block0
-        for i in range(tl.cdiv(chunks_per_block, STRIDE)):
-            chunk = i * STRIDE + chunk0
-            live = (chunk < chunks_per_block) & (g < blocks)
-            at = g * chunks_per_block + chunk
-            a_at = a_ptrs + (at.to(tl.int64) * (rows * WORDS))[None, :]
-            b_at = b_ptrs + at * WORDS
-            if MASKED:
-                low = tl.load(a_at, mask=live[None, :], other=0)
-                high = tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0)
-            else:
-                low = tl.load(a_at)
-                high = tl.load(a_at + 8 * WORDS)
+        current = ahead
+        # The last round loads its own group again, from the cache, rather than branch.
+        ahead = _load_weights(
+            a_ptrs, chunk0, block0, tl.minimum(step_group + 1, TURNS * GROUPS - 1), rows,
+            BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
+        )  # fmt: skip
+        for i in tl.static_range(UNROLL):
+            b_at = b_ptrs + (turn * (BLOCK_TURNS * CHUNKS) + (first + i) * STRIDE) * WORDS
+            live = ((first + i) * STRIDE + chunk0 < CHUNKS) & (g < BLOCKS)
             new = ()
             for tile in tl.static_range(TILES):
                 there = group + 8 * tile < tokens * BITS
                 if MASKED:
                     there = there & live
-                b = tl.load(b_at + 8 * tile * stride, mask=there, other=0)
+                b = tl.load(b_at + 8 * tile * PLANE, mask=there, other=0)
                 b = tl.broadcast_to(b[None, :], (R, 128 * WARPS))
-                new = new + (_multiply(low, high, b, counts[tile], R, WARPS, PURE),)
+                new = new + (_multiply(current[2 * i], current[2 * i + 1], b, counts[tile], R, WARPS, PURE),)
             counts = new
         if not ONE_BLOCK:
+            # A block's counts are scaled when it ends; before that the factor is 0 and they are kept.
+            ends = step_group % GROUPS == GROUPS - 1
             added = ()
             cleared = ()
             for tile in tl.static_range(TILES):
                 plane = column + 8 * tile
                 s = tl.load(
-                    scale + plane // BITS * blocks + g, mask=(plane < tokens * BITS) & (g < blocks), other=0.0
+                    scale + plane // BITS * BLOCKS + g,
+                    mask=(plane < tokens * BITS) & (g < BLOCKS) & ends,
+                    other=0.0,
                 )
                 weighted = (counts[tile] * _plane_value(plane, BITS)[None, :]).to(tl.float32)
                 added = added + (totals[tile] + weighted * s[None, :],)
-                cleared = cleared + (tl.zeros([R, 128 * WARPS], tl.int32),)
+                cleared = cleared + (tl.where(ends, 0, counts[tile]),)
             totals = added
             counts = cleared
 
+    if PDL == PDL_LATE:
+        gdc_launch_dependents()
     n = first_row + tl.arange(0, BN)
     inside = n < N
     alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
@@ -229,8 +278,8 @@ def binary_mma_kernel(
                 for tile in tl.static_range(TILES):
                     part += tl.where(((column + 8 * tile) // BITS == m)[None, :], totals[tile], 0.0)
                 lift = 0.0
-                for g in range(blocks):
-                    lift += tl.load(scale + m * blocks + g) * tl.load(q_sum + m * blocks + g).to(tl.float32)
+                for g in tl.static_range(BLOCKS):
+                    lift += tl.load(scale + m * BLOCKS + g) * tl.load(q_sum + m * BLOCKS + g).to(tl.float32)
                 out = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
             out *= alpha
             if RANK > 0:

@@ -5,18 +5,13 @@ Triton carries `ptxas` and the disassemblers; registers and stack come from the 
 """
 
 import re
-import shutil
 import struct
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from bwla_kernels.errors import BackendError
+from bwla_kernels.triton.sass import count_mnemonics, disassemble, main_loop, undefined_registers
 
 ARCHITECTURES = (80, 89, 90, 100)
 """Compute capabilities, times ten, that every selectable kernel must compile for."""
@@ -79,6 +74,7 @@ class Compiled:
         tensor_core: the wanted mnemonic that was found, "" where none was.
         per_weight: thread instructions of the main loop per weight, None where not stated.
         fragment_layouts: layouts of the tensors that inline tensor-core instructions work on.
+        undefined: uniform registers that are read but never written, see `sass.undefined_registers`.
     """
 
     case: CompileCase
@@ -92,6 +88,7 @@ class Compiled:
     tensor_core: str
     per_weight: float | None
     fragment_layouts: frozenset[str] = frozenset()
+    undefined: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
         """The gates that this kernel fails, each one sentence; empty where it is sound."""
@@ -107,6 +104,10 @@ class Compiled:
         if self.case.tensor_core and not self.tensor_core:
             wanted = " or ".join(self.case.tensor_core)
             found.append(f"{where}: no tensor-core instruction ({wanted}) found, at least one is wanted")
+        if self.undefined:
+            found.append(
+                f"{where}: wrong code, registers are read but never written: {'; '.join(self.undefined)}"
+            )
         wanted_layout = self.case.fragment_layout
         if wanted_layout and self.fragment_layouts != {wanted_layout}:
             seen = " and ".join(sorted(self.fragment_layouts)) or "none"
@@ -165,6 +166,7 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
         tensor_core=matched,
         per_weight=per_weight,
         fragment_layouts=inline_mma_layouts(built.asm["ttgir"]),
+        undefined=tuple(undefined_registers(lines)),
     )
 
 
@@ -202,118 +204,3 @@ def read_notes(cubin: bytes) -> dict[int, int]:
                 notes[attribute] = max(notes.get(attribute, 0), value)
             at += 4 + (length if kind == 4 else 0)
     return notes
-
-
-@cache
-def disassembler() -> tuple[str, ...]:
-    """The command that turns a cubin into SASS: Triton's own tools first, then those on the path.
-
-    Raises:
-        BackendError: neither nvdisasm nor cuobjdump is there.
-    """
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    for name, arguments in (("nvdisasm", ("-c",)), ("cuobjdump", ("-sass",))):
-        found = shutil.which(name, path=str(tools)) or shutil.which(name)
-        if found:
-            return (found, *arguments)
-    raise BackendError(
-        f"neither nvdisasm nor cuobjdump was found in {tools} or on the path: instructions cannot be checked; "
-        "install the CUDA toolkit or a Triton wheel that carries them"
-    )
-
-
-def disassemble(cubin: bytes) -> list[str]:
-    """The SASS of a cubin, one instruction or label a line."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([*disassembler(), file.name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise BackendError(f"{disassembler()[0]} failed: {done.stderr.strip()}")
-    return done.stdout.splitlines()
-
-
-_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
-_LABEL = re.compile(r"^\s*(\.L_\w+):")
-
-
-def _instructions(lines: list[str]) -> list[tuple[int, str, str]]:
-    """(address, mnemonic with suffixes, operands) of every instruction."""
-    found = []
-    for line in lines:
-        match = _INSTRUCTION.search(line)
-        if match:
-            found.append((int(match[1], 16), match[2], match[3]))
-    return found
-
-
-def count_mnemonics(lines: list[str]) -> Counter[str]:
-    """How often each mnemonic occurs, without its suffixes and without padding."""
-    counts = Counter(name.split(".")[0] for _, name, _ in _instructions(lines))
-    del counts["NOP"]
-    return counts
-
-
-def loops(lines: list[str]) -> list[list[str]]:
-    """The bodies of all loops (targets of backward branches) without what forward branches inside may skip.
-
-    Each is a list of mnemonics without suffixes.
-    """
-    labels: dict[str, int] = {}
-    waiting: list[str] = []
-    flat: list[tuple[int, str]] = []
-    jumps: list[tuple[int, str]] = []
-    for line in lines:
-        label = _LABEL.match(line)
-        match = _INSTRUCTION.search(line)
-        if label:
-            waiting.append(label[1])
-        elif match:
-            address, name = int(match[1], 16), match[2].split(".")[0]
-            labels.update(dict.fromkeys(waiting, address))
-            waiting = []
-            flat.append((address, name))
-            if name == "BRA":
-                jumps.append((address, match[3]))
-    branches = [(at, _target(operands, labels)) for at, operands in jumps]
-    bodies = []
-    for end, start in branches:
-        if start is None or start >= end:
-            continue
-        skipped = [(at, to) for at, to in branches if to is not None and start <= at < to <= end]
-        bodies.append(
-            [
-                name
-                for address, name in flat
-                if start <= address <= end
-                and name != "NOP"
-                and not any(at < address < to for at, to in skipped)
-            ]
-        )
-    return bodies
-
-
-def _target(operands: str, labels: Mapping[str, int]) -> int | None:
-    """Where a branch goes: a label (nvdisasm) or an address (cuobjdump)."""
-    for label in re.findall(r"\.L_\w+", operands):
-        if label in labels:
-            return labels[label]
-    absolute = re.search(r"0x([0-9a-f]+)", operands)
-    return int(absolute[1], 16) if absolute else None
-
-
-def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
-    """Mnemonics of the main loop: the shortest one with a tensor-core instruction.
-
-    Where no loop has one, all of the kernel's: the loop ran a constant number of times and was unrolled. Without
-    tensor cores, the longest loop.
-    """
-    bodies = sorted(loops(lines), key=len)
-    if not tensor_core:
-        return Counter(bodies[-1] if bodies else [])
-    for body in bodies:
-        if any(name.startswith(tensor_core) for name in body):
-            return Counter(body)
-    return count_mnemonics(lines)

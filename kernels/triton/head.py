@@ -12,6 +12,7 @@ import torch
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import head_reference
+from bwla_kernels.triton.launch import is_dependent
 from torch import Tensor
 
 MIN_CAPABILITY = (8, 0)
@@ -256,12 +257,12 @@ def self_check(
 
 
 @functools.cache
-def _checked(device: torch.device, dtype: torch.dtype, columns: int) -> None:
-    self_check(device, dtype, columns)
+def _checked(device: torch.device, dtype: torch.dtype, columns: int, pdl: bool) -> None:
+    self_check(device, dtype, columns, pdl)
 
 
 def _head(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
-    return head(x, weight_int8, weight_scale)
+    return head(x, weight_int8, weight_scale, pdl=is_dependent(x.device))
 
 
 def _head_fake(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ class TritonHead:
         weight = prepared["weight_int8"]
         if weight.device.type == "cuda":
             dtype = torch.get_default_dtype()
-            _checked(weight.device, dtype, spec.in_features)
+            _checked(weight.device, dtype, spec.in_features, is_dependent(weight.device))
             # The kernels depend on the divisibility of these sizes too: whatever the check has not compiled.
             for config in selectable(_capability(weight.device)):
                 self.apply(weight.new_zeros(config.block_m, spec.in_features, dtype=dtype), prepared, spec)

@@ -12,7 +12,8 @@ On Hopper it is a wgmma whose left operand comes from registers.
 import triton
 import triton.language as tl
 from bwla_kernels.triton.epilogue import low_rank_term
-from triton.language.extra.cuda import gdc_wait
+from bwla_kernels.triton.pdl import PDL_EARLY, PDL_LATE
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -101,6 +102,8 @@ def integer_mma_kernel(
     `partial` float32 [tiles, splits, BN, BM], and the last one to arrive (`counters` int32 [tiles], zero before
     and after) adds them in a fixed order: deterministic, and one launch.
     """
+    if PDL == PDL_EARLY:
+        gdc_launch_dependents()
     S: tl.constexpr = C // 8
     tile = tl.program_id(0)
     tiles_m = tl.cdiv(M, BM)
@@ -148,6 +151,8 @@ def integer_mma_kernel(
             if (t + 1) % chunks_per_block == 0 or t + 1 == last:
                 total += acc.to(tl.float32) * _block_scale(scale, m_read, g, blocks)[None, :]
                 acc = tl.zeros([BN, BM], tl.int32)
+    if PDL == PDL_LATE:
+        gdc_launch_dependents()
     # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}; of a split tile the share that ends a block takes sum q.
     if ONE_BLOCK:
         s = tl.load(scale + m_read)

@@ -10,9 +10,10 @@ from bwla_kernels.triton.binary_matmul import (
 )
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
 from bwla_kernels.triton.compiling import CompileCase
-from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.epilogue import RANK_STEP
+from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
+from bwla_kernels.triton.pdl import PDL_EARLY
 from bwla_kernels.triton.tuning import BINARY, MatmulConfig, selectable
 
 BITS = 6
@@ -91,7 +92,7 @@ def _case(
         **meta,
         "RANK": 0 if variant.bare else RANK_STEP,
         "BIAS": not variant.bare,
-        "PDL": variant.pdl,
+        "PDL": PDL_EARLY.value if variant.pdl else 0,
         "PURE": False,
         **{name: None for name in absent if name in kernel.arg_names},
     }
@@ -119,7 +120,7 @@ def binary_case(
     config: MatmulConfig, layout: ChunkLayout, what: str, variant: Variant | None = None
 ) -> CompileCase:
     """A case of `binary_mma_kernel`; one round covers 512 columns of every warp's rows."""
-    meta = binary_meta(layout, BITS, config)
+    meta = {**binary_meta(layout, BITS, config), "PREFETCH": False}
     weights = 512 * config.block_n * config.k_warps
     case = _case(binary_mma_kernel, config, what, "*i32", meta, ("BMMA",), weights, variant or Variant())
     layout_of_fragments = (

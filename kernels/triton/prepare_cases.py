@@ -6,13 +6,19 @@ import torch
 from bwla_kernels.factorize import SHARDED_BLOCKS, choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.few_kernel import prepare_few_kernel
 from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
-from bwla_kernels.triton.prepare_input import (
+from bwla_kernels.triton.pdl import PDL_EARLY
+from bwla_kernels.triton.prepare_config import (
     DOT_FROM,
+    FEW_PROGRAMS,
     FILLS_GPU,
     PLANES_MAX_TOKENS,
     WIDE_FROM,
+    FewConfig,
     InputConfig,
+    few_constants,
+    few_programs,
     launch_constants,
     select_config,
 )
@@ -44,6 +50,9 @@ _TYPES = {
     "q_sum_ptr": "*i32",
     "u_ptr": "*fp32",
     "planes_ptr": "*i32",
+    "turned_ptr": "*fp32",
+    "u_parts_ptr": "*fp32",
+    "counters_ptr": "*i32",
     "m": "i32",
     "x_stride": "i32",
     "residual_stride": "i32",
@@ -53,7 +62,10 @@ _TYPES = {
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The cases for compute capability `arch` / 10; fused loads where a model has them."""
+    """The cases for compute capability `arch` / 10; fused loads where a model has them.
+
+    A dependent launch (9.0 and newer) is compiled for the kernel for few tokens with planes, which decoding runs.
+    """
     hidden = {choose_rotation(width) for width in HIDDEN}
     sharded = {choose_rotation(width, SHARDED_BLOCKS) for width in (*ATTENTION, *INTERMEDIATE)}
     down = {choose_rotation(width, SHARDED_BLOCKS) for width in INTERMEDIATE}
@@ -67,17 +79,17 @@ def compile_cases(arch: int) -> list[CompileCase]:
         ]
         for m, config in _configurations(spec, arch):
             for fuse in fused:
-                chunks = (0, 256) if m <= PLANES_MAX_TOKENS else (0,)
-                cases += [
-                    compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk) for chunk in chunks
-                ]
+                for chunk in (0, 256) if m <= PLANES_MAX_TOKENS else (0,):
+                    pdl = PDL_EARLY.value if arch >= 90 and chunk else 0
+                    cases.append(compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk, pdl))
     return cases
 
 
-def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig]]:
+def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig | FewConfig]]:
     """Each configuration of a layer, with the smallest number of tokens that selects it."""
     seen = set()
-    edges = (0, PLANES_MAX_TOKENS, FILLS_GPU // spec.blocks, DOT_FROM, WIDE_FROM)
+    few = FEW_PROGRAMS // few_programs(spec)
+    edges = (0, PLANES_MAX_TOKENS, few, FILLS_GPU // spec.blocks, DOT_FROM, WIDE_FROM)
     for m in sorted(edge + 1 for edge in edges):
         config = select_config(spec, m, divmod(arch, 10))
         if config not in seen:
@@ -86,10 +98,28 @@ def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConf
 
 
 def compile_case_of(
-    spec: LayerSpec, config: InputConfig, arch: int, dtype: torch.dtype, fuse: int, chunk: int
+    spec: LayerSpec,
+    config: InputConfig | FewConfig,
+    arch: int,
+    dtype: torch.dtype,
+    fuse: int,
+    chunk: int,
+    pdl: int = 0,
 ) -> CompileCase:
     """One configuration as the launcher would compile it, for aligned tensors."""
-    constants = launch_constants(spec, config, dtype, torch.bfloat16 if spec.rank else None, fuse, chunk)
+    few = isinstance(config, FewConfig)
+    kernel = prepare_few_kernel if few else prepare_input_kernel
+    if isinstance(config, FewConfig):
+        constants = few_constants(spec, config, dtype, fuse, chunk, pdl)
+        tiles = f"few, u {config.slices}x{config.step}"
+    else:
+        constants = launch_constants(
+            spec, config, dtype, torch.bfloat16 if spec.rank else None, fuse, chunk, pdl
+        )
+        tiles = (
+            f"tokens {config.tokens} pieces {config.piece or 'equal'}/{config.out_piece or 'equal'} "
+            f"{'early ' if config.early else ''}u {config.u_tokens}x{config.u_ranks}x{config.u_step}"
+        )
     stored = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     types = {
         **_TYPES,
@@ -101,27 +131,26 @@ def compile_case_of(
     if fuse != ADD_NORM:
         absent += ["residual_ptr", "residual_out_ptr"]
     if not spec.rank:
-        absent += ["a_ptr", "u_ptr"]
+        absent += ["a_ptr", "u_ptr", "u_parts_ptr"]
     if not chunk:
         absent.append("planes_ptr")
-    constexprs = {**constants, **dict.fromkeys(absent, None)}
-    names = prepare_input_kernel.arg_names
+    names = kernel.arg_names
+    constexprs = {**constants, **{name: None for name in absent if name in names}}
     signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
     variant = {PLAIN: "", NORM: " norm", ADD_NORM: " add+norm", SILU_MUL: " silu*mul"}[fuse]
-    text = (
-        f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{' planes' if chunk else ''} tokens {config.tokens} "
-        f"pieces {config.piece}/{config.out_piece} {'early ' if config.early else ''}"
-        f"u {config.u_tokens}x{config.u_ranks}x{config.u_step}"
-    )
+    planes = " planes" if chunk else ""
     return CompileCase(
-        name="prepare_input",
-        config=text,
-        kernel=prepare_input_kernel,
+        name="prepare_few" if few else "prepare_input",
+        config=f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{planes} {tiles}{', dependent launch' * bool(pdl)}",
+        kernel=kernel,
         signature=signature,
         constexprs=constexprs,
         divisible=tuple(name for name, kind in signature.items() if kind.startswith("*") or "stride" in name),
         num_warps=config.num_warps,
         num_stages=3,
         tensor_core=TENSOR_CORE[arch],
-        options={"maxnreg": config.max_registers},
+        options={
+            "launch_pdl": bool(pdl),
+            "maxnreg": None if isinstance(config, FewConfig) else config.max_registers,
+        },
     )

@@ -9,8 +9,10 @@ few processors that rotate; each of the others rotates and quantizes one block o
 
 import triton
 import triton.language as tl
+from bwla_kernels.triton.pdl import PDL_EARLY
 from bwla_kernels.triton.project import project_role
 from bwla_kernels.triton.rotate import rotate_role
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -18,12 +20,12 @@ def prepare_input_kernel(
     x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr, a_ptr,
     q_ptr, scale_ptr, q_sum_ptr, u_ptr, planes_ptr, residual_out_ptr,
     m, x_stride, residual_stride, level, eps,
-    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, STARTS: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr,
     WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr,
     FUSE: tl.constexpr, SPLIT_X: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
     U_TOKENS: tl.constexpr, U_RANKS: tl.constexpr, U_STEP: tl.constexpr, U_DOT: tl.constexpr,
-    U_UNROLL: tl.constexpr,
+    U_UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: programs of u (where RANK > 0), then G * ceil(m / TOKENS) rotations.
 
@@ -32,6 +34,10 @@ def prepare_input_kernel(
         left_ptr fp16 [G, 2, ROWS / TOKENS, ROWS / TOKENS], right_ptr fp16 [G, 2, N2P, N2P]: `split_rotations`.
         level: clip / q_max. CHUNK: columns of a chunk of bit planes, 0 for no planes.
     """
+    if PDL == PDL_EARLY:
+        gdc_launch_dependents()
+    if PDL:
+        gdc_wait()
     program = tl.program_id(0)
     projections = 0
     if RANK > 0:
@@ -41,7 +47,7 @@ def prepare_input_kernel(
             x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
             q_ptr, scale_ptr, q_sum_ptr, planes_ptr, residual_out_ptr,
             m, x_stride, residual_stride, level, eps, program - projections,
-            K, G, N1, N2, STARTS, WIDTHS, OUT_STARTS, OUT_WIDTHS, TOKENS, ROWS, BITS,
+            K, G, N1, N2, N2P, STARTS, WIDTHS, OUT_STARTS, OUT_WIDTHS, TOKENS, ROWS, BITS,
             FUSE, SPLIT_X, CHUNK, EARLY,
         )  # fmt: skip
     elif RANK > 0:

@@ -14,8 +14,11 @@ never above the block's 2-norm (rows and columns of a rotation have norm 1), eac
 16 products loses at most 2 * 2^-23 of it: |error of x_hat| < 2^-16 |block|_2 before the column scale, for every
 input; errors that do not conspire give 2^-21.
 
-**Pieces.** The columns are processed in pieces (80 = 64 + 16), because Triton's tiles are powers of two and padding
-80 to 128 would cost 2.5 times the arithmetic. Where n1 is small several tokens share a tile, with a block-diagonal L.
+**Pieces.** The columns are processed in pieces (80 as 64 + 16), because Triton's tiles are powers of two and padding
+80 to 128 would cost 2.5 times the arithmetic. From compute capability 9.0 on all pieces are equal (80 as 3 x 32): their
+layouts in shared memory then are, too, and the assembler of CUDA 12.8 (Triton 3.6) makes wrong code where two layouts
+share an address (`sass.undefined_registers`). Where n1 is small several tokens share a tile, with a block-diagonal
+L.
 """
 
 # mypy: ignore-errors
@@ -36,10 +39,10 @@ ROTATION_EXPONENT = 6
 """Stored split rotations are 2^6 times the rotation: fp16's subnormals then lie far below what matters."""
 
 # Kernels may read module constants only as constexpr.
-_UNSCALE = tl.constexpr(2.0 ** (-2 * ROTATION_EXPONENT))
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest even integer
-_ROUND_BITS = tl.constexpr(0x4B400000)
-_INFINITY = tl.constexpr(0x7F800000)
+UNSCALE = tl.constexpr(2.0 ** (-2 * ROTATION_EXPONENT))
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest even integer
+ROUND_BITS = tl.constexpr(0x4B400000)
+INFINITY = tl.constexpr(0x7F800000)
 
 
 # A value of each token is a scalar where a tile holds one token, else a vector that has it on all of the token's
@@ -98,6 +101,20 @@ def _piece_at(
 
 
 @triton.jit
+def _load_right(
+    right_ptr, ROW: tl.constexpr, ROWS: tl.constexpr, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, SIZE: tl.constexpr
+):  # fmt: skip
+    """High and low part of a piece of a right rotation [2, SIZE, SIZE]; zeros beyond it."""
+    at = right_ptr + _piece_at(ROW, ROWS, COLUMN, COLUMNS, SIZE)
+    if ROW + ROWS > SIZE or COLUMN + COLUMNS > SIZE:
+        inside = ((ROW + tl.arange(0, ROWS)) < SIZE)[:, None] & ((COLUMN + tl.arange(0, COLUMNS)) < SIZE)[
+            None, :
+        ]
+        return tl.load(at, mask=inside, other=0.0), tl.load(at + SIZE * SIZE, mask=inside, other=0.0)
+    return tl.load(at), tl.load(at + SIZE * SIZE)
+
+
+@triton.jit
 def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """float32 zeros; Triton 3.6 takes an element of a constexpr tuple as an argument, but not in a list."""
     return tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -108,7 +125,7 @@ def rotate_role(
     x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
     q_ptr, scale_ptr, q_sum_ptr, planes_ptr, residual_out_ptr,
     m, x_stride, residual_stride, level, eps, program,
-    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, STARTS: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr,
     WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     FUSE: tl.constexpr, SPLIT_X: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
@@ -117,7 +134,6 @@ def rotate_role(
     ROWS_EACH: tl.constexpr = ROWS // TOKENS
     PIECES: tl.constexpr = len(WIDTHS)
     OUT_PIECES: tl.constexpr = len(OUT_WIDTHS)
-    N2P: tl.constexpr = STARTS[PIECES - 1] + WIDTHS[PIECES - 1]
     Q_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
 
     tiles = tl.cdiv(m, TOKENS)
@@ -129,6 +145,7 @@ def rotate_role(
     row_ok = (within < N1) & (first + slot < m)
     # 64-bit offsets go into the base pointers, so that those inside a tile take one register each.
     start = first.to(tl.int64)
+    right_ptr += block * (2 * N2P * N2P)
     x_ptr += start * x_stride
     out_at = start * K + block * WIDTH
     columns = (within * N2)[:, None]  # of the first element of each row, in the block
@@ -166,12 +183,8 @@ def rotate_role(
     if EARLY:  # all loads before the first wait: one latency instead of one for each piece
         for p in tl.static_range(OUT_PIECES):
             for s in tl.static_range(PIECES):
-                right_at = (
-                    right_ptr
-                    + block * (2 * N2P * N2P)
-                    + _piece_at(STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
-                )
-                rights = rights + (tl.load(right_at), tl.load(right_at + N2P * N2P))  # noqa: RUF005
+                pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
+                rights = rights + pair
 
     if FUSE >= NORMS:
         if G == 1:
@@ -204,7 +217,7 @@ def rotate_role(
     # 2^(4 - exponent of peak), kept where both it and its inverse are normal numbers.
     field = tl.minimum(258 - (peak >> 23), 253)
     grow = over_columns(_power_of_two(field), TOKENS)
-    finite = peak < _INFINITY
+    finite = peak < INFINITY
     finite_row = over_columns(finite, TOKENS)
 
     turned_hi = ()
@@ -237,13 +250,9 @@ def rotate_role(
                 right_hi = rights[2 * (p * PIECES + s)]
                 right_lo = rights[2 * (p * PIECES + s) + 1]
             else:
-                right_at = (
-                    right_ptr
-                    + block * (2 * N2P * N2P)
-                    + _piece_at(STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
-                )
-                right_hi = tl.load(right_at)
-                right_lo = tl.load(right_at + N2P * N2P)
+                pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
+                right_hi = pair[0]
+                right_lo = pair[1]
             acc = tl.dot(turned_hi[s], right_lo, acc)
             acc = tl.dot(turned_lo[s], right_hi, acc)
             acc = tl.dot(turned_hi[s], right_hi, acc)
@@ -261,7 +270,7 @@ def rotate_role(
         peak = tl.maximum(peak, peaks[p])
     step = tl.where(finite, peak.to(tl.float32, bitcast=True) * level, float("nan"))
     inverse = over_columns(tl.where(step > 0.0, 1.0 / step, 0.0), TOKENS)
-    scale = step * (_power_of_two(254 - field) * _UNSCALE)
+    scale = step * (_power_of_two(254 - field) * UNSCALE)
     if TOKENS == 1:
         tl.store(scale_ptr + start * G + block, scale)
     else:
@@ -272,7 +281,7 @@ def rotate_role(
         j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
         mask = row_ok[:, None] & (j < N2)
         value = tl.minimum(tl.maximum(outputs[p] * inverse, -Q_MAX), Q_MAX)
-        code = (value + _ROUND).to(tl.int32, bitcast=True) - _ROUND_BITS
+        code = (value + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
         total += token_sum(code, slot, TOKENS)
         tl.store(q_ptr + out_at + out_row + j, code.to(tl.int8), mask=mask)
     if TOKENS == 1:

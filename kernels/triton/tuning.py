@@ -32,6 +32,7 @@ class MatmulConfig:
         num_warps, num_stages: as at launch.
         split: integer only: shares of the columns, added by the last program to arrive.
         k_warps: binary only: warps of a program that share the columns of a row.
+        unroll: binary only: steps of 512 columns whose weights a warp loads together.
         max_registers: per thread; 0 leaves it to the assembler, which may spill a few of them to fit
             more programs in (compile_check would say so), 255 keeps it from that.
     """
@@ -43,13 +44,15 @@ class MatmulConfig:
     num_stages: int = 1
     split: int = 1
     k_warps: int = 1
+    unroll: int = 1
     max_registers: int = 0
 
     def __str__(self) -> str:
         shape = f"{self.block_n}x{self.block_m} w{self.num_warps}"
         registers = f" r{self.max_registers}" if self.max_registers else ""
         if self.kernel == BINARY:
-            return f"{shape} k{self.k_warps}{registers}"
+            unroll = f" u{self.unroll}" if self.unroll > 1 else ""
+            return f"{shape} k{self.k_warps}{unroll}{registers}"
         return f"{shape} s{self.num_stages}" + (f" split{self.split}" if self.split > 1 else "") + registers
 
 

@@ -13,7 +13,6 @@ from bwla_kernels.triton.binary_matmul import (
     Weights,
     binary_matmul,
     prepare_weights,
-    self_check,
     weights_of,
 )
 from bwla_kernels.triton.epilogue import RANK_STEP
@@ -120,8 +119,8 @@ def check(
     )
 
 
-def binary(tokens: int, rows: int = 32, warps: int = 2, k_warps: int = 2) -> MatmulConfig:
-    return MatmulConfig(BINARY, tokens, rows, warps, k_warps=k_warps)
+def binary(tokens: int, rows: int = 32, warps: int = 2, k_warps: int = 2, unroll: int = 1) -> MatmulConfig:
+    return MatmulConfig(BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll)
 
 
 def integer(tokens: int, rows: int = 64, split: int = 1, warps: int = 4) -> MatmulConfig:
@@ -192,6 +191,15 @@ def test_warps_share_the_columns(k_warps: int, blocks: int, device: torch.device
     check(Problem(1, 33, blocks, 256), binary(1, 64 // k_warps, 4, k_warps), torch.float32, device)
 
 
+@pytest.mark.parametrize("unroll", [2, 3, 8])
+@pytest.mark.parametrize(("blocks", "width"), [(1, 1024), (1, 2720), (2, 1024), (3, 1600), (4, 128)])
+def test_steps_are_loaded_in_groups(unroll: int, blocks: int, width: int, device: torch.device) -> None:
+    """Groups that end within a block, and groups longer than a block."""
+    problem = Problem(1, 33, blocks, width)
+    check(problem, binary(1, 32, 2, 1, unroll), torch.float32, device)
+    check(problem, binary(1, 16, 2, 2, unroll), torch.float32, device)
+
+
 @pytest.mark.parametrize("split", [2, 4, 8])
 @pytest.mark.parametrize(("blocks", "width"), [(1, 256), (1, 1280), (3, 512), (8, 128)])
 def test_shares_of_the_columns_add_up(split: int, blocks: int, width: int, device: torch.device) -> None:
@@ -238,17 +246,6 @@ def test_refuses_what_a_configuration_cannot_do(device: torch.device) -> None:
         binary_matmul(drawn.activations, drawn.weights, 6, binary(2), torch.float16)
     with pytest.raises(BackendError, match="expected kernel binary or integer, found other"):
         binary_matmul(drawn.activations, drawn.weights, 6, MatmulConfig("other", 1, 16, 1), torch.float16)
-
-
-def test_self_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It passes sound kernels and names a wrong one."""
-    self_check(device, [binary(1), integer(16, split=2)])
-    monkeypatch.setattr(
-        "bwla_kernels.triton.binary_matmul.pack_planes",
-        lambda q, bits, layout: pack_planes(q, bits, layout) ^ 1,
-    )
-    with pytest.raises(BackendError, match="32x1 w2 k2 is wrong on"):
-        self_check(device, [binary(1)])
 
 
 @pytest.mark.gpu

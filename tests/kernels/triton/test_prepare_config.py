@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_input import InputConfig, column_pieces, padded_rows, select_config
+from bwla_kernels.triton.prepare_config import InputConfig, column_pieces, padded_rows, select_many
 
 
 def test_column_pieces() -> None:
@@ -27,7 +27,7 @@ def _all_configs() -> Iterator[tuple[LayerSpec, int, InputConfig]]:
                 spec = LayerSpec(64, width, blocks, n1, n2, rank=rank)
                 for m in (1, 4, 5, 33, 128, 129, 300, 1024, 1025, 8192):
                     for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
-                        yield spec, m, select_config(spec, m, capability)
+                        yield spec, m, select_many(spec, m, capability)
 
 
 def test_configurations_keep_what_the_kernel_needs() -> None:

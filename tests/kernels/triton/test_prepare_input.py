@@ -11,12 +11,8 @@ import torch
 from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_input import (
-    PreparedInput,
-    prepare_input,
-    select_config,
-    split_rotations,
-)
+from bwla_kernels.triton.prepare_config import select_config, select_few, select_many
+from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input, split_rotations
 from torch import Tensor
 
 NORM_BOUND = 2.0**-16
@@ -154,23 +150,44 @@ def test_ranks(rank: int, m: int, device: torch.device) -> None:
     assert_close_to(prepare_input(x, tensors, spec), x, tensors, spec)
 
 
-@pytest.mark.parametrize("config_m", [1, 8, 200, 5000])
-@pytest.mark.parametrize("capability", [(8, 0), (10, 0)])
+@pytest.mark.parametrize("config_m", [8, 200, 5000])
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("n2", [40, 80, 104])
 def test_every_kind_of_configuration_is_right(
-    config_m: int, capability: tuple[int, int], device: torch.device
+    config_m: int, capability: tuple[int, int], n2: int, device: torch.device
 ) -> None:
-    spec = make_spec(2, 12, 40, rank=3)
+    spec = make_spec(2, 12, n2, rank=3)
     tensors = make_layer(spec, device)
     x = make_input(6, spec.in_features, torch.float16, device)
-    config = select_config(spec, config_m, capability)
+    config = select_many(spec, config_m, capability)
     assert_close_to(prepare_input(x, tensors, spec, config=config), x, tensors, spec)
+
+
+@pytest.mark.parametrize(("n1", "n2"), [(3, 32), (16, 16), (12, 40), (20, 80), (72, 100)])
+@pytest.mark.parametrize("rank", [0, 1, 35])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_programs_that_share_a_token(
+    n1: int, n2: int, rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """The last program of a block quantizes it, the last one of a token adds u; counters end as they began."""
+    spec = make_spec(2, n1, n2, rank=rank)
+    tensors = make_layer(spec, device)
+    tensors["split_counters"] = torch.zeros(64, dtype=torch.int32, device=device)
+    x = make_input(6, spec.in_features, dtype, device)
+    prepared = prepare_input(x, tensors, spec, config=select_few(spec))
+    assert_close_to(prepared, x, tensors, spec)
+    assert not tensors["split_counters"].any()
+    again = prepare_input(x[2:3], tensors, spec, config=select_few(spec))
+    assert torch.equal(again.q, prepared.q[2:3])
+    assert torch.equal(again.scale, prepared.scale[2:3])
+    assert again.u is None or torch.equal(again.u, prepared.u[2:3])
 
 
 def test_several_tokens_share_a_tile(device: torch.device) -> None:
     """One token's outlier must not touch the scale of its neighbours, nor a missing neighbour anything."""
     spec = make_spec(2, 8, 16, rank=2)
     tensors = make_layer(spec, device)
-    config = dataclasses.replace(select_config(spec, 1, (9, 0)), tokens=4)
+    config = dataclasses.replace(select_many(spec, 1, (9, 0)), tokens=4)
     x = make_input(6, spec.in_features, torch.float32, device)
     x[1] *= 1e6
     together = prepare_input(x, tensors, spec, config=config)
@@ -216,7 +233,7 @@ def test_nan_and_infinity_stay_in_their_token_and_block(shared: int, device: tor
     x = make_input(3, spec.in_features, torch.float16, device)
     x[0, 5] = float("nan")
     x[1, 300] = float("inf")
-    config = dataclasses.replace(select_config(spec, 1, (9, 0)), tokens=shared)
+    config = dataclasses.replace(select_many(spec, 1, (9, 0)), tokens=shared)
     scale = prepare_input(x, tensors, spec, config=config).scale
     assert not scale[0, 0].isfinite()
     assert not scale[1, 1].isfinite()

@@ -1,6 +1,6 @@
 """What is read out of a disassembly: loops, and which of them is the main one."""
 
-from bwla_kernels.triton.compiling import count_mnemonics, loops, main_loop
+from bwla_kernels.triton.sass import count_mnemonics, loops, main_loop, undefined_registers
 
 
 def listing(*instructions: str) -> list[str]:
@@ -59,3 +59,25 @@ def test_an_unrolled_main_loop_is_the_whole_kernel() -> None:
         == count_mnemonics(unrolled)
         == {"BMMA": 5, "LDG": 1, "BRA": 1, "EXIT": 1}
     )
+
+
+def test_a_uniform_register_that_is_read_but_never_written() -> None:
+    """As ptxas 12.8 wrote it: UR33 has no value, its neighbours come from a 64-bit and a 32-bit instruction."""
+    lines = [
+        "/*0010*/  ULDC.64 UR34, c[0x0][0x208] ;",
+        "/*0020*/  UMOV UR11, 0xc0000010 ;",
+        "/*0030*/  UIADD3 UR38, UP0, UR33, 0x20, URZ ;",
+        "/*0040*/  @P3 LDG.E.128 R32, desc[UR34][R46.64] ;",
+        "/*0050*/  STS.128 [R47+UR35+0x8000], R20 ;",
+        "/*0060*/  UIADD3.X UR39, UR34, -0x3ffffff0, URZ, UP0, !UPT ;",
+        "/*0070*/  UMOV.64 UR36, URZ ;",
+        "/*0080*/  HGMMA.64x16x16.F32 R88, gdesc[UR36].tnspB, R88 ;",
+        "/*0090*/  HGMMA.64x16x16.F32 R88, R24, gdesc[UR36].tnspB, R88 ;",
+    ]
+    assert undefined_registers(lines) == ["UR33 in UIADD3 UR38, UP0, UR33, 0x20, URZ"]
+    sound = ["/*0000*/  UMOV UR33, URZ ;", *lines]
+    assert not undefined_registers(sound)
+    left_in_registers = [line for line in sound if "UMOV.64" not in line and " gdesc" not in line.split(",")[1]]
+    assert not undefined_registers(left_in_registers)
+    left_in_memory = [line for line in sound if "UMOV.64" not in line]
+    assert len(undefined_registers(left_in_memory)) == 2

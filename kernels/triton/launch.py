@@ -1,0 +1,65 @@
+"""Programmatic dependent launch: whether a kernel may start while the one before it still runs.
+
+On compute capability 9.0 and newer a kernel that is launched so begins once every program of the kernel before it
+has let it (`gdc_launch_dependents`), reads its weights, and waits (`gdc_wait`) until that kernel has ended before it
+touches anything else. Every kernel of a layer takes part, so that the launches of a layer overlap. CUDA graphs keep
+such launches from CUDA 12.3 on.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+
+import torch
+
+MIN_CAPABILITY = (9, 0)
+MIN_CUDA = (12, 3)
+"""First CUDA whose graphs capture dependent launches."""
+
+OFF, EARLY, LATE = 0, 1, 2
+"""When a kernel lets the next one begin: not before it ends (and then it does not wait either), at its own start, or
+before its last step."""
+
+_trigger = EARLY
+_prefetch = False
+
+
+def trigger(dependent: bool) -> int:
+    """The kernels' constexpr PDL: OFF for a launch that waits for its turn."""
+    return _trigger if dependent else OFF
+
+
+def prefetches() -> bool:
+    """Whether a matmul that waits asks for its weights in the second-level cache."""
+    return _prefetch
+
+
+@functools.cache
+def _able(index: int | None) -> bool:
+    """Whether a GPU and its CUDA can."""
+    if index is None or torch.version.cuda is None:
+        return False
+    cuda = tuple(int(part) for part in torch.version.cuda.split(".")[:2])
+    return torch.cuda.get_device_capability(index) >= MIN_CAPABILITY and cuda >= MIN_CUDA
+
+
+def is_dependent(device: torch.device) -> bool:
+    """Whether a layer's kernels on `device` are launched so."""
+    return _trigger != OFF and device.type == "cuda" and _able(device.index)
+
+
+def set_dependent_launch(when: int, prefetch: bool = False) -> None:
+    """Choose for layers that run or are captured from now on: OFF, EARLY or LATE, where a GPU can."""
+    global _trigger, _prefetch
+    _trigger, _prefetch = when, prefetch
+
+
+@contextlib.contextmanager
+def dependent_launch(enabled: bool, when: int = EARLY, prefetch: bool = False) -> Iterator[None]:
+    """Switch it for the length of a block: to compare."""
+    before = _trigger, _prefetch
+    set_dependent_launch(when if enabled else OFF, prefetch)
+    try:
+        yield
+    finally:
+        set_dependent_launch(*before)

@@ -1,0 +1,257 @@
+"""How the input kernels are cut, from a layer's sizes and the number of tokens alone; nothing is measured.
+
+Few tokens are cut into several programs each (`FewConfig`, few_kernel.py), many tokens into a program for each token
+and block, or for several tokens (`InputConfig`, prepare_kernel.py).
+"""
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from bwla_kernels.factorize import MAX_FACTOR
+from bwla_kernels.format import LayerSpec
+
+PLANES_MAX_TOKENS = 4
+"""Most tokens for which bit planes are written."""
+
+MIN_TILE = 16
+"""Smallest side of a tensor-core tile."""
+
+UNROLL = 8
+"""Steps of a projection whose loads are in flight together."""
+
+
+EQUAL = 0
+"""Width of a piece that stands for `equal_pieces`."""
+
+FEW_PROGRAMS = 264
+"""Most programs for which a token is cut into several: two for each of a large GPU's multiprocessors."""
+
+FEW_PIECE = 16
+"""Columns of a block that a program of the kernel for few tokens rotates: the least that a tensor core takes."""
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How the kernel is cut.
+
+    Attributes:
+        tokens: tokens whose block one program rotates (a power of two).
+        piece, out_piece: widest piece of columns of L^T X, and of (L^T X) R; EQUAL for `equal_pieces`.
+        early: whether the right rotation is loaded before the input has arrived.
+        num_warps: warps of a program.
+        max_registers: registers a thread may have; None lets the assembler trade them for occupancy.
+        u_tokens, u_ranks, u_step: tokens, rows of A and columns a step of a program that projects.
+        u_dot: whether it uses tensor cores.
+    """
+
+    tokens: int
+    piece: int
+    out_piece: int
+    early: bool
+    num_warps: int
+    max_registers: int | None
+    u_tokens: int
+    u_ranks: int
+    u_step: int
+    u_dot: bool
+
+
+@dataclass(frozen=True)
+class FewConfig:
+    """How the kernel for few tokens is cut.
+
+    Attributes:
+        num_warps: warps of a program.
+        slices: programs that share the columns of u of a token.
+        step: columns that such a program reads at a time.
+    """
+
+    num_warps: int
+    slices: int
+    step: int
+
+
+def padded_rows(n1: int) -> int:
+    """Rows of a token's tile: n1 padded to what a tensor core takes."""
+    return max(MIN_TILE, int(triton.next_power_of_2(n1)))
+
+
+@cache
+def column_pieces(n2: int, widest: int = MAX_FACTOR) -> tuple[int, ...]:
+    """Cut n2, padded to a multiple of 16, into powers of two of at most `widest`: 80 -> (64, 16)."""
+    rest = -(-n2 // MIN_TILE) * MIN_TILE
+    pieces = []
+    while rest:
+        pieces.append(min(widest, 1 << (rest.bit_length() - 1)))
+        rest -= pieces[-1]
+    return tuple(pieces)
+
+
+@cache
+def equal_pieces(n2: int) -> tuple[int, ...]:
+    """Cut n2 into pieces of one width (32, 64 or 128) that pad it least: 80 -> (32, 32, 32), 48 -> (64,)."""
+    width = min((128, 64, 32), key=lambda wide: -(-n2 // wide) * wide)
+    return (width,) * -(-n2 // width)
+
+
+def right_columns(n2: int) -> int:
+    """Rows and columns of a stored right rotation: n2 padded to a multiple of 16."""
+    return -(-n2 // MIN_TILE) * MIN_TILE
+
+
+def few_programs(spec: LayerSpec) -> int:
+    """Programs that rotate one token, where it is cut into several."""
+    return spec.blocks * right_columns(spec.n2) // FEW_PIECE
+
+
+def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig | FewConfig:
+    """Choose the tiles for `m` tokens, from the layer's sizes alone: nothing is measured at request time.
+
+    Args:
+        spec: the layer.
+        m: tokens.
+        capability: compute capability of the GPU.
+    """
+    if m <= PLANES_MAX_TOKENS or m * few_programs(spec) <= FEW_PROGRAMS:
+        return select_few(spec)
+    return select_many(spec, m, capability)
+
+
+def select_few(spec: LayerSpec) -> FewConfig:
+    """Tiles of 32 elements a thread for u, and shares of it of at least 640 columns, at most 16."""
+    warps = 8 if padded_rows(spec.n1) > 64 else 4
+    step = max(16, min(1024, 1024 * warps // triton.next_power_of_2(max(spec.rank, 1))))
+    slices = 1
+    while slices < 16 and spec.in_features >= 2 * slices * max(step, 640):
+        slices *= 2
+    return FewConfig(warps, slices, step)
+
+
+def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig:
+    """Choose the tiles where a program rotates whole blocks of one or several tokens."""
+    rows = padded_rows(spec.n1)
+    many = m * spec.blocks > FILLS_GPU
+    tokens = max(1, 64 // rows) if many and m > PLANES_MAX_TOKENS else 1
+    warps = 8 if tokens * rows > 64 else 4
+    right = sum(column_pieces(spec.n2))
+    early = not many and 4 * right * right <= EARLY_BYTES * 32 * warps
+    if capability >= (9, 0):  # operands come from shared memory
+        piece = out_piece = EQUAL
+    elif right <= 96:  # operands go through registers: the widest pieces that do not spill
+        piece = out_piece = 64
+    else:
+        piece, out_piece = (32, 128) if rows > 64 else (64, 32)
+    # Left alone the assembler may spill a register or two for one more program on a processor, and with a limit
+    # it uses all of it: these limits are those under which nothing spills.
+    registers = None
+    if right <= 96 and (early or m <= DOT_FROM):
+        registers = 255
+    elif capability < (9, 0) and 64 < right <= 96 and tokens * rows == 64:
+        registers = 224
+    elif capability < (9, 0) and right <= 64 and tokens * rows == 64 and spec.n2 < right:
+        registers = 176
+    elif capability < (9, 0) and right <= 64 and tokens == 1 and spec.n1 < rows == 64:
+        registers = 160
+    elif capability >= (10, 0) and m > WIDE_FROM and right <= 96 and spec.blocks == 1 and tokens * rows == 64:
+        registers = 128  # for the fused norms
+    ranks = triton.next_power_of_2(max(spec.rank, 1))
+    if m <= PLANES_MAX_TOKENS:
+        projection = (1, 1, 256 * warps, False)
+    elif m <= DOT_FROM:
+        projection = (4, min(ranks, 4), 256, False)
+    else:
+        u_tokens, u_step = (16, 128) if m <= WIDE_FROM else (64, 64)
+        projection = (u_tokens, max(MIN_TILE, min(ranks, 64)), u_step, True)
+    return InputConfig(tokens, piece, out_piece, early, warps, registers, *projection)
+
+
+FILLS_GPU = 256
+"""Token blocks from which throughput counts more than the time of one."""
+
+EARLY_BYTES = 224
+"""Bytes of the right rotation that a thread can hold while it waits for the input."""
+
+DOT_FROM, WIDE_FROM = 128, 1024
+"""Tokens above which u is computed on tensor cores, 16 tokens a program, then 64."""
+
+
+def launch_constants(
+    spec: LayerSpec,
+    config: InputConfig,
+    x_dtype: torch.dtype,
+    a_dtype: torch.dtype | None,
+    fuse: int,
+    chunk: int,
+    pdl: int,
+) -> dict[str, object]:
+    """Compile-time arguments of `prepare_input_kernel`; chunk 0 for no planes."""
+    if config.piece == EQUAL:
+        widths = out_widths = equal_pieces(spec.n2)
+    else:
+        widths = column_pieces(spec.n2, config.piece)
+        out_widths = column_pieces(spec.n2, config.out_piece)
+    precision = ""
+    if config.u_dot:
+        precision = "tf32x3" if x_dtype == torch.float32 else "tf32"
+        if x_dtype == a_dtype == torch.bfloat16:
+            precision = "native"
+    return {
+        "K": spec.in_features,
+        "G": spec.blocks,
+        "N1": spec.n1,
+        "N2": spec.n2,
+        "N2P": right_columns(spec.n2),
+        "STARTS": tuple(itertools.accumulate(widths[:-1], initial=0)),
+        "WIDTHS": widths,
+        "OUT_STARTS": tuple(itertools.accumulate(out_widths[:-1], initial=0)),
+        "OUT_WIDTHS": out_widths,
+        "TOKENS": config.tokens,
+        "ROWS": config.tokens * padded_rows(spec.n1),
+        "BITS": spec.bits,
+        "RANK": spec.rank,
+        "FUSE": fuse,
+        "SPLIT_X": x_dtype == torch.float32,
+        "CHUNK": chunk,
+        "EARLY": config.early,
+        "U_TOKENS": config.u_tokens,
+        "U_RANKS": config.u_ranks,
+        "U_STEP": config.u_step,
+        "U_DOT": precision,
+        "U_UNROLL": min(
+            -(-spec.in_features // config.u_step), UNROLL if config.u_tokens == 1 else UNROLL // 2
+        ),
+        "PDL": pdl,
+    }
+
+
+def few_constants(
+    spec: LayerSpec, config: FewConfig, x_dtype: torch.dtype, fuse: int, chunk: int, pdl: int
+) -> dict[str, object]:
+    """Compile-time arguments of `prepare_few_kernel`; chunk 0 for no planes."""
+    right = right_columns(spec.n2)
+    widths = column_pieces(spec.n2)
+    return {
+        "K": spec.in_features,
+        "G": spec.blocks,
+        "N1": spec.n1,
+        "N2": spec.n2,
+        "N2P": right,
+        "ROWS": padded_rows(spec.n1),
+        "STARTS": tuple(itertools.accumulate(widths[:-1], initial=0)),
+        "WIDTHS": widths,
+        "PIECE": FEW_PIECE,
+        "BITS": spec.bits,
+        "RANK": spec.rank,
+        "RANKS": triton.next_power_of_2(max(spec.rank, 1)),
+        "SLICES": config.slices,
+        "STEP": config.step,
+        "STEPS": -(-spec.in_features // (config.step * config.slices)),
+        "FUSE": fuse,
+        "SPLIT_X": x_dtype == torch.float32,
+        "CHUNK": chunk or 256,
+        "PLANES": chunk > 0,
+        "PDL": pdl,
+    }
