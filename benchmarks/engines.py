@@ -27,9 +27,6 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Qwen3's published sizes."""
 
 COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 8192}
-LONG_ANSWER = 32
-"""Tokens by which the longer of two answers exceeds the shorter one: decode is their difference in time."""
-
 SLOW_SECONDS = 15.0
 """A prompt that takes longer is timed once."""
 
@@ -44,6 +41,7 @@ class Job:
         prefills: prompt lengths, one request each; with `prefill_batches`, so many requests at a time.
         engine: further arguments of `vllm.LLM`.
         environment: variables of the process.
+        long_answer: tokens by which the longer of two answers exceeds the shorter one: decode is their difference.
     """
 
     folder: str
@@ -53,6 +51,7 @@ class Job:
     repeats: int = 3
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    long_answer: int = 32
 
 
 def write_config(folder: Path, shape: str) -> None:
@@ -102,8 +101,8 @@ def measure(job: Job) -> dict[str, Any]:
     decode, prefill = {}, {}
     for batch in job.batches:
         seconds(batch, 16, 4)
-        slopes = [seconds(batch, 16, 8 + LONG_ANSWER) - seconds(batch, 16, 8) for _ in range(job.repeats)]
-        decode[str(batch)] = batch * LONG_ANSWER / statistics.median(slopes)
+        slopes = [seconds(batch, 16, 8 + job.long_answer) - seconds(batch, 16, 8) for _ in range(job.repeats)]
+        decode[str(batch)] = batch * job.long_answer / statistics.median(slopes)
     for batch in job.prefill_batches:
         for length in job.prefills:
             times = [seconds(batch, length, 1)]

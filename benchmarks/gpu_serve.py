@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 METHODS = ("bwla", "bf16", "int4", "fp8")
-BATCHES, PREFILLS = [1, 8, 64], [1024, 4096]
+BATCHES, PREFILLS, ANSWER = [1, 8, 64], [1024, 4096], 128
 INT4 = {
     "quant_method": "gptq",
     "bits": 4,
@@ -67,7 +67,7 @@ def measure(shape: str, method: str, attention: str | None, timeout: float) -> d
             "compilation_config": {"cudagraph_capture_sizes": BATCHES},
             **({"attention_backend": attention} if attention else {}),
         }
-        result = run_job(Job(work, BATCHES, PREFILLS, repeats=2, engine=engine), timeout)
+        result = run_job(Job(work, BATCHES, PREFILLS, repeats=2, engine=engine, long_answer=ANSWER), timeout)
     found = {f"decode_{batch}": result["decode"][str(batch)] for batch in BATCHES}
     found |= {f"prefill_{length}": result["prefill"][f"1x{length}"] for length in PREFILLS}
     if odd := {key: speed for key, speed in found.items() if not 0 < speed < math.inf}:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu.journal import Case, Row
-from gpu.layers import Inputs, Tensors, call, launches, make_inputs, make_layer
+from gpu.layers import OVERLAPS, Inputs, Tensors, call, launches, make_inputs, make_layer
 from gpu.shapes import DECODER_LAYERS, MODELS, VOCABULARY, Setting
 from gpu.timing import time_calls, time_events
 
@@ -62,13 +62,13 @@ class Decoder:
         return call(self.shapes[name].step, inputs, block[name], self.specs[name])
 
 
-def _measure(row: Row, model: str, m: int, dependent: bool | None, setting: Setting) -> None:
-    """Time a decoder layer; `dependent` False, True: dependent launches off, on; None: as the kernels have it."""
-    row |= {"model": model, "m": m, "dependent_launch": dependent}
-    with launches(False if dependent else dependent):
+def _measure(row: Row, model: str, m: int, overlap: str | None, setting: Setting) -> None:
+    """Time a decoder layer with one of `layers.OVERLAPS`, None: as the kernels have it; equal to launches in turn."""
+    row |= {"model": model, "m": m, "launches": overlap or "as they are"}
+    with launches("in turn"):
         decode = Decoder(model, m, setting)
         wanted, residual = decode()
-    with launches(dependent):
+    with launches(overlap):
         found, total = decode()
         row["finite"] = bool(found.isfinite().all())
         row["ok"] = row["finite"] and torch.equal(found, wanted) and torch.equal(total, residual)
@@ -77,10 +77,10 @@ def _measure(row: Row, model: str, m: int, dependent: bool | None, setting: Sett
     row["linears_ms"] = row["layer_us"] * DECODER_LAYERS[model] / 1e3
 
 
-def _profile(row: Row, model: str, dependent: bool | None, setting: Setting) -> None:
+def _profile(row: Row, model: str, overlap: str, setting: Setting) -> None:
     """Mean microseconds of each kernel of a decode step."""
     decode = Decoder(model, 1, setting)
-    with launches(dependent):
+    with launches(overlap):
         decode()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -137,19 +137,17 @@ def _measure_head(row: Row, kind: str, model: str, m: int, setting: Setting) -> 
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The step's cases: decode without and with dependent launches, a profile of each, heads, then more tokens."""
+    """The step's cases: decode with every way to overlap launches, a profile without, heads, then more tokens."""
     for model in setting.models:
         for m in (1, 8) if setting.on_gpu else (1,):
-            labels = (
-                {None: "as it is", True: "dependent launches"} if m == 1 else {True: "dependent launches"}
-            )
-            for dependent, label in (labels | {False: "in turn"} if setting.on_gpu else labels).items():
-                run = partial(_measure, model=model, m=m, dependent=dependent, setting=setting)
-                yield Case(f"{model} m={m} {label}", run)
+            ways = [None, *(OVERLAPS if m == 1 else ("in turn",))] if setting.on_gpu else [None]
+            for overlap in ways:
+                run = partial(_measure, model=model, m=m, overlap=overlap, setting=setting)
+                yield Case(f"{model} m={m} {overlap or 'as it is'}", run)
             if m == 1 and setting.on_gpu:
-                for dependent in (False, True):
-                    run = partial(_profile, model=model, dependent=dependent, setting=setting)
-                    yield Case(f"{model} profile {'dependent launches' if dependent else 'in turn'}", run)
+                yield Case(
+                    f"{model} profile", partial(_profile, model=model, overlap="in turn", setting=setting)
+                )
             for kind in ("triton", "bf16", "torch"):
                 if kind != "torch" or m == 1:
                     run = partial(_measure_head, kind=kind, model=model, m=m, setting=setting)

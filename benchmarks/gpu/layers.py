@@ -2,9 +2,11 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from bwla_kernels.format import LayerSpec, as_stored
+from bwla_kernels.triton import launch
 from bwla_kernels.triton.backend import TritonBackend, _layer, _properties
 from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
 from bwla_kernels.triton.launch import dependent_launch, is_dependent
@@ -156,9 +158,18 @@ def weight_side(prepared: PreparedInput, tensors: Tensors, spec: LayerSpec, dtyp
     return binary_matmul(activations, weights_of(tensors, spec), spec.bits, config, dtype, dependent)
 
 
-def launches(dependent: bool | None) -> AbstractContextManager[None]:
-    """Switch dependent launches on or off inside the context; None leaves them as they are."""
-    return nullcontext() if dependent is None else dependent_launch(dependent)
+OVERLAPS = {
+    "in turn": partial(dependent_launch, False),
+    "early": partial(dependent_launch, True, launch.EARLY),
+    "late": partial(dependent_launch, True, launch.LATE),
+    "early, prefetch": partial(dependent_launch, True, launch.EARLY, True),
+}
+"""How one kernel may overlap the next, see `bwla_kernels.triton.launch`: contexts by their names."""
+
+
+def launches(overlap: str | None) -> AbstractContextManager[None]:
+    """One of OVERLAPS as a context; None leaves launches as the kernels have them."""
+    return nullcontext() if overlap is None else OVERLAPS[overlap]()
 
 
 def device_is_lost(device: torch.device) -> bool:

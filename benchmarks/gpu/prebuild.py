@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 
 from gpu import layer_table, tune_day
 from gpu.cache import SOURCES_FILE, sources_digest
-from gpu.layers import Inputs, call, launches, make_layer
+from gpu.layers import OVERLAPS, Inputs, call, launches, make_layer
 from gpu.shapes import ADD_NORM, GPU, MODELS, PLAIN, SILU_MUL, VOCABULARY, Setting
 from gpu.smoke import SmokeCase, smoke_cases
 
@@ -88,8 +88,8 @@ def _compile_layer(case: SmokeCase) -> None:
     dtype = case.dtype or torch.bfloat16
     for step in dict.fromkeys((case.step, PLAIN)):
         inputs = _empty_inputs(step, case.m, case.spec.in_features, dtype)
-        for dependent in (True, False):
-            with launches(dependent):
+        for overlap in OVERLAPS if case.m == 1 else ("in turn", "early"):
+            with launches(overlap):
                 call(step, inputs, layer.prepared, case.spec)
 
 
@@ -107,8 +107,8 @@ def _compile_head(model: str, m: int) -> None:
 
     v, k = VOCABULARY[model], MODELS[model]["qkv"].k
     stored = {"weight_int8": torch.empty(v, k, dtype=torch.int8), "weight_scale": torch.empty(v)}
-    for dependent in (True, False):
-        with launches(dependent):
+    for overlap in ("in turn", "early"):
+        with launches(overlap):
             TritonHead().apply(torch.empty(m, k, dtype=torch.bfloat16), stored, HeadSpec(v, k))
 
 

@@ -76,8 +76,14 @@ def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLA
     once = time_events(lambda: [one() for one in calls], replays=1).median
     rounds = max(1, min(MOST_ROUNDS, math.ceil(REPLAY_US / once)))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    # (torch.cuda.graph collects garbage and empties the allocator's cache first: half a second for each candidate.)
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
         kept = [one() for _ in range(rounds) for one in calls]  # results that were freed would share memory
+        graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
     timing = time_events(graph.replay, rounds * len(calls), replays)
     del kept
     return timing

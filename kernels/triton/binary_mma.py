@@ -16,7 +16,7 @@ chooses that layout for the 16-byte loads; `compile_check` asserts it, and `self
 
 import triton
 import triton.language as tl
-from bwla_kernels.triton.epilogue import low_rank_row
+from bwla_kernels.triton.epilogue import load_low_rank_rows, low_rank_row
 from bwla_kernels.triton.pdl import PDL_EARLY, PDL_LATE
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
@@ -100,21 +100,23 @@ def _load_weights(
     BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_TURNS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The weights of one group of UNROLL steps: (low, high) fragments of each, loaded together."""
+    """The weights of one group of UNROLL steps: (low, high) fragments of each, loaded together; zeros beyond the last.
+
+    With MASKED also beyond the chunks of a block.
+    """
     turn = group // GROUPS
     first = (group % GROUPS) * UNROLL
     loaded = ()
     for i in tl.static_range(UNROLL):
         at = turn * (BLOCK_TURNS * CHUNKS) + (first + i) * STRIDE
         a_at = a_ptrs + at * (rows.to(tl.int64) * WORDS)
+        live = turn * BLOCK_TURNS + block0 < BLOCKS
         if MASKED:
-            live = ((first + i) * STRIDE + chunk0 < CHUNKS) & (turn * BLOCK_TURNS + block0 < BLOCKS)
-            loaded = loaded + (
-                tl.load(a_at, mask=live[None, :], other=0),
-                tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0),
-            )
-        else:
-            loaded = loaded + (tl.load(a_at), tl.load(a_at + 8 * WORDS))
+            live = live & ((first + i) * STRIDE + chunk0 < CHUNKS)
+        loaded = loaded + (
+            tl.load(a_at, mask=live[None, :], other=0),
+            tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0),
+        )
     return loaded
 
 
@@ -202,6 +204,16 @@ def binary_mma_kernel(
         a_ptrs, chunk0, block0, 0, rows,
         BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
     )  # fmt: skip
+    # What the last steps need of the layer itself, so that none of them waits for memory.
+    n = first_row + tl.arange(0, BN)
+    inside = n < N
+    alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
+    low_rows = ()
+    if RANK > 0:
+        low_rows = load_low_rank_rows(low_b, n, RANK)
+    shift = 0.0
+    if BIAS:
+        shift = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         if PREFETCH and TURNS * GROUPS > 1:
             _prefetch(weight, first_row, rows, BLOCKS * CHUNKS, BN, WORDS, WARPS)
@@ -222,9 +234,8 @@ def binary_mma_kernel(
         first = (step_group % GROUPS) * UNROLL
         g = turn * BLOCK_TURNS + block0
         current = ahead
-        # The last round loads its own group again, from the cache, rather than branch.
         ahead = _load_weights(
-            a_ptrs, chunk0, block0, tl.minimum(step_group + 1, TURNS * GROUPS - 1), rows,
+            a_ptrs, chunk0, block0, step_group + 1, rows,
             BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
         )  # fmt: skip
         for i in tl.static_range(UNROLL):
@@ -259,9 +270,6 @@ def binary_mma_kernel(
 
     if PDL == PDL_LATE:
         gdc_launch_dependents()
-    n = first_row + tl.arange(0, BN)
-    inside = n < N
-    alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
     for m in tl.static_range(TOKENS):
         if m < tokens:
             # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}.
@@ -283,9 +291,9 @@ def binary_mma_kernel(
                 out = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
             out *= alpha
             if RANK > 0:
-                out += low_rank_row(u, low_b, m, n, rank, RANK)
+                out += low_rank_row(low_rows, u, m, rank, RANK)
             if BIAS:
-                out += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+                out += shift
             tl.store(y + m * N + n, out.to(y.dtype.element_ty), mask=inside)
 
 

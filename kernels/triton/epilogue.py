@@ -3,6 +3,8 @@
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
 
+# ruff: noqa: RUF005 - Triton's compiler knows no starred tuples.
+
 import triton
 import triton.language as tl
 from bwla_kernels.factorize import RANK_STEP as RANK_STEP
@@ -37,12 +39,24 @@ def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexp
 
 
 @triton.jit
-def low_rank_row(u, low_b, m, n, rank, RANK: tl.constexpr):
-    """B[n, :] . u[m, :] for one token m: float32 [BN], without tensor cores; RANK in steps of 16."""
-    total = tl.zeros([n.shape[0], _STEP], tl.float32)
+def load_low_rank_rows(low_b, n, RANK: tl.constexpr):
+    """B[n, :] as bfloat16 tiles [BN, 16], to be loaded before they are needed."""
+    tiles = ()
     for start in tl.static_range(0, RANK, _STEP):
-        r = start + tl.arange(0, _STEP)
-        b = tl.load(low_b + n[:, None] * RANK + r[None, :]).to(tl.float32)
-        x = tl.load(u + m * rank + r, mask=r < rank, other=0.0)
-        total += b * x[None, :]
+        tiles = tiles + (tl.load(low_b + n[:, None] * RANK + (start + tl.arange(0, _STEP))[None, :]),)
+    return tiles
+
+
+@triton.jit
+def low_rank_row(tiles, u, m, rank, RANK: tl.constexpr):
+    """B[n, :] . u[m, :] for one token m and the rows of `load_low_rank_rows`: float32 [BN], without tensor cores."""
+    total = tiles[0].to(tl.float32) * _row_of_u(u, m, rank, 0)[None, :]
+    for i in tl.static_range(1, RANK // _STEP):
+        total += tiles[i].to(tl.float32) * _row_of_u(u, m, rank, i * _STEP)[None, :]
     return tl.sum(total, 1)
+
+
+@triton.jit
+def _row_of_u(u, m, rank, START: tl.constexpr):
+    r = START + tl.arange(0, _STEP)
+    return tl.load(u + m * rank + r, mask=r < rank, other=0.0)

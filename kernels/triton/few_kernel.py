@@ -21,7 +21,7 @@ to end and only then read or write anything else.
 
 import triton
 import triton.language as tl
-from bwla_kernels.triton.fused_load import ADDS_AND_NORMS, NORMS, apply_norm, inverse_rms_of, raw_input
+from bwla_kernels.triton.fused_load import ADDS_AND_NORMS, NORMS, inverse_rms_of, raw_input, weigh
 from bwla_kernels.triton.pdl import PDL_EARLY, PDL_LATE
 from bwla_kernels.triton.rotate import INFINITY, ROUND, ROUND_BITS, UNSCALE
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -33,19 +33,6 @@ def _split_tf32(value):
     hi = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     lo = value - hi
     return hi, ((lo.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _prefetch_l2(pointers):
-    """Ask for the cache lines of pointers in the second-level cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -139,6 +126,11 @@ def rotate_piece(
     inside = (row < N1) & (c < N2)
     at = block * (N1 * N2) + row * N2
     factor = tl.load(column_scale_ptr + at + c, mask=inside, other=0.0)
+    norms = ()
+    if FUSE >= NORMS:
+        for i in tl.static_range(len(WIDTHS)):
+            j = STARTS[i] + tl.arange(0, WIDTHS[i])[None, :]
+            norms = norms + (tl.load(norm_weight_ptr + at + j, mask=(row < N1) & (j < N2), other=0.0),)
     if PDL:
         gdc_wait()  # what the kernel before this one made may be read from here on
 
@@ -165,9 +157,7 @@ def rotate_piece(
     for i in tl.static_range(len(WIDTHS)):
         x = inputs[i]
         if FUSE >= NORMS:
-            j = STARTS[i] + tl.arange(0, WIDTHS[i])[None, :]
-            mask = (row < N1) & (j < N2)
-            x = apply_norm(x_ptr, norm_weight_ptr, x, inverse_rms, at + j, mask)
+            x = weigh(x_ptr, x, inverse_rms, norms[i])
         if SPLIT_X:
             x, x_lo = _split_tf32(x)
             turned = tl.dot(x_lo, rights[2 * i], turned, input_precision="tf32")
@@ -243,10 +233,14 @@ def project_slice(
     """All ranks' share of u over STEPS * STEP columns, in float32: parts[part, rank]."""
     ranks = tl.arange(0, RANKS)[:, None]
     first = part * (STEPS * STEP)
+    rows = ()
+    norms = ()
+    for i in tl.static_range(STEPS):
+        column = first + i * STEP + tl.arange(0, STEP)[None, :]
+        rows = rows + (tl.load(a_ptr + ranks * K + column, mask=(ranks < RANK) & (column < K), other=0.0),)
+        if FUSE >= NORMS:
+            norms = norms + (tl.load(norm_weight_ptr + column, mask=column < K, other=0.0),)
     if PDL:
-        for i in tl.static_range(STEPS):
-            line = first + i * STEP + tl.arange(0, (STEP + 63) // 64)[None, :] * 64
-            _prefetch_l2(a_ptr + tl.minimum(ranks, RANK - 1) * K + tl.minimum(line, K - 1))
         gdc_wait()
     inverse_rms = 0.0
     if FUSE >= NORMS:
@@ -254,12 +248,10 @@ def project_slice(
     total = tl.zeros([RANKS, STEP], tl.float32)
     for i in tl.static_range(STEPS):
         column = first + i * STEP + tl.arange(0, STEP)[None, :]
-        mask = column < K
-        value = raw_input(x_ptr, residual_ptr, column, column, mask, K, FUSE)
+        value = raw_input(x_ptr, residual_ptr, column, column, column < K, K, FUSE)
         if FUSE >= NORMS:
-            value = apply_norm(x_ptr, norm_weight_ptr, value, inverse_rms, column, mask)
-        a = tl.load(a_ptr + ranks * K + column, mask=(ranks < RANK) & mask, other=0.0)
-        total += value * a.to(tl.float32)
+            value = weigh(x_ptr, value, inverse_rms, norms[i])
+        total += value * rows[i].to(tl.float32)
     rank = tl.arange(0, RANKS)
     tl.store(parts_ptr + part * RANK + rank, tl.sum(total, 1), mask=rank < RANK)
 
@@ -268,7 +260,7 @@ def project_slice(
 def add_slices(parts_ptr, u_ptr, RANK: tl.constexpr, RANKS: tl.constexpr, SLICES: tl.constexpr):
     """Add the shares of u, always in the same order."""
     rank = tl.arange(0, RANKS)
-    total = tl.zeros([RANKS], tl.float32)
-    for i in tl.static_range(SLICES):
-        total += tl.load(parts_ptr + i * RANK + rank, mask=rank < RANK, other=0.0, cache_modifier=".cg")
-    tl.store(u_ptr + rank, total, mask=rank < RANK)
+    part = tl.arange(0, triton.next_power_of_2(SLICES))[:, None]
+    at = parts_ptr + part * RANK + rank[None, :]
+    parts = tl.load(at, mask=(part < SLICES) & (rank < RANK)[None, :], other=0.0, cache_modifier=".cg")
+    tl.store(u_ptr + rank, tl.sum(parts, 0), mask=rank < RANK)

@@ -33,7 +33,12 @@ def raw_input(x_ptr, residual_ptr, x_at, residual_at, mask, K: tl.constexpr, FUS
 @triton.jit
 def apply_norm(x_ptr, norm_weight_ptr, value, inverse_rms, columns, mask):
     """Normalize, round to the weight's dtype, weigh, round: the order of vLLM's RMSNorm."""
-    weight = tl.load(norm_weight_ptr + columns, mask=mask, other=0.0)
+    return weigh(x_ptr, value, inverse_rms, tl.load(norm_weight_ptr + columns, mask=mask, other=0.0))
+
+
+@triton.jit
+def weigh(x_ptr, value, inverse_rms, weight):
+    """`apply_norm` with a weight that is loaded already."""
     value = (value * inverse_rms).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     return value.to(weight.dtype).to(x_ptr.dtype.element_ty).to(tl.float32)
 

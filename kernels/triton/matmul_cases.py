@@ -14,7 +14,7 @@ from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
 from bwla_kernels.triton.pdl import PDL_EARLY
-from bwla_kernels.triton.tuning import BINARY, MatmulConfig, selectable
+from bwla_kernels.triton.tuning import BINARY, MatmulConfig, fit_unroll, selectable
 
 BITS = 6
 
@@ -65,7 +65,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
         variants = [Variant()]
         if name == "1 block":
             variants += [Variant(bare=True)] + [Variant(pdl=True)] * (arch >= 90)
-        for config in selectable(str(arch), layout.blocks == 1):
+        for selected in selectable(str(arch), layout.blocks == 1):
+            config = selected
+            if config.kernel == BINARY:
+                config = fit_unroll(config, layout.blocks, layout.chunks_per_block, layout.chunk)
             if config.split > 2:
                 continue  # the same code as for two shares: their number is no compile-time argument
             for variant in variants:

@@ -29,6 +29,9 @@ EQUAL = 0
 FEW_PROGRAMS = 264
 """Most programs for which a token is cut into several: two for each of a large GPU's multiprocessors."""
 
+FEW_COLUMNS = 640
+"""Columns of a share of u, about."""
+
 FEW_PIECE = 16
 """Columns of a block that a program of the kernel for few tokens rotates: the least that a tensor core takes."""
 
@@ -121,13 +124,11 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
 
 
 def select_few(spec: LayerSpec) -> FewConfig:
-    """Tiles of 32 elements a thread for u, and shares of it of at least 640 columns, at most 16."""
+    """Shares of u of so many columns that a thread holds its part of A (at most 160 numbers) while it waits."""
     warps = 8 if padded_rows(spec.n1) > 64 else 4
     step = max(16, min(1024, 1024 * warps // triton.next_power_of_2(max(spec.rank, 1))))
-    slices = 1
-    while slices < 16 and spec.in_features >= 2 * slices * max(step, 640):
-        slices *= 2
-    return FewConfig(warps, slices, step)
+    columns = max(FEW_COLUMNS, step) // step * step
+    return FewConfig(warps, -(-spec.in_features // columns), step)
 
 
 def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig:
@@ -137,24 +138,20 @@ def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputCo
     tokens = max(1, 64 // rows) if many and m > PLANES_MAX_TOKENS else 1
     warps = 8 if tokens * rows > 64 else 4
     right = sum(column_pieces(spec.n2))
-    early = not many and 4 * right * right <= EARLY_BYTES * 32 * warps
+    early = (
+        not many and 4 * right * right <= EARLY_BYTES * 32 * warps and (capability >= (9, 0) or right <= 64)
+    )
     if capability >= (9, 0):  # operands come from shared memory
         piece = out_piece = EQUAL
-    elif right <= 96:  # operands go through registers: the widest pieces that do not spill
+    elif right <= 64:  # operands go through registers: the widest pieces that do not spill
         piece = out_piece = 64
     else:
-        piece, out_piece = (32, 128) if rows > 64 else (64, 32)
+        piece, out_piece = (32, 64) if rows > 64 else (64, 32)
     # Left alone the assembler may spill a register or two for one more program on a processor, and with a limit
     # it uses all of it: these limits are those under which nothing spills.
     registers = None
-    if right <= 96 and (early or m <= DOT_FROM):
+    if right <= 96 and (capability < (9, 0) or early or m <= DOT_FROM):
         registers = 255
-    elif capability < (9, 0) and 64 < right <= 96 and tokens * rows == 64:
-        registers = 224
-    elif capability < (9, 0) and right <= 64 and tokens * rows == 64 and spec.n2 < right:
-        registers = 176
-    elif capability < (9, 0) and right <= 64 and tokens == 1 and spec.n1 < rows == 64:
-        registers = 160
     elif capability >= (10, 0) and m > WIDE_FROM and right <= 96 and spec.blocks == 1 and tokens * rows == 64:
         registers = 128  # for the fused norms
     ranks = triton.next_power_of_2(max(spec.rank, 1))

@@ -120,7 +120,7 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
         fragments = layout.rows // 16 * config.k_warps * config.unroll  # of 16 rows by 512 columns: 1 KiB
         return abs(math.log2(fragments * 1024 / multiprocessors / IN_FLIGHT))
 
-    tiles = [n for n in (16, 32, 64, 128) if 0.7 <= layout.rows // n / multiprocessors <= 8]
+    tiles = [n for n in (16, 32, 64, 128) if 0.7 <= layout.rows // n / multiprocessors <= 26]
     found = []
     for rows in tiles or (16,):
         for warps, k_warps in ((2, 2), (4, 4), (4, 2), (8, 8), (8, 4)):

@@ -6,7 +6,7 @@ enough programs wins) and, where `tune` has measured them, exact shapes. It says
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -121,7 +121,7 @@ def select_config(
     rows = -(-n // 128) * 128
     chunks = g * -(-(k // g) // chunk)
     if m <= BINARY_MAX_TOKENS and binary_is_native(capability):
-        return choose_binary(arch, rows, m, sm_count)
+        return fit_unroll(choose_binary(arch, rows, m, sm_count), g, chunks // g, chunk)
     if m <= SKINNY_MAX_TOKENS:
         return choose_skinny(arch, rows, chunks, m, sm_count)
     return choose_tiled(arch, rows, g, m, sm_count)
@@ -134,13 +134,22 @@ def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> 
     return next((c for c in configs if rows // c.block_n >= 2 * sm_count), configs[-1])
 
 
+def binary_steps(g: int, chunks_per_block: int, chunk: int, k_warps: int) -> int:
+    """Steps of 512 columns that a warp takes in a block: warps share blocks where there are enough, else columns."""
+    step = 512 // chunk * (1 if g >= k_warps else k_warps)
+    return -(-chunks_per_block // step)
+
+
+def fit_unroll(config: MatmulConfig, g: int, chunks_per_block: int, chunk: int) -> MatmulConfig:
+    """A binary configuration that loads no more steps together than a block has."""
+    steps = binary_steps(g, chunks_per_block, chunk, config.k_warps)
+    return replace(config, unroll=min(config.unroll, steps))
+
+
 def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
-    """The table's choices for 1, 2 or 4 tokens; several tokens' sums need the registers, and some entries say so."""
-    limit = 0 if tokens == 1 else 255
-    return [
-        MatmulConfig(kernel=BINARY, block_m=tokens, **{"max_registers": limit, **entry})
-        for entry in arch["binary"]
-    ]
+    """The table's choices for 1, 2 or 4 tokens; several tokens' sums need more registers than an entry may say."""
+    several = {} if tokens == 1 else {"max_registers": 255}
+    return [MatmulConfig(kernel=BINARY, block_m=tokens, **{**entry, **several}) for entry in arch["binary"]]
 
 
 def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int) -> MatmulConfig:

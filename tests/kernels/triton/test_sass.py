@@ -77,7 +77,9 @@ def test_a_uniform_register_that_is_read_but_never_written() -> None:
     assert undefined_registers(lines) == ["UR33 in UIADD3 UR38, UP0, UR33, 0x20, URZ"]
     sound = ["/*0000*/  UMOV UR33, URZ ;", *lines]
     assert not undefined_registers(sound)
-    left_in_registers = [line for line in sound if "UMOV.64" not in line and " gdesc" not in line.split(",")[1]]
+    left_in_registers = [
+        line for line in sound if "UMOV.64" not in line and " gdesc" not in line.split(",")[1]
+    ]
     assert not undefined_registers(left_in_registers)
     left_in_memory = [line for line in sound if "UMOV.64" not in line]
     assert len(undefined_registers(left_in_memory)) == 2
