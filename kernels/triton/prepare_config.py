@@ -13,7 +13,7 @@ import triton
 from bwla_kernels.factorize import MAX_FACTOR
 from bwla_kernels.format import LayerSpec
 
-PLANES_MAX_TOKENS = 4
+PLANES_MAX_TOKENS = 8
 """Most tokens for which bit planes are written."""
 
 MIN_TILE = 16

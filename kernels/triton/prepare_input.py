@@ -128,7 +128,7 @@ def prepare_input(
         tensors: `left_split` and `right_split` (from `split_rotations`), `column_scale` float32 [K], and
             `low_rank_a` [r, K] where the rank is not 0.
         spec: the layer; `can_prepare(spec)` must hold.
-        planes: also write bit planes, for at most 4 tokens.
+        planes: also write bit planes, for at most 8 tokens.
         chunk: columns of a chunk of planes, 128 or 256.
         norm_weight: [K]; normalizes the input first, as vLLM's RMSNorm does: in float32, rounded to the weight's
             dtype before and after the weight, then to the dtype of x.

@@ -28,6 +28,7 @@ from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, r
 from bwla_kernels.triton.prepare_config import PLANES_MAX_TOKENS
 from bwla_kernels.triton.tuning import (
     BINARY,
+    BINARY_MAX_TOKENS,
     INTEGER,
     SPLITS,
     MatmulConfig,
@@ -101,11 +102,13 @@ class Finding:
 def candidates(
     layout: ChunkLayout, m: int, capability: tuple[int, int], multiprocessors: int
 ) -> list[MatmulConfig]:
-    """The first round for m tokens, most promising first: at most 16, or 32 where skinny and tiled ones compete."""
+    """The first round for m tokens, most promising first: at most 16, or 32 where two kernels compete."""
     tokens = token_limit(m)
-    if tokens <= PLANES_MAX_TOKENS and binary_is_native(capability):
-        return _binary(layout, tokens, multiprocessors)
     found = []
+    if tokens <= PLANES_MAX_TOKENS and binary_is_native(capability):
+        found += _binary(layout, tokens, multiprocessors)
+        if tokens <= BINARY_MAX_TOKENS:
+            return found
     if tokens <= 64:
         found += _skinny(layout, tokens, capability, multiprocessors)
     if tokens >= 64:
@@ -126,7 +129,7 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
         for warps, k_warps in ((2, 2), (4, 4), (4, 2), (8, 8), (8, 4)):
             r = rows * k_warps // (16 * warps)
             for unroll in (1, 2, 4):
-                if r >= 1 and r * unroll <= 4:
+                if r >= 1 and r * unroll <= (4 if tokens <= BINARY_MAX_TOKENS else 2):
                     config = MatmulConfig(
                         BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll, max_registers=255
                     )

@@ -343,7 +343,7 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         prepare_input(x[:, :128], tensors, spec)
     with pytest.raises(BackendError, match="contiguous rows"):
         prepare_input(torch.empty(256, 5, device=device).t(), tensors, spec)
-    with pytest.raises(BackendError, match="at most 4 tokens"):
+    with pytest.raises(BackendError, match="at most 8 tokens"):
         prepare_input(x, tensors, spec, planes=True)
     with pytest.raises(BackendError, match="needs norm_weight"):
         prepare_input(x, tensors, spec, residual=x)

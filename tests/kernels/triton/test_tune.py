@@ -33,7 +33,7 @@ def test_candidates_fit_and_are_few(
     layout = layout_of(shape)
     found = tune.candidates(layout, m, *gpu)
     assert found
-    assert len(found) == len(set(found)) <= (32 if m == 64 else 16)
+    assert len(found) == len(set(found)) <= (32 if m in (5, 8, 64) else 16)
     varied = [config for first in found for config in tune.variations(first)]
     for config in (*found, *varied):
         assert layout.rows % config.block_n == 0
