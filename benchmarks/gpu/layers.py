@@ -162,7 +162,6 @@ OVERLAPS = {
     "in turn": partial(dependent_launch, False),
     "early": partial(dependent_launch, True, launch.EARLY),
     "late": partial(dependent_launch, True, launch.LATE),
-    "early, prefetch": partial(dependent_launch, True, launch.EARLY, True),
 }
 """How one kernel may overlap the next, see `bwla_kernels.triton.launch`: contexts by their names."""
 

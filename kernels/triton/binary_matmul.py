@@ -176,7 +176,6 @@ def _launch_binary(
         RANK=padded_rank,
         BIAS=weights.bias is not None,
         PDL=launch.trigger(pdl),
-        PREFETCH=launch.prefetches(),
         PURE=interpreted(),
         launch_pdl=pdl,
         num_warps=config.num_warps,

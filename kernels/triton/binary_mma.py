@@ -73,28 +73,6 @@ def _sum_rows(x, R: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.constexpr
 
 
 @triton.jit
-def _prefetch(
-    weight, first_row, rows, CHUNKS: tl.constexpr, BN: tl.constexpr, WORDS: tl.constexpr, WARPS: tl.constexpr
-):
-    """Ask for this program's rows of the first chunks (one a thread) in the second-level cache; from 9.0 on."""
-    chunk = tl.arange(0, 32 * WARPS)
-    address = weight + (chunk.to(tl.int64) * rows + first_row) * WORDS
-    tl.inline_asm_elementwise(
-        f"""{{
-            .reg .pred live;
-            setp.lt.s32 live, $2, {CHUNKS};
-            @live cp.async.bulk.prefetch.L2.global [$1], {BN * WORDS * 4};
-            mov.u32 $0, 0;
-        }}""",
-        "=r,l,r",
-        [address.to(tl.int64), chunk],
-        tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _load_weights(
     a_ptrs, chunk0, block0, group, rows,
     BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
@@ -151,7 +129,6 @@ def binary_mma_kernel(
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PURE: tl.constexpr,
 ):
     """All M <= TOKENS tokens of 16 R ROW_WARPS rows; K_WARPS warps share the columns of a row.
@@ -163,7 +140,7 @@ def binary_mma_kernel(
     UNROLL: steps whose weights are loaded together, one group ahead of the one that is multiplied: what a thread has
     in flight.
     PDL: the launch may overlap the kernel before it, which makes the activations (see `launch`): until that is done,
-    this one only reads weights, and with PREFETCH asks for all of them in the second-level cache.
+    this one only reads weights.
     """
     WARPS: tl.constexpr = ROW_WARPS * K_WARPS
     WORDS: tl.constexpr = C // 32
@@ -215,8 +192,6 @@ def binary_mma_kernel(
     if BIAS:
         shift = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     if PDL:
-        if PREFETCH and TURNS * GROUPS > 1:
-            _prefetch(weight, first_row, rows, BLOCKS * CHUNKS, BN, WORDS, WARPS)
         gdc_wait()
     PLANE: tl.constexpr = BLOCKS * CHUNKS * WORDS
     b_ptrs = planes + (group * PLANE + at0 * WORDS + word_in_chunk)

@@ -123,7 +123,7 @@ def binary_case(
     config: MatmulConfig, layout: ChunkLayout, what: str, variant: Variant | None = None
 ) -> CompileCase:
     """A case of `binary_mma_kernel`; one round covers 512 columns of every warp's rows."""
-    meta = {**binary_meta(layout, BITS, config), "PREFETCH": False}
+    meta = binary_meta(layout, BITS, config)
     weights = 512 * config.block_n * config.k_warps
     case = _case(binary_mma_kernel, config, what, "*i32", meta, ("BMMA",), weights, variant or Variant())
     layout_of_fragments = (

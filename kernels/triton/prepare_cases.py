@@ -10,15 +10,12 @@ from bwla_kernels.triton.few_kernel import prepare_few_kernel
 from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
 from bwla_kernels.triton.pdl import PDL_EARLY
 from bwla_kernels.triton.prepare_config import (
-    DOT_FROM,
-    FEW_PROGRAMS,
     FILLS_GPU,
     PLANES_MAX_TOKENS,
-    WIDE_FROM,
     FewConfig,
     InputConfig,
     few_constants,
-    few_programs,
+    few_tokens,
     launch_constants,
     select_config,
 )
@@ -88,9 +85,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
 def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig | FewConfig]]:
     """Each configuration of a layer, with the smallest number of tokens that selects it."""
     seen = set()
-    few = FEW_PROGRAMS // few_programs(spec)
-    edges = (0, PLANES_MAX_TOKENS, few, FILLS_GPU // spec.blocks, DOT_FROM, WIDE_FROM)
-    for m in sorted(edge + 1 for edge in edges):
+    for m in sorted(edge + 1 for edge in (0, few_tokens(spec), FILLS_GPU // spec.blocks)):
         config = select_config(spec, m, divmod(arch, 10))
         if config not in seen:
             seen.add(config)
@@ -113,12 +108,10 @@ def compile_case_of(
         constants = few_constants(spec, config, dtype, fuse, chunk, pdl)
         tiles = f"few, u {config.slices}x{config.step}"
     else:
-        constants = launch_constants(
-            spec, config, dtype, torch.bfloat16 if spec.rank else None, fuse, chunk, pdl
-        )
+        constants = launch_constants(spec, config, dtype, torch.bfloat16 if spec.rank else None, fuse, pdl)
         tiles = (
             f"tokens {config.tokens} pieces {config.piece or 'equal'}/{config.out_piece or 'equal'} "
-            f"{'early ' if config.early else ''}u {config.u_tokens}x{config.u_ranks}x{config.u_step}"
+            f"u {config.u_tokens}x{config.u_ranks}x{config.u_step}"
         )
     stored = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     types = {

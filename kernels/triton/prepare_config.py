@@ -19,15 +19,13 @@ PLANES_MAX_TOKENS = 8
 MIN_TILE = 16
 """Smallest side of a tensor-core tile."""
 
-UNROLL = 8
-"""Steps of a projection whose loads are in flight together."""
-
 
 EQUAL = 0
 """Width of a piece that stands for `equal_pieces`."""
 
-FEW_PROGRAMS = 264
-"""Most programs for which a token is cut into several: two for each of a large GPU's multiprocessors."""
+FEW_PROGRAMS = 6144
+"""Most programs of the kernel for few tokens: about a dozen rounds of a large GPU. Its time grows with them, from 5
+microseconds for Qwen3-32B's down at one token; the other kernel took 78 there at 64 tokens (5,760 programs; H200)."""
 
 FEW_COLUMNS = 640
 """Columns of a share of u, about."""
@@ -43,23 +41,19 @@ class InputConfig:
     Attributes:
         tokens: tokens whose block one program rotates (a power of two).
         piece, out_piece: widest piece of columns of L^T X, and of (L^T X) R; EQUAL for `equal_pieces`.
-        early: whether the right rotation is loaded before the input has arrived.
         num_warps: warps of a program.
         max_registers: registers a thread may have; None lets the assembler trade them for occupancy.
         u_tokens, u_ranks, u_step: tokens, rows of A and columns a step of a program that projects.
-        u_dot: whether it uses tensor cores.
     """
 
     tokens: int
     piece: int
     out_piece: int
-    early: bool
     num_warps: int
     max_registers: int | None
     u_tokens: int
     u_ranks: int
     u_step: int
-    u_dot: bool
 
 
 @dataclass(frozen=True)
@@ -110,6 +104,12 @@ def few_programs(spec: LayerSpec) -> int:
     return spec.blocks * right_columns(spec.n2) // FEW_PIECE
 
 
+def few_tokens(spec: LayerSpec) -> int:
+    """Most tokens for which the kernel for few tokens is chosen."""
+    programs = few_programs(spec) + (select_few(spec).slices if spec.rank else 0)
+    return max(PLANES_MAX_TOKENS, FEW_PROGRAMS // programs)
+
+
 def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig | FewConfig:
     """Choose the tiles for `m` tokens, from the layer's sizes alone: nothing is measured at request time.
 
@@ -118,9 +118,7 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
         m: tokens.
         capability: compute capability of the GPU.
     """
-    if m <= PLANES_MAX_TOKENS or m * few_programs(spec) <= FEW_PROGRAMS:
-        return select_few(spec)
-    return select_many(spec, m, capability)
+    return select_few(spec) if m <= few_tokens(spec) else select_many(spec, m, capability)
 
 
 def select_few(spec: LayerSpec) -> FewConfig:
@@ -134,45 +132,26 @@ def select_few(spec: LayerSpec) -> FewConfig:
 def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig:
     """Choose the tiles where a program rotates whole blocks of one or several tokens."""
     rows = padded_rows(spec.n1)
-    many = m * spec.blocks > FILLS_GPU
-    tokens = max(1, 64 // rows) if many and m > PLANES_MAX_TOKENS else 1
+    tokens = max(1, 64 // rows) if m * spec.blocks > FILLS_GPU else 1
     warps = 8 if tokens * rows > 64 else 4
-    right = sum(column_pieces(spec.n2))
-    early = (
-        not many and 4 * right * right <= EARLY_BYTES * 32 * warps and (capability >= (9, 0) or right <= 64)
-    )
+    right = right_columns(spec.n2)
     if capability >= (9, 0):  # operands come from shared memory
         piece = out_piece = EQUAL
     elif right <= 64:  # operands go through registers: the widest pieces that do not spill
         piece = out_piece = 64
     else:
         piece, out_piece = (32, 64) if rows > 64 else (64, 32)
-    # Left alone the assembler may spill a register or two for one more program on a processor, and with a limit
-    # it uses all of it: these limits are those under which nothing spills.
-    registers = None
-    if right <= 96 and (capability < (9, 0) or early or m <= DOT_FROM):
-        registers = 255
-    elif capability >= (10, 0) and m > WIDE_FROM and right <= 96 and spec.blocks == 1 and tokens * rows == 64:
-        registers = 128  # for the fused norms
-    ranks = triton.next_power_of_2(max(spec.rank, 1))
-    if m <= PLANES_MAX_TOKENS:
-        projection = (1, 1, 256 * warps, False)
-    elif m <= DOT_FROM:
-        projection = (4, min(ranks, 4), 256, False)
-    else:
-        u_tokens, u_step = (16, 128) if m <= WIDE_FROM else (64, 64)
-        projection = (u_tokens, max(MIN_TILE, min(ranks, 64)), u_step, True)
-    return InputConfig(tokens, piece, out_piece, early, warps, registers, *projection)
+    # Left alone the assembler may spill a register or two for one more program on a processor.
+    registers = 255 if right <= 96 and capability < (9, 0) else None
+    ranks = max(MIN_TILE, min(triton.next_power_of_2(max(spec.rank, 1)), 64))
+    return InputConfig(tokens, piece, out_piece, warps, registers, U_TOKENS, ranks, U_STEP)
 
 
 FILLS_GPU = 256
 """Token blocks from which throughput counts more than the time of one."""
 
-EARLY_BYTES = 224
-"""Bytes of the right rotation that a thread can hold while it waits for the input."""
-
-DOT_FROM, WIDE_FROM = 128, 1024
-"""Tokens above which u is computed on tensor cores, 16 tokens a program, then 64."""
+U_TOKENS, U_STEP = 16, 128
+"""Tokens and columns a step of a program that projects: many programs, since each walks the whole width."""
 
 
 def launch_constants(
@@ -181,20 +160,17 @@ def launch_constants(
     x_dtype: torch.dtype,
     a_dtype: torch.dtype | None,
     fuse: int,
-    chunk: int,
     pdl: int,
 ) -> dict[str, object]:
-    """Compile-time arguments of `prepare_input_kernel`; chunk 0 for no planes."""
+    """Compile-time arguments of `prepare_input_kernel`."""
     if config.piece == EQUAL:
         widths = out_widths = equal_pieces(spec.n2)
     else:
         widths = column_pieces(spec.n2, config.piece)
         out_widths = column_pieces(spec.n2, config.out_piece)
-    precision = ""
-    if config.u_dot:
-        precision = "tf32x3" if x_dtype == torch.float32 else "tf32"
-        if x_dtype == a_dtype == torch.bfloat16:
-            precision = "native"
+    precision = "tf32x3" if x_dtype == torch.float32 else "tf32"
+    if x_dtype == a_dtype == torch.bfloat16:
+        precision = "native"
     return {
         "K": spec.in_features,
         "G": spec.blocks,
@@ -211,15 +187,10 @@ def launch_constants(
         "RANK": spec.rank,
         "FUSE": fuse,
         "SPLIT_X": x_dtype == torch.float32,
-        "CHUNK": chunk,
-        "EARLY": config.early,
         "U_TOKENS": config.u_tokens,
         "U_RANKS": config.u_ranks,
         "U_STEP": config.u_step,
         "U_DOT": precision,
-        "U_UNROLL": min(
-            -(-spec.in_features // config.u_step), UNROLL if config.u_tokens == 1 else UNROLL // 2
-        ),
         "PDL": pdl,
     }
 

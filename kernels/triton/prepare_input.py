@@ -7,8 +7,8 @@ kernels do it. What holds:
   from the reference's only where x_hat / scale lies within the two errors of a rounding tie, and then by one;
   `scale` agrees to the same relative error.
 - `q_sum` and `planes` are exact for the codes in `q`.
-- u: float32 accumulation of exact products for bf16 and fp16 inputs; float32 inputs are multiplied in float32, or
-  as tf32x3 beyond `DOT_FROM` tokens.
+- u: float32 accumulation of exact products for bf16 and fp16 inputs; float32 inputs are multiplied in float32 for few
+  tokens, as tf32x3 for many.
 - NaN and infinity make the scale of their token and block NaN, and of no other.
 - Sums are taken in a fixed order: the same input gives the same bits, whatever tokens stand beside it, in the same
   configuration.
@@ -150,6 +150,8 @@ def prepare_input(
     elif norm_weight is not None:
         fuse = NORM if residual is None else ADD_NORM
     config = config or select_config(spec, m, _capability(x.device.index))
+    if planes and isinstance(config, InputConfig):
+        raise BackendError(f"bit planes are written by the kernel for few tokens alone, found {config}")
     k, blocks = spec.in_features, spec.blocks
     q = x.new_empty(m, k, dtype=torch.int8)
     scale = x.new_empty(m, blocks, dtype=torch.float32)
@@ -168,9 +170,7 @@ def prepare_input(
             x, tensors, spec, config, prepared, fuse, chunk, norm_weight, eps, residual, dependent_launch
         )
     else:
-        _launch_many(
-            x, tensors, spec, config, prepared, fuse, chunk, norm_weight, eps, residual, dependent_launch
-        )
+        _launch_many(x, tensors, spec, config, prepared, fuse, norm_weight, eps, residual, dependent_launch)
     return prepared
 
 
@@ -286,7 +286,6 @@ def _launch_many(
     config: InputConfig,
     prepared: PreparedInput,
     fuse: int,
-    chunk: int,
     norm_weight: Tensor | None,
     eps: float,
     residual: Tensor | None,
@@ -300,7 +299,6 @@ def _launch_many(
         x.dtype,
         None if low_rank_a is None else low_rank_a.dtype,
         fuse,
-        chunk if prepared.planes is not None else 0,
         launch.trigger(dependent_launch),
     )
     programs = spec.blocks * -(-m // config.tokens)
@@ -318,7 +316,6 @@ def _launch_many(
         prepared.scale,
         prepared.q_sum,
         prepared.u,
-        prepared.planes,
         prepared.residual,
         m,
         x.stride(0),

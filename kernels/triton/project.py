@@ -1,4 +1,4 @@
-"""The role that projects: u = x A^T for a few tokens and rows of A, from the unrotated input."""
+"""The role that projects: u = x A^T for 16 tokens and some rows of A, from the unrotated input."""
 
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
@@ -32,12 +32,12 @@ def _project_input(
 def project_role(
     x_ptr, residual_ptr, norm_weight_ptr, a_ptr, u_ptr, m, x_stride, residual_stride, eps, program,
     K: tl.constexpr, RANK: tl.constexpr, FUSE: tl.constexpr, U_TOKENS: tl.constexpr, U_RANKS: tl.constexpr,
-    U_STEP: tl.constexpr, U_DOT: tl.constexpr, U_UNROLL: tl.constexpr,
+    U_STEP: tl.constexpr, U_DOT: tl.constexpr,
 ):  # fmt: skip
     """u for U_TOKENS tokens and U_RANKS rows of A, over the whole width: no atomics, the same sum every time.
 
-    U_DOT: "" multiplies and adds in float32 (few tokens); else tensor cores, "native" for two bf16 operands,
-    or the name of an input precision for float32 ones (tf32 is exact for bf16 and fp16 values).
+    U_DOT: how tensor cores multiply: "native" for two bf16 operands, or the name of an input precision for float32
+    ones (tf32 is exact for bf16 and fp16 values).
     """
     GROUPS: tl.constexpr = (RANK + U_RANKS - 1) // U_RANKS
     first = program // GROUPS * U_TOKENS
@@ -54,30 +54,18 @@ def project_role(
             x_ptr, residual_ptr, x_stride, residual_stride, rows, eps, U_TOKENS, K, FUSE
         )  # fmt: skip
         inverse_rms = over_columns(inverse_rms, U_TOKENS)
-    if U_DOT == "":
-        acc = tl.zeros([U_TOKENS, U_RANKS, U_STEP], tl.float32)
-        for step in tl.range(0, K, U_STEP, loop_unroll_factor=U_UNROLL):
-            column = step + tl.arange(0, U_STEP)[None, :]
-            value = _project_input(
-                x_ptr, residual_ptr, norm_weight_ptr, rows, column, inverse_rms,
-                x_stride, residual_stride, U_TOKENS, K, FUSE,
-            )  # fmt: skip
-            a = tl.load(a_ptr + ranks[:, None] * K + column, mask=rank_ok[:, None] & (column < K), other=0.0)
-            acc += value[:, None, :] * a.to(tl.float32)[None, :, :]
-        u = tl.sum(acc, 2)
-    else:
-        u = tl.zeros([U_TOKENS, U_RANKS], tl.float32)
-        for step in tl.range(0, K, U_STEP):
-            k = step + tl.arange(0, U_STEP)
-            value = _project_input(
-                x_ptr, residual_ptr, norm_weight_ptr, rows, k[None, :], inverse_rms,
-                x_stride, residual_stride, U_TOKENS, K, FUSE,
-            )  # fmt: skip
-            mask = rank_ok[None, :] & (k[:, None] < K)
-            a = tl.load(a_ptr + ranks[None, :] * K + k[:, None], mask=mask, other=0.0)
-            if U_DOT == "native":
-                u = tl.dot(value.to(a.dtype), a, u)
-            else:
-                u = tl.dot(value, a.to(tl.float32), u, input_precision=U_DOT)
+    u = tl.zeros([U_TOKENS, U_RANKS], tl.float32)
+    for step in tl.range(0, K, U_STEP):
+        k = step + tl.arange(0, U_STEP)
+        value = _project_input(
+            x_ptr, residual_ptr, norm_weight_ptr, rows, k[None, :], inverse_rms,
+            x_stride, residual_stride, U_TOKENS, K, FUSE,
+        )  # fmt: skip
+        mask = rank_ok[None, :] & (k[:, None] < K)
+        a = tl.load(a_ptr + ranks[None, :] * K + k[:, None], mask=mask, other=0.0)
+        if U_DOT == "native":
+            u = tl.dot(value.to(a.dtype), a, u)
+        else:
+            u = tl.dot(value, a.to(tl.float32), u, input_precision=U_DOT)
     row = tl.arange(0, U_TOKENS)[:, None]
     tl.store(u_ptr + start * RANK + row * RANK + ranks[None, :], u, mask=(row < rows) & rank_ok[None, :])

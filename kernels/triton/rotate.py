@@ -1,4 +1,4 @@
-"""The role that rotates: one block of a few tokens, from the input to codes, scale, sum and bit planes.
+"""The role that rotates: one block of a few tokens, from the input to codes, scale and sum.
 
 **fp16 tensor cores, as accurate as float32.** fp16 holds 11 significant bits, so a float32 number is the sum of
 two fp16 numbers to 2^-24, and three products hi*hi + hi*lo + lo*hi with float32 accumulation carry that accuracy
@@ -123,12 +123,12 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def rotate_role(
     x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
-    q_ptr, scale_ptr, q_sum_ptr, planes_ptr, residual_out_ptr,
+    q_ptr, scale_ptr, q_sum_ptr, residual_out_ptr,
     m, x_stride, residual_stride, level, eps, program,
     K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr,
     WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-    FUSE: tl.constexpr, SPLIT_X: tl.constexpr, CHUNK: tl.constexpr, EARLY: tl.constexpr,
+    FUSE: tl.constexpr, SPLIT_X: tl.constexpr,
 ):  # fmt: skip
     WIDTH: tl.constexpr = N1 * N2
     ROWS_EACH: tl.constexpr = ROWS // TOKENS
@@ -179,13 +179,6 @@ def rotate_role(
         left_hi = tl.load(left_at, mask=same, other=0.0)
         left_lo = tl.load(left_at + ROWS_EACH * ROWS_EACH, mask=same, other=0.0)
 
-    rights = ()
-    if EARLY:  # all loads before the first wait: one latency instead of one for each piece
-        for p in tl.static_range(OUT_PIECES):
-            for s in tl.static_range(PIECES):
-                pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
-                rights = rights + pair
-
     if FUSE >= NORMS:
         if G == 1:
             inverse_rms = tl.rsqrt(squares / K + eps)
@@ -234,34 +227,20 @@ def rotate_role(
         turned_hi = turned_hi + (hi,)  # noqa: RUF005
         turned_lo = turned_lo + (lo,)  # noqa: RUF005
 
-    scales = ()
-    if EARLY:
-        for p in tl.static_range(OUT_PIECES):
-            j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
-            mask = row_ok[:, None] & (j < N2)
-            scales = scales + (tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0),)  # noqa: RUF005
-
     outputs = ()
     peaks = ()
     for p in tl.static_range(OUT_PIECES):
         acc = _zeros(ROWS, OUT_WIDTHS[p])
         for s in tl.static_range(PIECES):
-            if EARLY:
-                right_hi = rights[2 * (p * PIECES + s)]
-                right_lo = rights[2 * (p * PIECES + s) + 1]
-            else:
-                pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
-                right_hi = pair[0]
-                right_lo = pair[1]
+            pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
+            right_hi = pair[0]
+            right_lo = pair[1]
             acc = tl.dot(turned_hi[s], right_lo, acc)
             acc = tl.dot(turned_lo[s], right_hi, acc)
             acc = tl.dot(turned_hi[s], right_hi, acc)
-        if EARLY:
-            acc *= scales[p]
-        else:
-            j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
-            mask = row_ok[:, None] & (j < N2)
-            acc *= tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0)
+        j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
+        mask = row_ok[:, None] & (j < N2)
+        acc *= tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0)
         outputs = outputs + (acc,)  # noqa: RUF005
         peaks = peaks + (token_max(_magnitude(acc), slot, TOKENS),)  # noqa: RUF005
 
@@ -288,34 +267,3 @@ def rotate_role(
         tl.store(q_sum_ptr + start * G + block, total)
     else:
         tl.store(q_sum_ptr + start * G + block + slot * G, total, mask=row_ok & (within == 0))
-
-    if CHUNK:
-        tl.debug_barrier()  # the codes are read back in another order
-        _write_planes(q_ptr, planes_ptr, first, block, K, G, WIDTH, BITS, CHUNK)
-
-
-@triton.jit
-def _write_planes(
-    q_ptr, planes_ptr, token, block,
-    K: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Bit planes of one token's block: bit j of byte b of chunk t is column t * CHUNK + (CHUNK / 8) * j + b."""
-    WORDS: tl.constexpr = CHUNK // 32
-    CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
-    PADDED: tl.constexpr = triton.next_power_of_2(CHUNKS * WORDS)
-    index = tl.arange(0, PADDED)
-    column = index // WORDS * CHUNK + index % WORDS * 4
-    codes_ptr = (q_ptr + (token.to(tl.int64) * K + block * WIDTH)).to(tl.pointer_type(tl.int32))
-    planes = ()
-    for _ in tl.static_range(BITS):
-        planes = planes + (tl.zeros([PADDED], tl.int32),)  # noqa: RUF005
-    for j in tl.static_range(8):
-        at = column + j * (CHUNK // 8)
-        word = tl.load(codes_ptr + at // 4, mask=(index < CHUNKS * WORDS) & (at < WIDTH), other=0)
-        added = ()
-        for p in tl.static_range(BITS):
-            added = added + (planes[p] | (((word >> p) & 0x01010101) << j),)  # noqa: RUF005
-        planes = added
-    for p in tl.static_range(BITS):
-        row = (token.to(tl.int64) * BITS + p) * G + block
-        tl.store(planes_ptr + row * (CHUNKS * WORDS) + index, planes[p], mask=index < CHUNKS * WORDS)

@@ -4,7 +4,18 @@ from collections.abc import Iterator
 
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_config import InputConfig, column_pieces, padded_rows, select_many
+from bwla_kernels.triton.prepare_config import (
+    PLANES_MAX_TOKENS,
+    FewConfig,
+    InputConfig,
+    column_pieces,
+    equal_pieces,
+    few_tokens,
+    padded_rows,
+    select_config,
+    select_few,
+    select_many,
+)
 
 
 def test_column_pieces() -> None:
@@ -31,9 +42,31 @@ def _all_configs() -> Iterator[tuple[LayerSpec, int, InputConfig]]:
 
 
 def test_configurations_keep_what_the_kernel_needs() -> None:
-    for spec, m, config in _all_configs():
+    for spec, _, config in _all_configs():
         for number in (config.tokens, config.u_tokens, config.u_ranks, config.u_step, config.num_warps):
             assert number & (number - 1) == 0
         assert config.tokens * padded_rows(spec.n1) <= 128
-        assert m > 4 or config.tokens == 1, "bit planes are written for one token a program"
-        assert not config.u_dot or min(config.u_tokens, config.u_ranks) >= 16
+        assert min(config.u_tokens, config.u_ranks) >= 16
+
+
+def test_pieces_of_one_width_cover_the_columns() -> None:
+    assert equal_pieces(80) == (32, 32, 32)
+    assert equal_pieces(48) == (64,)
+    assert equal_pieces(112) == (128,)
+    for n2 in range(1, 129):
+        pieces = equal_pieces(n2)
+        assert len(set(pieces)) == 1
+        assert n2 <= sum(pieces) <= 128
+        assert pieces[0] in (32, 64, 128)
+
+
+def test_few_tokens_are_cut_and_many_are_not() -> None:
+    """Every layer decodes with the kernel for few tokens, whose shares of u cover the width."""
+    for spec, m, _ in _all_configs():
+        config = select_config(spec, m, (9, 0))
+        assert isinstance(config, FewConfig) == (m <= few_tokens(spec))
+        few = select_few(spec)
+        assert few_tokens(spec) >= PLANES_MAX_TOKENS
+        steps = -(-spec.in_features // (few.slices * few.step))
+        assert few.slices * steps * few.step >= spec.in_features
+        assert few.step & (few.step - 1) == 0

@@ -344,7 +344,9 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
     with pytest.raises(BackendError, match="contiguous rows"):
         prepare_input(torch.empty(256, 5, device=device).t(), tensors, spec)
     with pytest.raises(BackendError, match="at most 8 tokens"):
-        prepare_input(x, tensors, spec, planes=True)
+        prepare_input(make_input(9, 256, torch.float16, device), tensors, spec, planes=True)
+    with pytest.raises(BackendError, match="kernel for few tokens alone"):
+        prepare_input(x, tensors, spec, planes=True, config=select_many(spec, 5, (9, 0)))
     with pytest.raises(BackendError, match="needs norm_weight"):
         prepare_input(x, tensors, spec, residual=x)
     with pytest.raises(BackendError, match="left_split: expected contiguous"):
