@@ -144,12 +144,13 @@ def report(steps: dict[str, list[Row]]) -> list[str]:
     return lines
 
 
-def result(steps: dict[str, list[Row]], folder: Path) -> Row:
+def result(steps: dict[str, list[Row]], folder: Path, note: str) -> Row:
     """What benchmarks/results keeps: provenance from the probe, and every row."""
     facts = {row["case"]: row for row in cases_of(steps["probe"])}
     return {
         "command": f"scripts/gpu_day.sh, then python benchmarks/gpu_report.py {folder}",
         "commit": facts.get("versions", {}).get("commit"),
+        **({"note": note} if note else {}),
         "built_ahead": facts.get("cache", {}).get("built_ahead"),
         "machine": facts.get("gpu", {}),
         "versions": facts.get("versions", {}),
@@ -164,6 +165,7 @@ def main() -> int:
     )
     parser.add_argument("folder", type=Path, help="where gpu_day.py wrote")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--note", default="", help="what a reader of the file should know of the run")
     arguments = parser.parse_args()
     steps = read(arguments.folder)
     if not any(steps.values()):
@@ -171,7 +173,7 @@ def main() -> int:
         return 1
     print("\n".join(report(steps)))
     if arguments.out:
-        text = json.dumps(result(steps, arguments.folder), indent=1)
+        text = json.dumps(result(steps, arguments.folder, arguments.note), indent=1)
         arguments.out.write_text(text + "\n", encoding="utf-8")
     return 0
 

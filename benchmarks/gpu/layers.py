@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from bwla_kernels.format import LayerSpec, as_stored
 from bwla_kernels.triton import launch
-from bwla_kernels.triton.backend import TritonBackend, _layer, _properties
+from bwla_kernels.triton.backend import _layer, _properties, repack
 from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
 from bwla_kernels.triton.launch import dependent_launch, is_dependent
 from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input
@@ -50,38 +50,40 @@ class Inputs:
 
 
 def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
-    """A valid layer of random contents.
+    """A valid layer of random contents, drawn and repacked on the device.
 
-    It is prepared on the CPU, where the backend compiles nothing: what a measurement needs is compiled when it
-    is first called, rather than everything that a server may need.
+    Without the warm-up that serving brings: what a measurement needs is compiled when it is first called, rather than
+    everything that a server may need.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     n, k, r = spec.out_features, spec.in_features, spec.rank
 
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device, dtype=dtype)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device=device)
+
     def rotation(order: int) -> Tensor:
-        square = torch.randn(spec.blocks, order, order, generator=generator, dtype=torch.float64)
-        factor: Tensor = torch.linalg.qr(square).Q
+        square = normal(spec.blocks, order, order, dtype=torch.float64)
+        factor: Tensor = torch.linalg.qr(square.cpu()).Q.to(device)
         return factor
 
+    words = torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator, device=device)
     tensors = {
-        "weight_packed": torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator).to(torch.int32),
-        "weight_scale": torch.rand(n, generator=generator) / k**0.5 + 0.01,
+        "weight_packed": words.to(torch.int32),
+        "weight_scale": uniform(n) / k**0.5 + 0.01,
         "rotation_left": rotation(spec.n1),
         "rotation_right": rotation(spec.n2),
-        "column_scale": torch.rand(k, generator=generator) + 0.5,
+        "column_scale": uniform(k) + 0.5,
     }
     if r:
-        tensors["low_rank_a"] = torch.randn(r, k, generator=generator) / k**0.5
-        tensors["low_rank_b"] = torch.randn(n, r, generator=generator)
+        tensors["low_rank_a"] = normal(r, k) / k**0.5
+        tensors["low_rank_b"] = normal(n, r)
     if spec.bias:
-        tensors["bias"] = torch.randn(n, generator=generator)
+        tensors["bias"] = normal(n)
     stored = as_stored(tensors, spec)
-    prepared = TritonBackend().prepare(stored, spec)
-    return Layer(
-        spec,
-        {name: t.to(device) for name, t in stored.items()},
-        {name: t.to(device) for name, t in prepared.items()},
-    )
+    return Layer(spec, stored, repack(stored, spec))
 
 
 def make_inputs(step: str, m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Inputs:

@@ -183,6 +183,23 @@ for _name, _run, _fake in (
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=_LIBRARY)
 
 
+def repack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+    """A layer's stored tensors in the kernels' form, on the same device; compiles nothing."""
+    from bwla_kernels.triton.binary_matmul import prepare_weights
+    from bwla_kernels.triton.prepare_input import split_rotations
+
+    left, right = split_rotations(tensors["rotation_left"], tensors["rotation_right"])
+    prepared = prepare_weights(tensors, spec)
+    prepared |= {
+        "left_split": left,
+        "right_split": right,
+        "column_scale": tensors["column_scale"].float().contiguous(),
+    }
+    if spec.rank:
+        prepared["low_rank_a"] = tensors["low_rank_a"].contiguous()
+    return prepared
+
+
 class TritonBackend:
     """W1A2..8 on NVIDIA GPUs from compute capability 8.0 on."""
 
@@ -217,22 +234,12 @@ class TritonBackend:
         Raises:
             BackendError: a kernel computes wrong numbers with this GPU and Triton.
         """
-        from bwla_kernels.triton.binary_matmul import prepare_weights
-        from bwla_kernels.triton.prepare_input import split_rotations
-
-        left, right = split_rotations(tensors["rotation_left"], tensors["rotation_right"])
-        prepared = prepare_weights(tensors, spec)
-        prepared |= {
-            "left_split": left,
-            "right_split": right,
-            "column_scale": tensors["column_scale"].float().contiguous(),
-        }
-        if spec.rank:
-            prepared["low_rank_a"] = tensors["low_rank_a"].contiguous()
-        if left.device.type == "cuda":
+        prepared = repack(tensors, spec)
+        device = prepared["weight_scale"].device
+        if device.type == "cuda":
             from bwla_kernels.triton.warm_up import warm_up
 
-            warm_up(spec, prepared, torch.get_default_dtype(), *_properties(left.device))
+            warm_up(spec, prepared, torch.get_default_dtype(), *_properties(device))
         return prepared
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

@@ -10,6 +10,7 @@ from bwla_kernels.triton.few_kernel import prepare_few_kernel
 from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
 from bwla_kernels.triton.pdl import PDL_EARLY
 from bwla_kernels.triton.prepare_config import (
+    FEW_REGISTERS,
     FILLS_GPU,
     PLANES_MAX_TOKENS,
     FewConfig,
@@ -144,6 +145,6 @@ def compile_case_of(
         tensor_core=TENSOR_CORE[arch],
         options={
             "launch_pdl": bool(pdl),
-            "maxnreg": None if isinstance(config, FewConfig) else config.max_registers,
+            "maxnreg": FEW_REGISTERS if isinstance(config, FewConfig) else config.max_registers,
         },
     )

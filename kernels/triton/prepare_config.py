@@ -30,6 +30,9 @@ microseconds for Qwen3-32B's down at one token; the other kernel took 78 there a
 FEW_COLUMNS = 640
 """Columns of a share of u, about."""
 
+FEW_REGISTERS = 255
+"""Registers that a thread of the kernel for few tokens may have: left alone the assembler spills for more programs."""
+
 FEW_PIECE = 16
 """Columns of a block that a program of the kernel for few tokens rotates: the least that a tensor core takes."""
 

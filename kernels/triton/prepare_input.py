@@ -26,6 +26,7 @@ from bwla_kernels.triton import launch
 from bwla_kernels.triton.few_kernel import prepare_few_kernel
 from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
 from bwla_kernels.triton.prepare_config import (
+    FEW_REGISTERS,
     PLANES_MAX_TOKENS,
     FewConfig,
     InputConfig,
@@ -275,6 +276,7 @@ def _launch_few(
         eps,
         **constants,
         num_warps=config.num_warps,
+        maxnreg=FEW_REGISTERS,
         launch_pdl=dependent_launch,
     )
 
