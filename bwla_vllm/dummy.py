@@ -1,5 +1,6 @@
 """Stand-in tensors for `--load-format dummy`: vLLM fills parameters with noise, which is no valid rotation."""
 
+import functools
 from typing import Any
 
 import torch
@@ -14,18 +15,24 @@ def loads_dummy_weights(config: Any) -> bool:
     return config is not None and str(config.load_config.load_format) == "dummy"
 
 
+@functools.lru_cache(maxsize=8)
+def _signs(shape: tuple[int, ...]) -> Tensor:
+    """Random packed signs, drawn once for all layers of a shape: a large model has hundreds."""
+    generator = torch.Generator("cpu").manual_seed(SEED)
+    return torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu").to(torch.int32)
+
+
 def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
     """A valid layer of the sizes of `spec`, the same in every process.
 
     Random signs, identity rotations, a row scale that keeps the variance, and zeros for the correction:
     right for measuring speed and memory, and finite through any depth.
     """
-    generator = torch.Generator("cpu").manual_seed(SEED)
     tensors = {}
     for name, want in tensor_specs(spec).items():
         dtype = want.dtypes[0]
         if name == "weight_packed":
-            tensor = torch.randint(-(2**31), 2**31, want.shape, generator=generator, device="cpu").to(dtype)
+            tensor = _signs(tuple(want.shape)).to(dtype)
         elif name in ("rotation_left", "rotation_right"):
             tensor = torch.eye(want.shape[-1], dtype=dtype, device="cpu").repeat(want.shape[0], 1, 1)
         elif name == "column_scale":

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN = "<!-- table: "
 MARKED = re.compile(
-    r"(<!-- table: (families|quality|ablations|amounts) ?(\S*); scripts/readme_tables.py -->\n)"
+    r"(<!-- table: (families|quality|ablations|amounts|gpu) ?(\S*); scripts/readme_tables.py -->\n)"
     r".*?(\n<!-- end of table -->)",
     re.S,
 )
@@ -111,6 +111,45 @@ def amounts_table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
+GPU_LAYERS = (
+    ("gate_up", 1),
+    ("down", 1),
+    ("qkv", 1),
+    ("o", 1),
+    ("gate_up", 8),
+    ("gate_up", 4096),
+    ("qkv", 4096),
+)
+"""Linears of Qwen3-32B and numbers of tokens that README shows: every linear at one token, then how it goes on."""
+
+
+def gpu_table(names: str) -> str:
+    """One line a linear or head of Qwen3-32B: microseconds of BWLA and of cuBLAS in bfloat16, and their ratio."""
+    steps = json.loads((RESULTS / f"{names}.json").read_text(encoding="utf-8"))["rows"]
+    layers = {(row["layer"], row["m"]): row for row in steps["layer"] if row.get("model") == "32b"}
+    heads = {
+        row["head"]: row
+        for row in steps["chain"]
+        if row.get("head") and row["model"] == "32b" and row["m"] == 1
+    }
+    lines = ["| Qwen3-32B on an H200, microseconds | BWLA | cuBLAS bf16 | ratio |", "|---|---|---|---|"]
+    found = [
+        (f"{name} ({row['n']} x {row['k']}), {m} token{'s' * (m > 1)}", row["fused_us"], row["bf16_us"])
+        for name, m in GPU_LAYERS
+        if (row := layers[name, m])["ok"]
+    ]
+    head = heads["triton"]
+    found.append(
+        (f"8-bit head ({head['v']} x {head['k']}), 1 token", head["head_us"], heads["bf16"]["head_us"])
+    )
+    return "\n".join(
+        [
+            *lines,
+            *(f"| {what} | {ours:.1f} | {bf16:.1f} | {bf16 / ours:.1f}x |" for what, ours, bf16 in found),
+        ]
+    )
+
+
 def with_tables(text: str) -> str:
     """README's text with every marked table made anew.
 
@@ -121,6 +160,8 @@ def with_tables(text: str) -> str:
     def table(found: re.Match[str]) -> str:
         if found[2] == "families":
             return found[1] + family_table() + found[4]
+        if found[2] == "gpu":
+            return found[1] + gpu_table(found[3]) + found[4]
         make = {"quality": quality_table, "ablations": ablation_table, "amounts": amounts_table}
         return found[1] + make[found[2]](rows_of(found[3])) + found[4]
 

@@ -49,7 +49,7 @@ def _model(hidden: int, heads: int, kv: int, intermediate: int, blocks: int, ran
 
 MODELS = {
     "32b": _model(5120, 8192, 1024, 25600, SHARDED_BLOCKS, 32),
-    "8b": _model(4096, 4096, 1024, 12288, SHARDED_BLOCKS, 23),
+    "8b": _model(4096, 4096, 1024, 12288, SHARDED_BLOCKS, 16),
     "tiny": _model(64, 64, 32, 64, 2, 5),
 }
 """Qwen3-32B, Qwen3-8B and what the interpreter can do in a second."""
