@@ -46,13 +46,19 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What a launch may add: `pdl` a dependent launch; `bare` leaves low-rank term and bias out."""
+    """What a launch may add: `pdl` a dependent launch; `bare` leaves low-rank term and bias out; padded `rank`."""
 
     pdl: bool = False
     bare: bool = False
+    rank: int = RANK_STEP
 
     def __str__(self) -> str:
-        return ", dependent launch" * self.pdl + ", bare" * self.bare
+        rank = f", rank {self.rank}" * (self.rank != RANK_STEP)
+        return rank + ", dependent launch" * self.pdl + ", bare" * self.bare
+
+
+WIDER = [Variant(rank=rank) for rank in (2 * RANK_STEP, 3 * RANK_STEP, 4 * RANK_STEP)]
+"""Other padded ranks, of the commonest layout."""
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
@@ -71,7 +77,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 config = fit_unroll(config, layout.blocks, layout.chunks_per_block, layout.chunk)
             if config.split > 2:
                 continue  # the same code as for two shares: their number is no compile-time argument
-            for variant in variants:
+            for variant in variants + WIDER * (name == "1 block"):
                 if config.kernel == BINARY:
                     cases.append(binary_case(config, layout, name, variant))
                 else:
@@ -93,7 +99,7 @@ def _case(
     absent = ("u", "low_b", "bias") * variant.bare + ("partial", "counters") * (config.split == 1)
     constexprs = {
         **meta,
-        "RANK": 0 if variant.bare else RANK_STEP,
+        "RANK": 0 if variant.bare else variant.rank,
         "BIAS": not variant.bare,
         "PDL": PDL_EARLY.value if variant.pdl else 0,
         "PURE": False,

@@ -36,6 +36,9 @@ WIDE = ((8, 40, 128), (1, 64, 128), (1, 96, 128), (1, 112, 128), (1, 128, 128))
 
 RANK = 16
 
+RANKS = (0, 1, 5, 32, 35, 48, 64)
+"""Other ranks, of one rotation (the commonest of a large model): sizes of tiles follow from them."""
+
 TENSOR_CORE = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 
 _TYPES = {
@@ -80,6 +83,13 @@ def compile_cases(arch: int) -> list[CompileCase]:
                 for chunk in (0, 256) if m <= PLANES_MAX_TOKENS else (0,):
                     pdl = PDL_EARLY.value if arch >= 90 and chunk else 0
                     cases.append(compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk, pdl))
+    wide = choose_rotation(5120)
+    for rank in RANKS:
+        spec = LayerSpec(1024, 5120, *wide, rank=rank)
+        cases += [
+            compile_case_of(spec, config, arch, torch.bfloat16, ADD_NORM, 0)
+            for _, config in _configurations(spec, arch)
+        ]
     return cases
 
 
@@ -133,9 +143,11 @@ def compile_case_of(
     signature = {name: "constexpr" if name in constexprs else types[name] for name in names}
     variant = {PLAIN: "", NORM: " norm", ADD_NORM: " add+norm", SILU_MUL: " silu*mul"}[fuse]
     planes = " planes" if chunk else ""
+    rank = "" if spec.rank == RANK else f", rank {spec.rank}"
+    overlap = ", dependent launch" * bool(pdl)
     return CompileCase(
         name="prepare_few" if few else "prepare_input",
-        config=f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{planes} {tiles}{', dependent launch' * bool(pdl)}",
+        config=f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{planes} {tiles}{rank}{overlap}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,

@@ -175,10 +175,11 @@ def test_outputs(
     check(Problem(m, 70, blocks, width, rank=16, bias=True), config, dtype, device)
 
 
-@pytest.mark.parametrize("rank", [1, 16, 20, 35, 40, 64])
 @pytest.mark.parametrize("config", [binary(2), integer(16)], ids=str)
-def test_any_rank(rank: int, config: MatmulConfig, device: torch.device) -> None:
-    check(Problem(2, 40, 1, 256, rank=rank), config, torch.float32, device)
+def test_any_rank(config: MatmulConfig, device: torch.device) -> None:
+    """Whatever multiple of 16 it is padded to."""
+    for rank in range(65):
+        check(Problem(2, 40, 1, 256, rank=rank), config, torch.float32, device)
 
 
 @pytest.mark.parametrize("k_warps", [1, 2, 4])

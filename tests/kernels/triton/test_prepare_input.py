@@ -5,13 +5,14 @@ float32 rotation; `assert_close_to` checks that against float64.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_config import select_config, select_few, select_many
+from bwla_kernels.triton.prepare_config import FewConfig, InputConfig, select_config, select_few, select_many
 from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input, split_rotations
 from torch import Tensor
 
@@ -195,6 +196,17 @@ def test_several_tokens_share_a_tile(device: torch.device) -> None:
     alone = prepare_input(x[2:3], tensors, spec, config=config)
     assert torch.equal(alone.q, together.q[2:3])
     assert torch.equal(alone.scale, together.scale[2:3])
+
+
+@pytest.mark.parametrize(
+    "select", [lambda spec: select_few(spec), lambda spec: select_many(spec, 600, (9, 0))]
+)
+def test_any_rank(select: Callable[[LayerSpec], FewConfig | InputConfig], device: torch.device) -> None:
+    for rank in range(65):
+        spec = make_spec(1, 8, 16, rank=rank)
+        tensors = make_layer(spec, device)
+        x = make_input(3, spec.in_features, torch.float16, device)
+        assert_close_to(prepare_input(x, tensors, spec, config=select(spec)), x, tensors, spec)
 
 
 @pytest.mark.parametrize("chunk", [128, 256])
