@@ -29,8 +29,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _split_tf32(value):
-    """float32 -> two numbers that tf32 holds, the high one rounded to nearest: hi + lo = value to 2^-22."""
-    hi = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """float32 -> two numbers that tf32 holds, the high one rounded to nearest: hi + lo = value to 2^-22.
+
+    NaN stays in the high one: as the GPU makes it, 0x7FFFFFFF, rounding would carry it over to -0.
+    """
+    rounded = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    hi = tl.where(value == value, rounded, value)  # noqa: PLR0124
     lo = value - hi
     return hi, ((lo.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 

@@ -3,7 +3,7 @@
 The definition is `reference.prepare_input`; `few_kernel.py` (few tokens), `rotate.py` and `project.py` say how the
 kernels do it. What holds:
 - The error of x_hat is below 2^-16 of the 2-norm of the token's block, and about 2^-21 of it in practice (`rotate.py`
-  derives it), for every input; the kernel for few tokens keeps it where that norm is above 2^-100. A code differs
+  derives it), for every input; the kernel for few tokens keeps it where that norm lies between 2^-100 and 2^115. A code differs
   from the reference's only where x_hat / scale lies within the two errors of a rounding tie, and then by one;
   `scale` agrees to the same relative error.
 - `q_sum` and `planes` are exact for the codes in `q`.

@@ -238,6 +238,18 @@ def test_zeros_and_extreme_magnitudes(device: torch.device) -> None:
     assert_close_to(prepared, x, tensors, spec)
 
 
+def test_nan_and_infinity_where_programs_share_a_token(device: torch.device) -> None:
+    """Also NaN as a GPU makes it, all ones, which a carry would turn into -0."""
+    spec = make_spec(2, 16, 16)
+    tensors = make_layer(spec, device)
+    x = make_input(4, spec.in_features, torch.float32, device)
+    x[0, 5] = float("nan")
+    x[1, 300] = float("inf")
+    x[2, 7] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    scale = prepare_input(x, tensors, spec, config=select_few(spec)).scale.isfinite()
+    assert scale.tolist() == [[False, True], [True, False], [False, True], [True, True]]
+
+
 @pytest.mark.parametrize("shared", [1, 4])
 def test_nan_and_infinity_stay_in_their_token_and_block(shared: int, device: torch.device) -> None:
     spec = make_spec(2, 16, 16)
