@@ -2,8 +2,9 @@
 
 y[m, n] = alpha[n] sum_g s[m, g] sum_{k in g} S[n, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]   (design section 2)
 
-Three regimes, chosen by `tuning.select_config`: binary tensor cores for up to four tokens (`binary_mma`), integer
-tensor cores for a few (columns split among programs) and for many (`integer_mma`). One weight layout serves all.
+Three regimes, chosen by `tuning.select_config`: binary tensor cores for up to four tokens, or eight where the table
+has measured it (`binary_mma`), and integer tensor cores for a few (columns split among programs) and for many
+(`integer_mma`). One weight layout serves all.
 """
 
 from collections.abc import Mapping
@@ -56,8 +57,9 @@ class Weights:
         scale: float32 [N].
         low_rank_b: bfloat16 [N_padded, r padded to 16], zeros beyond; None for rank 0.
         bias: [N] of any float dtype, or None.
-        counters: int32 [4096], zeros; what the shares of a split matmul count in (zero again after each call,
-            so one layer must not run on two streams at once). None allocates them per call.
+        counters: int32 [4096], zeros; what the shares of a split matmul count in, and before them the programs of
+            the input kernel for few tokens (zero again after each call, so one layer must not run on two streams
+            at once). None allocates them per call.
         layout: sizes.
     """
 
@@ -115,7 +117,7 @@ def binary_matmul(
     """Multiply: [M, N] of `out_dtype` (bfloat16, float16 or float32).
 
     With `dependent_launch` (compute capability 9.0 or newer) the launch may overlap the end of the kernel before
-    it on the stream (programmatic dependent launch) and fetch weights meanwhile.
+    it on the stream (programmatic dependent launch); the binary kernel reads its first weights meanwhile.
 
     Integer sums are exact; the rest is float32, rounded once.
 

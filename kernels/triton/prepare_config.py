@@ -39,7 +39,7 @@ FEW_PIECE = 16
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How the kernel is cut.
+    """How the kernel for many tokens is cut.
 
     Attributes:
         tokens: tokens whose block one program rotates (a power of two).
@@ -125,7 +125,10 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
 
 
 def select_few(spec: LayerSpec) -> FewConfig:
-    """Shares of u of so many columns that a thread holds its part of A (at most 160 numbers) while it waits."""
+    """Cut u into shares whose part of A a thread holds while it waits: at most 320 numbers of 16 bits up to rank 64.
+
+    A higher rank can make them more than the registers hold.
+    """
     warps = 8 if padded_rows(spec.n1) > 64 else 4
     step = max(16, min(1024, 1024 * warps // triton.next_power_of_2(max(spec.rank, 1))))
     columns = max(FEW_COLUMNS, step) // step * step

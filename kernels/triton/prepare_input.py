@@ -3,9 +3,9 @@
 The definition is `reference.prepare_input`; `few_kernel.py` (few tokens), `rotate.py` and `project.py` say how the
 kernels do it. What holds:
 - The error of x_hat is below 2^-16 of the 2-norm of the token's block, and about 2^-21 of it in practice (`rotate.py`
-  derives it), for every input; the kernel for few tokens keeps it where that norm lies between 2^-100 and 2^115. A code differs
-  from the reference's only where x_hat / scale lies within the two errors of a rounding tie, and then by one;
-  `scale` agrees to the same relative error.
+  derives it), for every input; the kernel for few tokens keeps it where that norm lies between 2^-100 and 2^115.
+  A code differs from the reference's only where x_hat / scale lies within the two errors of a rounding tie, and
+  then by one; `scale` agrees to the same relative error.
 - `q_sum` and `planes` are exact for the codes in `q`.
 - u: float32 accumulation of exact products for bf16 and fp16 inputs; float32 inputs are multiplied in float32 for few
   tokens, as tf32x3 for many.
@@ -127,7 +127,8 @@ def prepare_input(
     Args:
         x: [M, K] (with `silu_mul` [M, 2 K]) bfloat16, float16 or float32; rows may be strided.
         tensors: `left_split` and `right_split` (from `split_rotations`), `column_scale` float32 [K], and
-            `low_rank_a` [r, K] where the rank is not 0.
+            `low_rank_a` [r, K] where the rank is not 0; `split_counters` int32, zeros before and after: without
+            them, or with fewer than M (G + 1), few tokens cost one more launch, which makes some.
         spec: the layer; `can_prepare(spec)` must hold.
         planes: also write bit planes, for at most 8 tokens.
         chunk: columns of a chunk of planes, 128 or 256.

@@ -28,7 +28,7 @@ PLAIN, NORM, ADD_NORM, SILU_MUL = "", "norm", "add+norm", "silu*mul"
 """What is fused into the load of a layer's input, by name."""
 
 MOST_TOKENS = 65
-"""Tokens of a check: one more than the widest tile of the input kernel."""
+"""Most tokens of a check of the input kernel: several of its widest tiles (16 tokens), and one that is not full."""
 
 ROWS = 256
 """Rows of a check's weight, padded; the last of them do not exist."""

@@ -23,7 +23,7 @@ import torch
 import triton
 from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR
-from bwla_kernels.triton.binary_matmul import Activations, Weights, binary_matmul
+from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Activations, Weights, binary_matmul
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
 from bwla_kernels.triton.prepare_config import PLANES_MAX_TOKENS
 from bwla_kernels.triton.tuning import (
@@ -130,10 +130,8 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
             r = rows * k_warps // (16 * warps)
             for unroll in (1, 2, 4):
                 if r >= 1 and r * unroll <= (4 if tokens <= BINARY_MAX_TOKENS else 2):
-                    config = MatmulConfig(
-                        BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll, max_registers=255
-                    )
-                    found.append(config)
+                    config = MatmulConfig(BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll)
+                    found.append(replace(config, max_registers=255))
     return sorted(found, key=distance)[:MOST_FIRST]
 
 
@@ -209,7 +207,7 @@ def draw(
     planes = pack_planes(q, BITS, layout) if m <= PLANES_MAX_TOKENS else None
     low_b = normal(layout.rows, RANK)
     alpha = torch.rand(layout.out_features, device=device, generator=generator)
-    counters = torch.zeros(4096, dtype=torch.int32, device=device)
+    counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
     copies = max(1, min(64, cold // math.prod(layout.shape)))
     words = layout.out_features, width // PACK_FACTOR
 
@@ -276,8 +274,7 @@ def try_config(
 
 def fastest(findings: Iterable[Finding]) -> list[Finding]:
     """The right ones, fastest first."""
-    right = [finding for finding in findings if finding.microseconds is not None]
-    return sorted(right, key=lambda finding: finding.microseconds or 0.0)
+    return sorted((f for f in findings if f.microseconds is not None), key=lambda f: f.microseconds or 0.0)
 
 
 def second_round(findings: Sequence[Finding]) -> list[MatmulConfig]:
@@ -309,13 +306,12 @@ def measure(
 def read_findings(path: Path) -> dict[tuple[str, int], list[Finding]]:
     """The record of an earlier run: findings by shape and number of tokens; a line that was cut off is left out."""
     found: dict[tuple[str, int], list[Finding]] = {}
-    names = MatmulConfig.__dataclass_fields__
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        config = MatmulConfig(**{name: row[name] for name in names})
+        config = MatmulConfig(**{name: row[name] for name in MatmulConfig.__dataclass_fields__})
         found.setdefault((row["shape"], row["m"]), []).append(Finding(config, row["us"], row.get("error")))
     return found
 

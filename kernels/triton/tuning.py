@@ -28,7 +28,7 @@ class MatmulConfig:
 
     Attributes:
         kernel: "binary" (binary tensor cores on bit planes) or "integer" (int8 tensor cores).
-        block_m: tokens of a tile (binary: 1, 2 or 4, all of them in one tile).
+        block_m: tokens of a tile (binary: 1, 2 or 4, or 8 where measured; all of them in one tile).
         block_n: rows of a tile.
         num_warps, num_stages: as at launch.
         split: integer only: shares of the columns, added by the last program to arrive.

@@ -23,7 +23,8 @@ from bwla_kernels.triton.tuning import BINARY, MatmulConfig, select_config
 from torch import Tensor
 
 TOKENS = (*range(1, 513), *(m + i for m in range(512, 1 << 15, 64) for i in (1, 64)))
-"""Numbers of tokens among which every configuration occurs: from 512 on, choices change at multiples of 64 only."""
+"""Numbers of tokens among which every configuration occurs: from 512 on, the matmul's choice changes at multiples of
+64 only, and the input kernel's at most once, to a configuration that stays."""
 
 FEW_TOKENS = 8
 """Most tokens that a warm-up runs."""

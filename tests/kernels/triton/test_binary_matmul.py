@@ -142,6 +142,7 @@ BLOCKS = [
     [
         (1, binary(1)),
         (3, binary(4, k_warps=1)),
+        (7, binary(8, unroll=2)),
         (5, integer(16)),
         (5, integer(16, split=2)),
         (33, integer(32)),
@@ -165,7 +166,13 @@ def test_bits(bits: int, m: int, config: MatmulConfig, device: torch.device) -> 
 @pytest.mark.parametrize(("blocks", "width"), BLOCKS)
 @pytest.mark.parametrize(
     ("m", "config"),
-    [(4, binary(4)), (1, binary(1, k_warps=1)), (17, integer(32)), (6, integer(16, split=4))],
+    [
+        (4, binary(4)),
+        (8, binary(8, unroll=2)),
+        (1, binary(1, k_warps=1)),
+        (17, integer(32)),
+        (6, integer(16, split=4)),
+    ],
     ids=str,
 )
 def test_outputs(

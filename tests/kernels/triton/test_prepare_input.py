@@ -12,7 +12,14 @@ import torch
 from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_config import FewConfig, InputConfig, select_config, select_few, select_many
+from bwla_kernels.triton.prepare_config import (
+    PLANES_MAX_TOKENS,
+    FewConfig,
+    InputConfig,
+    select_config,
+    select_few,
+    select_many,
+)
 from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input, split_rotations
 from torch import Tensor
 
@@ -405,10 +412,10 @@ def test_random_layers_on_a_gpu(seed: int, device: torch.device) -> None:
         clip=pick(7, 10) / 10,
     )
     tensors = make_layer(spec, device, seed)
-    m = pick(1, 2, 4, 5, 31, 64, 129, 300, 1025)
+    m = pick(1, 2, 4, 8, 31, 64, 129, 300, 1025)
     dtype = (torch.bfloat16, torch.bfloat16, torch.float16, torch.float32)[pick(0, 1, 2, 3)]
     x = make_input(m, spec.in_features, dtype, device, seed)
-    prepared = prepare_input(x, tensors, spec, planes=m <= 4, chunk=pick(128, 256))
+    prepared = prepare_input(x, tensors, spec, planes=m <= PLANES_MAX_TOKENS, chunk=pick(128, 256))
     assert_close_to(prepared, x, tensors, spec)
     again = prepare_input(x, tensors, spec)
     assert torch.equal(prepared.q, again.q)

@@ -32,6 +32,7 @@ CONFIGS = [
     MatmulConfig(BINARY, 4, 32, 2, k_warps=2),
     MatmulConfig(INTEGER, 16, 64, 4),
     MatmulConfig(INTEGER, 16, 64, 4, split=2),
+    MatmulConfig(BINARY, 8, 32, 2, k_warps=2, unroll=2),
 ]
 GPU = (9, 0)
 FUSED = [PLAIN, NORM, ADD_NORM, SILU_MUL]

@@ -51,10 +51,13 @@ def test_oldest_triton_compiles_the_kernels(arch: int, count: int, tmp_path: Pat
     assert table["triton"] == OLDEST
     rows = table["rows"]
     assert all(row["arch"] == arch and row["spills"] == row["stack"] == 0 for row in rows)
-    for kernel in ("prepare_input", "binary_mma_kernel", "integer_mma_kernel"):
+    for kernel in (
+        *("prepare_few", "prepare_input", "binary_mma_kernel", "integer_mma_kernel"),
+        *("head_quantize_kernel", "head_matmul_kernel"),
+    ):
         of_kernel = [row for row in rows if row["kernel"] == kernel]
         assert len(of_kernel) == count
-        assert all(row["tensor_core"] for row in of_kernel if "mma" in kernel)
+        assert all(row["tensor_core"] for row in of_kernel if kernel != "head_quantize_kernel")
 
 
 def test_releases_are_in_order_and_the_installed_one_is_among_them() -> None:

@@ -95,7 +95,7 @@ def test_requests_launch_nothing_new(
         request(spec, prepared, m, fused)
         assert launches
         assert set(launches) <= compiled, m
-    launches.clear()
+        launches.clear()
 
 
 @pytest.mark.parametrize("fused", FUSED)
