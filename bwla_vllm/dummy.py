@@ -32,7 +32,7 @@ def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
     for name, want in tensor_specs(spec).items():
         dtype = want.dtypes[0]
         if name == "weight_packed":
-            tensor = _signs(tuple(want.shape)).to(dtype)
+            tensor = _signs(tuple(want.shape)).to(dtype, copy=True)
         elif name in ("rotation_left", "rotation_right"):
             tensor = torch.eye(want.shape[-1], dtype=dtype, device="cpu").repeat(want.shape[0], 1, 1)
         elif name == "column_scale":

@@ -265,9 +265,10 @@ DEPENDENT_SWITCH = "bwla_dependent_launch"
 
 
 def _switch_dependent_launch(additional: Any) -> None:
-    """Turn programmatic dependent launch off where the user asks for it."""
-    if isinstance(additional, dict) and not additional.get(DEPENDENT_SWITCH, True):
-        launch.set_dependent_launch(launch.OFF)
+    """Turn programmatic dependent launch off where the user asks for it, else on."""
+    wanted = not isinstance(additional, dict) or additional.get(DEPENDENT_SWITCH, True)
+    launch.set_dependent_launch(launch.EARLY if wanted else launch.OFF)
+    if not wanted:
         logger.info_once(
             "BWLA layers: kernels wait for one another to end, as asked for by %s", DEPENDENT_SWITCH
         )

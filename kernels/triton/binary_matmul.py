@@ -129,9 +129,9 @@ def binary_matmul(
     if m == 0:
         return y
     if config.kernel == BINARY:
-        _launch_binary(activations, weights, bits, config, y, dependent_launch)
+        _launch_binary(activations, weights, bits, config, y, launch.trigger(dependent_launch))
     elif config.kernel == INTEGER:
-        _launch_integer(activations, weights, config, y, dependent_launch)
+        _launch_integer(activations, weights, config, y, launch.trigger(dependent_launch))
     else:
         raise BackendError(f"expected kernel {BINARY} or {INTEGER}, found {config.kernel}")
     return y
@@ -150,7 +150,7 @@ def _rank(activations: Activations, weights: Weights) -> tuple[int, int]:
 
 
 def _launch_binary(
-    activations: Activations, weights: Weights, bits: int, config: MatmulConfig, y: Tensor, pdl: bool
+    activations: Activations, weights: Weights, bits: int, config: MatmulConfig, y: Tensor, pdl: int
 ) -> None:
     layout, planes = weights.layout, activations.planes
     m = y.shape[0]
@@ -177,9 +177,9 @@ def _launch_binary(
         **meta,
         RANK=padded_rank,
         BIAS=weights.bias is not None,
-        PDL=launch.trigger(pdl),
+        PDL=pdl,
         PURE=interpreted(),
-        launch_pdl=pdl,
+        launch_pdl=pdl != launch.OFF,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers or None,
@@ -210,7 +210,7 @@ def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[st
 
 
 def _launch_integer(
-    activations: Activations, weights: Weights, config: MatmulConfig, y: Tensor, pdl: bool
+    activations: Activations, weights: Weights, config: MatmulConfig, y: Tensor, pdl: int
 ) -> None:
     layout, q = weights.layout, activations.q
     m = y.shape[0]
@@ -250,9 +250,9 @@ def _launch_integer(
         **integer_meta(layout, config),
         RANK=padded_rank,
         BIAS=weights.bias is not None,
-        PDL=launch.trigger(pdl),
+        PDL=pdl,
         PURE=interpreted(),
-        launch_pdl=pdl,
+        launch_pdl=pdl != launch.OFF,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers or None,

@@ -34,7 +34,7 @@ def _split_tf32(value):
     NaN stays in the high one: as the GPU makes it, 0x7FFFFFFF, rounding would carry it over to -0.
     """
     rounded = ((value.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    hi = tl.where(value == value, rounded, value)  # noqa: PLR0124
+    hi = tl.where(value == value, rounded, value)
     lo = value - hi
     return hi, ((lo.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 

@@ -1,4 +1,4 @@
-"""Integer tensor cores on bits unpacked in registers: skinny and tiled binary matmul (M > 4, or no binary cores).
+"""Integer tensor cores on bits unpacked in registers: the binary matmul of more tokens (or without binary cores).
 
 The weights are on the M side of the dot: y^T [BN, BM] = W [BN, C] q^T [C, BM]. A tile of packed bytes goes through
 shared memory (cp.async) into the registers of the dot's left operand, where `(w >> j) & 0x01010101` makes four

@@ -64,13 +64,15 @@ WIDER = [Variant(rank=rank) for rank in (2 * RANK_STEP, 3 * RANK_STEP, 4 * RANK_
 def compile_cases(arch: int) -> list[CompileCase]:
     """All cases for compute capability `arch` / 10: with a low-rank term and a bias, bfloat16 out.
 
-    A dependent launch (9.0 and newer) and a layer without both are compiled for the commonest layout.
+    Launches are dependent from 9.0 on, as they are served; a layer without both, and launches in turn, are compiled for
+    the commonest layout.
     """
     cases = []
     for name, layout in LAYOUTS.items():
-        variants = [Variant()]
+        served = Variant(pdl=arch >= 90)
+        variants = [served]
         if name == "1 block":
-            variants += [Variant(bare=True)] + [Variant(pdl=True)] * (arch >= 90)
+            variants += [replace(served, bare=True)] + [Variant()] * served.pdl
         for selected in selectable(str(arch), layout.blocks == 1):
             config = selected
             if config.kernel == BINARY:

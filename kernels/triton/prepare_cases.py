@@ -8,7 +8,8 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.compiling import CompileCase
 from bwla_kernels.triton.few_kernel import prepare_few_kernel
 from bwla_kernels.triton.fused_load import ADD_NORM, NORM, PLAIN, SILU_MUL
-from bwla_kernels.triton.pdl import PDL_EARLY
+from bwla_kernels.triton.launch import EARLY, OFF
+from bwla_kernels.triton.layout import chunk_columns
 from bwla_kernels.triton.prepare_config import (
     FEW_REGISTERS,
     FILLS_GPU,
@@ -63,10 +64,8 @@ _TYPES = {
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The cases for compute capability `arch` / 10; fused loads where a model has them.
-
-    A dependent launch (9.0 and newer) is compiled for the kernel for few tokens with planes, which decoding runs.
-    """
+    """The cases for compute capability `arch` / 10; fused loads where a model has them, launches as they are served."""
+    pdl = EARLY if arch >= 90 else OFF
     hidden = {choose_rotation(width) for width in HIDDEN}
     sharded = {choose_rotation(width, SHARDED_BLOCKS) for width in (*ATTENTION, *INTERMEDIATE)}
     down = {choose_rotation(width, SHARDED_BLOCKS) for width in INTERMEDIATE}
@@ -80,14 +79,14 @@ def compile_cases(arch: int) -> list[CompileCase]:
         ]
         for m, config in _configurations(spec, arch):
             for fuse in fused:
-                for chunk in (0, 256) if m <= PLANES_MAX_TOKENS else (0,):
-                    pdl = PDL_EARLY.value if arch >= 90 and chunk else 0
+                planes = chunk_columns(spec.block_width)
+                for chunk in (0, planes) if m <= PLANES_MAX_TOKENS else (0,):
                     cases.append(compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk, pdl))
     wide = choose_rotation(5120)
     for rank in RANKS:
         spec = LayerSpec(1024, 5120, *wide, rank=rank)
         cases += [
-            compile_case_of(spec, config, arch, torch.bfloat16, ADD_NORM, 0)
+            compile_case_of(spec, config, arch, torch.bfloat16, ADD_NORM, 0, pdl)
             for _, config in _configurations(spec, arch)
         ]
     return cases
@@ -110,7 +109,7 @@ def compile_case_of(
     dtype: torch.dtype,
     fuse: int,
     chunk: int,
-    pdl: int = 0,
+    pdl: int = OFF,
 ) -> CompileCase:
     """One configuration as the launcher would compile it, for aligned tensors."""
     few = isinstance(config, FewConfig)

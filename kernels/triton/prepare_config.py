@@ -30,6 +30,9 @@ microseconds for Qwen3-32B's down at one token; the other kernel took 78 there a
 FEW_COLUMNS = 640
 """Columns of a share of u, about."""
 
+MOST_STEPS = 10
+"""Steps of such a share: what its thread holds of A."""
+
 FEW_REGISTERS = 255
 """Registers that a thread of the kernel for few tokens may have: left alone the assembler spills for more programs."""
 
@@ -131,7 +134,7 @@ def select_few(spec: LayerSpec) -> FewConfig:
     """
     warps = 8 if padded_rows(spec.n1) > 64 else 4
     step = max(16, min(1024, 1024 * warps // triton.next_power_of_2(max(spec.rank, 1))))
-    columns = max(FEW_COLUMNS, step) // step * step
+    columns = min(max(FEW_COLUMNS, step) // step, MOST_STEPS) * step
     return FewConfig(warps, -(-spec.in_features // columns), step)
 
 

@@ -238,14 +238,14 @@ def _launch_few(
     residual: Tensor | None,
     dependent_launch: bool,
 ) -> None:
-    m = x.shape[0]
+    m, pdl = x.shape[0], launch.trigger(dependent_launch)
     constants = few_constants(
         spec,
         config,
         x.dtype,
         fuse,
         chunk if prepared.planes is not None else 0,
-        launch.trigger(dependent_launch),
+        pdl,
     )
     counters = tensors.get("split_counters")
     if counters is None or counters.numel() < m * (spec.blocks + 1):
@@ -278,7 +278,7 @@ def _launch_few(
         **constants,
         num_warps=config.num_warps,
         maxnreg=FEW_REGISTERS,
-        launch_pdl=dependent_launch,
+        launch_pdl=pdl != launch.OFF,
     )
 
 
@@ -294,7 +294,7 @@ def _launch_many(
     residual: Tensor | None,
     dependent_launch: bool,
 ) -> None:
-    m = x.shape[0]
+    m, pdl = x.shape[0], launch.trigger(dependent_launch)
     low_rank_a = tensors["low_rank_a"] if spec.rank else None
     constants = launch_constants(
         spec,
@@ -302,7 +302,7 @@ def _launch_many(
         x.dtype,
         None if low_rank_a is None else low_rank_a.dtype,
         fuse,
-        launch.trigger(dependent_launch),
+        pdl,
     )
     programs = spec.blocks * -(-m // config.tokens)
     if spec.rank:
@@ -328,5 +328,5 @@ def _launch_many(
         **constants,
         num_warps=config.num_warps,
         maxnreg=config.max_registers,
-        launch_pdl=dependent_launch,
+        launch_pdl=pdl != launch.OFF,
     )

@@ -1,4 +1,4 @@
-"""The kernel behind `prepare_input`: one grid, two roles.
+"""The kernel behind `prepare_input` for many tokens: one grid, two roles.
 
 The first programs compute u = x A^T from the unrotated input, so that the low-rank matrix does not go through the
 few processors that rotate; each of the others rotates and quantizes one block of `TOKENS` tokens.

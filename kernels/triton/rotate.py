@@ -1,4 +1,4 @@
-"""The role that rotates: one block of a few tokens, from the input to codes, scale and sum.
+"""The role that rotates many tokens: a block of one or several of them, from the input to codes, scale and sum.
 
 **fp16 tensor cores, as accurate as float32.** fp16 holds 11 significant bits, so a float32 number is the sum of
 two fp16 numbers to 2^-24, and three products hi*hi + hi*lo + lo*hi with float32 accumulation carry that accuracy

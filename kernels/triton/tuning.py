@@ -117,8 +117,10 @@ def select_config(
     measured = arch["shapes"].get(shape_key(n, k, g), {}).get(str(token_limit(m)))
     if measured is not None:
         config = MatmulConfig(**measured)
-        if config.kernel == INTEGER or (binary_is_native(capability) and m <= config.block_m):
+        if config.kernel == INTEGER:
             return config
+        if binary_is_native(capability) and m <= config.block_m:
+            return fit_unroll(config, g, -(-(k // g) // chunk), chunk)
     rows = -(-n // 128) * 128
     chunks = g * -(-(k // g) // chunk)
     if m <= BINARY_MAX_TOKENS and binary_is_native(capability):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import torch
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton import self_check
+from bwla_kernels.triton import launch, self_check
 from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
 from bwla_kernels.triton.launch import is_dependent
 from bwla_kernels.triton.layout import chunk_layout
@@ -78,7 +78,7 @@ def warm_up(
     bias_dtype = None if bias is None else bias.dtype
     norm_dtype = None if norm_weight is None else norm_weight.dtype
     pdl = is_dependent(device)
-    kind = (spec, device, dtype, fused, norm_dtype, bias_dtype, pdl)
+    kind = (spec, device, dtype, fused, norm_dtype, bias_dtype, launch.trigger(pdl))
     if kind in _done:
         return
     for (matmul, config), m in configs(spec, capability, multiprocessors).items():
