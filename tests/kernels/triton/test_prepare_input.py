@@ -9,110 +9,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.prepare_config import (
     PLANES_MAX_TOKENS,
     FewConfig,
     InputConfig,
-    select_config,
     select_few,
     select_many,
 )
-from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input, split_rotations
-from torch import Tensor
-
-NORM_BOUND = 2.0**-16
-"""Worst-case error of x_hat, in units of the 2-norm of the token's block (the kernel's docstring derives it)."""
+from bwla_kernels.triton.prepare_input import prepare_input
+from input_side import assert_close_to, make_input, make_layer, make_spec, planes_by_definition
 
 TENSOR_CORES = torch.cuda.is_available()
-
-
-def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """Random orthogonal rotations, scales around 1, a random low-rank A; with the split rotations."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def orthogonal(n: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(spec.blocks, n, n, generator=generator, dtype=torch.float64))[
-            0
-        ].float()
-
-    tensors = {
-        "rotation_left": orthogonal(spec.n1),
-        "rotation_right": orthogonal(spec.n2),
-        "column_scale": torch.rand(spec.in_features, generator=generator) + 0.5,
-    }
-    if spec.rank:
-        tensors["low_rank_a"] = torch.randn(spec.rank, spec.in_features, generator=generator).bfloat16()
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    tensors["left_split"], tensors["right_split"] = split_rotations(
-        tensors["rotation_left"], tensors["rotation_right"]
-    )
-    return tensors
-
-
-def make_spec(blocks: int, n1: int, n2: int, rank: int = 0, bits: int = 6, clip: float = 1.0) -> LayerSpec:
-    return LayerSpec(64, blocks * n1 * n2, blocks, n1, n2, rank=rank, bits=bits, clip=clip)
-
-
-def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
-    """Tokens of very different magnitudes, with outliers."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(m, k, generator=generator) * 10.0 ** torch.randint(-2, 3, (m, 1), generator=generator)
-    x[:, :: max(1, k // 5)] *= 20
-    return x.to(dtype).to(device)
-
-
-def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
-    """Check every output against float64 on the same input."""
-    m, blocks = x.shape[0], spec.blocks
-    exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
-    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.block_width))
-    norm = x.double().unflatten(1, (blocks, spec.block_width)).norm(dim=-1, keepdim=True)
-    error = norm * NORM_BOUND * tensors["column_scale"].max().double()
-    step = cells.abs().amax(-1, keepdim=True) * spec.clip / spec.q_max
-    assert prepared.scale.dtype == torch.float32
-    assert prepared.scale.shape == (m, blocks)
-    off = (prepared.scale.double().unsqueeze(-1) - step).abs()
-    assert (off <= error / spec.q_max + 1e-6 * step).all()
-
-    q = prepared.q.unflatten(1, (blocks, spec.block_width))
-    assert prepared.q.dtype == torch.int8
-    nonzero = step > 0
-    ideal = torch.where(nonzero, cells / step, 0).clamp(-spec.q_max, spec.q_max)
-    slack = torch.where(nonzero, 3 * error / step, 0)
-    assert ((q.double() - ideal).abs() <= 0.5 + slack).all()
-    wanted = reference.prepare_input(x, tensors, spec)
-    differing = (prepared.q != wanted.q).sum().item()
-    assert (prepared.q.int() - wanted.q.int()).abs().max() <= 1
-    assert differing <= 2 + prepared.q.numel() // 1000
-
-    assert prepared.q_sum.dtype == torch.int32
-    assert torch.equal(prepared.q_sum, q.int().sum(-1).int())
-    if spec.rank:
-        assert prepared.u is not None
-        a = tensors["low_rank_a"].double()
-        bound = (x.double().abs() @ a.abs().t()) * 2.0**-18
-        assert ((prepared.u.double() - x.double() @ a.t()).abs() <= bound).all()
-    else:
-        assert prepared.u is None
-
-
-def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
-    """Bit by bit, as `PreparedInput.planes` describes it."""
-    chunks = -(-spec.block_width // chunk)
-    out = torch.zeros(q.shape[0], spec.bits, spec.blocks * chunks, chunk // 8, dtype=torch.uint8)
-    for g in range(spec.blocks):
-        for t in range(chunks):
-            for b in range(chunk // 8):
-                for j in range(8):
-                    inside = chunk * t + chunk // 8 * j + b
-                    if inside < spec.block_width:
-                        code = q[:, g * spec.block_width + inside].int()
-                        for p in range(spec.bits):
-                            out[:, p, g * chunks + t, b] |= (((code >> p) & 1) << j).to(torch.uint8)
-    return out.view(torch.int32)
 
 
 SHAPES = [
@@ -290,69 +199,6 @@ def test_no_tokens(device: torch.device) -> None:
     assert prepared.u.shape == (0, 4)
 
 
-def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The definition in vLLM's `ir/ops/layernorm.py`, in our words."""
-    total = x.float() if residual is None else x.float() + residual.float()
-    scaled = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
-    return (scaled.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
-
-
-def assert_fused(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
-    """Fused inputs may differ from torch's by one rounding of an element (exp, rsqrt): a few codes by one."""
-    wanted = reference.prepare_input(x, tensors, spec)
-    difference = (prepared.q.int() - wanted.q.int()).abs()
-    assert difference.max() <= 1
-    assert difference.sum() <= 1 + difference.numel() // 100
-    torch.testing.assert_close(prepared.scale, wanted.scale, rtol=1e-3, atol=0)
-    assert torch.equal(prepared.q_sum, prepared.q.unflatten(1, (spec.blocks, -1)).int().sum(-1).int())
-    assert prepared.u is not None
-    assert wanted.u is not None
-    torch.testing.assert_close(prepared.u, wanted.u, rtol=1e-3, atol=1e-3 * wanted.u.abs().max().item())
-
-
-@pytest.mark.parametrize("blocks", [1, 2])
-@pytest.mark.parametrize("m", [1, 6])
-@pytest.mark.parametrize("with_residual", [False, True])
-def test_rms_norm(blocks: int, m: int, with_residual: bool, device: torch.device) -> None:
-    spec = make_spec(blocks, 12, 24, rank=3)
-    tensors = make_layer(spec, device)
-    x = make_input(m, spec.in_features, torch.float16, device)
-    weight = make_input(1, spec.in_features, torch.float16, device, seed=5)[0].abs() / 50 + 0.5
-    residual = make_input(m, spec.in_features, torch.float16, device, seed=6) if with_residual else None
-    before = x.clone()
-    prepared = prepare_input(x, tensors, spec, norm_weight=weight, eps=1e-5, residual=residual)
-    normed, total = vllm_rms_norm(x, weight, 1e-5, residual)
-    assert_fused(prepared, normed, tensors, spec)
-    assert torch.equal(x, before)
-    if with_residual:
-        assert prepared.residual is not None
-        assert torch.equal(prepared.residual, total)
-    else:
-        assert prepared.residual is None
-
-
-@pytest.mark.parametrize("config_m", [1, 8, 5000])
-def test_rms_norm_in_every_kind_of_configuration(config_m: int, device: torch.device) -> None:
-    spec = make_spec(2, 12, 24, rank=3)
-    tensors = make_layer(spec, device)
-    x = make_input(5, spec.in_features, torch.float16, device)
-    weight = torch.linspace(0.5, 2, spec.in_features).half().to(device)
-    config = select_config(spec, config_m, (9, 0))
-    prepared = prepare_input(x, tensors, spec, norm_weight=weight, eps=1e-6, config=config)
-    assert_fused(prepared, vllm_rms_norm(x, weight, 1e-6, None)[0], tensors, spec)
-
-
-@pytest.mark.parametrize("m", [1, 6])
-def test_silu_mul(m: int, device: torch.device) -> None:
-    spec = make_spec(2, 12, 24, rank=3)
-    tensors = make_layer(spec, device)
-    generator = torch.Generator().manual_seed(3)
-    x = (3 * torch.randn(m, 2 * spec.in_features, generator=generator)).half().to(device)
-    gate, up = x.chunk(2, dim=1)
-    wanted = torch.nn.functional.silu(gate) * up
-    assert_fused(prepare_input(x, tensors, spec, silu_mul=True), wanted, tensors, spec)
-
-
 def test_split_rotations_add_up(device: torch.device) -> None:
     tensors = make_layer(make_spec(2, 20, 24), device)
     left, right = tensors["left_split"].double().sum(1) / 64, tensors["right_split"].double().sum(1) / 64
@@ -420,27 +266,3 @@ def test_random_layers_on_a_gpu(seed: int, device: torch.device) -> None:
     again = prepare_input(x, tensors, spec)
     assert torch.equal(prepared.q, again.q)
     assert prepared.u is None or torch.equal(prepared.u, again.u)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not TENSOR_CORES, reason="needs an NVIDIA GPU")
-@pytest.mark.parametrize(
-    "rotation", [(1, 64, 80), (8, 40, 80), (1, 64, 64), (8, 32, 32), (1, 128, 128), (1, 112, 128)]
-)
-@pytest.mark.parametrize("m", [1, 3, 17, 130, 2048])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_fused_variants_on_a_gpu(
-    rotation: tuple[int, int, int], m: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    spec = make_spec(*rotation, rank=16)
-    tensors = make_layer(spec, device)
-    x = make_input(m, 2 * spec.in_features, dtype, device).clamp(-1000, 1000)
-    gate, up = x.chunk(2, dim=1)
-    silu = torch.nn.functional.silu(gate) * up
-    assert_fused(prepare_input(x, tensors, spec, silu_mul=True), silu, tensors, spec)
-    weight = (torch.rand(spec.in_features, device=device) + 0.5).to(dtype)
-    normed, total = vllm_rms_norm(gate, weight, 1e-6, up)
-    prepared = prepare_input(gate, tensors, spec, norm_weight=weight, eps=1e-6, residual=up)
-    assert_fused(prepared, normed, tensors, spec)
-    assert prepared.residual is not None
-    assert torch.equal(prepared.residual, total)

@@ -1,0 +1,116 @@
+"""Layers, inputs and the comparison with the definition for tests of the GPU's input side."""
+
+import torch
+from bwla_kernels import reference
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton.prepare_input import PreparedInput, split_rotations
+from torch import Tensor
+
+NORM_BOUND = 2.0**-16
+"""Worst-case error of x_hat, in units of the 2-norm of the token's block (the kernel's docstring derives it)."""
+
+
+def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+    """Random orthogonal rotations, scales around 1, a random low-rank A; with the split rotations."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def orthogonal(n: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(spec.blocks, n, n, generator=generator, dtype=torch.float64))[
+            0
+        ].float()
+
+    tensors = {
+        "rotation_left": orthogonal(spec.n1),
+        "rotation_right": orthogonal(spec.n2),
+        "column_scale": torch.rand(spec.in_features, generator=generator) + 0.5,
+    }
+    if spec.rank:
+        tensors["low_rank_a"] = torch.randn(spec.rank, spec.in_features, generator=generator).bfloat16()
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    tensors["left_split"], tensors["right_split"] = split_rotations(
+        tensors["rotation_left"], tensors["rotation_right"]
+    )
+    return tensors
+
+
+def make_spec(blocks: int, n1: int, n2: int, rank: int = 0, bits: int = 6, clip: float = 1.0) -> LayerSpec:
+    return LayerSpec(64, blocks * n1 * n2, blocks, n1, n2, rank=rank, bits=bits, clip=clip)
+
+
+def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
+    """Tokens of very different magnitudes, with outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator) * 10.0 ** torch.randint(-2, 3, (m, 1), generator=generator)
+    x[:, :: max(1, k // 5)] *= 20
+    return x.to(dtype).to(device)
+
+
+def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+    """Check every output against float64 on the same input."""
+    m, blocks = x.shape[0], spec.blocks
+    exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
+    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.block_width))
+    norm = x.double().unflatten(1, (blocks, spec.block_width)).norm(dim=-1, keepdim=True)
+    error = norm * NORM_BOUND * tensors["column_scale"].max().double()
+    step = cells.abs().amax(-1, keepdim=True) * spec.clip / spec.q_max
+    assert prepared.scale.dtype == torch.float32
+    assert prepared.scale.shape == (m, blocks)
+    off = (prepared.scale.double().unsqueeze(-1) - step).abs()
+    assert (off <= error / spec.q_max + 1e-6 * step).all()
+
+    q = prepared.q.unflatten(1, (blocks, spec.block_width))
+    assert prepared.q.dtype == torch.int8
+    nonzero = step > 0
+    ideal = torch.where(nonzero, cells / step, 0).clamp(-spec.q_max, spec.q_max)
+    slack = torch.where(nonzero, 3 * error / step, 0)
+    assert ((q.double() - ideal).abs() <= 0.5 + slack).all()
+    wanted = reference.prepare_input(x, tensors, spec)
+    differing = (prepared.q != wanted.q).sum().item()
+    assert (prepared.q.int() - wanted.q.int()).abs().max() <= 1
+    assert differing <= 2 + prepared.q.numel() // 1000
+
+    assert prepared.q_sum.dtype == torch.int32
+    assert torch.equal(prepared.q_sum, q.int().sum(-1).int())
+    if spec.rank:
+        assert prepared.u is not None
+        a = tensors["low_rank_a"].double()
+        bound = (x.double().abs() @ a.abs().t()) * 2.0**-18
+        assert ((prepared.u.double() - x.double() @ a.t()).abs() <= bound).all()
+    else:
+        assert prepared.u is None
+
+
+def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
+    """Bit by bit, as `PreparedInput.planes` describes it."""
+    chunks = -(-spec.block_width // chunk)
+    out = torch.zeros(q.shape[0], spec.bits, spec.blocks * chunks, chunk // 8, dtype=torch.uint8)
+    for g in range(spec.blocks):
+        for t in range(chunks):
+            for b in range(chunk // 8):
+                for j in range(8):
+                    inside = chunk * t + chunk // 8 * j + b
+                    if inside < spec.block_width:
+                        code = q[:, g * spec.block_width + inside].int()
+                        for p in range(spec.bits):
+                            out[:, p, g * chunks + t, b] |= (((code >> p) & 1) << j).to(torch.uint8)
+    return out.view(torch.int32)
+
+
+def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The definition in vLLM's `ir/ops/layernorm.py`, in our words."""
+    total = x.float() if residual is None else x.float() + residual.float()
+    scaled = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
+    return (scaled.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
+
+
+def assert_fused(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+    """Fused inputs may differ from torch's by one rounding of an element (exp, rsqrt): a few codes by one."""
+    wanted = reference.prepare_input(x, tensors, spec)
+    difference = (prepared.q.int() - wanted.q.int()).abs()
+    assert difference.max() <= 1
+    assert difference.sum() <= 1 + difference.numel() // 100
+    torch.testing.assert_close(prepared.scale, wanted.scale, rtol=1e-3, atol=0)
+    assert torch.equal(prepared.q_sum, prepared.q.unflatten(1, (spec.blocks, -1)).int().sum(-1).int())
+    assert prepared.u is not None
+    assert wanted.u is not None
+    torch.testing.assert_close(prepared.u, wanted.u, rtol=1e-3, atol=1e-3 * wanted.u.abs().max().item())
