@@ -36,7 +36,7 @@ print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU")
 P
 
 # One method at a time, each in its own file: what matters first must not wait for the rest.
-[ $# -gt 0 ] || set -- 8b bwla 200 32b bwla 260 8b bf16 120 32b bf16 150
+[ $# -gt 0 ] || set -- 32b bwla 220 32b bf16 150 8b bwla 150 8b bf16 120
 while [ $# -ge 3 ]; do
   model=$1 method=$2 limit=$3
   shift 3
