@@ -10,6 +10,7 @@ import triton.language as tl
 from bwla_kernels.factorize import RANK_STEP as RANK_STEP
 
 _STEP = tl.constexpr(RANK_STEP)
+_LARGE_TILE = tl.constexpr(128 * 128)
 
 
 @triton.jit
@@ -24,17 +25,28 @@ def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexp
     Args:
         u: float32 [M, rank]; low_b: bfloat16 [N_padded, RANK], zero beyond rank.
     """
-    for start in tl.static_range(0, RANK, _STEP):
-        r = start + tl.arange(0, _STEP)
-        b = tl.load(low_b + n[:, None] * RANK + r[None, :])
-        x = tl.load(u + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0)
-        if PURE:
-            y = tl.dot(b.to(tl.float32), x, y, input_precision="ieee")
-        else:
-            for _ in tl.static_range(3):
-                part = x.to(tl.bfloat16)
-                y = tl.dot(b, part, y)
-                x -= part.to(tl.float32)
+    if y.shape[0] * y.shape[1] < _LARGE_TILE:
+        for start in tl.static_range(0, RANK, _STEP):
+            y = _low_rank_step(y, u, low_b, m, n, rank, start, RANK, PURE)
+    else:  # a loop that stays one: loads of all steps at once would not fit the registers beside the sums
+        for start in tl.range(0, RANK, _STEP, num_stages=1):
+            y = _low_rank_step(y, u, low_b, m, n, rank, start, RANK, PURE)
+    return y
+
+
+@triton.jit
+def _low_rank_step(y, u, low_b, m, n, rank, start, RANK: tl.constexpr, PURE: tl.constexpr):
+    """`low_rank_term` over 16 ranks from `start` on."""
+    r = start + tl.arange(0, _STEP)
+    b = tl.load(low_b + n[:, None] * RANK + r[None, :])
+    x = tl.load(u + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0)
+    if PURE:
+        y = tl.dot(b.to(tl.float32), x, y, input_precision="ieee")
+    else:
+        for _ in tl.static_range(3):
+            part = x.to(tl.bfloat16)
+            y = tl.dot(b, part, y)
+            x -= part.to(tl.float32)
     return y
 
 

@@ -30,7 +30,7 @@ microseconds for Qwen3-32B's down at one token; the other kernel took 78 there a
 FEW_COLUMNS = 640
 """Columns of a share of u, about."""
 
-MOST_STEPS = 10
+MOST_STEPS = 6
 """Steps of such a share: what its thread holds of A."""
 
 FEW_REGISTERS = 255
@@ -124,7 +124,15 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
         m: tokens.
         capability: compute capability of the GPU.
     """
-    return select_few(spec) if m <= few_tokens(spec) else select_many(spec, m, capability)
+    if m <= few_tokens(spec) or (capability < (9, 0) and _spills_many(spec)):
+        return select_few(spec)
+    return select_many(spec, m, capability)
+
+
+def _spills_many(spec: LayerSpec) -> bool:
+    """Whether the kernel for many tokens spills below 9.0, where operands go through registers; found by compiling."""
+    rows = padded_rows(spec.n1)
+    return right_columns(spec.n2) > 96 and (rows > 64 or spec.n1 < rows)
 
 
 def select_few(spec: LayerSpec) -> FewConfig:
@@ -151,7 +159,7 @@ def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputCo
     else:
         piece, out_piece = (32, 64) if rows > 64 else (64, 32)
     # Left alone the assembler may spill a register or two for one more program on a processor.
-    registers = 255 if right <= 96 and capability < (9, 0) else None
+    registers = None if capability[0] == 9 else 255
     ranks = max(MIN_TILE, min(triton.next_power_of_2(max(spec.rank, 1)), 64))
     return InputConfig(tokens, piece, out_piece, warps, registers, U_TOKENS, ranks, U_STEP)
 

@@ -127,6 +127,14 @@ def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
     return count_mnemonics(lines)
 
 
+def _descriptors(first: int, name: str, second_operand: str) -> range:
+    """Registers of `gdesc[UR first]`: one descriptor on sm_100; on sm_90 both operands', of which the left one's are idle
+    where that operand is in registers."""
+    if name.startswith("UTC"):
+        return range(first, first + 2)
+    return range(first + 2 if re.match(r"R\d+$", second_operand) else first, first + 4)
+
+
 def undefined_registers(lines: list[str]) -> list[str]:
     """Uniform registers that are read but written nowhere, each with the instruction that reads it first.
 
@@ -147,11 +155,9 @@ def undefined_registers(lines: list[str]) -> list[str]:
             operands = operands[1:]
         rest = " ".join(operands)
         registers = {int(register) for register in re.findall(r"\bUR(\d+)\b", rest)}
-        group = re.search(r"gdesc\[UR(\d+)\]", rest)
-        if group:  # descriptors of both operands; the first half is idle where the left one is in registers
-            first = int(group[1])
-            registers.discard(first)
-            registers.update(range(first + 2 if re.match(r"R\d+$", operands[1]) else first, first + 4))
+        for group in re.findall(r"gdesc\[UR(\d+)\]", rest):
+            registers.discard(int(group))
+            registers.update(_descriptors(int(group), name, operands[1]))
         for register in registers:
             read.setdefault(register, f"{name} {text.strip()}")
     return [f"UR{register} in {read[register]}" for register in sorted(set(read) - written)]

@@ -60,6 +60,13 @@ def test_pieces_of_one_width_cover_the_columns() -> None:
         assert pieces[0] in (32, 64, 128)
 
 
+def test_rotations_that_spill_below_hopper_are_cut_for_any_number_of_tokens() -> None:
+    wide, fitting = LayerSpec(64, 96 * 128, 1, 96, 128), LayerSpec(64, 64 * 80, 1, 64, 80)
+    assert isinstance(select_config(wide, 8192, (8, 0)), FewConfig)
+    assert isinstance(select_config(wide, 8192, (9, 0)), InputConfig)
+    assert isinstance(select_config(fitting, 8192, (8, 0)), InputConfig)
+
+
 def test_few_tokens_are_cut_and_many_are_not() -> None:
     """Every layer decodes with the kernel for few tokens, whose shares of u cover the width."""
     for spec, m, _ in _all_configs():

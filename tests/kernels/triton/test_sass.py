@@ -83,3 +83,13 @@ def test_a_uniform_register_that_is_read_but_never_written() -> None:
     assert not undefined_registers(left_in_registers)
     left_in_memory = [line for line in sound if "UMOV.64" not in line]
     assert len(undefined_registers(left_in_memory)) == 2
+
+
+def test_a_descriptor_of_blackwell_is_a_pair() -> None:
+    lines = [
+        "/*0000*/  UMOV.64 UR60, URZ ;",
+        "/*0010*/  UMOV.64 UR62, URZ ;",
+        "/*0020*/  UTCHMMA gdesc[UR62], gdesc[UR60], tmem[UR60], URZ ;",
+    ]
+    assert not undefined_registers(lines)
+    assert len(undefined_registers(lines[1:])) == 1
