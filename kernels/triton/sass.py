@@ -128,8 +128,10 @@ def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
 
 
 def _descriptors(first: int, name: str, second_operand: str) -> range:
-    """Registers of `gdesc[UR first]`: one descriptor on sm_100; on sm_90 both operands', of which the left one's are idle
-    where that operand is in registers."""
+    """Registers of `gdesc[UR first]`: of one descriptor on sm_100, of both operands' on sm_90.
+
+    There those of the left operand are idle where it is in registers.
+    """
     if name.startswith("UTC"):
         return range(first, first + 2)
     return range(first + 2 if re.match(r"R\d+$", second_operand) else first, first + 4)

@@ -1,8 +1,8 @@
 """Sees to it that the Triton kernels are interpreted where there is no GPU, whoever imports them first.
 
 A kernel is interpreted or compiled according to TRITON_INTERPRET at the moment its decorator runs. Every conftest.py
-whose test modules import kernels imports this module, which sets the variable, and its `pytest_collection_finish`, which
-takes it back after the collection: the servers that other tests start must not inherit it.
+whose test modules import kernels imports this module, which sets the variable, and its `pytest_collection_finish`,
+which takes it back after the collection: the servers that other tests start must not inherit it.
 """
 
 import os

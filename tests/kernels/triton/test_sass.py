@@ -92,4 +92,4 @@ def test_a_descriptor_of_blackwell_is_a_pair() -> None:
         "/*0020*/  UTCHMMA gdesc[UR62], gdesc[UR60], tmem[UR60], URZ ;",
     ]
     assert not undefined_registers(lines)
-    assert len(undefined_registers(lines[1:])) == 1
+    assert len(undefined_registers(lines[1:])) == 2
