@@ -69,6 +69,11 @@ def loops(lines: list[str]) -> list[list[str]]:
 
     Each is a list of mnemonics without suffixes.
     """
+    return [kept for kept, _ in _loop_bodies(lines)]
+
+
+def _loop_bodies(lines: list[str]) -> list[tuple[list[str], list[str]]]:
+    """The body of each loop twice: without what forward branches inside may skip, and whole."""
     labels: dict[str, int] = {}
     waiting: list[str] = []
     flat: list[tuple[int, str]] = []
@@ -91,15 +96,9 @@ def loops(lines: list[str]) -> list[list[str]]:
         if start is None or start >= end:
             continue
         skipped = [(at, to) for at, to in branches if to is not None and start <= at < to <= end]
-        bodies.append(
-            [
-                name
-                for address, name in flat
-                if start <= address <= end
-                and name != "NOP"
-                and not any(at < address < to for at, to in skipped)
-            ]
-        )
+        whole = [(address, name) for address, name in flat if start <= address <= end and name != "NOP"]
+        kept = [name for address, name in whole if not any(at < address < to for at, to in skipped)]
+        bodies.append((kept, [name for _, name in whole]))
     return bodies
 
 
@@ -115,15 +114,16 @@ def _target(operands: str, labels: Mapping[str, int]) -> int | None:
 def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
     """Mnemonics of the main loop: the shortest one with a tensor-core instruction.
 
-    Where no loop has one, all of the kernel's: the loop ran a constant number of times and was unrolled. Without
-    tensor cores, the longest loop.
+    It may stand in a branch of the loop, as on Blackwell, where one thread alone issues it. Where no loop has one, all
+    of the kernel's: the loop ran a constant number of times and was unrolled. Without tensor cores, the longest loop.
     """
-    bodies = sorted(loops(lines), key=len)
+    bodies = sorted(_loop_bodies(lines), key=lambda body: len(body[0]))
     if not tensor_core:
-        return Counter(bodies[-1] if bodies else [])
-    for body in bodies:
-        if any(name.startswith(tensor_core) for name in body):
-            return Counter(body)
+        return Counter(bodies[-1][0] if bodies else [])
+    for part in (0, 1):  # outside branches first
+        for body in bodies:
+            if any(name.startswith(tensor_core) for name in body[part]):
+                return Counter(body[0])
     return count_mnemonics(lines)
 
 

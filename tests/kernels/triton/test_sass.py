@@ -93,3 +93,18 @@ def test_a_descriptor_of_blackwell_is_a_pair() -> None:
     ]
     assert not undefined_registers(lines)
     assert len(undefined_registers(lines[1:])) == 2
+
+
+def test_the_main_loop_may_issue_its_product_in_a_branch() -> None:
+    """As on Blackwell, where one thread does; what the branch skips is not counted."""
+    lines = [
+        "/*0000*/  MOV R1, R2 ;",
+        ".L_x_0:",
+        "/*0010*/  LDS R3, [R4] ;",
+        "/*0020*/  @P0 BRA `(.L_x_1) ;",
+        "/*0030*/  UTCIMMA gdesc[UR4], gdesc[UR6], tmem[UR8] ;",
+        ".L_x_1:",
+        "/*0040*/  @P1 BRA `(.L_x_0) ;",
+        "/*0050*/  EXIT ;",
+    ]
+    assert main_loop(lines, ("UTCIMMA",)) == {"LDS": 1, "BRA": 2}
