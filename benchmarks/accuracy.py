@@ -19,20 +19,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bwla_converter.best import BestOptions, BestRecipe
-from bwla_converter.calibrated import FastRecipe
-from bwla_converter.calibration import Calibration
-from bwla_converter.evaluate import perplexity, windows_of
-from bwla_converter.fast import FastOptions
-from bwla_converter.group import GroupResult
-from bwla_converter.hessian import Moments
-from bwla_converter.hf import BWLALinear
-from bwla_converter.ledger import bits_per_weight
-from bwla_converter.paper import quantize_group
-from bwla_converter.plan import make_plan
-from bwla_converter.recipes import Recipe
-from bwla_converter.source import Source, open_source
-from bwla_converter.tunable import norm_weights
+from bwla_converter.calibration.text import Calibration
+from bwla_converter.common.bits import bits_per_weight
+from bwla_converter.evaluation.perplexity import perplexity, windows_of
+from bwla_converter.hf.modules import BWLALinear
+from bwla_converter.planning.plan import make_plan
+from bwla_converter.quantize.fast import FastOptions
+from bwla_converter.quantize.group import GroupResult
+from bwla_converter.quantize.moments import Moments
+from bwla_converter.quantize.paper import quantize_group
+from bwla_converter.recipes.base import Recipe
+from bwla_converter.recipes.best import BestOptions, BestRecipe
+from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.source.model import Source, open_source
+from bwla_converter.training.ste_linear import norm_weights
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.schema import Provenance
 from peers import (

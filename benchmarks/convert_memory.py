@@ -4,7 +4,7 @@
     python benchmarks/convert_memory.py --recipe fast --shape 1.7b --layers 2 --quick \\
         --out benchmarks/results/convert_memory_fast.json
 
-Two limits must hold: the peak is within 20 % of what `bwla_converter.budget` predicts, and, for recipe paper, below a
+Two limits must hold: the peak is within 20 % of what `planning.budget` predicts, and, for recipe paper, below a
 quarter of the model's bytes plus 1 GB. Blocks are converted one after the other, so the peak of a few layers is that
 of all. `--quick` has the recipe do fewer rounds of the same steps on the same tensors: the peak is that of a step.
 """
@@ -84,11 +84,13 @@ def write_random_model(folder: Path, layers: int, shape: str) -> int:
 
 def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int, quick: bool) -> None:
     """Convert in this process and print the prediction, the peak and the seconds as JSON."""
-    from bwla_converter import error_feedback, fast, paper, recipes
-    from bwla_converter.budget import Budget
-    from bwla_converter.calibration import Calibration
+    from bwla_converter.calibration.text import Calibration
     from bwla_converter.options import Listener, Options
     from bwla_converter.pipeline import convert
+    from bwla_converter.planning.budget import Budget
+    from bwla_converter.quantize import fast, paper
+    from bwla_converter.quantize import gptq_binary as error_feedback
+    from bwla_converter.recipes import base as recipes
 
     if quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bwla_converter.dummy import random_layer
+from bwla_converter.checkpoint.dummy import random_layer
 from bwla_kernels import ops, reference
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.library import LayerStruct, load

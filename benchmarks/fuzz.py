@@ -31,12 +31,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 import bwla_converter
 import bwla_kernels
 import torch
-from bwla_converter import hf
-from bwla_converter.families import FAMILIES
-from bwla_converter.integrity import check_hashes
+from bwla_converter.checkpoint.integrity import check_hashes
+from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
-from bwla_converter.source import check_values, open_source
+from bwla_converter.source.families import FAMILIES
+from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import validate_layer
 from bwla_kernels.format.files import read_folder, read_tensors

@@ -42,7 +42,7 @@ def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
     path = folder / "config.json"
     config = json.loads(path.read_text())
     if method == "bwla":
-        from bwla_converter.dummy import plan_dummy
+        from bwla_converter.checkpoint.dummy import plan_dummy
         from bwla_converter.pipeline import Options, output_config
 
         source, plan = plan_dummy(Options(str(folder), folder / "out", head_bits=8))

@@ -32,11 +32,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bwla_converter import calibrated, fast, paper, pipeline, recipes
-from bwla_converter.calibration import Calibration
-from bwla_converter.fingerprint import code_version
+from bwla_converter import pipeline
+from bwla_converter.calibration.text import Calibration
 from bwla_converter.options import Options
-from bwla_converter.work import work_path
+from bwla_converter.quantize import fast, paper
+from bwla_converter.recipes import base as recipes
+from bwla_converter.recipes import fast as calibrated
+from bwla_converter.resume.fingerprint import code_version
+from bwla_converter.resume.work_folder import work_path
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import read_folder, read_tensors
 from record import ROOT, write_result
@@ -345,7 +348,7 @@ class Harness:
         return code
 
     def _start_process(self, case: Case, out: Path, resume: bool) -> int:
-        code = "from kill_resume import few_rounds; few_rounds(); from bwla_converter.cli import main; main()"
+        code = "from kill_resume import few_rounds; few_rounds(); from bwla_converter.cli.convert import main; main()"
         command = [sys.executable, "-c", code, str(self.model), str(out), *case.flags(self.model)]
         with (self.folder / "log").open("wb") as log:
             # Waited for by its number, like the forks.

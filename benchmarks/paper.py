@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 TABLE = ROOT / "benchmarks/paper.yaml"
-CONVERT = "from bwla_converter.cli import main; main()"
-EVALUATE = "from bwla_converter.eval_cli import main; main()"
+CONVERT = "from bwla_converter.cli.convert import main; main()"
+EVALUATE = "from bwla_converter.cli.evaluate import main; main()"
 
 
 def read_row(name: str) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from bwla_converter.calibrated import FastRecipe
-from bwla_converter.error_feedback import START_FACTORS, inverse_factor, one_bit
-from bwla_converter.group import GroupResult, check_group, pool_rows, store_group
-from bwla_converter.hessian import Moments, rotate_metric
-from bwla_converter.ledger import bits_per_weight
+from bwla_converter.common.bits import bits_per_weight
+from bwla_converter.quantize.gptq_binary import START_FACTORS, inverse_factor, one_bit
+from bwla_converter.quantize.group import GroupResult, check_group, pool_rows, store_group
+from bwla_converter.quantize.moments import Moments, rotate_metric
+from bwla_converter.recipes.fast import FastRecipe
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 from bwla_kernels.reference import quantize, rotate

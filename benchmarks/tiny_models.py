@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bwla_converter.families import FAMILIES
+from bwla_converter.source.families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {

@@ -3,6 +3,6 @@
 After `import bwla_converter`, transformers' `AutoModelForCausalLM.from_pretrained` loads BWLA checkpoints.
 """
 
-from bwla_converter.registration import register_with_transformers
+from bwla_converter.hf.registration import register_with_transformers
 
 register_with_transformers()

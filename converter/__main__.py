@@ -1,5 +1,5 @@
 """`python -m bwla_converter`: the same as `bwla-convert`."""
 
-from bwla_converter.cli import main
+from bwla_converter.cli.convert import main
 
 main()

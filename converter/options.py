@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bwla_converter.calibration import Calibration
+from bwla_converter.calibration.text import Calibration
 
 if TYPE_CHECKING:
-    from bwla_converter.budget import Budget
-    from bwla_converter.plan import Plan
-    from bwla_converter.source import Source
+    from bwla_converter.planning.budget import Budget
+    from bwla_converter.planning.plan import Plan
+    from bwla_converter.source.model import Source
 
 
 @dataclass(frozen=True)

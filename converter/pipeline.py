@@ -8,20 +8,20 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from bwla_converter.activations import ActivationStore
-from bwla_converter.budget import Budget, check_budget, check_gpu, predict, usable_memory
-from bwla_converter.checkpoint import CheckpointWriter, OutputError, check_output
-from bwla_converter.devices import choose_device
-from bwla_converter.distributed import Ranks
-from bwla_converter.documents import group_statistics, write_documents
-from bwla_converter.fingerprint import changed_file, code_version, machine, mark_files
-from bwla_converter.manifest import BlockRecord, Inputs, WorkError, arguments_of
+from bwla_converter.calibration.activations import ActivationStore
+from bwla_converter.calibration.distributed import Ranks
+from bwla_converter.checkpoint.layout import Shards, output_config, quantized_head, verify
+from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
+from bwla_converter.common.devices import choose_device
 from bwla_converter.options import LayerReport, Listener, Options, Summary
-from bwla_converter.output import Shards, output_config, quantized_head, verify
-from bwla_converter.plan import Plan, input_bytes, make_plan, with_clips
-from bwla_converter.recipes import Recipe, check_recipe, make_recipe
-from bwla_converter.source import Source, check_values, open_source
-from bwla_converter.work import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
+from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
+from bwla_converter.planning.plan import Plan, input_bytes, make_plan, with_clips
+from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
+from bwla_converter.report.write import group_statistics, write_documents
+from bwla_converter.resume.fingerprint import changed_file, code_version, machine, mark_files
+from bwla_converter.resume.manifest import BlockRecord, Inputs, WorkError, arguments_of
+from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
+from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
 

@@ -117,7 +117,7 @@ def main() -> int:
             say("talk")
             talk(server)
         say("measure")
-        from bwla_converter.evaluate import compare
+        from bwla_converter.evaluation.perplexity import compare
 
         result = compare(arguments.model, out, arguments.text, window=512, limit=arguments.windows)
         print(f"held-out text: {result}")

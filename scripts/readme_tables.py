@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bwla_converter.families import family_table
+from bwla_converter.source.families import family_table
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"

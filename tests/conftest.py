@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bwla_kernels.format import LayerSpec, as_stored, pack_signs
+from paths import EXAMPLE
 from torch import Tensor
 
 LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
@@ -69,8 +70,7 @@ def example_bwla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example model, converted once for all tests; leave it as it is."""
     from bwla_converter.pipeline import Options, convert
 
-    model = Path(__file__).resolve().parent.parent / "examples" / "model"
     out = tmp_path_factory.mktemp("example") / "books-bwla"
     # Rank 1 and the 8-bit head, which the demo (the defaults on so small a model) does not have.
-    convert(Options(str(model), out, rank=1, head_bits=8))
+    convert(Options(str(EXAMPLE), out, rank=1, head_bits=8))
     return out

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from paths import SCRIPTS
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 PTX, CODE = 1, 2
 
 

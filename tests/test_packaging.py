@@ -11,8 +11,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     "kernels",
     "converter",
@@ -23,7 +23,10 @@ SOURCES = (
     "README.md",
     "LICENSE",
 )
-COMMANDS = {"bwla-convert": "bwla_converter.cli:main", "bwla-eval": "bwla_converter.eval_cli:main"}
+COMMANDS = {
+    "bwla-convert": "bwla_converter.cli.convert:main",
+    "bwla-eval": "bwla_converter.cli.evaluate:main",
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,7 @@ def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"bwla_kernels", "bwla_converter", "bwla_vllm"}
     assert "bwla_kernels/format/layer.py" in names
-    assert "bwla_converter/report_template.html" in names
+    assert "bwla_converter/report/template.html" in names
     assert not [name for name in names if "test" in name]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.error_feedback import inverse_factor
+from bwla_converter.quantize.gptq_binary import inverse_factor
 from peers import GROUP, billm, grouped_one_bit, row_errors
 from torch import Tensor
 

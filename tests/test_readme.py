@@ -20,8 +20,8 @@ import pytest
 from bwla_kernels.format.schema import parse_config
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 REASONS = {"gpu", "network", "docker", "time", "names"}
 COVERED = {"make setup", "make lint", "make test", "make demo", ".ci/run"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from bwla_kernels.triton.tuning import load_table
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
 

@@ -6,12 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from bwla_converter.calibration import Calibration
-from bwla_converter.evaluate import compare, windows_of
+from bwla_converter.calibration.text import Calibration
+from bwla_converter.evaluation.perplexity import compare, windows_of
 from bwla_converter.pipeline import Options, convert
 from bwla_kernels.errors import BWLAError
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "model"
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
 

@@ -5,10 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bwla_converter.manifest import read_manifest
-from bwla_converter.work import MANIFEST, work_path
-
-ROOT = Path(__file__).resolve().parents[2]
+from bwla_converter.resume.manifest import read_manifest
+from bwla_converter.resume.work_folder import MANIFEST, work_path
+from paths import ROOT
 
 
 def test_ctrl_c_finishes_the_block_and_says_how_to_go_on(make_model, tmp_path: Path) -> None:

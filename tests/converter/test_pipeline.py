@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import paper
-from bwla_converter.families import FAMILIES
 from bwla_converter.pipeline import Options, convert, verify
-from bwla_converter.source import Source
+from bwla_converter.quantize import paper
+from bwla_converter.source.families import FAMILIES
+from bwla_converter.source.model import Source
 from bwla_kernels import reference
 from bwla_kernels.errors import BWLAError, FormatError, SourceError
 from bwla_kernels.format.folder import check_folder, read_folder

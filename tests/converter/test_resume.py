@@ -10,18 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import fingerprint, paper, pipeline
-from bwla_converter.calibration import Calibration
-from bwla_converter.manifest import WorkError, read_manifest
+from bwla_converter import pipeline
+from bwla_converter.calibration.text import Calibration
 from bwla_converter.options import Listener, Options
 from bwla_converter.pipeline import convert
-from bwla_converter.recipes import PaperRecipe
-from bwla_converter.work import MANIFEST, work_path
+from bwla_converter.quantize import paper
+from bwla_converter.recipes.base import PaperRecipe
+from bwla_converter.resume import fingerprint
+from bwla_converter.resume.manifest import WorkError, read_manifest
+from bwla_converter.resume.work_folder import MANIFEST, work_path
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import read_folder, read_tensors
+from paths import EXAMPLE
 from torch import Tensor
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "model"
 BLOCKS = 3
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import hf
+from bwla_converter.hf import modules as hf
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
 from torch import Tensor, nn

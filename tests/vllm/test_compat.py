@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from paths import ROOT
 
 from bwla_vllm.compat import NEWEST, OLDEST, TESTED_TRITONS, outside_tested_range, untested_triton
 
-ROOT = Path(__file__).resolve().parents[2]
 LINEAR = "vllm/model_executor/layers/linear.py"
 PARAMETER = "vllm/model_executor/parameter.py"
 BASE = "vllm/model_executor/layers/quantization/base_config.py"

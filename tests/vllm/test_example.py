@@ -7,10 +7,10 @@ import pytest
 import torch
 from bwla_converter.pipeline import Options, convert
 from golden import load_reference, watched
+from paths import EXAMPLE, HELDOUT_TEXT
 from torch import Tensor
 from transformers import AutoTokenizer
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "model"
 PROMPTS = 8
 STEPS = 64
 SAFE_MARGIN = 3e-5
@@ -25,7 +25,7 @@ def definition(example_bwla: Path):
 
 @pytest.fixture(scope="module")
 def text_ids(example_bwla: Path) -> Tensor:
-    held_out = Path(__file__).resolve().parents[2] / "examples" / "text" / "heldout.txt"
+    held_out = HELDOUT_TEXT
     tokenizer = AutoTokenizer.from_pretrained(example_bwla)
     return tokenizer(held_out.read_text()[:40000], return_tensors="pt", verbose=False).input_ids[0]
 

@@ -15,8 +15,8 @@ from types import ModuleType
 import pytest
 from bwla_kernels.triton.versions import RELEASES, TESTED
 from packaging.version import Version
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[3]
 OLDEST = TESTED[0]
 
 

@@ -1,0 +1,1 @@
+"""BWLA checkpoints on disk: writing, reading, checking, dequantizing, publishing."""

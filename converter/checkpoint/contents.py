@@ -1,0 +1,138 @@
+"""What is in a BWLA checkpoint, told from its config and headers alone: layers, bits and bytes by what they are for."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from bwla_converter.common.bits import bits_per_weight, stored_bits, weights_of
+from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
+from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.schema import BWLAFormat, parse_config
+
+PARTS = {
+    "weight_packed": "signs",
+    "weight_scale": "row scales",
+    "rotation_left": "rotations",
+    "rotation_right": "rotations",
+    "column_scale": "column scales",
+    "low_rank_a": "low-rank",
+    "low_rank_b": "low-rank",
+}
+"""What each stored tensor of a quantized linear is for; a bias is counted with the rest of the model."""
+
+LINEARS, HEAD, EMBEDDINGS, REST = "quantized linears", "head", "embeddings", "norms and other"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint.
+
+    Attributes:
+        folder: where it is.
+        format: its `quantization_config`.
+        specs: every quantized linear by module path.
+        entries: every stored tensor.
+        bits: all-in bits per quantized weight, by part.
+        bytes: bytes of the tensors, by what they belong to.
+    """
+
+    folder: Path
+    format: BWLAFormat
+    specs: Mapping[str, LayerSpec]
+    entries: Mapping[str, Entry]
+    bits: Mapping[str, float]
+    bytes: Mapping[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All-in stored bits per quantized weight."""
+        return bits_per_weight(self.specs.values())
+
+    @property
+    def weights(self) -> int:
+        """Weights that are quantized."""
+        return sum(map(weights_of, self.specs.values()))
+
+
+def entry_bytes(entry: Entry) -> int:
+    """Bytes of one stored tensor."""
+    return math.prod(entry.shape) * entry.dtype.itemsize
+
+
+def kind_of(name: str) -> str:
+    """The last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
+    return name.rpartition(".")[2]
+
+
+def split_bits(specs: Iterable[LayerSpec]) -> dict[str, float]:
+    """All-in bits per quantized weight, by what the bits are for; the sum is `ledger.bits_per_weight`."""
+    listed = list(specs)
+    weights = sum(map(weights_of, listed))
+    bits = dict.fromkeys(PARTS.values(), 0.0)
+    for spec in listed:
+        for key, want in tensor_specs(replace(spec, bias=False)).items():
+            bits[PARTS[key]] += 8 * math.prod(want.shape) * want.dtypes[0].itemsize / weights
+    return bits
+
+
+def split_bytes(entries: Mapping[str, Entry], linears: Iterable[str]) -> dict[str, int]:
+    """Bytes of all tensors, by what they belong to.
+
+    Args:
+        entries: the tensors of a BWLA checkpoint or of its original.
+        linears: module paths of the linears that are quantized.
+    """
+    quantized = set(linears)
+    sizes = dict.fromkeys((LINEARS, HEAD, EMBEDDINGS, REST), 0)
+    for name, entry in entries.items():
+        module, _, key = name.rpartition(".")
+        if module in quantized and (key in PARTS or key == "weight"):
+            sizes[LINEARS] += entry_bytes(entry)
+        elif module == HEAD_MODULE:
+            sizes[HEAD] += entry_bytes(entry)
+        elif module.endswith("embed_tokens"):
+            sizes[EMBEDDINGS] += entry_bytes(entry)
+        else:
+            sizes[REST] += entry_bytes(entry)
+    return sizes
+
+
+def read_contents(folder: Path) -> Contents:
+    """Look into a checkpoint, and check it as the loaders do.
+
+    Raises:
+        FormatError: the folder is no complete BWLA checkpoint.
+    """
+    entries = read_folder(folder)
+    specs = check_folder(folder, entries)
+    config = read_json(folder / "config.json")
+    format_ = parse_config(config["quantization_config"], str(folder / "config.json"))
+    bits, sizes = split_bits(specs.values()), split_bytes(entries, specs)
+    return Contents(folder, format_, dict(sorted(specs.items(), key=_place)), entries, bits, sizes)
+
+
+def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
+    """Sort key: block 10 comes after block 9."""
+    parts = [(int(part) if part.isdecimal() else -1, part) for part in item[0].split(".")]
+    return parts, item[0]
+
+
+def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
+    """One quantized linear as plain data."""
+    return {
+        "name": name,
+        "shape": [spec.out_features, spec.in_features],
+        "rotation": [spec.blocks, spec.n1, spec.n2],
+        "rank": spec.rank,
+        "activation_bits": spec.bits,
+        "bits_per_weight": round(stored_bits(spec) / weights_of(spec), 4),
+        "bytes": stored_bits(spec) // 8,
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` of torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

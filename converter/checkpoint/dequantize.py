@@ -1,0 +1,148 @@
+"""A BWLA checkpoint as a plain Hugging Face model: every linear dense again, file by file.
+
+The weights are those that BWLA's layers stand for; what such a model does not do is quantize activations.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bwla_converter.checkpoint.contents import Contents, dtype_name, entry_bytes, read_contents
+from bwla_converter.checkpoint.layout import check_space
+from bwla_converter.checkpoint.writer import OutputError, atomic_output
+from bwla_converter.quantize.group import ROW_TENSORS
+from bwla_kernels.errors import BWLAError
+from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
+from bwla_kernels.format.folder import read_json, read_tensors
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.reference import dequantize
+from torch import Tensor
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHUNK_ELEMENTS = 2**24
+"""Weights made dense at once, in float32."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What was written: bytes of the tensors, number of linears made dense."""
+
+    bytes: int
+    linears: int
+
+
+def dense_weight(tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] that a layer stands for, in `dtype`, made a few rows at a time."""
+    dense = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
+    step = max(1, CHUNK_ELEMENTS // spec.in_features)
+    for start in range(0, spec.out_features, step):
+        rows = slice(start, start + step)
+        here = {key: value[rows] if key in ROW_TENSORS else value for key, value in tensors.items()}
+        dense[rows] = dequantize(here, spec).to(dtype)
+    return dense
+
+
+def write_dense(
+    checkpoint: Path,
+    out: Path,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+    on_linear: Callable[[str], None] = lambda name: None,
+) -> Dense:
+    """Write `checkpoint` as a plain model to `out`, which appears whole or not at all.
+
+    Holds one file of the output in memory.
+
+    Args:
+        checkpoint: a BWLA checkpoint.
+        out: the folder to create.
+        dtype: of all floating-point tensors, a key of `DTYPES`.
+        overwrite: replace `out` if it is a model already.
+        on_linear: called with the name of each linear that was made dense.
+
+    Raises:
+        BWLAError: another dtype, a damaged checkpoint, an output that cannot be written.
+    """
+    if dtype not in DTYPES:
+        raise BWLAError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}: choose one of them")
+    if out.resolve() == checkpoint.resolve():
+        raise OutputError(f"{out}: is the checkpoint itself, and would be replaced: choose another output")
+    contents = read_contents(checkpoint)
+    check_space(out, dense_bytes(contents, DTYPES[dtype]))
+    with atomic_output(out, overwrite) as writer:
+        for file in sorted({entry.file for entry in contents.entries.values()}):
+            writer.write_shard(file, _dense_shard(contents, file, DTYPES[dtype], on_linear))
+        config = read_json(checkpoint / "config.json")
+        del config["quantization_config"]
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+        writer.finish(checkpoint, config)
+        return Dense(writer.total_size, len(contents.specs))
+
+
+def dense_bytes(contents: Contents, dtype: torch.dtype) -> int:
+    """Bytes of the plain model's tensors."""
+    total = sum(spec.out_features * spec.in_features * dtype.itemsize for spec in contents.specs.values())
+    for name, entry in contents.entries.items():
+        module, _, key = name.rpartition(".")
+        if module in contents.specs and key != "bias":
+            continue
+        if name == f"{HEAD_MODULE}.weight_int8":
+            total += entry_bytes(entry) * dtype.itemsize
+        elif name != f"{HEAD_MODULE}.weight_scale":
+            total += entry_bytes(entry) // entry.dtype.itemsize * dtype.itemsize
+    return total
+
+
+def _dense_shard(
+    contents: Contents, file: str, dtype: torch.dtype, on_linear: Callable[[str], None]
+) -> dict[str, Tensor]:
+    """The tensors of the plain model that come of one file."""
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        return read_tensors(contents.folder, contents.entries, names)
+
+    tensors: dict[str, Tensor] = {}
+    for name, entry in contents.entries.items():
+        module, _, key = name.rpartition(".")
+        if entry.file != file:
+            continue
+        if module in contents.specs:
+            if key == "weight_packed":
+                spec = contents.specs[module]
+                stored = read([f"{module}.{key}" for key in tensor_specs(spec)])
+                own = {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
+                validate_layer(module, own, spec)
+                tensors[f"{module}.weight"] = _finite(f"{module}.weight", dense_weight(own, spec, dtype))
+                if spec.bias:
+                    tensors[f"{module}.bias"] = _finite(f"{module}.bias", own["bias"].to(dtype))
+                on_linear(module)
+        elif module == HEAD_MODULE and contents.format.lm_head is not None:
+            if key == "weight_int8":
+                head = HeadSpec(entry.shape[0], entry.shape[1])
+                stored = read([f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head)])
+                own = {name.removeprefix(f"{HEAD_MODULE}."): tensor for name, tensor in stored.items()}
+                validate_head(own, head)
+                tensors[f"{HEAD_MODULE}.weight"] = _dense_head(own, dtype)
+        else:
+            tensor = read([name])[name]
+            tensors[name] = _finite(name, tensor.to(dtype)) if tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _dense_head(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Codes times scales, in pieces."""
+    codes, scale = stored["weight_int8"], stored["weight_scale"]
+    step = max(1, CHUNK_ELEMENTS // codes.shape[1])
+    parts = zip(codes.split(step), scale.split(step), strict=True)
+    dense = torch.cat([(part.float() * factor.unsqueeze(1)).to(dtype) for part, factor in parts])
+    return _finite(f"{HEAD_MODULE}.weight", dense)
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(torch.isfinite(tensor).all()):
+        raise BWLAError(
+            f"{name}: expected values that {dtype_name(tensor.dtype)} can hold, found larger ones: "
+            "choose --dtype bfloat16 or float32"
+        )
+    return tensor

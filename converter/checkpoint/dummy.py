@@ -1,0 +1,119 @@
+"""A valid random BWLA checkpoint of any configuration, for measuring speed and memory without weights.
+
+Only the source's config.json (and tokenizer files, if there are any) is needed.
+"""
+
+from pathlib import Path
+
+import torch
+from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
+from bwla_converter.checkpoint.writer import atomic_output, check_output
+from bwla_converter.options import Options
+from bwla_converter.planning.plan import HEAD_WEIGHT, Plan, make_plan
+from bwla_converter.source.families import find_family
+from bwla_converter.source.model import Source, outline_model
+from bwla_kernels.errors import SourceError
+from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format.folder import Entry, read_json
+from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.schema import Provenance
+from torch import Tensor
+
+DUMMY_RECIPE = "dummy"
+
+
+def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
+    """A source with the tensors that a model of this config.json would have, in bfloat16, and no files.
+
+    Raises:
+        SourceError: no config.json, or not of a supported architecture.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{folder}: expected a folder with a config.json, found none: check the path")
+    config = read_json(folder / "config.json", SourceError)
+    family = find_family(config, str(folder / "config.json"))
+    outline = outline_model(folder, config)
+    tied = bool(outline.config.tie_word_embeddings)
+    entries = {
+        name: Entry("", tuple(tensor.shape), torch.bfloat16)
+        for name, tensor in outline.state_dict().items()
+        if not (tied and name == HEAD_WEIGHT)
+    }
+    return Source(folder, config, family, entries, outline.config.num_hidden_layers, tied, ignore=ignore)
+
+
+def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
+    """A valid layer of random signs and rotations whose output has the variance of its input."""
+    tensors = {}
+    for key, want in tensor_specs(spec).items():
+        dtype = want.dtypes[0]
+        if key == "weight_packed":
+            tensors[key] = torch.randint(-(2**31), 2**31, want.shape, generator=generator).to(dtype)
+        elif key in ("rotation_left", "rotation_right"):
+            square = torch.randn(want.shape, generator=generator)
+            tensors[key] = torch.linalg.qr(square).Q.to(dtype).contiguous()
+        elif key == "column_scale":
+            tensors[key] = torch.ones(want.shape, dtype=dtype)
+        elif key == "weight_scale":
+            tensors[key] = torch.full(want.shape, spec.in_features**-0.5, dtype=dtype)
+        else:
+            tensors[key] = (torch.randn(want.shape, generator=generator) * 0.01).to(dtype)
+    return tensors
+
+
+def plan_dummy(options: Options) -> tuple[Source, Plan]:
+    """What a random checkpoint for the config.json in the folder `options.model` holds.
+
+    Raises:
+        BWLAError: the config or the options make no sense.
+    """
+    source = config_source(Path(options.model), options.ignore)
+    provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
+    return source, make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+
+
+def write_dummy(options: Options) -> Plan:
+    """Write a random checkpoint for the config.json in the folder `options.model`.
+
+    Members of an input group get the same input side, as the format wants. Returns the plan that was followed.
+
+    Raises:
+        BWLAError: as `pipeline.convert`.
+    """
+    check_output(options.out, options.overwrite)
+    source, plan = plan_dummy(options)
+    check_space(options.out, plan.output_bytes(source))
+    generator = torch.Generator().manual_seed(options.seed)
+    with atomic_output(options.out, options.overwrite) as writer:
+        shards = Shards(source)
+        for index in range(source.num_blocks):
+            writer.write_shard(shards.block_file(index), _random_block(source, plan, index, generator))
+        for file, names in shards.rest():
+            tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
+            if plan.head_source in names:
+                tensors.update(quantized_head(_plain(source, plan.head_source)))
+            writer.write_shard(file, tensors)
+        writer.finish(source.folder, output_config(source, plan))
+    return plan
+
+
+def _random_block(source: Source, plan: Plan, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+    names = [name for name in source.names_of_block(index) if not plan.is_replaced(name)]
+    tensors = {name: _plain(source, name) for name in names}
+    for _, members in source.groups_of_block(index):
+        shared: dict[str, Tensor] = {}
+        for member in members:
+            layer = random_layer(plan.specs[member], generator)
+            for key in INPUT_SIDE:
+                if key in layer:
+                    layer[key] = shared.setdefault(key, layer[key]).clone()
+            tensors.update({f"{member}.{key}": value for key, value in layer.items()})
+    return tensors
+
+
+def _plain(source: Source, name: str) -> Tensor:
+    """A tensor that is not quantized: ones for norms, small noise for the rest."""
+    entry = source.entries[name]
+    if len(entry.shape) == 1 and name.endswith("norm.weight"):
+        return torch.ones(entry.shape, dtype=entry.dtype)
+    return torch.empty(entry.shape, dtype=entry.dtype).normal_(std=0.02)

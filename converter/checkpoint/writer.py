@@ -1,0 +1,158 @@
+"""The BWLA checkpoint being written: a temporary folder beside the output, renamed into place at the end."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bwla_converter.common.atomic_files import move, sha256_of, whole_file
+from bwla_kernels.errors import BWLAError
+from bwla_kernels.format.folder import INDEX_FILE, read_headers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+READABLE = 0o644
+
+COPIED = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "LICENSE*",
+)
+"""Files of the source that go along as they are; weights, code and caches do not."""
+
+
+class OutputError(BWLAError):
+    """The output folder cannot be written."""
+
+
+class CheckpointWriter:
+    """Writes shards, then the index and config, into `folder`. Every file is there whole or not at all.
+
+    Attributes:
+        folder: the checkpoint that is being made.
+        digests: SHA-256 of every shard.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.digests: dict[str, str] = {}
+        self._weight_map: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+
+    def write_shard(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write one safetensors file and enter its tensors into the index."""
+        owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        with whole_file(self.folder / file) as partial:
+            save_file(owned, partial, metadata={"format": "pt"})
+            partial.chmod(READABLE)  # safetensors writes for the owner alone; a server may be another user
+        self._enter(file, {name: tensor.numel() * tensor.element_size() for name, tensor in owned.items()})
+        self.digests[file] = sha256_of(self.folder / file)
+
+    def adopt_shard(self, file: str, digest: str) -> None:
+        """Enter a shard that an earlier session wrote, of that SHA-256, into the index."""
+        entries = read_headers(self.folder / file)
+        sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
+        self._enter(file, sizes)
+        self.digests[file] = digest
+
+    def changed_shards(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """The files, one at a time, whose tensors are among `tensors`, whole, with those in their places.
+
+        The new ones must have the shapes and dtypes of the old ones.
+        """
+        files: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            files.setdefault(self._weight_map[name], {})[name] = tensor
+        for file, changed in files.items():
+            yield file, {**load_file(self.folder / file), **changed}
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of all tensors written so far."""
+        return sum(self._sizes.values())
+
+    def finish(self, source: Path, config: Mapping[str, Any]) -> None:
+        """Copy the source's tokenizer and generation files; write the index and, last, config.json."""
+        for pattern in COPIED:
+            for path in sorted(source.glob(pattern)):
+                if path.is_file():
+                    with whole_file(self.folder / path.name) as partial:
+                        shutil.copyfile(path, partial)
+        index = {
+            "metadata": {"total_size": self.total_size},
+            "weight_map": dict(sorted(self._weight_map.items())),
+        }
+        self.write_json(INDEX_FILE, index, indent=2)
+        self.write_json("config.json", config, indent=2)
+
+    def write_json(self, file: str, data: Mapping[str, Any], indent: int = 1) -> None:
+        """Write a JSON file of the checkpoint."""
+        with whole_file(self.folder / file) as partial:
+            partial.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
+
+    def _enter(self, file: str, sizes: Mapping[str, int]) -> None:
+        self._weight_map.update(dict.fromkeys(sizes, file))
+        self._sizes.update(sizes)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuse an output that would harm something, before any work.
+
+    Raises:
+        OutputError: `out` exists and `overwrite` is off, is not a folder, or its parent cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out}: exists already: choose another output or add --overwrite")
+    if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
+        raise OutputError(f"{out}: holds no model, so --overwrite will not replace it: choose another output")
+    parent = out.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise OutputError(f"{parent}: expected a folder that can be written to, to hold {out.name}")
+
+
+@contextmanager
+def atomic_output(out: Path, overwrite: bool) -> Iterator[CheckpointWriter]:
+    """Give a writer into a temporary folder beside `out`; rename it to `out` when the body succeeds.
+
+    On any failure the temporary folder is removed, and what stood at `out` before is as it was.
+
+    Raises:
+        OutputError: as `check_output`.
+    """
+    check_output(out, overwrite)
+    out = out.absolute()
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    new, aside = work / "new", work / "old"
+    try:
+        new.mkdir()
+        yield CheckpointWriter(new)
+        put_in_place(new, out, aside)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def put_in_place(new: Path, out: Path, aside: Path) -> None:
+    """Rename the folder `new` to `out`; what stood there is `aside` then. Where it fails, all is as it was.
+
+    Killed in between, `out` is not there, `new` and `aside` are whole: doing it again completes it.
+    """
+    if out.exists():
+        move(out, aside)
+    try:
+        move(new, out)
+    except OSError:
+        if aside.exists():
+            move(aside, out)
+        raise

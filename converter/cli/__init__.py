@@ -1,0 +1,1 @@
+"""The commands `bwla-convert`, `bwla-eval` and `bwla-inspect`."""

@@ -1,0 +1,85 @@
+"""The converter's progress on a terminal: two bars with an ETA, and a line for every layer's error."""
+
+from collections.abc import Sequence
+
+from bwla_converter.cli.interrupt import Interrupts
+from bwla_converter.common.bits import rank_words
+from bwla_converter.options import LayerReport, Listener
+from bwla_converter.planning.budget import Budget
+from bwla_converter.planning.plan import Plan
+from bwla_converter.source.model import Source
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class ProgressListener(Listener):
+    """Shows checking and quantizing as bars, and stops after a block where `interrupts` say so."""
+
+    def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
+        self._progress, self._interrupts = progress, interrupts
+        self._checking: TaskID | None = None
+        self._quantizing: TaskID | None = None
+
+    @staticmethod
+    def columns() -> tuple[ProgressColumn, ...]:
+        """Columns for the `Progress` that this listener draws on."""
+        return (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+        )
+
+    def planned(self, source: Source, plan: Plan) -> None:
+        self._say(
+            f"{source.family.architecture}, {source.num_blocks} blocks, {plan.weights:,} weights to quantize; "
+            f"{rank_words(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"
+        )
+        self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
+        self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
+
+    def budgeted(self, budget: Budget) -> None:
+        self._say(str(budget))
+
+    def resumed(self, blocks: int, weights: int, notes: Sequence[str]) -> None:
+        for note in notes:
+            self._say(f"{note}: done again")
+        self._say(f"resumed: {blocks} blocks are done already")
+        if self._checking is not None:
+            self._progress.update(self._checking, visible=False)
+        if self._quantizing is not None:
+            # What is left decides the ETA.
+            total = self._progress.tasks[self._quantizing].total or 0
+            self._progress.update(self._quantizing, total=total - weights)
+
+    def checked(self, name: str) -> None:
+        if self._checking is not None:
+            self._progress.advance(self._checking)
+
+    def quantizing(self) -> None:
+        if self._quantizing is not None:
+            self._progress.start_task(self._quantizing)
+
+    def block_started(self, index: int) -> None:
+        self._interrupts.block_started(index)
+
+    def quantized(self, layer: LayerReport) -> None:
+        self._say(f"{layer.name}  relative error {layer.error:.4f}")
+        if self._quantizing is not None:
+            self._progress.advance(self._quantizing, layer.weights)
+
+    def block_done(self, index: int) -> None:
+        self._interrupts.block_done()
+
+    def _say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of quantization: files, devices, versions, generic tensor functions."""

@@ -1,0 +1,205 @@
+"""The stored layers as torch modules, for transformers' models and the converter's own.
+
+transformers finds them through `quantizer`, which `import bwla_converter` registers.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_converter.hf.quantizer import BACKEND_VARIABLE
+from bwla_kernels import ops, reference
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
+from bwla_kernels.format.files import read_folder
+from bwla_kernels.format.folder import check_folder
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.model import check_model, not_finite
+from bwla_kernels.format.schema import BWLAFormat
+from bwla_kernels.head import head_reference
+from torch import Tensor, nn
+
+__all__ = [
+    "BACKEND_VARIABLE",
+    "REFERENCE",
+    "BWLAHead",
+    "BWLALinear",
+    "check_files",
+    "check_loaded",
+    "replace_linears",
+]
+
+REFERENCE = "reference"
+
+
+class _Stored(nn.Module):
+    """A module whose parameters are stored tensors, so that it saves back unchanged.
+
+    What the backend made of them is kept beside them and made anew when the module moves.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
+        super().__init__()
+        for key, want in specs.items():
+            dtype = torch.get_default_dtype() if key == "bias" else want.dtypes[0]
+            empty = torch.empty(want.shape, dtype=dtype, device="meta")
+            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        self._prepared: tuple[torch.device, Any, dict[str, Tensor]] | None = None
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors by their names in the format."""
+        return {key: param.data for key, param in self.named_parameters()}
+
+    def prepared(
+        self, spec: Any, device: torch.device, select: Callable[[], Any]
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The backend that `select` chooses, and what it made of the stored tensors."""
+        if self._prepared is None or self._prepared[0] != device:
+            backend = select()
+            self._prepared = (device, backend, backend.prepare(self.stored(), spec))
+        return self._prepared[1:]
+
+
+class BWLALinear(_Stored):
+    """A linear in the stored format, computed by the best backend for its device.
+
+    Args:
+        spec: the layer.
+        name: its module path, for messages.
+        backend: a backend's name, "reference" for the definition itself, None for the best.
+    """
+
+    def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
+        super().__init__(tensor_specs(spec))
+        self.spec, self.name, self.wanted = spec, name, backend
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+
+    @classmethod
+    def from_stored(
+        cls, name: str, spec: LayerSpec, tensors: Mapping[str, Tensor], bias: Tensor | None = None
+    ) -> "BWLALinear":
+        """A linear of given tensors, as the format stores them; `bias` [N] is its bias, whatever `spec` says."""
+        given = {key: tensor for key, tensor in tensors.items() if key != "bias"}
+        if bias is not None:
+            given["bias"] = bias
+        linear = cls(replace(spec, bias=bias is not None), name)
+        for key, tensor in given.items():
+            setattr(linear, key, nn.Parameter(tensor, requires_grad=False))
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N] in the dtype of x."""
+        if self.wanted == REFERENCE:
+            return reference.linear(x, self.stored(), self.spec)
+        backend, tensors = self.prepared(
+            self.spec, x.device, lambda: ops.select_backend(self.spec, x.device, self.wanted)[0]
+        )
+        y: Tensor = backend.apply(x, tensors, self.spec)
+        return y
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+class BWLAHead(_Stored):
+    """The 8-bit language-model head, computed by the best backend for its device.
+
+    Args:
+        spec: its sizes.
+        backend: a backend's name, "reference" for the definition, None for the best.
+    """
+
+    def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
+        super().__init__(head_tensor_specs(spec))
+        self.spec, self.wanted = spec, backend
+        self.in_features, self.out_features = spec.in_features, spec.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., V] in the dtype of x."""
+        if self.wanted == REFERENCE:
+            return head_reference(x, **self.stored())
+        backend, tensors = self.prepared(
+            self.spec, x.device, lambda: ops.select_head_backend(self.spec, x.device, self.wanted)[0]
+        )
+        y: Tensor = backend.apply(x, tensors, self.spec)
+        return y
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
+    """Check a checkpoint folder by its headers, and that it fills the model; returns its quantized linears.
+
+    Args:
+        model: the model before its linears are replaced, usually on the meta device.
+        folder: the checkpoint.
+
+    Raises:
+        FormatError: the first problem found, naming file and tensor.
+    """
+    entries = read_folder(folder)
+    specs = check_folder(folder, entries)
+    if not check_model(model, specs, entries, folder):
+        raise FormatError(
+            f"{folder}: expected the linears of {type(model).__name__} to have the names of the checkpoint's, found "
+            f"none called {next(iter(specs))}: load it with AutoModelForCausalLM"
+        )
+    return specs
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Check the values of every parameter of a loaded model.
+
+    Raises:
+        FormatError: the first tensor whose values cannot be right.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, BWLALinear):
+            validate_layer(name, module.stored(), module.spec)
+        elif isinstance(module, BWLAHead):
+            validate_head(module.stored(), module.spec)
+        else:
+            for key, parameter in module.named_parameters(recurse=False):
+                if not_finite(parameter):
+                    raise FormatError(
+                        f"{name}.{key}: expected finite values, found NaN or infinity; "
+                        "convert or download the model again"
+                    )
+
+
+def replace_linears(
+    model: nn.Module,
+    config: BWLAFormat,
+    backend: str | None = None,
+    specs: Mapping[str, LayerSpec] | None = None,
+) -> None:
+    """Replace, in place, every `nn.Linear` that the config quantizes by an empty `BWLALinear`.
+
+    Args:
+        model: a transformers model, usually on the meta device.
+        config: its quantization config.
+        backend: forced backend, see `BWLALinear`.
+        specs: the specs that the checkpoint's headers gave, which must agree with the model's sizes.
+
+    Raises:
+        FormatError: config, checkpoint and model contradict each other.
+    """
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear):
+            continue
+        if name == HEAD_MODULE and config.lm_head is not None:
+            head = BWLAHead(HeadSpec(module.out_features, module.in_features), backend)
+            model.set_submodule(name, head)
+            continue
+        spec = config.layer_spec(name, module.out_features, module.in_features, module.bias is not None)
+        if spec is None:
+            continue
+        if specs is not None and specs.get(name) != spec:
+            raise FormatError(
+                f"{name}: config.json describes {spec}, the safetensors headers {specs.get(name)}: "
+                "convert or download the model again"
+            )
+        model.set_submodule(name, BWLALinear(spec, name, backend))

@@ -1,0 +1,1 @@
+"""What a conversion will produce and need, settled before any weight is read."""

@@ -1,0 +1,175 @@
+"""What a conversion will do, settled from headers alone: a spec for every linear, the rank, the sizes on disk."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from bwla_converter.common.bits import auto_rank, bits_per_weight, fitting_rank, stored_bits, weights_of
+from bwla_converter.source.model import Source
+from bwla_kernels.errors import SourceError
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
+
+HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
+EMBEDDING_WEIGHT = "model.embed_tokens.weight"
+LAST_NORM = "model.norm"
+LARGE_HEAD = 2**26
+"""Weights from which a tied head is worth a tensor of its own."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about the output that is known before a weight is read.
+
+    Attributes:
+        specs: spec of every linear to quantize, by module path, in execution order.
+        rank: rank of the low-rank correction, the same everywhere.
+        fitting_rank: the rank that the bits would allow where it was chosen (see `ledger.auto_rank`), else `rank`.
+        format: the `quantization_config` to be written.
+        head_source: name of the tensor that the 8-bit head is made from; None where the head stays as it is.
+    """
+
+    specs: Mapping[str, LayerSpec]
+    rank: int
+    fitting_rank: int
+    format: BWLAFormat
+    head_source: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """Weights to quantize."""
+        return sum(map(weights_of, self.specs.values()))
+
+    @property
+    def bits_per_weight(self) -> float:
+        """All-in stored bits per quantized weight."""
+        return bits_per_weight(self.specs.values())
+
+    def output_bytes(self, source: Source) -> int:
+        """Bytes of the output's tensors: quantized linears, the 8-bit head, everything else as it is."""
+        kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
+        kept_bytes = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in kept)
+        head_bytes = 0
+        if self.head_source is not None:
+            rows, columns = source.entries[self.head_source].shape
+            head_bytes = rows * columns + 4 * rows
+        return kept_bytes + head_bytes + sum(map(stored_bits, self.specs.values())) // 8
+
+    def is_replaced(self, name: str) -> bool:
+        """Whether the source's tensor called `name` is not copied, because its quantized form is written."""
+        return name.removesuffix(".weight") in self.specs or (
+            self.head_source is not None and name == HEAD_WEIGHT
+        )
+
+
+def input_bytes(source: Source) -> int:
+    """Bytes of the source's tensors."""
+    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in source.entries.values())
+
+
+def choose_head(source: Source, bits: int | None) -> str | None:
+    """Name of the tensor to make an 8-bit head from, or None to leave the head as it is.
+
+    Args:
+        source: the model.
+        bits: 8, 16, or None to choose: 8 for a head of its own, and for a tied one that is large. A tied head
+            in 8 bits is one more tensor on disk, but is read in every step instead of the larger embedding.
+
+    Raises:
+        SourceError: bits other than these, or a head of its own where vLLM's model has no place for one.
+    """
+    if bits not in (None, 8, 16):
+        raise SourceError(
+            f"the head can have 8 or 16 bits, found {bits}: choose --lm-head-bits 8, 16 or auto"
+        )
+    family = source.family
+    if not family.own_head and not (source.tied_head and bits != 8):
+        found = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
+        raise SourceError(
+            f"{source.folder}: vLLM reads the head of {family.architecture} from its embedding, so it can only be "
+            f"tied and stays as it is, found {found}: choose --lm-head-bits auto and a tied model"
+        )
+    if not family.own_head:
+        return None
+    name = EMBEDDING_WEIGHT if source.tied_head else HEAD_WEIGHT
+    if bits == 16 or name not in source.entries:
+        return None
+    large = math.prod(source.entries[name].shape) >= LARGE_HEAD
+    return name if bits == 8 or large or not source.tied_head else None
+
+
+def make_plan(
+    source: Source,
+    rank: int | None,
+    bits: int,
+    clip: float | None,
+    provenance: Provenance,
+    head_bits: int | None = None,
+) -> Plan:
+    """Choose rotations and rank for every linear of `source`.
+
+    Args:
+        source: the checked model.
+        rank: rank of the correction; None to choose one within 1.16 all-in bits per weight (`ledger.auto_rank`).
+        bits: activation bits, 2..8 or 16.
+        clip: activation clip in (0, 1]; None for 1, until the recipe chooses others (`with_clips`).
+        provenance: what is recorded of the conversion.
+        head_bits: bits of the head, see `choose_head`.
+
+    Raises:
+        FormatError: bits, clip or rank out of range.
+        SourceError: a rank larger than a linear.
+    """
+    clip = 1.0 if clip is None else clip
+    specs: dict[str, LayerSpec] = {}
+    rotation: dict[str, tuple[int, int, int]] = {}
+    for index in range(source.num_blocks):
+        for group, names in source.groups_of_block(index):
+            for name in names:
+                out_features, in_features = source.entries[f"{name}.weight"].shape
+                sizes = choose_rotation(in_features, group.wished_blocks)
+                has_bias = f"{name}.bias" in source.entries
+                specs[name] = LayerSpec(
+                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias
+                )
+                # A block whose widths differ from the first one's gets an entry of its own.
+                if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
+                    rotation[name] = sizes
+    if not specs:
+        raise SourceError(f"{source.folder}: --ignore leaves no linear to quantize: ignore fewer")
+    fitting = fitting_rank(specs.values()) if rank is None else rank
+    if rank is None:
+        rank = auto_rank(fitting)
+    for name, spec in specs.items():
+        if rank > min(spec.out_features, spec.in_features):
+            raise SourceError(
+                f"{name}: rank {rank} is more than its {spec.out_features} x {spec.in_features} weight holds: "
+                "choose a smaller --rank, or auto"
+            )
+        specs[name] = replace(spec, rank=rank)
+    head_source = choose_head(source, head_bits)
+    format_ = BWLAFormat(
+        input_activations=activation_args(bits),
+        clip=clip,
+        rank=rank,
+        rotation=rotation,
+        ignore=[HEAD_MODULE, *source.ignore],
+        lm_head=head_args() if head_source else None,
+        provenance=provenance,
+    )
+    return Plan(specs, rank, fitting, format_, head_source)
+
+
+def with_clips(plan: Plan, clips: Mapping[str, float]) -> Plan:
+    """`plan` with the activation clips that the recipe chose.
+
+    Args:
+        plan: the plan.
+        clips: clip of every linear, by module path.
+    """
+    if all(spec.clip == clips[name] for name, spec in plan.specs.items()):
+        return plan
+    specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.specs.items()}
+    return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": dict(clips)}))

@@ -1,0 +1,1 @@
+"""The quantization mathematics: OKT, PSP, signs, scales; pure functions from weights to stored tensors."""

@@ -1,0 +1,1 @@
+"""What is reported of a conversion: JSON, the HTML page and the model card."""

@@ -1,0 +1,127 @@
+"""The data of a conversion's report: what was done, what it cost, what came of it. `report_page` draws it."""
+
+import json
+import logging
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_converter.checkpoint.contents import Contents, split_bytes
+from bwla_converter.common.atomic_files import whole_file
+from bwla_converter.common.versions import versions
+from bwla_converter.report.samples import UNASKED, make_samples, samples_problem
+from bwla_converter.source.model import Source
+
+REPORT_FILE = "bwla_report.json"
+PAGE_FILE = "bwla_report.html"
+TRAINING_SPLITS = {"wikitext2": "WikiText-2", "wikitext": "WikiText-2", "wiki.train": "WikiText-2"}
+"""What marks calibration text as the training split of a data set that perplexity is usually measured on."""
+
+
+def peak_memory() -> dict[str, int]:
+    """Largest memory of this process so far, in bytes: resident on the CPU, and allocated on a GPU that was used."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["gpu"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return peak
+
+
+def calibration_warning(calibration: Mapping[str, object]) -> str | None:
+    """A sentence where the calibration text is the training split of a usual evaluation set; else None."""
+    source = str(calibration.get("source", "")).lower()
+    for mark, name in TRAINING_SPLITS.items():
+        if mark in source:
+            return (
+                f"The calibration text is the training split of {name}: perplexity on {name}'s test split is "
+                "flattered by that. Judge this model on other text too."
+            )
+    return None
+
+
+def build_report(
+    summary: Mapping[str, Any],
+    traces: Mapping[str, Mapping[str, list[float]]],
+    statistics: Mapping[str, Any],
+    contents: Contents,
+    source: Source,
+) -> dict[str, Any]:
+    """Everything about a conversion, as plain JSON data.
+
+    Args:
+        summary: figures of the whole and of each layer, see `pipeline.Summary`.
+        traces: first linear of a group -> name of an objective -> its values.
+        statistics: "weights": linear -> `statistics.Change`; "activations": first linear of a group -> the same;
+            as plain data; either may be missing.
+        contents: what was written.
+        source: what was read.
+    """
+    provenance = contents.format.provenance.model_dump()
+    linears = contents.specs.keys()
+    return {
+        **summary,
+        "architecture": source.family.architecture,
+        "provenance": provenance,
+        "activation_bits": contents.format.bits,
+        "head_bits": 8 if contents.format.lm_head is not None else 16,
+        "bits": {part: round(bits, 5) for part, bits in contents.bits.items()},
+        "bytes": {"before": split_bytes(source.entries, linears), "after": dict(contents.bytes)},
+        "memory": peak_memory(),
+        "versions": versions(),
+        "calibration_warning": calibration_warning(provenance["calibration"]),
+        "traces": traces,
+        "statistics": statistics,
+    }
+
+
+def add_samples(report: Mapping[str, Any], model: Path, bwla: Path, wanted: int | None) -> dict[str, Any]:
+    """`report` with completions of both models, or with the reason why there are none.
+
+    Args:
+        report: what `build_report` gave.
+        model: folder of the original.
+        bwla: folder of the complete checkpoint.
+        wanted: prompts; None for a few where the model is small.
+    """
+    problem = samples_problem(model, report["bytes_before"], wanted)
+    if problem is not None:
+        return {**report, "samples": [], "no_samples": problem}
+    try:
+        samples = make_samples(model, bwla, UNASKED if wanted is None else wanted)
+    except Exception as cause:  # of any library below; an hour's work is not lost for want of an impression
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        logging.getLogger(__name__).warning("no samples of text: %s", reason)
+        return {**report, "samples": [], "no_samples": f"making them failed ({reason:.200})"}
+    return {**report, "samples": [asdict(sample) for sample in samples], "no_samples": None}
+
+
+def report_json(report: Mapping[str, Any]) -> str:
+    """JSON with a line for each entry of the first two levels: short to scroll, small on disk."""
+
+    def compact(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def nested(value: object) -> str:
+        if isinstance(value, Mapping) and value:
+            lines = ",\n".join(f"  {compact(key)}: {compact(item)}" for key, item in value.items())
+            return f"{{\n{lines}\n }}"
+        if isinstance(value, Sequence) and not isinstance(value, str) and value:
+            return "[\n" + ",\n".join(f"  {compact(item)}" for item in value) + "\n ]"
+        return compact(value)
+
+    body = ",\n".join(f" {compact(key)}: {nested(value)}" for key, value in report.items())
+    return f"{{\n{body}\n}}\n"
+
+
+def write_report(folder: Path, report: Mapping[str, Any], page: bool = True) -> None:
+    """Write the report's data and, unless it is not wanted, its page into `folder`."""
+    from bwla_converter.report.page import render_page
+
+    texts = {REPORT_FILE: report_json(report), **({PAGE_FILE: render_page(report)} if page else {})}
+    for file, text in texts.items():
+        with whole_file(folder / file) as partial:
+            partial.write_text(text, encoding="utf-8")

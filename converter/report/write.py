@@ -1,0 +1,69 @@
+"""What a finished checkpoint holds beside its tensors: report, model card, and last the hashes of all that."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.checkpoint.integrity import write_hashes
+from bwla_converter.options import Options, Summary
+from bwla_converter.quantize.group import GroupResult
+from bwla_converter.report.data import add_samples, build_report, write_report
+from bwla_converter.report.model_card import model_card, source_metadata, write_card
+from bwla_converter.report.statistics import activation_statistics, weight_statistics
+from bwla_converter.resume.manifest import BlockRecord
+from bwla_converter.source.model import Source
+from torch import Tensor
+
+STATISTICS = ("weights", "activations")
+
+
+def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict[str, dict[str, Any]]:
+    """How a group's weights and inputs were distributed, and are after its rotation, as the report has it.
+
+    Args:
+        weights: name of each linear -> its original weight [N_i, K].
+        result: what was made of them.
+    """
+    table: dict[str, dict[str, Any]] = {kind: {} for kind in STATISTICS}
+    for name, weight in weights.items():
+        table["weights"][name] = asdict(weight_statistics(weight, *_basis(result.tensors[name])))
+    if result.inputs is not None:
+        first = next(iter(weights))
+        change = activation_statistics(result.inputs, *_basis(result.tensors[first]))
+        table["activations"][first] = asdict(change)
+    return table
+
+
+def write_documents(
+    folder: Path, source: Source, options: Options, summary: Summary, records: list[BlockRecord]
+) -> None:
+    """Write them all into `folder`, which holds a complete checkpoint.
+
+    Args:
+        folder: the checkpoint, before it takes its place.
+        source: what was converted.
+        options: what was asked for.
+        summary: what came of it.
+        records: of the blocks, in order.
+    """
+    contents = read_contents(folder)
+    figures = asdict(summary)
+    figures.pop("out")  # a checkpoint may be moved
+    traces = {name: trace for record in records for name, trace in record.traces.items()}
+    statistics = {
+        kind: {name: change for record in records for name, change in record.statistics.get(kind, {}).items()}
+        for kind in STATISTICS
+    }
+    report = build_report(figures, traces, statistics, contents, source)
+    if options.report:
+        report = add_samples(report, source.folder, folder, options.text_samples)
+    write_report(folder, report, page=options.report)
+    place = {"place": options.hub_repo} if options.hub_repo else {}
+    write_card(folder, model_card(contents, source_metadata(source.folder), **place))
+    write_hashes(folder)
+
+
+def _basis(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return tensors["rotation_left"], tensors["rotation_right"], tensors["column_scale"]

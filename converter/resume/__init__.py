@@ -1,0 +1,1 @@
+"""The work folder of an unfinished conversion, and what makes resuming safe."""

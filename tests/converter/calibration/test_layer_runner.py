@@ -1,0 +1,83 @@
+"""Blocks one at a time compute what the whole model computes, for every family."""
+
+import pytest
+import torch
+from bwla_converter.calibration.layer_runner import Shell
+from bwla_converter.source.families import FAMILIES
+from bwla_converter.source.model import open_source
+from bwla_kernels.errors import SourceError
+from torch import nn
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_block_after_block_is_the_model(make_model, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(family, dtype=torch.float32, lively=True)
+    ids = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    source = open_source(str(folder))
+    shell = Shell(source, torch.device("cpu"))
+    hidden = shell.embed(ids)
+    with torch.no_grad():
+        expected = model(ids, output_hidden_states=True).hidden_states
+        for index in range(source.num_blocks):
+            torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
+            hidden = shell.block(index, source.read(source.names_of_block(index))).run(hidden)
+        torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(family, dtype=torch.float32, lively=True)
+    ids = torch.randint(0, 96, (2, 20), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    seen = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+    model(ids)
+    source = open_source(str(folder))
+    shell = Shell(source, torch.device("cpu"))
+    hidden = shell.embed(ids)
+    for index in range(source.num_blocks):
+        block = shell.block(index, source.read(source.names_of_block(index)))
+        for _, names in source.groups_of_block(index):
+            found = block.inputs_of(names[0], hidden)
+            for name in names:
+                torch.testing.assert_close(found, seen[name], rtol=1e-4, atol=1e-4)
+        hidden = block.run(hidden)
+
+
+def test_looking_into_and_changing_a_block(make_model) -> None:
+    source = open_source(str(make_model(dtype=torch.float32)))
+    block = Shell(source, torch.device("cpu")).block(1, source.read(source.names_of_block(1)))
+    hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    name = "model.layers.1.mlp.down_proj"
+    with torch.no_grad():
+        before = block.run(hidden)
+        inputs = block.inputs_of(name, hidden)
+        mlp = block.layer.mlp
+        attended = before - mlp.down_proj(inputs)
+        again = mlp.act_fn(mlp.gate_proj(block.layer.post_attention_layernorm(attended)))
+        again = again * mlp.up_proj(block.layer.post_attention_layernorm(attended))
+        torch.testing.assert_close(inputs, again, rtol=1e-4, atol=1e-4)
+        assert torch.equal(block.run(hidden), before)
+        block.replace(name, nn.Linear(128, 64, bias=False))
+        assert not torch.equal(block.run(hidden), before)
+    assert block.linear(name) is block.layer.mlp.down_proj
+
+
+def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
+    source = open_source(str(make_model()))
+    block = Shell(source, torch.device("cpu")).block(0, source.read(source.names_of_block(0)))
+    block.layer.spare = nn.Linear(4, 4)
+    with pytest.raises(SourceError, match="expected the model to use this linear"), torch.no_grad():
+        block.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))

@@ -1,0 +1,60 @@
+"""Calibration text: what is read, which windows are cut, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter.calibration.text import Calibration, dataset_text, read_texts, token_windows
+from bwla_kernels.errors import SourceError
+from paths import EXAMPLE
+
+
+def test_files_folders_and_json_lines(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.txt").write_text("first")
+    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("third", "fourth")))
+    (tmp_path / "other.md").write_text("not this")
+    assert list(read_texts(tmp_path)) == ["first", "second", "third", "fourth"]
+    assert list(read_texts(tmp_path / "b.txt")) == ["second"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="expected a file or a folder with .txt or .jsonl"):
+        list(read_texts(tmp_path / "nothing"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "no"}\n')
+    with pytest.raises(SourceError, match=r"bad.jsonl, line 2: expected an object with a \"text\""):
+        list(read_texts(tmp_path / "bad.jsonl"))
+
+
+def test_windows_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = " ".join(f"word {i} of many" for i in range(400))
+    (tmp_path / "text.txt").write_text(text)
+    calibration = Calibration(str(tmp_path / "text.txt"), samples=5, length=32)
+    windows, digest = token_windows(calibration, EXAMPLE, seed=1)
+    assert windows.shape == (5, 32)
+    whole = AutoTokenizer.from_pretrained(EXAMPLE)(text, return_tensors="pt").input_ids[0]
+    pieces = whole.unfold(0, 32, 1)
+    assert all(bool((pieces == window).all(1).any()) for window in windows)
+    again, same = token_windows(calibration, EXAMPLE, seed=1)
+    assert torch.equal(windows, again)
+    assert digest == same
+    assert not torch.equal(windows, token_windows(calibration, EXAMPLE, seed=2)[0])
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("a few words")
+    with pytest.raises(SourceError, match="expected at least 64 tokens, found"):
+        token_windows(Calibration(str(tmp_path / "text.txt"), length=64), EXAMPLE, 0)
+
+
+def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(
+        SourceError, match="calibration wikitext2: (needs the datasets library|the Hub did not)"
+    ):
+        dataset_text("wikitext2")

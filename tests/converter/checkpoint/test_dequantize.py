@@ -1,0 +1,89 @@
+"""A dense model computes what the BWLA model computes without activation quantization."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter.checkpoint import dequantize as module
+from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.checkpoint.dequantize import dense_bytes, write_dense
+from bwla_converter.hf import modules as hf
+from bwla_converter.pipeline import Options, convert
+from bwla_kernels.errors import BWLAError, FormatError
+from bwla_kernels.format.folder import read_folder
+from transformers import AutoModelForCausalLM
+
+IDS = torch.arange(24).view(1, 24)
+
+
+def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()(IDS).logits
+    return result.float()
+
+
+@pytest.mark.parametrize(("family", "head_bits"), [("Qwen2", 16), ("Llama", 8)])
+def test_logits_are_those_of_the_checkpoint(
+    make_model, tmp_path: Path, monkeypatch, family: str, head_bits: int
+) -> None:
+    checkpoint, dense = tmp_path / "bwla", tmp_path / "dense"
+    convert(Options(str(make_model(family)), checkpoint, rank=2, bits=16, head_bits=head_bits))
+    # More than one piece to a weight.
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
+    done = write_dense(checkpoint, dense, "float32")
+    assert done.linears == 14
+    monkeypatch.setenv(hf.BACKEND_VARIABLE, "torch")
+    before, after = logits(checkpoint), logits(dense)
+    # The 8-bit head also rounds its inputs, to 16 bits.
+    assert (before - after).abs().max() < 2e-4 * before.abs().max()
+
+
+def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    seen: list[str] = []
+    done = write_dense(example_bwla, dense, on_linear=seen.append)
+    assert len(seen) == done.linears == 28
+    config = json.loads((dense / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    assert config["tie_word_embeddings"] is False  # this one has an 8-bit head of its own
+    entries = read_folder(dense)
+    assert {entry.dtype for entry in entries.values()} == {torch.bfloat16}
+    assert not [name for name in entries if "packed" in name or "scale" in name]
+    contents = read_contents(example_bwla)
+    assert done.bytes == dense_bytes(contents, torch.bfloat16)
+    assert (dense / "tokenizer.json").is_file()
+    write_dense(example_bwla, tmp_path / "exact", "float32")
+    exact, rounded = logits(tmp_path / "exact"), logits(dense)
+    assert (exact - rounded).norm() < 0.02 * exact.norm()
+
+
+def test_what_cannot_be_done_is_said_and_leaves_nothing(example_bwla: Path, tmp_path: Path) -> None:
+    with pytest.raises(BWLAError, match="expected one of bfloat16, float16, float32, found 'int4'"):
+        write_dense(example_bwla, tmp_path / "dense", "int4")
+    with pytest.raises(BWLAError, match="is the checkpoint itself"):
+        write_dense(example_bwla, example_bwla, overwrite=True)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(BWLAError, match="exists already"):
+        write_dense(example_bwla, tmp_path / "taken")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_damage_is_noticed_before_anything_stands(make_model, tmp_path: Path, edit) -> None:
+    checkpoint = tmp_path / "bwla"
+    convert(Options(str(make_model()), checkpoint))
+    name = "model.layers.1.mlp.up_proj.weight_scale"
+    edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: -t)
+    with pytest.raises(FormatError, match="expected positive scales"):
+        write_dense(checkpoint, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_values_beyond_float16_are_refused(make_model, tmp_path: Path, edit) -> None:
+    checkpoint = tmp_path / "bwla"
+    convert(Options(str(make_model()), checkpoint))
+    name = "model.layers.0.mlp.down_proj.weight_scale"
+    edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: t * 1e7)
+    with pytest.raises(BWLAError, match="choose --dtype bfloat16 or float32"):
+        write_dense(checkpoint, tmp_path / "dense", "float16")

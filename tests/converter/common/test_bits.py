@@ -1,0 +1,70 @@
+"""The bits ledger: every stored bit is counted, and the automatic rank stays within its budget."""
+
+import pytest
+from bwla_converter.common.bits import (
+    AUTO_RANK_BITS,
+    auto_rank,
+    bits_per_weight,
+    fitting_rank,
+    rank_words,
+    stored_bits,
+)
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format import LayerSpec
+
+
+def test_every_stored_bit_is_counted(make_layer) -> None:
+    spec = LayerSpec(40, 192, 2, 8, 12, rank=3, bias=True)
+    stored = make_layer(spec, 0)
+    by_hand = sum(8 * t.numel() * t.element_size() for name, t in stored.items() if name != "bias")
+    assert stored_bits(spec) == by_hand
+    assert bits_per_weight([spec, spec]) == pytest.approx(by_hand / (40 * 192))
+
+
+def test_the_fitting_rank_is_the_largest_that_fits() -> None:
+    specs = [
+        LayerSpec(2048, 2048, 1, 32, 64),
+        LayerSpec(5632, 2048, 1, 32, 64),
+        LayerSpec(2048, 5632, 8, 22, 32),
+    ]
+    rank = fitting_rank(specs)
+    assert rank > 0
+
+    def total(r: int) -> float:
+        return bits_per_weight([LayerSpec(**{**spec.__dict__, "rank": r}) for spec in specs])
+
+    assert total(rank) <= AUTO_RANK_BITS < total(rank + 1)
+
+
+def test_no_rank_where_even_rank_one_does_not_fit() -> None:
+    assert fitting_rank([LayerSpec(64, 64, 1, 8, 8)]) == 0
+
+
+def test_the_fitting_rank_never_exceeds_a_layer() -> None:
+    specs = [LayerSpec(8, 8192, 1, 64, 128), LayerSpec(8192, 8192, 1, 64, 128)]
+    assert fitting_rank(specs, budget=9.0) == 8
+
+
+@pytest.mark.parametrize(
+    ("fitting", "chosen"),
+    [
+        *((rank, rank) for rank in (0, 1, 2, 5, 10, 15, 16, 24, 30, 31, 32, 40, 47, 64)),
+        *((17, 16), (23, 16), (35, 32), (39, 32), (50, 48)),
+    ],
+)
+def test_auto_rank_drops_a_step_that_is_less_than_half_full(fitting: int, chosen: int) -> None:
+    assert auto_rank(fitting) == chosen
+
+
+def test_auto_rank_of_qwen3_32b() -> None:
+    """q, k, v, o, gate, up and down: 35 fits the bits, and costs a GPU as much as 48."""
+    sizes = [(8192, 5120, 1), (1024, 5120, 1), (1024, 5120, 1), (5120, 8192, 8)]
+    sizes += [(25600, 5120, 1), (25600, 5120, 1), (5120, 25600, 8)]
+    specs = [LayerSpec(n, k, *choose_rotation(k, blocks)) for n, k, blocks in sizes]
+    assert fitting_rank(specs) == 35
+    assert auto_rank(35) == 32
+
+
+def test_the_choice_is_told_in_words() -> None:
+    assert rank_words(32, 35) == "rank 32 (35 would fit the bits, but a GPU pays for 48)"
+    assert rank_words(5, 5) == "rank 5"

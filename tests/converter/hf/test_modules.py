@@ -1,0 +1,193 @@
+"""A BWLA checkpoint in transformers: same numbers as the definition, saves back unchanged, refuses damage."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter.hf import modules as hf
+from bwla_converter.pipeline import Options, convert
+from bwla_kernels import reference
+from bwla_kernels.errors import FormatError
+from bwla_kernels.format.folder import read_folder
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM
+
+IDS = torch.arange(24).view(1, 24)
+
+
+@pytest.fixture
+def checkpoint(make_model, tmp_path: Path) -> Path:
+    out = tmp_path / "out"
+    convert(Options(str(make_model("Qwen2", shards=2)), out, rank=2))
+    return out
+
+
+def load(folder: Path, backend: str | None = None, monkeypatch=None, **options):
+    if backend:
+        monkeypatch.setenv(hf.BACKEND_VARIABLE, backend)
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
+def tensor_digests(folder: Path) -> dict[str, tuple[str, str]]:
+    digests = {}
+    for name, entry in read_folder(folder).items():
+        with safe_open(folder / entry.file, framework="pt") as handle:
+            tensor = handle.get_tensor(name)
+        raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        digests[name] = (str(tensor.dtype), hashlib.sha256(raw).hexdigest())
+    return digests
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stored_tensors_keep_their_dtypes(checkpoint: Path, dtype) -> None:
+    model = load(checkpoint, dtype=dtype)
+    layers = [module for module in model.modules() if isinstance(module, hf.BWLALinear)]
+    assert len(layers) == 14
+    for layer in layers:
+        assert layer.rotation_left.dtype == torch.float16
+        assert layer.weight_scale.dtype == torch.bfloat16
+        assert layer.low_rank_a.dtype == torch.bfloat16
+        assert layer.weight_packed.dtype == torch.int32
+    assert model.model.norm.weight.dtype == dtype
+    assert torch.isfinite(model(IDS).logits).all()
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_dequantized_weights_without_activation_quantization(
+    make_model, tmp_path
+) -> None:
+    folder, out = make_model("Qwen2", dtype=torch.float32), tmp_path / "out"
+    convert(Options(str(folder), out, rank=2, bits=16))
+    ours = load(out, dtype=torch.float32)
+    assert isinstance(ours.lm_head, hf.BWLAHead)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, module in ours.named_modules():
+        if isinstance(module, hf.BWLAHead):
+            plain.lm_head.weight.copy_(module.weight_int8 * module.weight_scale.unsqueeze(1))
+        elif isinstance(module, hf.BWLALinear):
+            plain.get_submodule(name).weight.copy_(reference.dequantize(module.stored(), module.spec))
+    torch.testing.assert_close(ours(IDS).logits, plain(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_best_backend_agrees_with_the_definition(checkpoint: Path, monkeypatch) -> None:
+    best = load(checkpoint, dtype=torch.float32)(IDS).logits
+    defined = load(checkpoint, "reference", monkeypatch, dtype=torch.float32)(IDS).logits
+    assert (best - defined).norm() <= 2e-3 * defined.norm()
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma 2", "Phi-3"])
+def test_saves_back_unchanged(make_model, tmp_path: Path, family: str) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    convert(Options(str(make_model(family, shards=2)), out, rank=2))
+    load(out).save_pretrained(again)
+    assert tensor_digests(again) == tensor_digests(out)
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert torch.equal(load(again)(IDS).logits, load(out)(IDS).logits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@torch.no_grad()
+def test_runs_on_a_gpu_through_the_same_ops(checkpoint: Path) -> None:
+    here = load(checkpoint, dtype=torch.float32)(IDS).logits
+    there = load(checkpoint, dtype=torch.float32).cuda()(IDS.cuda()).logits.cpu()
+    assert (here - there).norm() <= 2e-3 * here.norm()
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+LOAD = "print(type(AutoModelForCausalLM.from_pretrained({folder!r}).model.layers[0].mlp.up_proj).__name__)"
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import bwla_converter\nfrom transformers import AutoModel, AutoModelForCausalLM",
+        "from transformers import AutoModel, AutoModelForCausalLM\nimport bwla_converter",
+    ],
+)
+def test_importing_the_package_is_enough_in_either_order(checkpoint: Path, imports: str) -> None:
+    assert run_python(f"{imports}\n{LOAD.format(folder=str(checkpoint))}") == "BWLALinear"
+
+
+def test_importing_the_package_imports_nothing_heavy_and_changes_nothing() -> None:
+    code = (
+        "import sys, bwla_converter; from bwla_converter.hf.registration import register_with_transformers as again; "
+        "again(); heavy = {'torch', 'transformers', 'safetensors'} & set(sys.modules); "
+        "count = sum('bwla' in str(type(finder)) for finder in sys.meta_path); "
+        "import transformers.quantizers.auto as auto; "
+        "left = sum('bwla' in str(type(finder)) for finder in sys.meta_path); "
+        "print(sorted(heavy), count, left, type(auto.__loader__).__name__, 'bwla' in auto.AUTO_QUANTIZER_MAPPING)"
+    )
+    assert run_python(code) == "[] 1 0 SourceFileLoader True"
+
+
+def test_another_auto_class_is_refused_with_the_right_one(checkpoint: Path) -> None:
+    with pytest.raises(FormatError, match="found none called .*: load it with AutoModelForCausalLM"):
+        AutoModel.from_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: None, "model.norm.weight should be in .* but is not"),
+        (lambda t: t[:-1].contiguous(), r"model.norm.weight: expected the shape \[64\] .* found \[63\]"),
+        (
+            lambda t: t.to(torch.int32),
+            "model.norm.weight: expected dtype bfloat16 or float16 or float32, found int32",
+        ),
+        (lambda t: t * float("nan"), "model.norm.weight: expected finite values, found NaN"),
+    ],
+)
+def test_what_is_not_quantized_is_checked_too(checkpoint: Path, edit, change, sentence: str) -> None:
+    """transformers itself would start a missing norm at random and only warn."""
+    edit.tensor(checkpoint / read_folder(checkpoint)["model.norm.weight"].file, "model.norm.weight", change)
+    with pytest.raises(FormatError, match=sentence):
+        load(checkpoint)
+
+
+def test_a_stray_weight_file_is_refused(checkpoint: Path) -> None:
+    shard = next(checkpoint.glob("*.safetensors"))
+    (checkpoint / "old.safetensors").write_bytes(shard.read_bytes())
+    with pytest.raises(FormatError, match=r"old\.safetensors: expected only files of this checkpoint"):
+        load(checkpoint)
+
+
+def test_an_index_that_is_no_json_is_refused_before_transformers_reads_it(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(FormatError, match=r"index\.json: not valid JSON"):
+        load(checkpoint)
+
+
+def test_damage_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
+    shard = checkpoint / read_folder(checkpoint)["model.layers.0.mlp.up_proj.rotation_left"].file
+    edit.tensor(shard, "model.layers.0.mlp.up_proj.rotation_left", lambda t: t * 2)
+    with pytest.raises(
+        FormatError, match=r"layers\.0\.mlp\.up_proj\.rotation_left: expected an orthogonal matrix"
+    ):
+        load(checkpoint)
+
+
+def test_a_missing_tensor_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
+    shard = checkpoint / read_folder(checkpoint)["model.layers.0.mlp.up_proj.weight_scale"].file
+    edit.tensor(shard, "model.layers.0.mlp.up_proj.weight_scale", lambda t: None)
+    with pytest.raises(FormatError, match=r"up_proj\.weight_scale should be in"):
+        load(checkpoint)
+
+
+def test_a_config_of_another_version_is_refused(checkpoint: Path, edit) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    edit.json(
+        checkpoint / "config.json", quantization_config=config["quantization_config"] | {"format_version": 7}
+    )
+    with pytest.raises(FormatError, match="expected format_version 1, found 7"):
+        load(checkpoint)

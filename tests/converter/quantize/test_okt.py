@@ -1,0 +1,214 @@
+"""OKT: the objective falls at every half step, and the rotation finds two peaks where there are some."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from bwla_converter.quantize import okt
+from bwla_converter.quantize.okt import Mixture, learn_rotation
+from bwla_kernels.errors import SourceError
+from bwla_kernels.reference import rotate
+from torch import Tensor
+
+SIZES = (2, 8, 12)
+WIDTH = 192
+SLACK = 1e-6
+"""What rounding to float32 may add to an objective of about 1."""
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def student(rows: int, columns: int, seed: int = 1) -> Tensor:
+    """Student-t with 4 degrees of freedom: the tails of a weight with outliers."""
+    chi = normal(4, rows, columns, seed=seed + 100).square().mean(0)
+    return normal(rows, columns, seed=seed) / chi.sqrt()
+
+
+def group() -> list[Tensor]:
+    """Two members of one input group, with rows of very different size."""
+    return [student(40, WIDTH) * torch.logspace(-4, 4, 40).unsqueeze(1), normal(25, WIDTH, seed=2)]
+
+
+def binarization_error(weight: Tensor) -> float:
+    """Relative error of signs with the best scale a row, squared: 1 - mean|w|^2 / mean(w^2)."""
+    return float((1 - weight.abs().mean(1).square() / weight.square().mean(1)).mean())
+
+
+def planted(rows: int, n1: int, n2: int, noise: float = 0.2) -> Tensor:
+    """Rows with two clear peaks, hidden by a random Kronecker rotation."""
+    peaks = torch.where(normal(rows, n1 * n2, seed=5) > 0, 1.0, -1.0) + noise * normal(rows, n1 * n2, seed=6)
+    left, right = (okt.random_orthogonal(1, n, generator(7 + n)).float() for n in (n1, n2))
+    return rotate(peaks, left, right)
+
+
+def rotate_all(weights: list[Tensor], rotation: okt.Rotation) -> Tensor:
+    return torch.cat([rotate(weight, rotation.left, rotation.right) for weight in weights])
+
+
+@pytest.mark.parametrize("ceiling", [okt.VARIANCE_CEILING, 1.0])
+@pytest.mark.parametrize("start", ["random", "identity"])
+def test_every_half_step_lowers_the_objective(ceiling: float, start: okt.Start) -> None:
+    state = okt.start_state(group(), SIZES, generator(), start, ceiling)
+    values = [okt.objective(state)]
+    for _ in range(10):
+        for step in (okt.mixture_step, okt.left_step, okt.right_step):
+            state = step(state)
+            values.append(okt.objective(state))
+    assert all(after <= before + SLACK for before, after in pairwise(values))
+    assert values[-1] < values[0] - 1e-3
+
+
+def test_the_trace_is_the_objective_after_each_round() -> None:
+    state = okt.start_state(group(), SIZES, generator())
+    values = [okt.objective(state)]
+    for _ in range(3):
+        state = okt.right_step(okt.left_step(okt.mixture_step(state)))
+        values.append(okt.objective(state))
+    heard: list[tuple[int, float]] = []
+    rotation = learn_rotation(
+        group(), SIZES, rounds=3, generator=generator(), on_round=lambda *pair: heard.append(pair)
+    )
+    assert rotation.trace == values
+    assert heard == list(enumerate(values))
+
+
+def test_the_state_holds_the_unit_rows_rotated_as_the_kernels_rotate_them() -> None:
+    state = okt.start_state(group(), SIZES, generator())
+    for _ in range(5):
+        state = okt.right_step(okt.left_step(okt.mixture_step(state)))
+    unit = torch.cat([w / w.square().mean(1, keepdim=True).sqrt() for w in group()])
+    rows = torch.cat([chunk.permute(2, 0, 1, 3).flatten(1) for chunk in state.chunks])
+    torch.testing.assert_close(rows, rotate(unit, state.left, state.right), atol=1e-5, rtol=0)
+
+
+def test_likelihood_equals_the_density_of_two_normals() -> None:
+    cells = normal(3, 5, 16)
+    mixture = Mixture(torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99]), torch.tensor([1.0, 0.5, 0.15, 0.1, 1e-3]))
+    c, v = (part.double().unsqueeze(-1) for part in (mixture.centre, mixture.variance))
+    both = torch.stack(
+        [torch.distributions.Normal(s * c, v.sqrt()).log_prob(cells.double()) for s in (1, -1)]
+    )
+    expected = -(both.logsumexp(0) - math.log(2)).mean((0, 2))
+    torch.testing.assert_close(okt.negative_log_likelihood(cells, mixture), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_one_step_of_em_in_closed_form() -> None:
+    cells = normal(2, 4, 16) * 0.7
+    before = Mixture(torch.full((4,), 0.5), torch.full((4,), 0.4))
+    t = torch.tanh(0.5 * cells.double() / 0.4)
+    centre = (t * cells).mean((0, 2))
+    after = okt.fit_mixture(cells, before, ceiling=1.0)
+    torch.testing.assert_close(after.centre.double(), centre, rtol=1e-5, atol=1e-6)
+    spread = cells.double().square().mean((0, 2)) - centre**2
+    torch.testing.assert_close(after.variance.double(), spread, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(okt.expected_pull(cells, before).double(), t * (0.5 / 0.4), rtol=0, atol=1e-6)
+
+
+def test_variance_stays_within_its_bounds() -> None:
+    two_points = torch.where(normal(1, 4, 64) > 0, 1.0, -1.0)
+    assert okt.start_mixture(two_points).variance.tolist() == pytest.approx([okt.VARIANCE_FLOOR] * 4)
+    flat = normal(1, 4, 64)
+    unit = flat / flat.square().mean(2, keepdim=True).sqrt()
+    assert okt.start_mixture(unit).variance.tolist() == pytest.approx([okt.VARIANCE_CEILING] * 4)
+    assert (okt.start_mixture(unit).centre > 0.7).all(), "c = 0 would be a stationary point"
+
+
+def test_rotations_are_orthogonal_and_keep_the_product() -> None:
+    weights = group()
+    rotation = learn_rotation(weights, SIZES, generator=generator())
+    for factor in (rotation.left, rotation.right):
+        gram = factor.mT @ factor
+        torch.testing.assert_close(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=2**-10, rtol=0)
+    x = normal(3, WIDTH, seed=9)
+    x_hat = rotate(x, rotation.left, rotation.right)
+    w_hat = rotate(weights[1], rotation.left, rotation.right)
+    torch.testing.assert_close(x_hat @ w_hat.t(), x @ weights[1].t(), atol=1e-2, rtol=1e-2)
+
+
+def test_planted_peaks_are_found() -> None:
+    weight = planted(64, 4, 8)
+    found = learn_rotation([weight], (1, 4, 8), generator=generator())
+    assert binarization_error(weight) > 0.3
+    assert binarization_error(rotate_all([weight], found)) < 0.05
+
+
+def test_heavy_tails_are_cured() -> None:
+    weight = student(96, 384)
+    found = rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=generator()))
+    by_chance = rotate_all([weight], learn_rotation([weight], (1, 16, 24), rounds=0, generator=generator()))
+    assert binarization_error(weight) > 0.45
+    assert binarization_error(found) < binarization_error(by_chance) - 0.02
+
+
+def test_the_ceiling_keeps_the_peaks_apart() -> None:
+    weight = normal(96, 384)
+    errors = [
+        binarization_error(
+            rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=generator(), ceiling=c))
+        )
+        for c in (okt.VARIANCE_CEILING, 1.0)
+    ]
+    assert errors[0] < errors[1] - 0.003
+
+
+def test_members_share_one_rotation_learned_from_their_pooled_rows() -> None:
+    apart = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    pooled = learn_rotation([torch.cat(group())], SIZES, rounds=5, generator=generator())
+    torch.testing.assert_close(apart.left, pooled.left, atol=1e-4, rtol=0)
+    assert apart.trace == pytest.approx(pooled.trace, abs=1e-6)
+
+
+def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 7 * WIDTH)
+    chunked = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    torch.testing.assert_close(whole.right, chunked.right, atol=1e-4, rtol=0)
+
+
+def test_rows_of_zeros_change_nothing() -> None:
+    plain = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    padded = learn_rotation([*group(), torch.zeros(3, WIDTH)], SIZES, rounds=5, generator=generator())
+    torch.testing.assert_close(plain.left, padded.left, atol=1e-4, rtol=0)
+    assert plain.trace == pytest.approx(padded.trace, abs=1e-6)
+
+
+def test_a_weight_of_zeros_keeps_its_start() -> None:
+    rotation = learn_rotation(
+        [torch.zeros(4, 32)], (1, 4, 8), rounds=2, generator=generator(), start="identity"
+    )
+    torch.testing.assert_close(rotation.left, torch.eye(4).unsqueeze(0))
+    assert rotation.trace == [0.0, 0.0, 0.0]
+
+
+def test_a_factor_of_order_one_is_a_sign() -> None:
+    rotation = learn_rotation([normal(20, 32)], (1, 1, 32), rounds=3, generator=generator())
+    assert rotation.left.abs().item() == pytest.approx(1.0)
+
+
+def test_the_seed_decides_and_the_weights_stay() -> None:
+    weights = group()
+    kept = [weight.clone() for weight in weights]
+    first, again, other = (
+        learn_rotation(weights, SIZES, rounds=3, generator=generator(s)) for s in (0, 0, 1)
+    )
+    assert torch.equal(first.left, again.left)
+    assert torch.equal(first.right, again.right)
+    assert first.trace == again.trace
+    assert not torch.equal(first.left, other.left)
+    assert all(torch.equal(before, after) for before, after in zip(kept, weights, strict=True))
+
+
+def test_bad_weights_are_refused() -> None:
+    spoiled = normal(4, WIDTH)
+    spoiled[1, 2] = math.nan
+    with pytest.raises(SourceError, match=r"weight 1 of the group: expected finite values"):
+        learn_rotation([normal(4, WIDTH), spoiled], SIZES, generator=generator())
+    with pytest.raises(SourceError, match=r"weight 0 of the group: expected \[N, 192\].*found \(4, 191\)"):
+        learn_rotation([normal(4, 191)], SIZES, generator=generator())

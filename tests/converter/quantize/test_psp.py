@@ -1,0 +1,146 @@
+"""PSP: the objective falls at every half step, and a planted low-rank part is taken out."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from bwla_converter.quantize import okt, psp
+from bwla_converter.quantize.psp import proximal_low_rank
+from bwla_kernels.errors import SourceError
+from torch import Tensor
+
+SLACK = 1e-6
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def planted(rank: int = 3, rows: int = 60, columns: int = 96) -> tuple[Tensor, Tensor]:
+    """Two-peaked rows of different size plus a part of low rank; both."""
+    peaks = torch.where(normal(rows, columns, seed=5) > 0, 1.0, -1.0) + 0.2 * normal(rows, columns, seed=6)
+    low = 0.7 * normal(rows, rank, seed=7) @ normal(rank, columns, seed=8)
+    size = torch.logspace(-3, 3, rows).unsqueeze(1)
+    return (peaks + low) * size, low * size
+
+
+def row_errors(found: Tensor, true: Tensor) -> Tensor:
+    errors: Tensor = (found - true).norm(dim=1) / true.norm(dim=1)
+    return errors
+
+
+@pytest.mark.parametrize("ceiling", [okt.VARIANCE_CEILING, 1.0])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_every_half_step_lowers_the_objective(rank: int, ceiling: float) -> None:
+    weight = normal(60, 96) * torch.logspace(-3, 3, 60).unsqueeze(1)
+    state = psp.start_state(weight, rank, generator(), ceiling)
+    values = [psp.objective(state)]
+    for _ in range(12):
+        for step in (psp.mixture_step, psp.low_rank_step):
+            state = step(state)
+            values.append(psp.objective(state))
+    assert all(after <= before + SLACK for before, after in pairwise(values))
+    assert values[-1] < values[0] - 1e-3
+
+
+def test_a_planted_low_rank_part_is_found() -> None:
+    weight, low = planted()
+    found = proximal_low_rank(weight, 3, generator=generator())
+    assert row_errors(found.b @ found.a, low).median() < 0.25
+    rest = weight - found.b @ found.a
+    two_peaked = 1 - rest.abs().mean(1).square() / rest.square().mean(1)
+    assert two_peaked.mean() < 0.1
+    raw = 1 - weight.abs().mean(1).square() / weight.square().mean(1)
+    assert raw.mean() > 0.25
+
+
+def test_the_step_is_the_whitened_truncated_svd_of_the_target() -> None:
+    """Run to convergence, the subspace iteration gives what an exact SVD gives."""
+    weight, _ = planted()
+    state = psp.mixture_step(psp.start_state(weight, 3, generator()))
+    mixture = state.mixtures[0]
+    root = mixture.variance.sqrt().unsqueeze(1)
+    unit = weight / weight.square().mean(1, keepdim=True).sqrt()
+    target = mixture.centre.unsqueeze(1) * torch.tanh(unit * mixture.slope)
+    point = (unit - target) / root
+    u, s, vh = torch.linalg.svd(point.double(), full_matrices=False)
+    expected = root * (u[:, :3] * s[:3] @ vh[:3]).float()
+    basis = psp.dominant_rows([point[:20], point[20:]], state.basis, 60)[:, :3]
+    torch.testing.assert_close(root * (point @ basis) @ basis.mT, expected, atol=1e-4, rtol=1e-3)
+    stepped = psp.low_rank_step(state)
+    distance = [float(((m / root) - point).norm()) for m in (stepped.b @ stepped.a, expected)]
+    assert distance[1] <= distance[0] <= 1.02 * distance[1]
+
+
+def test_captured_power_never_falls() -> None:
+    matrix = normal(50, 40)
+    basis = torch.linalg.qr(normal(40, 6, seed=2))[0]
+    captured = []
+    for _ in range(8):
+        captured.append(float((matrix @ basis[:, :3]).square().sum()))
+        basis = psp.dominant_rows([matrix], basis, 1)
+    assert all(after >= before - 1e-3 for before, after in pairwise(captured))
+    torch.testing.assert_close(basis.mT @ basis, torch.eye(6), atol=1e-5, rtol=0)
+
+
+def test_shapes_trace_and_progress() -> None:
+    weight, _ = planted()
+    heard: list[tuple[int, float]] = []
+    found = proximal_low_rank(
+        weight, 2, rounds=5, generator=generator(), on_round=lambda *pair: heard.append(pair)
+    )
+    assert (found.b.shape, found.a.shape) == ((60, 2), (2, 96))
+    assert heard == list(enumerate(found.trace))
+    assert len(found.trace) == 6
+    torch.testing.assert_close(found.a @ found.a.mT, torch.eye(2), atol=1e-5, rtol=0)
+
+
+def test_rank_zero_is_empty() -> None:
+    found = proximal_low_rank(normal(5, 32), 0, generator=generator())
+    assert (found.b.shape, found.a.shape, found.trace) == ((5, 0), (0, 32), [])
+
+
+def test_full_rank_works() -> None:
+    found = proximal_low_rank(normal(4, 32), 4, rounds=3, generator=generator())
+    assert torch.isfinite(found.b @ found.a).all()
+
+
+def test_zero_rows_stay_zero_and_change_nothing() -> None:
+    weight, _ = planted()
+    plain = proximal_low_rank(weight, 3, rounds=5, generator=generator())
+    padded = proximal_low_rank(torch.cat([weight, torch.zeros(2, 96)]), 3, rounds=5, generator=generator())
+    assert (padded.b[60:] == 0).all()
+    assert padded.trace == pytest.approx(plain.trace, abs=1e-6)
+    zeros = proximal_low_rank(torch.zeros(4, 32), 2, rounds=2, generator=generator())
+    assert torch.equal(zeros.b @ zeros.a, torch.zeros(4, 32))
+
+
+def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _ = planted()
+    whole = proximal_low_rank(weight, 3, rounds=5, generator=generator())
+    monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 7 * 96)
+    chunked = proximal_low_rank(weight, 3, rounds=5, generator=generator())
+    assert row_errors(chunked.b @ chunked.a, whole.b @ whole.a).max() < 1e-3
+
+
+def test_the_seed_decides_and_the_weight_stays() -> None:
+    weight, _ = planted()
+    kept = weight.clone()
+    first, again = (proximal_low_rank(weight, 3, rounds=3, generator=generator()) for _ in range(2))
+    assert torch.equal(first.a, again.a)
+    assert torch.equal(first.b, again.b)
+    assert torch.equal(weight, kept)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(SourceError, match=r"found rank 6 for \(5, 32\)"):
+        proximal_low_rank(normal(5, 32), 6, generator=generator())
+    spoiled = normal(5, 32)
+    spoiled[0, 0] = math.inf
+    with pytest.raises(SourceError, match="finite"):
+        proximal_low_rank(spoiled, 2, generator=generator())

@@ -1,0 +1,177 @@
+"""The report of a conversion: its figures add up, its page is whole, safe and free of the network."""
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from bwla_converter.calibration.text import Calibration
+from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.pipeline import Options, convert
+from bwla_converter.report.data import PAGE_FILE, REPORT_FILE, add_samples, calibration_warning, report_json
+from bwla_converter.report.page import duration, render_page, size
+from bwla_converter.report.samples import PROMPTS, complete, samples_problem
+from paths import EXAMPLES
+
+
+class Checker(HTMLParser):
+    """Counts elements, and notes what does not close or what refers elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check_page(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    assert checker.links == []
+    assert "script" not in checker.counts
+    assert "url(" not in page
+    assert "@import" not in page
+    return checker
+
+
+@pytest.fixture
+def report(example_bwla: Path) -> dict:
+    return json.loads((example_bwla / REPORT_FILE).read_text())
+
+
+def test_bits_and_bytes_add_up(report: dict, example_bwla: Path) -> None:
+    assert sum(report["bits"].values()) == pytest.approx(report["bits_per_weight"], abs=1e-4)
+    assert report["bits"]["signs"] == 1.0
+    assert sum(report["bytes"]["before"].values()) == report["bytes_before"]
+    assert sum(report["bytes"]["after"].values()) == report["bytes_after"]
+    contents = read_contents(example_bwla)
+    assert contents.bits_per_weight == pytest.approx(report["bits_per_weight"])
+    assert contents.bytes["quantized linears"] * 8 == pytest.approx(
+        contents.bits_per_weight * contents.weights
+    )
+
+
+def test_every_layer_has_its_statistics(report: dict) -> None:
+    weights = report["statistics"]["weights"]
+    assert list(weights) == [layer["name"] for layer in report["layers"]]
+    for change in weights.values():
+        # The rotation makes them more two-peaked than they are.
+        assert change["after"]["bimodality"] > change["before"]["bimodality"]
+        assert change["after"]["binarization_error"] < change["before"]["binarization_error"]
+    assert report["statistics"]["activations"] == {}
+    assert report["memory"]["cpu"] > 1e6
+    assert report["versions"]["torch"]
+
+
+def test_recipes_that_see_text_tell_of_activations(make_model, tmp_path: Path) -> None:
+    model, out = make_model(vocab_size=2048), tmp_path / "out"
+    for path in (EXAMPLES / "model").glob("tokenizer*"):
+        shutil.copyfile(path, model / path.name)
+    calibration = Calibration(str(EXAMPLES / "text" / "calibration.txt"), samples=2, length=64)
+    convert(Options(str(model), out, recipe="fast", calibration=calibration, text_samples=1))
+    report = json.loads((out / REPORT_FILE).read_text())
+    changes = report["statistics"]["activations"]
+    assert list(changes) == list(report["traces"])
+    for change in changes.values():
+        assert 1 < change["after"]["peak"] <= change["after"]["peak_p99"]
+        assert sum(change["before"]["histogram"]) + change["before"]["outside"] == pytest.approx(1, abs=1e-4)
+    page = (out / PAGE_FILE).read_text()
+    check_page(page)
+    assert "input of down_proj" in page
+    assert len(report["samples"]) == 1
+
+
+def test_the_page_is_whole_and_shows_every_layer(report: dict, example_bwla: Path) -> None:
+    page = (example_bwla / PAGE_FILE).read_text()
+    checker = check_page(page)
+    assert checker.counts["details"] == 4
+    # A panel for each of 7 kinds and each of 28 layers, and charts of errors, objective and two figures.
+    assert checker.counts["svg"] == 7 + 28 + 4
+    for layer in report["layers"]:
+        assert f"<td>{layer['name']}</td>" in page
+        assert f"{layer['error']:.4f}" in page
+
+
+def test_samples_are_greedy_continuations_of_both_or_a_reason(report: dict, example_bwla: Path) -> None:
+    assert [sample["prompt"] for sample in report["samples"]] == list(PROMPTS[:3])
+    for key, folder in (("original", EXAMPLES / "model"), ("bwla", example_bwla)):
+        assert complete(folder, PROMPTS[:1]) == [report["samples"][0][key]]
+    page = render_page({**report, "samples": [], "no_samples": "the model has no tokenizer"})
+    assert "No samples: the model has no tokenizer." in page
+
+
+def test_samples_that_fail_do_not_stop_a_conversion(report: dict, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = add_samples(report, tmp_path, tmp_path, 1)
+    assert found["samples"] == []
+    assert found["no_samples"].startswith("making them failed")
+
+
+def test_what_comes_from_outside_is_escaped(report: dict) -> None:
+    report["provenance"]["base_model"] = "<script>alert(1)</script>"
+    report["samples"] = [{"prompt": "a<b>", "original": "<img src=x>", "bwla": "& so on"}]
+    page = render_page(report)
+    check_page(page)
+    assert "&lt;img src=x&gt;" in page
+
+
+def test_a_report_without_statistics_still_has_a_page(report: dict) -> None:
+    page = render_page({**report, "statistics": {}, "traces": {}})
+    check_page(page)
+    assert "Weights before and after" not in page
+    assert "Error of each layer" in page
+
+
+def test_no_report_wanted(make_model, tmp_path: Path) -> None:
+    convert(Options(str(make_model()), tmp_path / "out", report=False))
+    assert not (tmp_path / "out" / PAGE_FILE).exists()
+    assert "bwla_report.html" not in (tmp_path / "out" / "README.md").read_text()
+    report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
+    assert report["statistics"] == {"weights": {}, "activations": {}}
+    assert len(report["layers"]) == 14
+
+
+@pytest.mark.parametrize(
+    ("source", "warned"),
+    [("wikitext2", True), ("wiki.train.raw", True), ("c4", False), ("novels.txt", False), (None, False)],
+)
+def test_calibrating_on_the_evaluation_sets_training_split_is_told(source: str | None, warned: bool) -> None:
+    warning = calibration_warning({"source": source} if source else {})
+    assert (warning is not None) == warned
+    if warning:
+        assert "training split of WikiText-2" in warning
+
+
+def test_the_json_reads_back_and_is_short(report: dict) -> None:
+    text = report_json(report)
+    assert json.loads(text) == report
+    assert len(text.splitlines()) < 250
+
+
+def test_figures_in_words() -> None:
+    assert [size(value) for value in (12, 3_400, 5.6e6, 61.2e9)] == [
+        "12 bytes",
+        "3.4 kB",
+        "5.6 MB",
+        "61.2 GB",
+    ]
+    assert [duration(value) for value in (8.44, 300, 23423)] == ["8.4 s", "5 min", "6 h 30 min"]
+
+
+def test_samples_are_made_where_that_is_cheap_or_asked_for(tmp_path: Path) -> None:
+    assert samples_problem(EXAMPLES / "model", 10**6, None) is None
+    assert samples_problem(EXAMPLES / "model", 10**10, 2) is None
+    assert "--samples-of-text" in str(samples_problem(EXAMPLES / "model", 10**10, None))
+    assert samples_problem(EXAMPLES / "model", 10**6, 0) == "not asked for"
+    assert samples_problem(tmp_path, 10**6, 3) == "the model has no tokenizer"

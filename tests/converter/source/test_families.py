@@ -1,0 +1,71 @@
+"""The registry itself, and recipe `fast` through every family's blocks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter.calibration.text import Calibration
+from bwla_converter.pipeline import Options, convert
+from bwla_converter.source.families import FAMILIES, find_family
+from bwla_converter.source.model import check_values, open_source
+from bwla_kernels.errors import SourceError
+from transformers import AutoModelForCausalLM
+
+
+def test_no_two_families_claim_an_architecture() -> None:
+    assert len({family.architecture for family in FAMILIES}) == len(FAMILIES)
+    for family in FAMILIES:
+        assert find_family({"architectures": [family.architecture]}, "config.json") is family
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of words t0 .. t95, and a text of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(96)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
+    ids = torch.randint(0, 96, (2000,), generator=torch.Generator().manual_seed(3)).tolist()
+    (folder / "text.txt").write_text(" ".join(f"t{i}" for i in ids))
+
+
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Path, family: str) -> None:
+    """That it measures what a linear gets in the whole model is `test_shell.py`'s to show."""
+    folder, out = make_model(family, lively=True), tmp_path / "out"
+    write_words(folder)
+    text = Calibration(str(folder / "text.txt"), samples=4, length=16)
+    summary = convert(Options(str(folder), out, rank=2, recipe="fast", calibration=text))
+    assert all(0.05 < layer.error < 1.0 for layer in summary.layers)
+    ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits).all()
+
+
+def test_a_head_of_its_own_is_refused_where_vllm_has_no_place_for_it(make_model, tmp_path: Path) -> None:
+    for options, config in (({"head_bits": 8}, {}), ({}, {"tie_word_embeddings": False})):
+        folder = make_model("Gemma 2", **config)
+        with pytest.raises(SourceError, match="vLLM reads the head of Gemma2ForCausalLM from its embedding"):
+            convert(Options(str(folder), tmp_path / "out", **options))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_that_is_stored_with_other_values(make_model, edit) -> None:
+    """Loaders would drop it without a word."""
+    folder = make_model()
+    edit.json(folder / "config.json", tie_word_embeddings=True)
+    source = open_source(str(folder))
+    with pytest.raises(
+        SourceError, match=r"lm_head.weight is not model.embed_tokens.weight, to which config.json"
+    ):
+        check_values(source)
+
+
+def test_an_architecture_of_another_model_type(make_model, edit) -> None:
+    folder = make_model()
+    edit.json(folder / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(
+        SourceError, match="expected the model_type of LlamaForCausalLM, found that of Qwen3ForCausalLM"
+    ):
+        open_source(str(folder))

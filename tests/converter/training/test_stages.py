@@ -1,0 +1,32 @@
+"""Sections hold every block once, and together do the work that was asked for."""
+
+import pytest
+from bwla_converter.source.model import open_source
+from bwla_converter.training.optimize import TuneOptions
+from bwla_converter.training.stages import sections, shared_out
+
+
+def test_sections_hold_every_block_once(make_model) -> None:
+    source = open_source(str(make_model("Qwen3", num_hidden_layers=5)))
+    [(blocks, weights)] = sections(source)
+    assert blocks == [0, 1, 2, 3, 4]
+    one = weights // 5
+    assert sections(source, 2 * one) == [([0, 1], 2 * one), ([2, 3], 2 * one), ([4], one)]
+    assert sections(source, 1) == [([index], one) for index in range(5)]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_shares_are_the_whole_work(parts: int) -> None:
+    options = TuneOptions(epochs=3, batch=2, minutes=6.0)
+    shares = shared_out(options, 5, parts)
+    assert len(shares) == parts
+    steps = [share.steps(5) for share in shares]
+    assert sum(steps) == options.steps(5) == 9
+    assert max(steps) - min(steps) <= 1
+    assert sum(share.minutes or 0.0 for share in shares) == pytest.approx(6.0)
+
+
+def test_no_limit_stays_none_and_a_limit_of_steps_is_kept() -> None:
+    shares = shared_out(TuneOptions(epochs=3, max_steps=4), 10, 2)
+    assert [share.steps(10) for share in shares] == [2, 2]
+    assert shares[0].minutes is None

@@ -1,0 +1,212 @@
+"""A tunable linear computes the definition, and gradients reach everything that may move."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bwla_converter.training import ste_linear as tunable
+from bwla_converter.training.ste_linear import (
+    LATENT_RANGE,
+    InputSide,
+    SignProduct,
+    TunableLinear,
+    agreeing,
+    product_dtype,
+    sign_product,
+    straight_through_codes,
+)
+from bwla_kernels import reference
+from bwla_kernels.format import LayerSpec, as_stored, pack_signs, unpack_signs, validate_layer
+from torch import Tensor
+
+SPEC = LayerSpec(24, 64, 2, 4, 8, rank=3)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+@pytest.fixture
+def stored(generator: torch.Generator) -> dict[str, Tensor]:
+    def orthogonal(size: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(2, size, size, generator=generator)).Q.contiguous()
+
+    tensors = {
+        "weight_packed": pack_signs(
+            torch.randint(0, 2, (24, 64), generator=generator).to(torch.int8) * 2 - 1
+        ),
+        "weight_scale": torch.rand(24, generator=generator) + 0.5,
+        "rotation_left": orthogonal(4),
+        "rotation_right": orthogonal(8),
+        "column_scale": torch.rand(64, generator=generator) + 0.5,
+        "low_rank_a": torch.randn(3, 64, generator=generator),
+        "low_rank_b": torch.randn(24, 3, generator=generator),
+    }
+    return as_stored(tensors, SPEC)
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8, 16])
+@pytest.mark.parametrize("moving", [False, True])
+def test_forward_is_the_definition(
+    stored: dict[str, Tensor], generator: torch.Generator, bits: int, moving: bool
+) -> None:
+    spec = replace(SPEC, bits=bits)
+    bias = torch.randn(24, generator=generator)
+    latent = torch.randn(24, 64, generator=generator) if moving else None
+    linear = TunableLinear(InputSide(stored, spec), stored, spec, bias, latent)
+    x = torch.randn(2, 5, 64, generator=generator)
+    x[0, 0] = 0.0
+    wanted = reference.linear(x, {**stored, "bias": bias}, replace(spec, bias=True))
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-4)
+    linear.side.forget()
+    training = linear(x)
+    error = (training.detach() - wanted).norm() / wanted.norm()
+    assert float(error) < 4 * torch.finfo(product_dtype(x.device)).eps
+
+
+def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: torch.Generator) -> None:
+    for latent in (None, torch.randn(24, 64, generator=generator)):
+        linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC, latent=latent)
+        tensors = {**stored, **linear.stored()}
+        validate_layer("layer", tensors, SPEC)
+        assert torch.equal(tensors["weight_packed"], stored["weight_packed"])
+        for key in ("weight_scale", "column_scale", "low_rank_a", "low_rank_b"):
+            torch.testing.assert_close(tensors[key], stored[key])
+
+
+def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: torch.Generator) -> None:
+    side = InputSide(stored, SPEC)
+    linear = TunableLinear(side, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
+    linear(torch.randn(7, 64, generator=generator)).square().mean().backward()
+    grads = {name: parameter.grad for name, parameter in linear.named_parameters()}
+    assert set(grads) == {"latent", "log_scale", "low_rank_b", "side.log_column", "side.low_rank_a"}
+    assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads.values())
+
+
+def test_scales_have_the_true_gradient(
+    stored: dict[str, Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without activation rounding all but the signs is smooth: compare with finite differences."""
+    spec = replace(SPEC, bits=16)
+    monkeypatch.setattr(tunable, "product_dtype", lambda device: torch.float32)
+    linear = TunableLinear(InputSide(stored, spec), stored, spec)
+    x = torch.randn(4, 64, generator=generator)
+
+    def loss() -> Tensor:
+        linear.side.forget()
+        return linear(x).square().mean()
+
+    loss().backward()
+    for parameter in (linear.log_scale, linear.side.log_column):
+        direction = torch.randn(parameter.shape, generator=generator)
+        assert parameter.grad is not None
+        slope = float((parameter.grad * direction).sum())
+        with torch.no_grad():
+            parameter += 1e-3 * direction
+            up = float(loss())
+            parameter -= 2e-3 * direction
+            down = float(loss())
+            parameter += 1e-3 * direction
+        assert (up - down) / 2e-3 == pytest.approx(slope, rel=2e-2)
+
+
+def test_fixed_signs_are_a_linear_map(generator: torch.Generator) -> None:
+    signs = torch.randint(0, 2, (6, 8), generator=generator).to(torch.int8) * 2 - 1
+    x = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: SignProduct.apply(t, signs, torch.float64), (x,))
+    torch.testing.assert_close(SignProduct.apply(x, signs, torch.float64), x @ signs.double().mT)
+
+
+@pytest.mark.parametrize("shape", [(7, 64), (2, 3, 64)])
+def test_products_that_are_trained_have_the_gradients_of_a_matrix_product(
+    generator: torch.Generator, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(shape, generator=generator, requires_grad=True)
+    latent = torch.randn(24, 64, generator=generator, requires_grad=True)
+    above = torch.randn(*shape[:-1], 24, generator=generator)
+    (sign_product(x, latent) * above).sum().backward()
+    signs = torch.where(latent.detach() >= 0, 1.0, -1.0)
+    wanted_x = above @ signs
+    wanted_latent = above.flatten(0, -2).mT @ x.detach().flatten(0, -2)
+    bound = 4 * torch.finfo(product_dtype(x.device)).eps
+    for found, wanted in ((x.grad, wanted_x), (latent.grad, wanted_latent)):
+        assert found is not None
+        assert found.dtype == torch.float32
+        outside = (latent.detach().abs() > LATENT_RANGE) if found is latent.grad else torch.zeros(1)
+        difference = torch.where(outside.bool(), 0.0, found - wanted)
+        assert float(difference.norm() / wanted.norm()) < bound
+
+
+def test_latents_are_not_pushed_out_of_their_range() -> None:
+    latent = torch.tensor([3.0, 3.0, -3.0, -3.0, 1.0], requires_grad=True)
+    product = SignProduct.apply(torch.ones(1, 1), latent.unsqueeze(1), torch.float32)
+    (product * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])).sum().backward()
+    # A descent step goes against the gradient: outwards is where gradient and latent differ in sign.
+    assert latent.grad is not None
+    assert latent.grad.tolist() == [1.0, 0.0, 0.0, -1.0, 1.0]
+
+
+def test_latents_start_with_the_signs_that_were_chosen(generator: torch.Generator) -> None:
+    latent = 3.0 * torch.randn(10, 32, generator=generator)
+    signs = torch.randint(0, 2, (10, 32), generator=generator).to(torch.int8) * 2 - 1
+    start = agreeing(latent, signs)
+    assert torch.equal(start.sign(), signs.float())
+    assert float(start.abs().max()) <= LATENT_RANGE
+    agree = (latent.sign() == signs) & (latent.abs() > 0.1) & (latent.abs() < LATENT_RANGE)
+    assert torch.equal(start[agree], latent[agree])
+    assert torch.equal(unpack_signs(pack_signs(start.sign().to(torch.int8))), signs)
+
+
+def test_a_weight_as_latent_is_the_weight_in_other_units(
+    stored: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    weight = torch.randn(24, 64, generator=generator)
+    latent = linear.original_latent(weight)
+    basis = stored["rotation_left"].float(), stored["rotation_right"].float()
+    columns = stored["column_scale"].float()
+    # x W^T = (x_hat * columns) (latent * scales)^T + x (B A)^T, with x_hat the rotated x.
+    x = torch.randn(5, 64, generator=generator)
+    x_hat = reference.rotate(x, *basis) * columns
+    found = x_hat @ (latent * stored["weight_scale"].float().unsqueeze(1)).mT
+    found += x @ (stored["low_rank_b"].float() @ stored["low_rank_a"].float()).mT
+    torch.testing.assert_close(found, x @ weight.mT, rtol=1e-2, atol=1e-1)  # rotations are stored in 16 bits
+
+
+def test_signs_that_are_freed_and_fixed_again_are_the_same(
+    stored: dict[str, Tensor], generator: torch.Generator
+) -> None:
+    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    signs = linear.signs
+    assert signs is not None
+    linear.free_signs(torch.randn(24, 64, generator=generator))
+    assert linear.signs is None
+    assert {name for name, _ in linear.named_parameters()} >= {"latent"}
+    assert linear.latent is not None
+    with torch.no_grad():
+        linear.latent[0, 0] *= -1.0
+    fixed = linear.fix_signs()
+    assert linear.latent is None
+    assert fixed.dtype == torch.int8
+    assert (fixed != signs).nonzero().tolist() == [[0, 0]]
+    assert torch.equal(unpack_signs(linear.stored()["weight_packed"]), fixed)
+
+
+def test_codes_of_zeros_are_zeros() -> None:
+    x_hat = torch.zeros(2, 64, requires_grad=True)
+    out = straight_through_codes(x_hat, SPEC)
+    out.sum().backward()
+    assert torch.equal(out.detach(), torch.zeros(2, 64))
+    assert torch.equal(x_hat.grad, torch.ones(2, 64))
+
+
+def test_members_share_one_computation_of_their_input(stored: dict[str, Tensor]) -> None:
+    side = InputSide(stored, SPEC)
+    x = torch.ones(1, 64)
+    first = side(x)
+    assert side(x) is first
+    assert side(x.clone()) is not first
+    side.forget()
+    assert side(x) is not first
