@@ -19,10 +19,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bwla_converter.calibration.text import Calibration
 from bwla_converter.common.bits import bits_per_weight
 from bwla_converter.evaluation.perplexity import perplexity, windows_of
 from bwla_converter.hf.modules import BWLALinear
+from bwla_converter.options import Calibration
 from bwla_converter.planning.plan import make_plan
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult

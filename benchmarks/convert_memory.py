@@ -84,8 +84,8 @@ def write_random_model(folder: Path, layers: int, shape: str) -> int:
 
 def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int, quick: bool) -> None:
     """Convert in this process and print the prediction, the peak and the seconds as JSON."""
-    from bwla_converter.calibration.text import Calibration
-    from bwla_converter.options import Listener, Options
+    from bwla_converter.listener import Listener
+    from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert
     from bwla_converter.planning.budget import Budget
     from bwla_converter.quantize import fast, paper

@@ -43,7 +43,8 @@ def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
     config = json.loads(path.read_text())
     if method == "bwla":
         from bwla_converter.checkpoint.dummy import plan_dummy
-        from bwla_converter.pipeline import Options, output_config
+        from bwla_converter.checkpoint.layout import output_config
+        from bwla_converter.options import Options
 
         source, plan = plan_dummy(Options(str(folder), folder / "out", head_bits=8))
         config = output_config(source, plan)

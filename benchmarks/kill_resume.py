@@ -33,8 +33,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter import pipeline
-from bwla_converter.calibration.text import Calibration
-from bwla_converter.options import Options
+from bwla_converter.options import Calibration, Options
 from bwla_converter.quantize import fast, paper
 from bwla_converter.recipes import base as recipes
 from bwla_converter.recipes import fast as calibrated

@@ -1,16 +1,22 @@
 """What a conversion is asked for, what it reports, and who may listen."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bwla_converter.calibration.text import Calibration
 
-if TYPE_CHECKING:
-    from bwla_converter.planning.budget import Budget
-    from bwla_converter.planning.plan import Plan
-    from bwla_converter.source.model import Source
+@dataclass(frozen=True)
+class Calibration:
+    """What to calibrate on.
+
+    Attributes:
+        source: a text or JSON-lines file, a folder of them, or the name of a dataset (`wikitext2`, `c4`).
+        samples: windows.
+        length: tokens a window.
+    """
+
+    source: str
+    samples: int = 128
+    length: int = 512
 
 
 @dataclass(frozen=True)
@@ -68,34 +74,3 @@ class Summary:
     bytes_after: int
     seconds: float
     layers: list[LayerReport]
-
-
-class Listener:
-    """What a front end may want to hear; the methods do nothing here.
-
-    One that raises KeyboardInterrupt in `block_done` stops the conversion where it can be resumed at no loss.
-    """
-
-    def planned(self, source: "Source", plan: "Plan") -> None:
-        """The model is found and its structure checked; `plan` is what will be done."""
-
-    def budgeted(self, budget: "Budget") -> None:
-        """What it is expected to need; it fits."""
-
-    def resumed(self, blocks: int, weights: int, notes: Sequence[str]) -> None:
-        """`blocks` blocks of `weights` weights are there already; `notes` say what must be done again, and why."""
-
-    def checked(self, name: str) -> None:
-        """The values of one weight are finite."""
-
-    def quantizing(self) -> None:
-        """Everything is checked; the work starts."""
-
-    def block_started(self, index: int) -> None:
-        """Block `index` is being quantized."""
-
-    def quantized(self, layer: LayerReport) -> None:
-        """One linear is done."""
-
-    def block_done(self, index: int) -> None:
-        """Block `index` is safely on disk."""

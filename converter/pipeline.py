@@ -13,7 +13,8 @@ from bwla_converter.calibration.distributed import Ranks
 from bwla_converter.checkpoint.layout import Shards, output_config, quantized_head, verify
 from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
 from bwla_converter.common.devices import choose_device
-from bwla_converter.options import LayerReport, Listener, Options, Summary
+from bwla_converter.listener import Listener
+from bwla_converter.options import LayerReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
 from bwla_converter.planning.plan import Plan, input_bytes, make_plan, with_clips
 from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
@@ -24,8 +25,6 @@ from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_wor
 from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
-
-__all__ = ["LayerReport", "Listener", "Options", "Summary", "convert", "output_config", "verify"]
 
 
 def convert(options: Options, listener: Listener | None = None, ranks: Ranks | None = None) -> Summary:

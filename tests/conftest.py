@@ -68,7 +68,8 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def example_bwla(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example model, converted once for all tests; leave it as it is."""
-    from bwla_converter.pipeline import Options, convert
+    from bwla_converter.options import Options
+    from bwla_converter.pipeline import convert
 
     out = tmp_path_factory.mktemp("example") / "books-bwla"
     # Rank 1 and the 8-bit head, which the demo (the defaults on so small a model) does not have.

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bwla_converter.planning.plan import LAST_NORM
 from bwla_converter.source.model import Source
+from bwla_converter.source.names import LAST_NORM
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel

@@ -3,31 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from torch import Tensor
 from transformers import AutoTokenizer
 
 TEXT_FILES = ("*.txt", "*.jsonl")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What to calibrate on.
-
-    Attributes:
-        source: a text or JSON-lines file, a folder of them, or the name of a dataset (`wikitext2`, `c4`).
-        samples: windows.
-        length: tokens a window.
-    """
-
-    source: str
-    samples: int = 128
-    length: int = 512
 
 
 DATASETS: dict[str, dict[str, Any]] = {

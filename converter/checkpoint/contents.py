@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.common.bits import bits_per_weight, stored_bits, weights_of
+from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
 from bwla_kernels.format.head import HEAD_MODULE
@@ -55,11 +56,6 @@ class Contents:
     def weights(self) -> int:
         """Weights that are quantized."""
         return sum(map(weights_of, self.specs.values()))
-
-
-def entry_bytes(entry: Entry) -> int:
-    """Bytes of one stored tensor."""
-    return math.prod(entry.shape) * entry.dtype.itemsize
 
 
 def kind_of(name: str) -> str:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bwla_converter.checkpoint.contents import Contents, dtype_name, entry_bytes, read_contents
+from bwla_converter.checkpoint.contents import Contents, dtype_name, read_contents
 from bwla_converter.checkpoint.layout import check_space
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
-from bwla_converter.quantize.group import ROW_TENSORS
+from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.folder import read_json, read_tensors
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.layer import ROW_TENSORS
 from bwla_kernels.reference import dequantize
 from torch import Tensor
 

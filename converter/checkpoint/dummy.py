@@ -9,9 +9,10 @@ import torch
 from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
 from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
-from bwla_converter.planning.plan import HEAD_WEIGHT, Plan, make_plan
+from bwla_converter.planning.plan import Plan, make_plan
 from bwla_converter.source.families import find_family
 from bwla_converter.source.model import Source, outline_model
+from bwla_converter.source.names import HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json

@@ -205,14 +205,14 @@ def convert(
     console = Console(stderr=True)
     # Imported here, so that --help and --version answer at once.
     from bwla_converter.calibration.distributed import join_ranks, leave_ranks, start_ranks
-    from bwla_converter.calibration.text import Calibration
     from bwla_converter.checkpoint.dummy import write_dummy
     from bwla_converter.checkpoint.hub import check_push, push
     from bwla_converter.cli.progress import ProgressListener
     from bwla_converter.common.bits import rank_words
     from bwla_converter.common.devices import choose_device
-    from bwla_converter.pipeline import Options, follow
+    from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert as run
+    from bwla_converter.pipeline import follow
 
     options = Options(
         model,

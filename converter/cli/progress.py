@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from bwla_converter.cli.interrupt import Interrupts
 from bwla_converter.common.bits import rank_words
-from bwla_converter.options import LayerReport, Listener
+from bwla_converter.listener import Listener
+from bwla_converter.options import LayerReport
 from bwla_converter.planning.budget import Budget
 from bwla_converter.planning.plan import Plan
 from bwla_converter.source.model import Source

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bwla_converter.calibration.text import Calibration
-from bwla_converter.planning.plan import EMBEDDING_WEIGHT, Plan
+from bwla_converter.options import Calibration
+from bwla_converter.planning.plan import Plan
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.gptq_binary import elements_at_once
 from bwla_converter.source.model import Source
+from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.training.distill import DISTILLATION
 from bwla_converter.training.stages import sections
 from bwla_kernels.errors import BWLAError

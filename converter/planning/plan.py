@@ -6,15 +6,13 @@ from dataclasses import dataclass, replace
 
 from bwla_converter.common.bits import auto_rank, bits_per_weight, fitting_rank, stored_bits, weights_of
 from bwla_converter.source.model import Source
+from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
 
-HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
-EMBEDDING_WEIGHT = "model.embed_tokens.weight"
-LAST_NORM = "model.norm"
 LARGE_HEAD = 2**26
 """Weights from which a tied head is worth a tensor of its own."""
 

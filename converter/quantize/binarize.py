@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from bwla_converter.quantize.okt import split_rows, sum_in_double
+from bwla_converter.common.tensors import split_rows, sum_in_double
 from torch import Tensor
 
 COLUMN_SCALE_RANGE = (1 / 8, 8.0)

@@ -6,16 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from bwla_converter.common.tensors import count_not_finite, split_rows
 from bwla_converter.quantize.binarize import signs
-from bwla_converter.quantize.okt import count_not_finite, split_rows
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, TensorSpec, as_stored, pack_signs, validate_layer
-from bwla_kernels.format.layer import FLOAT_DTYPES, shape_problem
+from bwla_kernels.format.layer import FLOAT_DTYPES, ROW_TENSORS, shape_problem
 from bwla_kernels.reference import dequantize
 from torch import Tensor
-
-ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b")
-"""Tensors of the format with one row for each of the layer's."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from bwla_converter.common.tensors import count_not_finite, in_one_buffer, row_rms, split_rows, sum_in_double
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.layer import ROTATION_DTYPE
 from bwla_kernels.reference import rotate
@@ -36,8 +37,6 @@ VARIANCE_FLOOR = 1e-3
 VARIANCE_CEILING = 0.15
 """Largest v of a component, in the same units; 1 leaves the likelihood unconstrained."""
 
-CHUNK_ELEMENTS = {"cpu": 2**20}
-"""Weights handled at once: what stays in a processor's cache. Accelerators want more."""
 
 Start = Literal["random", "identity"]
 
@@ -223,52 +222,12 @@ def start_state(
     return State(chunks, mixtures, left, right, ceiling)
 
 
-def count_not_finite(weight: Tensor) -> int:
-    """How many values of a matrix are NaN or infinite, or would be in float32."""
-    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in split_rows(weight))
-
-
-def split_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    """Views of consecutive rows, of about CHUNK_ELEMENTS weights each."""
-    elements = CHUNK_ELEMENTS.get(weight.device.type, 2**26)
-    chunks: tuple[Tensor, ...] = weight.split(max(1, elements // weight.shape[1]))
-    return chunks
-
-
-def in_one_buffer(parts: Iterable[Tensor], buffer: Tensor) -> tuple[Tensor, ...]:
-    """Copy `parts` one behind the other into a fresh float32 `buffer`; the copies, in order, contiguous.
-
-    What lives long is kept out of the way of the chunks that come and go, which would otherwise be
-    scattered around it and more than double the memory a large group takes.
-    """
-    copies, first = [], 0
-    for part in parts:
-        copies.append(buffer[first : first + part.numel()].view(part.shape).copy_(part))
-        first += part.numel()
-    return tuple(copies)
-
-
 def mixtures_in_one_buffer(mixtures: Iterable[Mixture], rows: Iterable[Tensor]) -> tuple[Mixture, ...]:
     """`in_one_buffer` for mixtures, one row for each of all the tensors in `rows`."""
     sizes = list(rows)
     buffer = sizes[0].new_empty(2 * sum(map(len, sizes)), dtype=torch.float32)
     pairs = (torch.stack((mixture.centre, mixture.variance)) for mixture in mixtures)
     return tuple(Mixture(*pair) for pair in in_one_buffer(pairs, buffer))
-
-
-def sum_in_double(parts: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors of one shape in float64, one at a time."""
-    remaining = iter(parts)
-    total = next(remaining).double().clone()
-    for part in remaining:
-        total += part
-    return total
-
-
-def row_rms(rows: Tensor) -> Tensor:
-    """Root mean square of each row of [N, K], float64 [N]; 1 for a row of zeros."""
-    rms = rows.double().square().mean(1).sqrt()
-    return torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
 def random_orthogonal(count: int, order: int, generator: torch.Generator) -> Tensor:

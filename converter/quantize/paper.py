@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from bwla_converter.common.tensors import in_one_buffer, split_rows
 from bwla_converter.quantize.binarize import fit_scales, unbiased
 from bwla_converter.quantize.group import (
     GroupResult,
@@ -17,7 +18,7 @@ from bwla_converter.quantize.group import (
     relative_error,
     store_group,
 )
-from bwla_converter.quantize.okt import Rotation, Start, in_one_buffer, learn_rotation, split_rows
+from bwla_converter.quantize.okt import Rotation, Start, learn_rotation
 from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back

@@ -18,19 +18,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from bwla_converter.common.tensors import count_not_finite, in_one_buffer, row_rms, split_rows, sum_in_double
 from bwla_converter.quantize.okt import (
     VARIANCE_CEILING,
     Mixture,
-    count_not_finite,
     expected_pull,
     fit_mixture,
-    in_one_buffer,
     mixtures_in_one_buffer,
     negative_log_likelihood,
-    row_rms,
-    split_rows,
     start_mixture,
-    sum_in_double,
 )
 from bwla_kernels.errors import SourceError
 from torch import Tensor

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
-from bwla_converter.calibration.text import Calibration
-from bwla_converter.options import Options
+from bwla_converter.options import Calibration, Options
 from bwla_converter.quantize import paper
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult

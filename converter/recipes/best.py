@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore
 from bwla_converter.calibration.layer_runner import Block
-from bwla_converter.calibration.text import Calibration
 from bwla_converter.hf.modules import BWLALinear
+from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult, group_generator
 from bwla_converter.recipes.fast import FastRecipe, clipped

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import Block, Shell
-from bwla_converter.calibration.text import Calibration, token_windows
+from bwla_converter.calibration.text import token_windows
+from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.hf.modules import BWLALinear
-from bwla_converter.planning.plan import LAST_NORM
+from bwla_converter.options import Calibration
 from bwla_converter.quantize import fast
 from bwla_converter.quantize.final_norm import fit_norm
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
-from bwla_converter.report.statistics import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.source.model import Source
+from bwla_converter.source.names import LAST_NORM
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 

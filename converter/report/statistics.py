@@ -14,12 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from bwla_converter.quantize.okt import split_rows
+from bwla_converter.common.tensors import sample_rows, split_rows
 from bwla_kernels.reference import rotate
 from torch import Tensor
-
-SAMPLE_ELEMENTS = 2**21
-"""Values looked at of a larger matrix: whole rows, evenly spaced, so that any layer costs about a second."""
 
 BINS = 64
 WEIGHT_SPAN = 4.0
@@ -55,14 +52,6 @@ class Change:
 
     before: Distribution
     after: Distribution
-
-
-def sample_rows(rows: Tensor, limit: int = SAMPLE_ELEMENTS) -> Tensor:
-    """Evenly spaced rows of [N, K], at least one, `limit` values at most; `rows` itself where that is all."""
-    wanted = max(1, limit // rows.shape[1])
-    if len(rows) <= wanted:
-        return rows
-    return rows[torch.arange(wanted, device=rows.device) * len(rows) // wanted]
 
 
 def row_figures(rows: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import Shell
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
-from bwla_converter.planning.plan import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAST_NORM
+from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAST_NORM
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import sections, shared_out
 from bwla_converter.training.ste_linear import InputSide, TunableLinear, forget_inputs, norm_weights

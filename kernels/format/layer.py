@@ -23,6 +23,9 @@ ROTATION_DTYPE = torch.float16
 INPUT_SIDE = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
 
+ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b")
+"""Tensors with one row for each output feature."""
+
 
 @dataclass(frozen=True)
 class LayerSpec:

@@ -6,9 +6,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from bwla_converter.calibration.text import Calibration
 from bwla_converter.evaluation.perplexity import compare, windows_of
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Calibration, Options
+from bwla_converter.pipeline import convert
 from bwla_kernels.errors import BWLAError
 from paths import ROOT
 

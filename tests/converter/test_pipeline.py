@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.pipeline import Options, convert, verify
+from bwla_converter.checkpoint.layout import verify
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_converter.quantize import paper
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import Source

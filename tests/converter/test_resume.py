@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from bwla_converter import pipeline
-from bwla_converter.calibration.text import Calibration
-from bwla_converter.options import Listener, Options
+from bwla_converter.listener import Listener
+from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.quantize import paper
 from bwla_converter.recipes.base import PaperRecipe

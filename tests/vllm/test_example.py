@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from golden import load_reference, watched
 from paths import EXAMPLE, HELDOUT_TEXT
 from torch import Tensor

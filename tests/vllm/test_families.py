@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_converter.source.families import FAMILIES
 from golden import find_golden, load_reference, watched
 from tiny_models import write_model

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import Calibration, dataset_text, read_texts, token_windows
+from bwla_converter.calibration.text import dataset_text, read_texts, token_windows
+from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from paths import EXAMPLE
 

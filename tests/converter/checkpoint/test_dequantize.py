@@ -9,7 +9,8 @@ from bwla_converter.checkpoint import dequantize as module
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.dequantize import dense_bytes, write_dense
 from bwla_converter.hf import modules as hf
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_kernels.errors import BWLAError, FormatError
 from bwla_kernels.format.folder import read_folder
 from transformers import AutoModelForCausalLM

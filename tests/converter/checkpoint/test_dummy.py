@@ -6,8 +6,9 @@ import bwla_converter.hf.modules  # noqa: F401 - registers the quantizer
 import pytest
 import torch
 from bwla_converter.checkpoint.dummy import write_dummy
+from bwla_converter.checkpoint.layout import verify
 from bwla_converter.cli.convert import app
-from bwla_converter.pipeline import Options, verify
+from bwla_converter.options import Options
 from bwla_converter.source.families import FAMILIES
 from bwla_kernels.errors import SourceError
 from transformers import AutoModelForCausalLM

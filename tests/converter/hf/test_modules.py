@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from bwla_converter.hf import modules as hf
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_kernels import reference
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.folder import read_folder

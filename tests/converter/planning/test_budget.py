@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bwla_converter.calibration.text import Calibration
 from bwla_converter.common.devices import choose_device
-from bwla_converter.options import Listener, Options
+from bwla_converter.listener import Listener
+from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.planning import budget as budget_module
 from bwla_converter.planning.budget import BudgetError, Rates, check_budget, duration, parse_size, predict

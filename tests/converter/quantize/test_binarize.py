@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bwla_converter.quantize import okt
+from bwla_converter.common import tensors
 from bwla_converter.quantize.binarize import COLUMN_SCALE_RANGE, fit_scales, signs, unbiased
 from torch import Tensor
 
@@ -109,7 +109,7 @@ def test_a_row_with_an_outlier_is_not_blown_up() -> None:
 
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_scales(weights())
-    monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 5 * 96)
+    monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 5 * 96)
     chunked = fit_scales(weights())
     torch.testing.assert_close(whole.column, chunked.column)
     torch.testing.assert_close(whole.row, chunked.row)

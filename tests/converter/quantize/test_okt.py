@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from bwla_converter.common import tensors
 from bwla_converter.quantize import okt
 from bwla_converter.quantize.okt import Mixture, learn_rotation
 from bwla_kernels.errors import SourceError
@@ -167,7 +168,7 @@ def test_members_share_one_rotation_learned_from_their_pooled_rows() -> None:
 
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = learn_rotation(group(), SIZES, rounds=5, generator=generator())
-    monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 7 * WIDTH)
+    monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 7 * WIDTH)
     chunked = learn_rotation(group(), SIZES, rounds=5, generator=generator())
     torch.testing.assert_close(whole.right, chunked.right, atol=1e-4, rtol=0)
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from bwla_converter.common import tensors
 from bwla_converter.quantize import okt, psp
 from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.errors import SourceError
@@ -123,7 +124,7 @@ def test_zero_rows_stay_zero_and_change_nothing() -> None:
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = planted()
     whole = proximal_low_rank(weight, 3, rounds=5, generator=generator())
-    monkeypatch.setitem(okt.CHUNK_ELEMENTS, "cpu", 7 * 96)
+    monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 7 * 96)
     chunked = proximal_low_rank(weight, 3, rounds=5, generator=generator())
     assert row_errors(chunked.b @ chunked.a, whole.b @ whole.a).max() < 1e-3
 

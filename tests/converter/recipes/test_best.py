@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import Calibration, token_windows
+from bwla_converter.calibration.text import token_windows
 from bwla_converter.hf.modules import BWLALinear
-from bwla_converter.options import Options
+from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.recipes import base as recipes

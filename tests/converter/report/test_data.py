@@ -6,9 +6,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from bwla_converter.calibration.text import Calibration
 from bwla_converter.checkpoint.contents import read_contents
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Calibration, Options
+from bwla_converter.pipeline import convert
 from bwla_converter.report.data import PAGE_FILE, REPORT_FILE, add_samples, calibration_warning, report_json
 from bwla_converter.report.page import duration, render_page, size
 from bwla_converter.report.samples import PROMPTS, complete, samples_problem

@@ -9,7 +9,8 @@ import pytest
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.integrity import check_hashes
 from bwla_converter.cli.convert import app
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_converter.report.model_card import CARD_FILE, add_evaluation, command, model_card, source_metadata
 from bwla_kernels.errors import FormatError, SourceError
 from huggingface_hub import ModelCard

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from bwla_converter.common.tensors import sample_rows
 from bwla_converter.report.statistics import (
     BINS,
     Distribution,
     activation_statistics,
     describe,
     row_figures,
-    sample_rows,
     weight_statistics,
 )
 from bwla_kernels.reference import rotate_back

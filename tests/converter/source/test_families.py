@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import Calibration
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Calibration, Options
+from bwla_converter.pipeline import convert
 from bwla_converter.source.families import FAMILIES, find_family
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_converter.pipeline import Options, convert
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from bwla_converter.source.fp8 import dequantize
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError
