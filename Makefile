@@ -7,7 +7,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ENV := .env/bin
 
-.PHONY: demo test lint format setup clean
+.PHONY: demo test lint format docs setup clean
 
 setup:
 	@$(PYTHON) scripts/setup_env.py --torch-index "$(TORCH_INDEX)"
@@ -22,6 +22,7 @@ lint: setup
 	$(ENV)/ruff check .
 	$(ENV)/ruff format --check .
 	$(ENV)/mypy
+	PYTHONPATH=scripts/mypy $(ENV)/lint-imports --no-cache
 
 format: setup
 	$(ENV)/ruff check --fix .

@@ -1,8 +1,42 @@
 """Offline conversion of a Hugging Face checkpoint into a BWLA checkpoint.
 
-After `import bwla_converter`, transformers' `AutoModelForCausalLM.from_pretrained` loads BWLA checkpoints.
+    from bwla_converter import Options, convert
+
+    summary = convert(Options(model="Qwen/Qwen3-8B", out=Path("qwen3-8b-bwla")))
+
+`Calibration` says which text to calibrate on, `Listener` follows the progress. To load the result with transformers,
+`import bwla_converter.hf` first.
 """
 
-from bwla_converter.hf.registration import register_with_transformers
+from typing import TYPE_CHECKING, Any
 
-register_with_transformers()
+if TYPE_CHECKING:
+    from bwla_converter.listener import Listener
+    from bwla_converter.options import Calibration, LayerReport, Options, Summary
+    from bwla_converter.pipeline import convert
+    from bwla_kernels.errors import BWLAError
+
+__all__ = ["BWLAError", "Calibration", "LayerReport", "Listener", "Options", "Summary", "convert"]
+
+_HOMES = {
+    "BWLAError": "bwla_kernels.errors",
+    "Calibration": "bwla_converter.options",
+    "LayerReport": "bwla_converter.options",
+    "Listener": "bwla_converter.listener",
+    "Options": "bwla_converter.options",
+    "Summary": "bwla_converter.options",
+    "convert": "bwla_converter.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers take seconds, and `--help` should not."""
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

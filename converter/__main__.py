@@ -2,4 +2,5 @@
 
 from bwla_converter.cli.convert import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
 """Make the project's own Python environment; needs only Python 3.11+ with venv, and pip's package index.
 
-What `pip install -e '.[cpu,dev]'` would get wrong on a machine without a GPU, and what is done about it:
+What `pip install -e '.[cpu,dev,docs]'` would get wrong on a machine without a GPU, and what is done about it:
 
 - vLLM needs torch 2.13.0, and a plain `pip install torch` may bring a CUDA build of several GB: the CPU build is
   asked for by its local version, from pip's configured places or from --torch-index.
@@ -171,7 +171,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--env", type=Path, default=ROOT / ".env", help="the environment's folder (.env)")
-    parser.add_argument("--extras", default="cpu,dev", help="extras of the distribution (cpu,dev)")
+    parser.add_argument("--extras", default="cpu,dev,docs", help="extras of the distribution (cpu,dev,docs)")
     parser.add_argument("--torch-index", default="", help="package index that has a CPU build of torch")
     parser.add_argument(
         "--no-editable", action="store_true", help="copy the packages in, so that this source tree may go"

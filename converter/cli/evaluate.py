@@ -62,7 +62,7 @@ def task_scores(
         import lm_eval
     except ImportError:
         raise SourceError("--tasks needs lm-eval: pip install 'bwla[eval]'") from None
-    import bwla_converter.hf.modules  # noqa: F401 - registers the quantizer with transformers
+    import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
     from bwla_converter.common.devices import choose_device
 
     found = lm_eval.simple_evaluate(

@@ -80,7 +80,7 @@ def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | 
     Raises:
         SourceError: the text is shorter than one window.
     """
-    import bwla_converter.hf.modules  # noqa: F401 - registers the quantizer with transformers
+    import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]

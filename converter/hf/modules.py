@@ -1,6 +1,6 @@
 """The stored layers as torch modules, for transformers' models and the converter's own.
 
-transformers finds them through `quantizer`, which `import bwla_converter` registers.
+transformers finds them through `quantizer`, which `import bwla_converter.hf` registers.
 """
 
 from collections.abc import Callable, Mapping

@@ -103,7 +103,7 @@ def _serving(contents: Contents, place: str) -> str:
         "## Use\n\nWith the `bwla` package installed beside vLLM:\n\n"
         f"```\nvllm serve {place} --quantization bwla\n```\n\n"
         "In transformers:\n\n"
-        "```python\nimport bwla_converter\nfrom transformers import AutoModelForCausalLM\n\n"
+        "```python\nimport bwla_converter.hf\nfrom transformers import AutoModelForCausalLM\n\n"
         f'model = AutoModelForCausalLM.from_pretrained("{place}")\n```\n\n'
         "`bwla-inspect` shows what is inside and checks the files against their hashes."
     )

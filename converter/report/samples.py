@@ -71,7 +71,7 @@ def complete(folder: Path, prompts: Sequence[str], new_tokens: int = NEW_TOKENS)
     Raises:
         SourceError: the tokenizer makes nothing of a prompt.
     """
-    import bwla_converter.hf.modules  # noqa: F401 - registers the quantizer with transformers
+    import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with _no_bars():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import bwla_converter.hf.modules  # noqa: F401 - registers the quantizer
+import bwla_converter.hf  # noqa: F401 - registers the quantizer
 import pytest
 import torch
 from bwla_converter.checkpoint.dummy import write_dummy
