@@ -114,9 +114,9 @@ METHODS: dict[str, Method] = {
     "fast, random rotation": Method(fast_with(okt_rounds=0), ablation=True),
     "fast, no PSP": Method(fast_with(), 0, ablation=True),
     "fast, no column scales": Method(fast_with(column_scales=False), ablation=True),
-    "fast, no error feedback": Method(fast_with(feed_back=False, sweeps=0), ablation=True),
+    "fast, no error feedback": Method(fast_with(gptq_signs=False, sweeps=0), ablation=True),
     "fast, no coordinate descent": Method(fast_with(sweeps=0), ablation=True),
-    "fast, last norm as it was": Method(fast_with(last_norm=False), ablation=True),
+    "fast, last norm as it was": Method(fast_with(final_norm=False), ablation=True),
     "fast, original target": Method(fast_with(target_damping=float("inf")), ablation=True),
     "best, 8 distillation epochs": Method(best_with(distill={"epochs": 8}), ablation=True),
     "best, no tuning": Method(best_with(tune={"epochs": 0}), ablation=True),
@@ -148,16 +148,16 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
     assert isinstance(recipe, FastRecipe)
     model = task.original()
     model.config.use_cache = False  # each block that is put in believes to be the first one
-    for index in range(task.source.num_blocks):
-        tensors = task.source.read(task.source.names_of_block(index))
-        recipe.begin_block(index, tensors)
+    for index in range(task.source.num_layers):
+        tensors = task.source.read(task.source.names_of_layer(index))
+        recipe.begin_layer(index, tensors)
         _, quantized = recipe.blocks
-        for _, names in task.source.groups_of_block(index):
+        for _, names in task.source.groups_of_layer(index):
             recipe.quantize(
                 {name: tensors[f"{name}.weight"] for name in names}, {name: specs[name] for name in names}
             )
-        recipe.end_block()
-        model.set_submodule(task.source.family.block_name(index), quantized.layer)
+        recipe.end_layer()
+        model.set_submodule(task.source.family.layer_name(index), quantized.layer)
     if isinstance(recipe, BestRecipe) and recipe.best.distill.epochs:
         distil(model, recipe)
     else:

@@ -115,7 +115,7 @@ class Weights:
             library.isa,
             self.bare.bits,
             self.bare.out_features,
-            self.bare.blocks,
+            self.bare.rotation_groups,
             self.bare.n1,
             self.bare.n2,
             0,

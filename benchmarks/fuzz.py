@@ -41,7 +41,7 @@ from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import validate_layer
 from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
-from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.layer import INPUT_TRANSFORM
 from fuzz_mutations import MAY_PASS, MUST_REFUSE, Mutation
 from huggingface_hub.errors import StrictDataclassError
 from record import write_result
@@ -130,8 +130,8 @@ def _refuse_unequal_copies(architecture: str, blocks: int, tensors: Mapping[str,
     family = next(family for family in FAMILIES if family.architecture == architecture)
     for index in range(blocks):
         for group in family.groups:
-            names = [f"{family.block_name(index)}.{member}" for member in group.members]
-            for key in INPUT_SIDE:
+            names = [f"{family.layer_name(index)}.{member}" for member in group.members]
+            for key in INPUT_TRANSFORM:
                 copies = [tensors[f"{name}.{key}"] for name in names if f"{name}.{key}" in tensors]
                 if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
                     raise StartError(

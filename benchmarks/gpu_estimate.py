@@ -57,7 +57,7 @@ def input_bytes(shape: Shape) -> int:
     spec = shape.spec()
     k, left, right = spec.in_features, padded_rows(spec.n1), right_columns(spec.n2)
     read = {ADD_NORM: 3, SILU_MUL: 2}.get(shape.step, 1) * 2 * k
-    rotations = spec.blocks * 4 * (left * left + right * right)
+    rotations = spec.rotation_groups * 4 * (left * left + right * right)
     written = k + k * spec.bits // 8 + 2 * 4 * k + (2 * k if shape.step == ADD_NORM else 0)
     return read + rotations + 4 * k + 2 * spec.rank * k + written
 
@@ -65,7 +65,7 @@ def input_bytes(shape: Shape) -> int:
 def matmul_bytes(shape: Shape) -> int:
     """Of the weight side for one token: packed weights, row scales, padded B; planes in, outputs out."""
     spec = shape.spec()
-    layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
     chunks, rows, width = layout.shape
     rank = -(-spec.rank // RANK_STEP) * RANK_STEP
     return chunks * rows * width + 4 * rows + 2 * rank * rows + spec.in_features * spec.bits // 8 + 2 * rows
@@ -80,13 +80,13 @@ def costs(model: str) -> Iterator[Cost]:
     """The eight launches of a decoder layer's linears."""
     for name, shape in MODELS[model].items():
         spec = shape.spec()
-        layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+        layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
         few = prepare_cases.compile_case_of(
             *(spec, select_few(spec), 90, torch.bfloat16, FUSE.get(shape.step, fused_load.PLAIN)),
             *(layout.chunk, launch.EARLY),
         )
         yield Cost(name, "input", input_bytes(shape), barriers(few))
-        sizes = (spec.out_features, spec.in_features, spec.blocks, layout.chunk, 1, spec.bits)
+        sizes = (spec.out_features, spec.in_features, spec.rotation_groups, layout.chunk, 1, spec.bits)
         config = select_config(*sizes, CAPABILITY, MULTIPROCESSORS)
         case = matmul_cases.binary_case(config, layout, name, Variant(pdl=True))
         yield Cost(name, "matmul", matmul_bytes(shape), barriers(case))

@@ -11,7 +11,7 @@ import torch
 from bwla_converter.common.bits import bits_per_weight
 from bwla_converter.quantize.gptq_binary import START_FACTORS, inverse_factor, one_bit
 from bwla_converter.quantize.group import GroupResult, check_group, pool_rows, store_group
-from bwla_converter.quantize.moments import Moments, rotate_metric
+from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.recipes.fast import FastRecipe
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
@@ -52,8 +52,8 @@ class FakeLinear(nn.Module):
 def identity(side: LayerSpec) -> tuple[Tensor, Tensor]:
     """No rotation, in the format's factors."""
     return (
-        torch.eye(side.n1).repeat(side.blocks, 1, 1),
-        torch.eye(side.n2).repeat(side.blocks, 1, 1),
+        torch.eye(side.n1).repeat(side.rotation_groups, 1, 1),
+        torch.eye(side.n2).repeat(side.rotation_groups, 1, 1),
     )
 
 
@@ -110,7 +110,7 @@ class Gptq(PeerRecipe):
         """Error feedback in the metric of the inputs, without coordinate descent."""
         side = check_group(weights, {}, specs)
         basis = self.rotation(side)
-        hessian = rotate_metric(moments.hessian(DAMPING), *basis)
+        hessian = rotate_hessian(moments.hessian(DAMPING), *basis)
         code = one_bit(rotate(pool_rows(weights.values()), *basis), hessian, inverse_factor(hessian), 0)
         return stored(weights, specs, basis, code.sign, code.scale)
 
@@ -229,8 +229,8 @@ class HadamardGptq(Gptq):
         """Blocks of the largest power of two that divides the width, at most 128."""
         generator = torch.Generator().manual_seed(self.seed)
         return (
-            random_hadamard(side.blocks, side.n1, generator),
-            random_hadamard(side.blocks, side.n2, generator),
+            random_hadamard(side.rotation_groups, side.n1, generator),
+            random_hadamard(side.rotation_groups, side.n2, generator),
         )
 
 
@@ -242,7 +242,7 @@ def hadamard_spec(spec: LayerSpec) -> LayerSpec:
     while spec.in_features % width:
         width //= 2
     n1 = 1 << ((width.bit_length() - 1) // 2)
-    return replace(spec, blocks=spec.in_features // width, n1=n1, n2=width // n1)
+    return replace(spec, rotation_groups=spec.in_features // width, n1=n1, n2=width // n1)
 
 
 def stored(

@@ -106,9 +106,9 @@ def check_blocks(name: str, spec: LayerSpec, ranks: int) -> None:
     Raises:
         FormatError: they cannot.
     """
-    if spec.blocks % ranks:
+    if spec.rotation_groups % ranks:
         raise FormatError(
-            f"{name}: expected a tensor-parallel size that divides its {spec.blocks} rotation blocks, found "
+            f"{name}: expected a tensor-parallel size that divides its {spec.rotation_groups} rotation blocks, found "
             f"{ranks}: choose another --tensor-parallel-size, or convert the model again with more blocks"
         )
 

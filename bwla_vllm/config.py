@@ -228,7 +228,9 @@ def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | N
     def say(spec: LayerSpec | None) -> str:
         if spec is None:
             return "not quantized"
-        return f"rotation ({spec.blocks}, {spec.n1}, {spec.n2}), rank {spec.rank}, clip {spec.clip:g}"
+        return (
+            f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2}), rank {spec.rank}, clip {spec.clip:g}"
+        )
 
     found = "; ".join(f"{part}: {say(spec)}" for part, spec in zip(parts, specs, strict=True))
     return (

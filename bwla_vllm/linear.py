@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
-from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.ops import Backend, select_backend
 from bwla_kernels.triton import launch
 from torch import Tensor
@@ -176,7 +176,9 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         assert spec is not None  # get_quant_method asked the same question
         ranks = input_size // width
         check_blocks(self.name, spec, ranks)
-        return replace(spec, out_features=sum(rows), in_features=width, blocks=spec.blocks // ranks)
+        return replace(
+            spec, out_features=sum(rows), in_features=width, rotation_groups=spec.rotation_groups // ranks
+        )
 
     def _check_bias(self, layer: Any) -> None:
         """vLLM fills a bias that the checkpoint lacks with nothing, and ignores one that the model lacks."""
@@ -192,7 +194,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
     def _check_loaded(self, stored: Mapping[str, Parameter], rows: tuple[int, ...]) -> None:
         parts = self.parts if len(self.parts) == len(rows) else (self.name,) * len(rows)
         for name, parameter in stored.items():
-            pieces = parameter.data if name in INPUT_SIDE else parameter.data.split(rows)
+            pieces = parameter.data if name in INPUT_TRANSFORM else parameter.data.split(rows)
             for part, piece in zip(parts, pieces, strict=True):
                 if is_unset(piece):
                     raise FormatError(f"{part}.{name}: not found in the checkpoint; {ADVICE}")
@@ -235,7 +237,7 @@ def _stored_rows(layer: Any) -> int:
 def _make_parameter(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, slots: int, label: str, loader: Any
 ) -> CheckedParameter:
-    if name in INPUT_SIDE:
+    if name in INPUT_TRANSFORM:
         shard_dim = 1 if name == "low_rank_a" else 0
         data = unset((slots, *shape), dtype)
         return SharedParameter(shard_dim=shard_dim, data=data, label=label, weight_loader=loader)

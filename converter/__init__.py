@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bwla_converter.listener import Listener
-    from bwla_converter.options import Calibration, LayerReport, Options, Summary
+    from bwla_converter.options import Calibration, LinearReport, Options, Summary
     from bwla_converter.pipeline import convert
     from bwla_kernels.errors import BWLAError
 
-__all__ = ["BWLAError", "Calibration", "LayerReport", "Listener", "Options", "Summary", "convert"]
+__all__ = ["BWLAError", "Calibration", "LinearReport", "Listener", "Options", "Summary", "convert"]
 
 _HOMES = {
     "BWLAError": "bwla_kernels.errors",
     "Calibration": "bwla_converter.options",
-    "LayerReport": "bwla_converter.options",
+    "LinearReport": "bwla_converter.options",
     "Listener": "bwla_converter.listener",
     "Options": "bwla_converter.options",
     "Summary": "bwla_converter.options",

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bwla_converter.options import LayerReport
+from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
 from bwla_converter.planning.plan import Plan
 from bwla_converter.source.model import Source
@@ -11,7 +11,7 @@ from bwla_converter.source.model import Source
 class Listener:
     """What a front end may want to hear; the methods do nothing here.
 
-    One that raises KeyboardInterrupt in `block_done` stops the conversion where it can be resumed at no loss.
+    One that raises KeyboardInterrupt in `layer_done` stops the conversion where it can be resumed at no loss.
     """
 
     def planned(self, source: Source, plan: Plan) -> None:
@@ -29,11 +29,11 @@ class Listener:
     def quantizing(self) -> None:
         """Everything is checked; the work starts."""
 
-    def block_started(self, index: int) -> None:
+    def layer_started(self, index: int) -> None:
         """Block `index` is being quantized."""
 
-    def quantized(self, layer: LayerReport) -> None:
+    def quantized(self, layer: LinearReport) -> None:
         """One linear is done."""
 
-    def block_done(self, index: int) -> None:
+    def layer_done(self, index: int) -> None:
         """Block `index` is safely on disk."""

@@ -52,7 +52,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class LayerReport:
+class LinearReport:
     """What happened to one linear; `error` is relative, see `group.GroupResult`; `clip` is that of its inputs."""
 
     name: str
@@ -73,4 +73,4 @@ class Summary:
     bytes_before: int
     bytes_after: int
     seconds: float
-    layers: list[LayerReport]
+    layers: list[LinearReport]

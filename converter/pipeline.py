@@ -14,13 +14,13 @@ from bwla_converter.checkpoint.layout import Shards, output_config, quantized_he
 from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
 from bwla_converter.common.devices import choose_device
 from bwla_converter.listener import Listener
-from bwla_converter.options import LayerReport, Options, Summary
+from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
 from bwla_converter.planning.plan import Plan, input_bytes, make_plan, with_clips
 from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
 from bwla_converter.report.write import group_statistics, write_documents
 from bwla_converter.resume.fingerprint import changed_file, code_version, machine, mark_files
-from bwla_converter.resume.manifest import BlockRecord, Inputs, WorkError, arguments_of
+from bwla_converter.resume.manifest import Inputs, LayerRecord, WorkError, arguments_of
 from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
 from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.format.schema import Provenance
@@ -94,12 +94,12 @@ def follow(options: Options, ranks: Ranks) -> None:
     settings = (options.rank, options.bits, options.clip)
     plan = make_plan(source, *settings, _provenance(options, source, {}), options.head_bits)
     recipe = make_recipe(options, source, ActivationStore(None, device, ranks))
-    restored, *done = ranks.share([False] * (source.num_blocks + 1))
+    restored, *done = ranks.share([False] * (source.num_layers + 1))
     if restored:
         recipe.restore({})
-    for index in range(source.num_blocks):
+    for index in range(source.num_layers):
         if not done[index]:
-            _quantize_block(index, source, plan, recipe, Listener(), replace(options, report=False))
+            _quantize_layer(index, source, plan, recipe, Listener(), replace(options, report=False))
             recipe.state()
 
 
@@ -116,15 +116,15 @@ def _finish(
     published = work.is_published()
     if published or work.settle():
         work.adopt_all()
-        ranks.share([False, *[True] * source.num_blocks])
-        listener.resumed(source.num_blocks, plan.weights, work.notes)
+        ranks.share([False, *[True] * source.num_layers])
+        listener.resumed(source.num_layers, plan.weights, work.notes)
     else:
-        _quantize_blocks(work, source, plan, recipe, listener, options, ranks)
+        _quantize_layers(work, source, plan, recipe, listener, options, ranks)
         _write_rest(work.writer, source, plan)
         clips = {layer.name: layer.clip for record in work.records.values() for layer in record.layers}
         work.writer.finish(source.folder, output_config(source, with_clips(plan, clips)))
         work.replace(recipe.finish(work.writer.folder))
-    records = [work.records[index] for index in range(source.num_blocks)]
+    records = [work.records[index] for index in range(source.num_layers)]
     summary = Summary(
         out=str(options.out),
         rank=plan.rank,
@@ -172,7 +172,7 @@ def _refuse_changed(work: WorkFolder, source: Source) -> None:
         )
 
 
-def _quantize_blocks(
+def _quantize_layers(
     work: WorkFolder,
     source: Source,
     plan: Plan,
@@ -182,52 +182,52 @@ def _quantize_blocks(
     ranks: Ranks,
 ) -> None:
     """All blocks that are not finished yet, each committed as soon as it is."""
-    shards, done = Shards(source), work.finished_blocks()
+    shards, done = Shards(source), work.finished_layers()
     for record in done.values():
         work.writer.adopt_shard(record.shard.file, record.shard.sha256)
     restored = bool(done) and bool(done[max(done)].state)
-    ranks.share([restored, *(index in done for index in range(source.num_blocks))])
+    ranks.share([restored, *(index in done for index in range(source.num_layers))])
     if restored:
         recipe.restore(work.load_state(max(done)))
     layers = [layer for record in done.values() for layer in record.layers]
     if done or work.notes:
         listener.resumed(len(done), sum(layer.weights for layer in layers), work.notes)
-    for index in range(source.num_blocks):
+    for index in range(source.num_layers):
         if index in done:
             continue
-        listener.block_started(index)
-        tensors, told = _quantize_block(index, source, plan, recipe, listener, options)
-        work.writer.write_shard(shards.block_file(index), tensors)
+        listener.layer_started(index)
+        tensors, told = _quantize_layer(index, source, plan, recipe, listener, options)
+        work.writer.write_shard(shards.layer_file(index), tensors)
         del tensors
         _refuse_changed(work, source)
-        work.commit_block(
-            index, shards.block_file(index), recipe.state(), functools.partial(BlockRecord, **told)
+        work.commit_layer(
+            index, shards.layer_file(index), recipe.state(), functools.partial(LayerRecord, **told)
         )
-        listener.block_done(index)
+        listener.layer_done(index)
 
 
-def _quantize_block(
+def _quantize_layer(
     index: int, source: Source, plan: Plan, recipe: Recipe, listener: Listener, options: Options
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a block's shard, and what the report says of it."""
     device = choose_device(options.device)
-    block = source.read(source.names_of_block(index))
+    block = source.read(source.names_of_layer(index))
     tensors, layers, traces = dict(block), [], {}
     found: dict[str, dict[str, Any]] = {}
-    recipe.begin_block(index, block)
-    for _, names in source.groups_of_block(index):
+    recipe.begin_layer(index, block)
+    for _, names in source.groups_of_layer(index):
         weights = {name: tensors.pop(f"{name}.weight").to(device) for name in names}
         result = recipe.quantize(weights, {name: plan.specs[name] for name in names})
         for name in names:
             tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
             clip = plan.specs[name].clip if result.clip is None else result.clip
-            layers.append(LayerReport(name, block[f"{name}.weight"].numel(), result.errors[name], clip))
+            layers.append(LinearReport(name, block[f"{name}.weight"].numel(), result.errors[name], clip))
             listener.quantized(layers[-1])
         traces[names[0]] = result.traces
         for kind, table in group_statistics(weights, result).items() if options.report else ():
             found.setdefault(kind, {}).update(table)
-    tensors.update(recipe.end_block())
-    traces.update(recipe.block_traces)
+    tensors.update(recipe.end_layer())
+    traces.update(recipe.layer_traces)
     return tensors, {"layers": layers, "traces": traces, "statistics": found}
 
 

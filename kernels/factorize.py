@@ -30,10 +30,10 @@ def factor_pair(width: int) -> tuple[int, int] | None:
     return max(aligned or pairs)
 
 
-def choose_rotation(in_features: int, wished_blocks: int = 1) -> tuple[int, int, int]:
+def choose_rotation(in_features: int, preferred_rotation_groups: int = 1) -> tuple[int, int, int]:
     """Choose (G, n1, n2) for an input of width K = `in_features`.
 
-    G is the largest count <= `wished_blocks` that divides K into whole 32-bit words and factors;
+    G is the largest count <= `preferred_rotation_groups` that divides K into whole 32-bit words and factors;
     where none does (K = 25600 is too wide for one block), the smallest larger one.
 
     Raises:
@@ -45,13 +45,13 @@ def choose_rotation(in_features: int, wished_blocks: int = 1) -> tuple[int, int,
             "keep such a layer out of quantization with --ignore"
         )
     words = in_features // PACK_FACTOR
-    below = range(min(wished_blocks, words), 0, -1)
-    above = range(wished_blocks + 1, words + 1)
+    below = range(min(preferred_rotation_groups, words), 0, -1)
+    above = range(preferred_rotation_groups + 1, words + 1)
     for blocks in (*below, *above):
         if words % blocks:
             continue
         # Ranks of a power of two must hold whole blocks, so other counts are used only where one must.
-        if blocks < wished_blocks and blocks & (blocks - 1):
+        if blocks < preferred_rotation_groups and blocks & (blocks - 1):
             continue
         pair = factor_pair(in_features // blocks)
         if pair is not None:

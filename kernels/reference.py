@@ -80,9 +80,9 @@ def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> 
     """
     x_hat = rotate(x, tensors["rotation_left"], tensors["rotation_right"]) * tensors["column_scale"]
     if spec.bits == UNQUANTIZED_BITS:
-        q, scale = x_hat, x_hat.new_ones(x.shape[0], spec.blocks)
+        q, scale = x_hat, x_hat.new_ones(x.shape[0], spec.rotation_groups)
     else:
-        q, scale = quantize(x_hat, spec.blocks, spec.bits, spec.clip)
+        q, scale = quantize(x_hat, spec.rotation_groups, spec.bits, spec.clip)
     u = x.float() @ tensors["low_rank_a"].float().t() if spec.rank else None
     return PreparedInput(q, scale, u)
 
@@ -100,7 +100,7 @@ def block_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
 
 def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     """The weight side: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
-    sums = block_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.blocks)
+    sums = block_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.rotation_groups)
     y = (sums * prepared.scale.unsqueeze(-1)).sum(1) * tensors["weight_scale"]
     if prepared.u is not None:
         y = y + prepared.u @ tensors["low_rank_b"].float().t()

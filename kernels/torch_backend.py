@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec, unpack_signs
-from bwla_kernels.format.layer import UNQUANTIZED_BITS, widened
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, to_compute_dtype
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -83,7 +83,7 @@ class TorchBackend:
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         """Replace `weight_packed` by `signs` int8 [N, K]; keep the rest, rotations and scales in float32."""
-        rest = {name: tensor for name, tensor in widened(tensors).items() if name != "weight_packed"}
+        rest = {name: tensor for name, tensor in to_compute_dtype(tensors).items() if name != "weight_packed"}
         return {"signs": unpack_signs(tensors["weight_packed"]), **rest}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

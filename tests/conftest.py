@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_kernels.format import LayerSpec, as_stored, pack_signs
+from bwla_kernels.format import LayerSpec, pack_signs, to_storage_dtype
 from paths import EXAMPLE
 from torch import Tensor
 
@@ -36,8 +36,8 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
     tensors = {
         "weight_packed": pack_signs(torch.randint(0, 2, (n, k), generator=generator)),
         "weight_scale": torch.rand(n, generator=generator) / k**0.5 + 0.01,
-        "rotation_left": _random_rotation(spec.blocks, spec.n1, generator),
-        "rotation_right": _random_rotation(spec.blocks, spec.n2, generator),
+        "rotation_left": _random_rotation(spec.rotation_groups, spec.n1, generator),
+        "rotation_right": _random_rotation(spec.rotation_groups, spec.n2, generator),
         "column_scale": torch.rand(k, generator=generator) + 0.5,
     }
     if r:
@@ -45,7 +45,7 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
         tensors["low_rank_b"] = torch.randn(n, r, generator=generator)
     if spec.bias:
         tensors["bias"] = torch.randn(n, generator=generator)
-    return as_stored(tensors, spec)
+    return to_storage_dtype(tensors, spec)
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def input_errors(step: str, inputs: Inputs, layer: Layer, found: PreparedInput) 
     ready = step_in_torch(step, part)
     wanted = reference.prepare_input(ready.float() if step else ready, layer.stored, spec)
     off = (found.q[tokens].int() - wanted.q.int()).abs()
-    sums = found.q.unflatten(1, (spec.blocks, -1)).sum(-1, dtype=torch.int32)
+    sums = found.q.unflatten(1, (spec.rotation_groups, -1)).sum(-1, dtype=torch.int32)
     row: Row = {
         "codes_off_share": off.float().mean().item(),
         "codes_off_max": int(off.max().item()),
@@ -75,8 +75,8 @@ def matmul_error(y: Tensor, layer: Layer, prepared: PreparedInput) -> float:
     spec, stored = layer.spec, layer.stored
     rows = _ends(spec.out_features, SAMPLED_ROWS, y.device)
     tokens = _ends(len(y), SAMPLED_TOKENS, y.device)
-    signs = unpack_signs(stored["weight_packed"][rows]).double().unflatten(1, (spec.blocks, -1))
-    codes = prepared.q[tokens].double().unflatten(1, (spec.blocks, -1))
+    signs = unpack_signs(stored["weight_packed"][rows]).double().unflatten(1, (spec.rotation_groups, -1))
+    codes = prepared.q[tokens].double().unflatten(1, (spec.rotation_groups, -1))
     sums = torch.einsum("mgk,ngk->mng", codes, signs)
     exact = (sums * prepared.scale[tokens].double().unsqueeze(1)).sum(-1)
     exact *= stored["weight_scale"][rows].double()

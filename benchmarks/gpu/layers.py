@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from bwla_kernels.format import LayerSpec, as_stored
+from bwla_kernels.format import LayerSpec, to_storage_dtype
 from bwla_kernels.triton import launch
 from bwla_kernels.triton.backend import _layer, _properties, repack
 from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
@@ -65,7 +65,7 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
         return torch.rand(*shape, generator=generator, device=device)
 
     def rotation(order: int) -> Tensor:
-        square = normal(spec.blocks, order, order, dtype=torch.float64)
+        square = normal(spec.rotation_groups, order, order, dtype=torch.float64)
         factor: Tensor = torch.linalg.qr(square.cpu()).Q.to(device)
         return factor
 
@@ -82,7 +82,7 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
         tensors["low_rank_b"] = normal(n, r)
     if spec.bias:
         tensors["bias"] = normal(n)
-    stored = as_stored(tensors, spec)
+    stored = to_storage_dtype(tensors, spec)
     return Layer(spec, stored, repack(stored, spec))
 
 
@@ -112,7 +112,7 @@ def call(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> tuple[
     layer = (
         *(tensors[name] for name in needed),
         *(tensors.get(name) for name in ("low_rank_a", "low_rank_b", "bias")),
-        *(spec.out_features, spec.blocks, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip),
+        *(spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip),
     )
     return _layer(inputs.x, *layer, **fused_options(step, inputs))  # type: ignore[arg-type]
 
@@ -134,7 +134,7 @@ def step_in_torch(step: str, inputs: Inputs) -> Tensor:
 def config_of(spec: LayerSpec, tensors: Tensors, m: int, device: torch.device) -> MatmulConfig:
     """The configuration with which serving multiplies m tokens."""
     chunk = weights_of(tensors, spec).layout.chunk
-    sizes = (spec.out_features, spec.in_features, spec.blocks, chunk, m, spec.bits)
+    sizes = (spec.out_features, spec.in_features, spec.rotation_groups, chunk, m, spec.bits)
     return select_config(*sizes, *_properties(device))
 
 

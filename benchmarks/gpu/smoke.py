@@ -27,7 +27,7 @@ class SmokeCase:
 
     def __str__(self) -> str:
         s = self.spec
-        name = self.label or f"{s.out_features}x{s.in_features} ({s.blocks}, {s.n1}, {s.n2})"
+        name = self.label or f"{s.out_features}x{s.in_features} ({s.rotation_groups}, {s.n1}, {s.n2})"
         dtype = "" if self.dtype is None else f" {self.dtype}".replace("torch.", "")
         bias = " bias" if s.bias else ""
         return f"{name} rank {s.rank} bits {s.bits}{bias}{dtype}, {self.step or 'plain'}, m={self.m}"

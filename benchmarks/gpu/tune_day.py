@@ -25,7 +25,7 @@ TINY_BYTES, TINY_CANDIDATES = 1 << 16, 2
 def layout_of(shape: Shape) -> ChunkLayout:
     """The layout of a shape's weights."""
     spec = shape.spec()
-    return chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    return chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
 
 
 @lru_cache(maxsize=1)
@@ -110,7 +110,9 @@ def write_table(setting: Setting, journal: Journal, path: Path) -> int:
     for model, shape, m in order(setting):
         for best in tune.fastest(_findings(journal, f"{model} {shape.name} m={m} "))[:1]:
             spec = shape.spec()
-            tune.enter(table, arch, (spec.out_features, spec.in_features, spec.blocks), m, best.config)
+            tune.enter(
+                table, arch, (spec.out_features, spec.in_features, spec.rotation_groups), m, best.config
+            )
             count += 1
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return count

@@ -44,7 +44,7 @@ class Ranks:
         if self.size == 1:
             return
         count = torch.tensor(moments.count, dtype=torch.int64)
-        for tensor in (moments.seen, moments.crossed, moments.drift, count):
+        for tensor in (moments.gram, moments.cross_gram, moments.residual_cross_gram, count):
             if tensor is not None:
                 dist.all_reduce(tensor)
         moments.count = int(count)

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import LAST_NORM
+from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 
-class Shell:
+class LayerRunner:
     """A model of one decoder block, with rotary embedding and attention mask as the model makes them.
 
     Args:
@@ -36,12 +36,12 @@ class Shell:
         hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
         return hidden * self.config.hidden_size**0.5 if self.source.family.scaled_embedding else hidden
 
-    def block(self, index: int, tensors: Mapping[str, Tensor]) -> "Block":
+    def layer(self, index: int, tensors: Mapping[str, Tensor]) -> "DecoderLayer":
         """Block `index` with its stored tensors, by their full names."""
         config = self._one_block(index)
         with torch.device("meta"):
             model = AutoModel.from_config(config, attn_implementation=self.attention)
-        prefix = self.source.family.block_name(index) + "."
+        prefix = self.source.family.layer_name(index) + "."
         state = {
             f"layers.0.{name.removeprefix(prefix)}": tensor.to(self.device, self.dtype)
             for name, tensor in tensors.items()
@@ -52,13 +52,13 @@ class Shell:
         model.rotary_emb = type(model.rotary_emb)(config).to(self.device)
         model.norm = nn.Identity()
         model.requires_grad_(False)
-        return Block(model.eval(), prefix)
+        return DecoderLayer(model.eval(), prefix)
 
-    def last_norm(self) -> nn.Module:
+    def final_norm(self) -> nn.Module:
         """The norm before the head, as the original has it."""
         with torch.device("meta"):
             norm: nn.Module = AutoModel.from_config(self._one_block(0)).norm
-        names = {key: f"{LAST_NORM}.{key}" for key in norm.state_dict()}
+        names = {key: f"{FINAL_NORM}.{key}" for key in norm.state_dict()}
         tensors = self.source.read(list(names.values()))
         state = {key: tensors[name].to(self.device, self.dtype) for key, name in names.items()}
         norm.load_state_dict(state, assign=True)
@@ -73,7 +73,7 @@ class Shell:
         return config
 
 
-class Block:
+class DecoderLayer:
     """One decoder block that can be run, looked into and changed.
 
     Args:

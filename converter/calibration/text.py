@@ -96,7 +96,7 @@ def load_tokenizer(model: Path) -> Any:
         ) from None
 
 
-def token_windows(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
+def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
     """Random windows of the calibration text.
 
     Args:

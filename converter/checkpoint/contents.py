@@ -121,7 +121,7 @@ def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
     return {
         "name": name,
         "shape": [spec.out_features, spec.in_features],
-        "rotation": [spec.blocks, spec.n1, spec.n2],
+        "rotation": [spec.rotation_groups, spec.n1, spec.n2],
         "rank": spec.rank,
         "activation_bits": spec.bits,
         "bits_per_weight": round(stored_bits(spec) / weights_of(spec), 4),

@@ -44,7 +44,7 @@ def dense_weight(tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dt
     return dense
 
 
-def write_dense(
+def write_dequantized(
     checkpoint: Path,
     out: Path,
     dtype: str = "bfloat16",

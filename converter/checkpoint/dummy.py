@@ -16,7 +16,7 @@ from bwla_converter.source.names import HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json
-from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
 
@@ -87,8 +87,8 @@ def write_dummy(options: Options) -> Plan:
     generator = torch.Generator().manual_seed(options.seed)
     with atomic_output(options.out, options.overwrite) as writer:
         shards = Shards(source)
-        for index in range(source.num_blocks):
-            writer.write_shard(shards.block_file(index), _random_block(source, plan, index, generator))
+        for index in range(source.num_layers):
+            writer.write_shard(shards.layer_file(index), _random_block(source, plan, index, generator))
         for file, names in shards.rest():
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
             if plan.head_source in names:
@@ -99,13 +99,13 @@ def write_dummy(options: Options) -> Plan:
 
 
 def _random_block(source: Source, plan: Plan, index: int, generator: torch.Generator) -> dict[str, Tensor]:
-    names = [name for name in source.names_of_block(index) if not plan.is_replaced(name)]
+    names = [name for name in source.names_of_layer(index) if not plan.is_replaced(name)]
     tensors = {name: _plain(source, name) for name in names}
-    for _, members in source.groups_of_block(index):
+    for _, members in source.groups_of_layer(index):
         shared: dict[str, Tensor] = {}
         for member in members:
             layer = random_layer(plan.specs[member], generator)
-            for key in INPUT_SIDE:
+            for key in INPUT_TRANSFORM:
                 if key in layer:
                     layer[key] = shared.setdefault(key, layer[key]).clone()
             tensors.update({f"{member}.{key}": value for key, value in layer.items()})

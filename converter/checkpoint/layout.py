@@ -62,10 +62,10 @@ class Shards:
     """Names of the output's files: one a block, then what is outside the blocks in files of about 4 GiB."""
 
     def __init__(self, source: Source) -> None:
-        self._blocks = source.num_blocks
+        self._blocks = source.num_layers
         self._rest: list[list[str]] = []
         size = SHARD_BYTES
-        for name in source.names_outside_blocks():
+        for name in source.names_outside_layers():
             entry = source.entries[name]
             bytes_ = entry.dtype.itemsize
             for axis in entry.shape:
@@ -79,7 +79,7 @@ class Shards:
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._blocks + len(self._rest):05d}.safetensors"
 
-    def block_file(self, index: int) -> str:
+    def layer_file(self, index: int) -> str:
         """File of decoder block `index`."""
         return self._file(index)
 

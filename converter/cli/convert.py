@@ -208,7 +208,7 @@ def convert(
     from bwla_converter.checkpoint.dummy import write_dummy
     from bwla_converter.checkpoint.hub import check_push, push
     from bwla_converter.cli.progress import ProgressListener
-    from bwla_converter.common.bits import rank_words
+    from bwla_converter.common.bits import describe_rank
     from bwla_converter.common.devices import choose_device
     from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert as run
@@ -244,7 +244,7 @@ def convert(
         if dummy:
             plan = write_dummy(options)
             typer.echo(
-                f"{out}: random weights, {rank_words(plan.rank, plan.fitting_rank)}, "
+                f"{out}: random weights, {describe_rank(plan.rank, plan.fitting_rank)}, "
                 f"{plan.bits_per_weight:.3f} bits per weight all-in"
             )
             return
@@ -288,7 +288,7 @@ def convert(
     worst = max(summary.layers, key=lambda layer: layer.error)
     typer.echo(
         f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in, "
-        f"{rank_words(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
+        f"{describe_rank(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
         f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
         f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), worst layer {worst.name} "
         f"(relative error {worst.error:.3f}), {summary.seconds:.1f} s"

@@ -97,10 +97,10 @@ def _ways_out(
     evaluation: Path | None,
 ) -> None:
     if dequantize is not None:
-        from bwla_converter.checkpoint.dequantize import write_dense
+        from bwla_converter.checkpoint.dequantize import write_dequantized
 
         with console.status("making weights dense") as status:
-            done = write_dense(
+            done = write_dequantized(
                 checkpoint, dequantize, dtype, overwrite, lambda name: status.update(f"dense: {name}")
             )
         console.print(

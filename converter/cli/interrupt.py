@@ -20,14 +20,14 @@ class Interrupts:
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that ended so: 130 for Ctrl-C, 143 for SIGTERM."""
+        """What a runner expects of a process that ended so: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self.signal or signal.SIGINT)
 
-    def block_started(self, index: int) -> None:
+    def layer_started(self, index: int) -> None:
         """From here on there is something worth finishing."""
         self._block = index
 
-    def block_done(self) -> None:
+    def layer_done(self) -> None:
         """The block is safe.
 
         Raises:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from bwla_converter.cli.interrupt import Interrupts
-from bwla_converter.common.bits import rank_words
+from bwla_converter.common.bits import describe_rank
 from bwla_converter.listener import Listener
-from bwla_converter.options import LayerReport
+from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
 from bwla_converter.planning.plan import Plan
 from bwla_converter.source.model import Source
@@ -43,8 +43,8 @@ class ProgressListener(Listener):
 
     def planned(self, source: Source, plan: Plan) -> None:
         self._say(
-            f"{source.family.architecture}, {source.num_blocks} blocks, {plan.weights:,} weights to quantize; "
-            f"{rank_words(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"
+            f"{source.family.architecture}, {source.num_layers} blocks, {plan.weights:,} weights to quantize; "
+            f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"
         )
         self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
@@ -71,16 +71,16 @@ class ProgressListener(Listener):
         if self._quantizing is not None:
             self._progress.start_task(self._quantizing)
 
-    def block_started(self, index: int) -> None:
-        self._interrupts.block_started(index)
+    def layer_started(self, index: int) -> None:
+        self._interrupts.layer_started(index)
 
-    def quantized(self, layer: LayerReport) -> None:
+    def quantized(self, layer: LinearReport) -> None:
         self._say(f"{layer.name}  relative error {layer.error:.4f}")
         if self._quantizing is not None:
             self._progress.advance(self._quantizing, layer.weights)
 
-    def block_done(self, index: int) -> None:
-        self._interrupts.block_done()
+    def layer_done(self, index: int) -> None:
+        self._interrupts.layer_done()
 
     def _say(self, line: str) -> None:
         self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -54,7 +54,7 @@ def auto_rank(fitting: int) -> int:
     return fitting if fitting < RANK_STEP or 2 * beyond >= RANK_STEP else fitting - beyond
 
 
-def rank_words(rank: int, fitting: int) -> str:
+def describe_rank(rank: int, fitting: int) -> str:
     """`rank`, and why it is not the largest that `fitting` the bits would allow, in words for a summary."""
     if rank == fitting:
         return f"rank {rank}"

@@ -202,7 +202,7 @@ def check_gpu(budget: Budget, device: torch.device) -> None:
 
 
 def _groups(source: Source, plan: Plan, index: int) -> Iterator[tuple[str, Group]]:
-    for _, names in source.groups_of_block(index):
+    for _, names in source.groups_of_layer(index):
         specs = [plan.specs[name] for name in names]
         rows = sum(spec.out_features for spec in specs)
         yield names[0].rpartition(".")[2], Group(rows, specs[0].in_features)
@@ -216,7 +216,7 @@ def _moments(
     source: Source, plan: Plan, recipe: str, calibration: Calibration | None, device: str
 ) -> Iterator[tuple[float, str]]:
     """Bytes held at the moments that may be the worst, with a name for each."""
-    for name in source.names_outside_blocks():
+    for name in source.names_outside_layers():
         # Mapped from its file, and with it the 8-bit head that is made of it.
         made = math.prod(source.entries[name].shape) if name == plan.head_source else 0
         yield _bytes(source.entries[name]) + made + WORK_SPACE, f"writing {name}"
@@ -224,12 +224,12 @@ def _moments(
         assert calibration is not None
         yield _distilling_bytes(source, plan, calibration), "distillation"
     shapes = set()
-    for index in range(source.num_blocks):
+    for index in range(source.num_layers):
         groups = tuple(_groups(source, plan, index))
         if groups in shapes:
             continue
         shapes.add(groups)
-        entries = [source.entries[name] for name in source.names_of_block(index)]
+        entries = [source.entries[name] for name in source.names_of_layer(index)]
         stored = sum(map(_bytes, entries))
         weights = sum(math.prod(entry.shape) for entry in entries)
         for number, (label, group) in enumerate(groups):
@@ -293,7 +293,7 @@ def _distilling_bytes(source: Source, plan: Plan, calibration: Calibration) -> f
 def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates) -> float:
     flops = passed = 0.0
     passes = FastOptions().passes
-    for index in range(source.num_blocks):
+    for index in range(source.num_layers):
         for _, group in _groups(source, plan, index):
             spread = 2 * math.isqrt(group.columns)  # n1 + n2 of one block
             okt = OKT_ROUNDS * group.weights

@@ -123,11 +123,11 @@ def make_plan(
     clip = 1.0 if clip is None else clip
     specs: dict[str, LayerSpec] = {}
     rotation: dict[str, tuple[int, int, int]] = {}
-    for index in range(source.num_blocks):
-        for group, names in source.groups_of_block(index):
+    for index in range(source.num_layers):
+        for group, names in source.groups_of_layer(index):
             for name in names:
                 out_features, in_features = source.entries[f"{name}.weight"].shape
-                sizes = choose_rotation(in_features, group.wished_blocks)
+                sizes = choose_rotation(in_features, group.preferred_rotation_groups)
                 has_bias = f"{name}.bias" in source.entries
                 specs[name] = LayerSpec(
                     out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias

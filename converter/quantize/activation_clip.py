@@ -38,6 +38,6 @@ def choose_clip(x_hat: Tensor, weight: Tensor, spec: LayerSpec, clips: Sequence[
 
 def output_error(x_hat: Tensor, weight: Tensor, spec: LayerSpec) -> float:
     """||(x' - x_hat) W^T||^2 with x' what the codes of x_hat stand for."""
-    codes, scale = quantize(x_hat, spec.blocks, spec.bits, spec.clip)
-    stands_for = (codes.unflatten(1, (spec.blocks, -1)) * scale.unsqueeze(-1)).flatten(1)
+    codes, scale = quantize(x_hat, spec.rotation_groups, spec.bits, spec.clip)
+    stands_for = (codes.unflatten(1, (spec.rotation_groups, -1)) * scale.unsqueeze(-1)).flatten(1)
     return float(((stands_for - x_hat) @ weight.mT).double().square().sum())

@@ -5,7 +5,7 @@ group and x_hat those that the blocks quantized so far give it. The best unquant
 W E[x x_hat^T] E[x_hat x_hat^T]^-1 (as in GPTAQ, arXiv 2504.02692): it also makes good what earlier blocks lost. Where
 the output is added to the residual stream, what that has lost is made good as well (`corrected_target`). This W'
 takes the original's place as the target; then, in the basis of OKT's rotation and the metric H = E[x_hat x_hat^T]:
-the low-rank part (`metric_low_rank`), signs by error feedback and coordinate descent, least-squares row scales
+the low-rank part (`hessian_low_rank`), signs by error feedback and coordinate descent, least-squares row scales
 (`error_feedback`) and column scales, alternated.
 """
 
@@ -17,8 +17,8 @@ import torch
 from bwla_converter.quantize.activation_clip import choose_clip
 from bwla_converter.quantize.gptq_binary import START_FACTORS, Code, inverse_factor, one_bit
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows, store_group
-from bwla_converter.quantize.hessian_low_rank import metric_low_rank
-from bwla_converter.quantize.moments import Moments, rotate_metric
+from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
+from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.quantize.okt import learn_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
@@ -36,13 +36,13 @@ class FastOptions:
         okt_rounds: rounds of the rotation; 0 leaves it at its random start.
         rounds: alternations of low-rank part and signs.
         sweeps: sweeps of coordinate descent in the last round, from every starting scale.
-        feed_back: whether signs are chosen with error feedback; without it they are the residual's own.
+        gptq_signs: whether signs are chosen with error feedback; without it they are the residual's own.
         damping: added to H's diagonal, in units of its mean.
         target_damping: pull of the target towards the original weight, in the same units; infinity keeps the
             original weight.
         follow_stream: whether the target makes good what the residual stream has lost.
         column_scales: whether column scales are fitted, in the metric of the inputs.
-        last_norm: whether the last norm is fitted once all blocks are quantized.
+        final_norm: whether the last norm is fitted once all blocks are quantized.
         clips: whether the activation clip is chosen; without it, it is the spec's.
         latents: keep what the signs were chosen for, see `GroupResult.latents`.
     """
@@ -50,12 +50,12 @@ class FastOptions:
     okt_rounds: int = 40
     rounds: int = 3
     sweeps: int = 8
-    feed_back: bool = True
+    gptq_signs: bool = True
     damping: float = 0.01
     target_damping: float = 0.02
     follow_stream: bool = True
     column_scales: bool = True
-    last_norm: bool = True
+    final_norm: bool = True
     clips: bool = True
     latents: bool = False
 
@@ -83,13 +83,13 @@ def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor
 
     Returns: float32 [N, K]; `weight` itself where the original's inputs were not followed.
     """
-    if moments.crossed is None or damping == float("inf"):
+    if moments.cross_gram is None or damping == float("inf"):
         return weight
     hessian = moments.hessian(damping)
-    ridge = hessian - moments.seen / moments.count
-    wanted = weight @ (moments.crossed / moments.count + ridge)
-    if moments.drift is not None:
-        wanted += moments.drift / moments.count
+    ridge = hessian - moments.gram / moments.count
+    wanted = weight @ (moments.cross_gram / moments.count + ridge)
+    if moments.residual_cross_gram is not None:
+        wanted += moments.residual_cross_gram / moments.count
     lower = torch.linalg.cholesky(hessian.double())
     return torch.cholesky_solve(wanted.double().mT, lower).mT.float()
 
@@ -147,10 +147,10 @@ def quantize_group(
     generator = group_generator(seed, weights)
     target = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
     rotation = learn_rotation(
-        [target], (side.blocks, side.n1, side.n2), rounds=options.okt_rounds, generator=generator
+        [target], (side.rotation_groups, side.n1, side.n2), rounds=options.okt_rounds, generator=generator
     )
     basis = (rotation.left, rotation.right)
-    target, hessian = rotate(target, *basis), rotate_metric(hessian, *basis)
+    target, hessian = rotate(target, *basis), rotate_hessian(hessian, *basis)
     factor = inverse_factor(hessian)
     power = ((target @ hessian) * target).sum(1)
     shared = {
@@ -170,7 +170,7 @@ def quantize_group(
             factor = inverse_factor(hessian)
         if side.rank:
             rest = target if code is None else target - code.scale.unsqueeze(1) * code.sign
-            b, a = metric_low_rank(rest, hessian, side.rank, generator)
+            b, a = hessian_low_rank(rest, hessian, side.rank, generator)
             # Rounded as they are stored, so that the signs make good for that too.
             low_rank_b, shared["low_rank_a"] = (
                 b.bfloat16(),
@@ -184,7 +184,7 @@ def quantize_group(
         # The rounds before the last one only have to tell scales and low-rank part what the signs will be like.
         last = number == rounds
         sweeps = options.sweeps if last else min(options.sweeps, 1)
-        code = one_bit(residual, hessian, factor, sweeps, options.feed_back, every_start=last)
+        code = one_bit(residual, hessian, factor, sweeps, options.gptq_signs, every_start=last)
         trace.append(_relative(code.error, power))
     assert code is not None
     tensors = store_group(weights, specs, {}, shared, code.sign, code.scale, low_rank_b)

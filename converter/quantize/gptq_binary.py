@@ -46,10 +46,10 @@ class Trial(Code):
     """A code on the way.
 
     Attributes:
-        image: S H, float32 [N, K].
+        sign_hessian: S H, float32 [N, K].
     """
 
-    image: Tensor
+    sign_hessian: Tensor
 
 
 def inverse_factor(hessian: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def inverse_factor(hessian: Tensor) -> Tensor:
     return inverse.float()
 
 
-def feed_back(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
+def gptq_signs(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
     """Signs of `weight` [N, K] at fixed row scales, each column's error carried on to those after it.
 
     Args:
@@ -89,19 +89,19 @@ def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -
         sign: [N, K].
         hessian: H.
     """
-    image = sign @ hessian
-    dots, norms = (weight_metric * sign).sum(1), (image * sign).sum(1)
+    sign_hessian = sign @ hessian
+    dots, norms = (weight_metric * sign).sum(1), (sign_hessian * sign).sum(1)
     scale = (dots / norms).clamp_min(torch.finfo(torch.float32).tiny)
-    return Trial(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, image)
+    return Trial(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, sign_hessian)
 
 
-def flip(code: Trial, weight_metric: Tensor, hessian: Tensor) -> Tensor:
+def coordinate_descent_sweep(code: Trial, weight_metric: Tensor, hessian: Tensor) -> Tensor:
     """One sweep of coordinate descent: every sign in turn is flipped where that lowers f. Returns the signs.
 
     With g = (a s - w) H, flipping s_j changes f by 4 a (a H_jj - s_j g_j).
     """
     sign, scale = code.sign.clone(), code.scale.unsqueeze(1)
-    gradient = scale * code.image - weight_metric
+    gradient = scale * code.sign_hessian - weight_metric
     for start in range(0, sign.shape[1], COLUMNS_AT_ONCE):
         columns = slice(start, start + COLUMNS_AT_ONCE)
         local, own, here = hessian[columns, columns], gradient[:, columns], sign[:, columns]
@@ -153,12 +153,14 @@ def _code_rows(
 
     def descended(code: Trial) -> Trial:
         for _ in range(sweeps):
-            code = _better(code, refit(metric, power, flip(code, metric, hessian), hessian))
+            code = _better(
+                code, refit(metric, power, coordinate_descent_sweep(code, metric, hessian), hessian)
+            )
         return code
 
     if not feedback:
         return descended(refit(metric, power, torch.where(weight >= 0, 1.0, -1.0), hessian))
-    signs = (feed_back(weight, start * mean, factor) for start in START_FACTORS)
+    signs = (gptq_signs(weight, start * mean, factor) for start in START_FACTORS)
     codes = (refit(metric, power, sign, hessian) for sign in signs)
     best = reduce(_better, map(descended, codes)) if every_start else descended(reduce(_better, codes))
     return Code(best.sign, best.scale, best.error)
@@ -172,5 +174,5 @@ def _better(one: Trial, other: Trial) -> Trial:
         torch.where(rows, other.sign, one.sign),
         torch.where(take, other.scale, one.scale),
         torch.where(take, other.error, one.error),
-        torch.where(rows, other.image, one.image),
+        torch.where(rows, other.sign_hessian, one.sign_hessian),
     )

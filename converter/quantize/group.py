@@ -9,7 +9,7 @@ import torch
 from bwla_converter.common.tensors import count_not_finite, split_rows
 from bwla_converter.quantize.binarize import signs
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format import LayerSpec, TensorSpec, as_stored, pack_signs, validate_layer
+from bwla_kernels.format import LayerSpec, TensorSpec, pack_signs, to_storage_dtype, validate_layer
 from bwla_kernels.format.layer import FLOAT_DTYPES, ROW_TENSORS, shape_problem
 from bwla_kernels.reference import dequantize
 from torch import Tensor
@@ -81,7 +81,7 @@ def store_group(
             **({"bias": biases[name]} if spec.bias else {}),
         }
         table = {**shared, **own}
-        stored = as_stored(table, spec)  # memory of its own each: safetensors refuses shared memory
+        stored = to_storage_dtype(table, spec)  # memory of its own each: safetensors refuses shared memory
         validate_layer(name, stored, spec)
         tensors[name] = stored
     return tensors

@@ -12,7 +12,7 @@ OVERSAMPLE = 8
 ITERATIONS = 6
 
 
-def metric_low_rank(
+def hessian_low_rank(
     error: Tensor, hessian: Tensor, rank: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Factors B [N, r] with orthonormal columns and A [r, K], float32.

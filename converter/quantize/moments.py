@@ -16,37 +16,39 @@ class Moments:
     """Running second moments of a stream of inputs, float32 on one device.
 
     Attributes:
-        seen: sum of x_hat x_hat^T [K, K], over the inputs that the quantized blocks produce.
-        crossed: sum of x x_hat^T [K, K] with the original model's inputs x; None where they are not followed.
-        drift: sum of (h - h_hat) x_hat^T [N, K], with h and h_hat what the output is added to in the original model
-            and in the quantized one; None where it is not followed.
+        gram: sum of x_hat x_hat^T [K, K], over the inputs that the quantized blocks produce.
+        cross_gram: sum of x x_hat^T [K, K] with the original model's inputs x; None where they are not followed.
+        residual_cross_gram: sum of (h - h_hat) x_hat^T [N, K], with h and h_hat the residual stream that the output is
+            added to, in the original model and in the quantized one; None where it is not followed.
         count: tokens.
     """
 
-    seen: Tensor
-    crossed: Tensor | None
-    drift: Tensor | None = None
+    gram: Tensor
+    cross_gram: Tensor | None
+    residual_cross_gram: Tensor | None = None
     count: int = 0
 
     @classmethod
-    def zeros(cls, width: int, device: torch.device, crossed: bool) -> "Moments":
+    def zeros(cls, width: int, device: torch.device, cross_gram: bool) -> "Moments":
         """Nothing seen yet."""
-        seen = torch.zeros(width, width, device=device)
-        return cls(seen, torch.zeros_like(seen) if crossed else None)
+        gram = torch.zeros(width, width, device=device)
+        return cls(gram, torch.zeros_like(gram) if cross_gram else None)
 
     def add(self, x_hat: Tensor, x: Tensor | None = None) -> None:
         """Count a batch of inputs [M, K], and the original model's at the same places."""
         x_hat = x_hat.flatten(0, -2).float()
-        self.seen.addmm_(x_hat.mT, x_hat)
-        if self.crossed is not None and x is not None:
-            self.crossed.addmm_(x.flatten(0, -2).float().mT, x_hat)
+        self.gram.addmm_(x_hat.mT, x_hat)
+        if self.cross_gram is not None and x is not None:
+            self.cross_gram.addmm_(x.flatten(0, -2).float().mT, x_hat)
         self.count += len(x_hat)
 
-    def add_drift(self, x_hat: Tensor, stream_hat: Tensor, stream: Tensor) -> None:
+    def add_residual(self, x_hat: Tensor, stream_hat: Tensor, stream: Tensor) -> None:
         """Count how far the stream [M, N] has come from the original's at the inputs of the last `add`."""
         gap = (stream.float() - stream_hat.float()).flatten(0, -2)
         found = gap.mT @ x_hat.flatten(0, -2).float()
-        self.drift = found if self.drift is None else self.drift.add_(found)
+        self.residual_cross_gram = (
+            found if self.residual_cross_gram is None else self.residual_cross_gram.add_(found)
+        )
 
     def hessian(self, damping: float) -> Tensor:
         """E[x_hat x_hat^T] with `damping` times its mean diagonal added to the diagonal.
@@ -54,7 +56,7 @@ class Moments:
         Raises:
             SourceError: no input was seen, or one was not finite.
         """
-        mean = self.seen / max(self.count, 1)
+        mean = self.gram / max(self.count, 1)
         level = mean.diagonal().mean()
         if self.count == 0 or not bool(torch.isfinite(level)) or level <= 0:
             raise SourceError(
@@ -64,7 +66,7 @@ class Moments:
         return mean + damping * level * torch.eye(len(mean), device=mean.device)
 
 
-def rotate_metric(hessian: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def rotate_hessian(hessian: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """H in the rotated basis, float32 [K, K]."""
     half = rotate(hessian, left, right)
     return rotate(half.mT.contiguous(), left, right)

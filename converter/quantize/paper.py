@@ -77,7 +77,7 @@ def quantize_group(
     generator = group_generator(seed, weights)
     rotation = learn_rotation(
         list(weights.values()),
-        (side.blocks, side.n1, side.n2),
+        (side.rotation_groups, side.n1, side.n2),
         rounds=options.okt_rounds,
         generator=generator,
         start=options.start,

@@ -22,10 +22,10 @@ from bwla_converter.common.tensors import count_not_finite, in_one_buffer, row_r
 from bwla_converter.quantize.okt import (
     VARIANCE_CEILING,
     Mixture,
-    expected_pull,
     fit_mixture,
     mixtures_in_one_buffer,
     negative_log_likelihood,
+    procrustes_target,
     start_mixture,
 )
 from bwla_kernels.errors import SourceError
@@ -176,7 +176,7 @@ def low_rank_step(state: State) -> State:
     def whitened() -> Iterator[Tensor]:
         for (unit, rest), mixture, root in zip(_parts(state), state.mixtures, roots, strict=True):
             # D (W - c t) = v^(-1/2) W - v^(1/2) (c / v) t
-            yield unit / root - expected_pull(rest.unsqueeze(0), mixture).squeeze(0) * root
+            yield unit / root - procrustes_target(rest.unsqueeze(0), mixture).squeeze(0) * root
 
     points = in_one_buffer(whitened(), state.weight.new_empty(state.weight.numel()))
     basis = dominant_rows(points, state.basis, POWER_ITERATIONS)

@@ -26,16 +26,16 @@ class Recipe(Protocol):
     calibration: dict[str, object]
     """What the report and the checkpoint say of the calibration data; empty without."""
 
-    block_traces: dict[str, dict[str, list[float]]]
+    layer_traces: dict[str, dict[str, list[float]]]
     """Of the block that ended last: what was worked on -> name of an objective -> its values; for the report."""
 
-    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Block `index` comes next; its stored tensors by their full names."""
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """DecoderLayer `index` comes next; its stored tensors by their full names."""
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """One input group of the block."""
 
-    def end_block(self) -> Mapping[str, Tensor]:
+    def end_layer(self) -> Mapping[str, Tensor]:
         """All groups of the block were quantized; the stored tensors that changed since, by their full names."""
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
@@ -54,16 +54,16 @@ class PaperRecipe:
     def __init__(self, seed: int) -> None:
         self.seed = seed
         self.calibration: dict[str, object] = {}
-        self.block_traces: dict[str, dict[str, list[float]]] = {}
+        self.layer_traces: dict[str, dict[str, list[float]]] = {}
 
-    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Nothing to prepare."""
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """By OKT, PSP, signs and scales."""
         return paper.quantize_group(weights, specs, seed=self.seed)
 
-    def end_block(self) -> Mapping[str, Tensor]:
+    def end_layer(self) -> Mapping[str, Tensor]:
         """Nothing to carry on."""
         return {}
 
@@ -98,7 +98,7 @@ def make_recipe(options: Options, source: Source, store: ActivationStore | None 
     groups = FastOptions(clips=options.clip is None)
     if options.recipe == "fast":
         return FastRecipe(source, options.calibration, options.seed, groups, store)
-    best = best_options(options, groups, source.num_blocks)
+    best = best_options(options, groups, source.num_layers)
     return BestRecipe(source, options.calibration, options.seed, best, store)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore
-from bwla_converter.calibration.layer_runner import Block
+from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
@@ -16,7 +16,7 @@ from bwla_converter.recipes.fast import FastRecipe, clipped
 from bwla_converter.source.model import Source
 from bwla_converter.training.distill import DISTILLATION, distill
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
-from bwla_converter.training.ste_linear import TunableLinear, forget_inputs, norm_weights, tunable_group
+from bwla_converter.training.ste_linear import STELinear, forget_inputs, norm_weights, ste_group
 from bwla_kernels.format import LayerSpec
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -55,12 +55,12 @@ class Kept:
     norms: dict[str, Tensor]
 
     @classmethod
-    def of(cls, block: Block, names: Iterable[str]) -> "Kept":
+    def of(cls, block: DecoderLayer, names: Iterable[str]) -> "Kept":
         """What the block has now, its linears by their full names."""
         norms = {name: value.clone() for name, value in norm_weights(block.layer).items()}
         return cls({name: block.linear(name) for name in names}, norms)
 
-    def put_back(self, block: Block) -> None:
+    def put_back(self, block: DecoderLayer) -> None:
         """Give it back to the block."""
         for name, linear in self.linears.items():
             block.replace(name, linear)
@@ -87,10 +87,10 @@ class BestRecipe(FastRecipe):
         self._index = 0
         self.divergence: list[float] = []
 
-    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Build the block twice."""
         self._index, self._results = index, []
-        super().begin_block(index, tensors)
+        super().begin_layer(index, tensors)
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """As `fast`; the result waits for the block's tuning."""
@@ -98,7 +98,7 @@ class BestRecipe(FastRecipe):
         self._results.append((result, clipped(specs, result.clip)))
         return result
 
-    def end_block(self) -> Mapping[str, Tensor]:
+    def end_layer(self) -> Mapping[str, Tensor]:
         """Tune the block, then carry the text through both."""
         original, quantized = self.blocks
         with torch.no_grad():
@@ -126,11 +126,11 @@ class BestRecipe(FastRecipe):
         parts = zip(hidden.split(1), self.original_hidden.split(1), strict=True)
         return sum(float(relative_loss(found, wanted)) for found, wanted in parts) / len(hidden)
 
-    def _tune(self, block: Block) -> dict[str, Tensor]:
+    def _tune(self, block: DecoderLayer) -> dict[str, Tensor]:
         """Tune the quantized block on the text; what is stored takes the tuned linears' places again."""
-        linears: dict[str, TunableLinear] = {}
+        linears: dict[str, STELinear] = {}
         for result, specs in self._results:
-            linears |= tunable_group(block, result.tensors, specs, result.latents)
+            linears |= ste_group(block, result.tensors, specs, result.latents)
         norms = norm_weights(block.layer)
         for parameter in norms.values():
             parameter.requires_grad_(True)
@@ -146,7 +146,7 @@ class BestRecipe(FastRecipe):
             group_generator(self.seed, ["tune", *linears]),
             lambda: forget_inputs(linears.values()),
         )
-        self.block_traces = {block.prefix.removesuffix("."): {"tune": trace}}
+        self.layer_traces = {block.prefix.removesuffix("."): {"tune": trace}}
         block.model.requires_grad_(False)
         changed: dict[str, Tensor] = {}
         for result, specs in self._results:
@@ -157,7 +157,7 @@ class BestRecipe(FastRecipe):
                 changed |= {f"{name}.{key}": tensor for key, tensor in after.items()}
         for name, parameter in norms.items():
             full = f"{block.prefix}{name}"
-            changed[full] = parameter.detach().to(self.shell.source.entries[full].dtype, copy=True)
+            changed[full] = parameter.detach().to(self.runner.source.entries[full].dtype, copy=True)
             parameter.data.copy_(changed[full])  # as it is stored
         return changed
 
@@ -165,13 +165,13 @@ class BestRecipe(FastRecipe):
         """Fit the last norm, then distil the logits over the whole model."""
         if not self.best.distill.epochs:
             return self.fitted_norm()
-        return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.shell.dtype))
+        return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.runner.dtype))
 
     def distill(self, model: PreTrainedModel) -> Mapping[str, Tensor]:
         """The stored tensors of a whole quantized model that distillation changed; `model` is used up."""
         changed, self.divergence = distill(
             model,
-            self.shell,
+            self.runner,
             self.ids,
             self.original_hidden,
             self.best.distill,

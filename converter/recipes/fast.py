@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
-from bwla_converter.calibration.layer_runner import Block, Shell
-from bwla_converter.calibration.text import token_windows
+from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
+from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
@@ -16,7 +16,7 @@ from bwla_converter.quantize.final_norm import fit_norm
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import LAST_NORM
+from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class FastRecipe:
         store: ActivationStore | None = None,
     ) -> None:
         self.seed, self.options = seed, options or fast.FastOptions()
-        self.ids, digest = token_windows(calibration, source.folder, seed)
+        self.ids, digest = calibration_samples(calibration, source.folder, seed)
         self.calibration: dict[str, object] = {
             "source": Path(calibration.source).name,
             "sha256": digest,
@@ -57,25 +57,25 @@ class FastRecipe:
         }
         self.store = store or ActivationStore()
         self.ids = self.ids[self.store.ranks.part_of(len(self.ids))]
-        self.shell = Shell(source, self.store.device)
+        self.runner = LayerRunner(source, self.store.device)
         self.hidden = self.original_hidden = self.store.empty()
-        self.block_traces: dict[str, dict[str, list[float]]] = {}
-        self._blocks: tuple[Block, Block] | None = None
+        self.layer_traces: dict[str, dict[str, list[float]]] = {}
+        self._blocks: tuple[DecoderLayer, DecoderLayer] | None = None
 
     @property
-    def blocks(self) -> tuple[Block, Block]:
+    def blocks(self) -> tuple[DecoderLayer, DecoderLayer]:
         """The current block as it was, and as it is quantized so far."""
         assert self._blocks is not None
         return self._blocks
 
     @torch.no_grad()
-    def begin_block(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Build the block twice; the first one begins with the text's embeddings."""
         if index == 0:
-            parts = map(self.shell.embed, self.ids.split(WINDOWS_AT_ONCE))
-            shape = torch.Size((*self.ids.shape, self.shell.config.hidden_size))
+            parts = map(self.runner.embed, self.ids.split(WINDOWS_AT_ONCE))
+            shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
             self.hidden = self.original_hidden = self.store.keep(shape, parts)
-        self._blocks = (self.shell.block(index, tensors), self.shell.block(index, tensors))
+        self._blocks = (self.runner.layer(index, tensors), self.runner.layer(index, tensors))
 
     @torch.no_grad()
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
@@ -101,7 +101,7 @@ class FastRecipe:
         )
 
     @torch.no_grad()
-    def end_block(self) -> Mapping[str, Tensor]:
+    def end_layer(self) -> Mapping[str, Tensor]:
         """Carry the text through both."""
         original, quantized = self.blocks
         self.original_hidden = self._through(original, self.original_hidden)
@@ -123,34 +123,34 @@ class FastRecipe:
         return self.fitted_norm()
 
     def fitted_norm(self) -> dict[str, Tensor]:
-        """The last norm's weight by its full name, see `last_norm`; of several ranks each looks at its own windows."""
-        if not self.options.last_norm:
+        """The last norm's weight by its full name, see `final_norm`; of several ranks each looks at its own windows."""
+        if not self.options.final_norm:
             return {}
         pairs = zip(
             self.original_hidden.split(WINDOWS_AT_ONCE), self.hidden.split(WINDOWS_AT_ONCE), strict=True
         )
-        name = f"{LAST_NORM}.weight"
-        weight = fit_norm(self.shell.last_norm(), pairs)
-        return {name: weight.to("cpu", self.shell.source.entries[name].dtype)}
+        name = f"{FINAL_NORM}.weight"
+        weight = fit_norm(self.runner.final_norm(), pairs)
+        return {name: weight.to("cpu", self.runner.source.entries[name].dtype)}
 
     def _moments(self, name: str, width: int) -> tuple[Moments, Tensor]:
         """Of the inputs of the linear called `name`, and some of these inputs [M, width] for the report."""
         original, quantized = self.blocks
-        moments = Moments.zeros(width, self.store.device, crossed=True)
+        moments = Moments.zeros(width, self.store.device, cross_gram=True)
         pairs = zip(
             self.hidden.split(WINDOWS_AT_ONCE), self.original_hidden.split(WINDOWS_AT_ONCE), strict=True
         )
         limit, seen = SAMPLE_ELEMENTS * WINDOWS_AT_ONCE // len(self.hidden), []
-        reader = self.shell.source.family.group_of(name).stream if self.options.follow_stream else None
+        reader = self.runner.source.family.group_of(name).stream if self.options.follow_stream else None
         for here, there in pairs:
             inputs, stream_hat = quantized.inputs_and_stream(name, reader, here)
             wanted, stream = original.inputs_and_stream(name, reader, there)
             moments.add(inputs, wanted)
             if stream is not None and stream_hat is not None:
-                moments.add_drift(inputs, stream_hat, stream)
+                moments.add_residual(inputs, stream_hat, stream)
             seen.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.ranks.sum_moments(moments)
         return moments, torch.cat(seen)
 
-    def _through(self, block: Block, hidden: Activations) -> Activations:
+    def _through(self, block: DecoderLayer, hidden: Activations) -> Activations:
         return hidden.map(block.run, WINDOWS_AT_ONCE)

@@ -48,7 +48,7 @@ def activation_panels(changes: Mapping[str, Any], groups: Mapping[str, list[str]
     return f'<div class="panels">{panels}</div>'
 
 
-def block_details(report: Mapping[str, Any]) -> str:
+def layer_details(report: Mapping[str, Any]) -> str:
     """Every layer in a fold for each block."""
     weights = report["statistics"].get("weights", {})
     inputs = report["statistics"].get("activations", {})

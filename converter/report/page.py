@@ -10,8 +10,8 @@ from bwla_converter.checkpoint.contents import kind_of
 from bwla_converter.report.charts import COLOURS, Series, legend, line_chart, stacked_bar
 from bwla_converter.report.layers import (
     activation_panels,
-    block_details,
     block_of,
+    layer_details,
     layer_groups,
     weight_panels,
 )
@@ -32,7 +32,7 @@ def render_page(report: Report) -> str:
         _section("Activations before and after", _activations(report)),
         _section("What they write", _samples(report)),
         _section("How it was made", _origin(report)),
-        _section("Every layer", block_details(report)),
+        _section("Every layer", layer_details(report)),
     )
     return template.substitute(title=escape(f"BWLA report: {base}"), body="\n".join(filter(None, sections)))
 

@@ -12,7 +12,7 @@ from bwla_converter.quantize.group import GroupResult
 from bwla_converter.report.data import add_samples, build_report, write_report
 from bwla_converter.report.model_card import model_card, source_metadata, write_card
 from bwla_converter.report.statistics import activation_statistics, weight_statistics
-from bwla_converter.resume.manifest import BlockRecord
+from bwla_converter.resume.manifest import LayerRecord
 from bwla_converter.source.model import Source
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict
 
 
 def write_documents(
-    folder: Path, source: Source, options: Options, summary: Summary, records: list[BlockRecord]
+    folder: Path, source: Source, options: Options, summary: Summary, records: list[LayerRecord]
 ) -> None:
     """Write them all into `folder`, which holds a complete checkpoint.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.common.atomic_files import whole_file
-from bwla_converter.options import LayerReport, Options
+from bwla_converter.options import LinearReport, Options
 from bwla_kernels.errors import BWLAError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -77,7 +77,7 @@ class Inputs(_Record):
     calibration: dict[str, Any]
 
 
-class BlockRecord(_Record):
+class LayerRecord(_Record):
     """A finished block.
 
     Attributes:
@@ -87,7 +87,7 @@ class BlockRecord(_Record):
     """
 
     shard: StoredFile
-    layers: list[LayerReport]
+    layers: list[LinearReport]
     traces: dict[str, dict[str, list[float]]]
     statistics: dict[str, Any] = {}
     state: list[StateFile] = []
@@ -108,7 +108,7 @@ class Manifest(_Record):
     version: int
     inputs: Inputs
     source: dict[str, FileMark] = {}
-    blocks: dict[str, BlockRecord] = {}
+    blocks: dict[str, LayerRecord] = {}
     finished: dict[str, str] = {}
     seconds: float = 0.0
 

@@ -24,8 +24,8 @@ from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.checkpoint.writer import CheckpointWriter, put_in_place
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
 from bwla_converter.resume.manifest import (
-    BlockRecord,
     Inputs,
+    LayerRecord,
     Manifest,
     StateFile,
     StoredFile,
@@ -141,7 +141,7 @@ class WorkFolder:
         return time.monotonic() - self._started
 
     @property
-    def records(self) -> dict[int, BlockRecord]:
+    def records(self) -> dict[int, LayerRecord]:
         """The finished blocks by their number."""
         return {int(index): record for index, record in self.manifest.blocks.items()}
 
@@ -151,12 +151,12 @@ class WorkFolder:
         write_manifest(self.path / MANIFEST, changed)
         self.manifest = changed
 
-    def commit_block(
+    def commit_layer(
         self,
         index: int,
         file: str,
         state: Mapping[str, Tensor | StoredStates],
-        record: Callable[..., BlockRecord],
+        record: Callable[..., LayerRecord],
     ) -> None:
         """Block `index`, whose shard `file` the writer has written, is finished.
 
@@ -215,7 +215,7 @@ class WorkFolder:
                 state.update({name: tensor.clone() for name, tensor in load_file(path).items()})
         return state
 
-    def finished_blocks(self) -> dict[int, BlockRecord]:
+    def finished_layers(self) -> dict[int, LayerRecord]:
         """The blocks that need not be done again; the rest are taken off the manifest.
 
         Where blocks pass a state on, these are the first ones, up to the last one whose state is whole; else all
@@ -236,7 +236,7 @@ class WorkFolder:
             self.save(blocks={str(index): records[index] for index in sorted(whole)}, finished={})
         return {index: records[index] for index in sorted(whole)}
 
-    def _has_state(self, record: BlockRecord) -> bool:
+    def _has_state(self, record: LayerRecord) -> bool:
         return bool(record.state) and all(self._is_whole(STATES, stored) for stored in record.state)
 
     def _is_whole(self, folder: str, stored: StoredFile) -> bool:

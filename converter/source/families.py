@@ -12,7 +12,7 @@ from bwla_kernels.factorize import SHARDED_BLOCKS
 
 
 @dataclass(frozen=True)
-class Group:
+class InputGroup:
     """Linears of a block that read the same input and so share the whole input side.
 
     Attributes:
@@ -27,7 +27,7 @@ class Group:
     stream: str | None = None
 
     @property
-    def wished_blocks(self) -> int:
+    def preferred_rotation_groups(self) -> int:
         """Rotation blocks wished for: 8 where ranks must hold whole blocks, else one."""
         return SHARDED_BLOCKS if self.input_sharded else 1
 
@@ -53,34 +53,34 @@ class Family:
     architecture: str
     model_type: str
     models: str
-    groups: tuple[Group, ...]
+    groups: tuple[InputGroup, ...]
     blocks: str = "model.layers"
     scaled_embedding: bool = False
     own_head: bool = True
     note: str = ""
 
-    def block_name(self, index: int) -> str:
+    def layer_name(self, index: int) -> str:
         """Module path of decoder block `index`."""
         return f"{self.blocks}.{index}"
 
-    def group_of(self, name: str) -> Group:
+    def group_of(self, name: str) -> InputGroup:
         """The input group that the linear called `name`, by its full name, belongs to."""
         return next(group for group, member in self.linears() if name.endswith(f".{member}"))
 
-    def linears(self) -> Iterator[tuple[Group, str]]:
+    def linears(self) -> Iterator[tuple[InputGroup, str]]:
         """Every quantized linear of a block with its group, in execution order."""
         for group in self.groups:
             for member in group.members:
                 yield group, member
 
 
-_QKV = Group(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-_O = Group(("self_attn.o_proj",), input_sharded=True, stream="input_layernorm")
-_GATE_UP = Group(("mlp.gate_proj", "mlp.up_proj"))
-_DOWN = Group(("mlp.down_proj",), input_sharded=True, stream="post_attention_layernorm")
+_QKV = InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+_O = InputGroup(("self_attn.o_proj",), input_sharded=True, stream="input_layernorm")
+_GATE_UP = InputGroup(("mlp.gate_proj", "mlp.up_proj"))
+_DOWN = InputGroup(("mlp.down_proj",), input_sharded=True, stream="post_attention_layernorm")
 
 _GATED_DECODER = (_QKV, _O, _GATE_UP, _DOWN)
-_MERGED_DECODER = (Group(("self_attn.qkv_proj",)), _O, Group(("mlp.gate_up_proj",)), _DOWN)
+_MERGED_DECODER = (InputGroup(("self_attn.qkv_proj",)), _O, InputGroup(("mlp.gate_up_proj",)), _DOWN)
 # A norm stands between these outputs and the stream.
 _SANDWICHED_DECODER = (_QKV, replace(_O, stream=None), _GATE_UP, replace(_DOWN, stream=None))
 

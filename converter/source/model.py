@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from bwla_converter.source import fp8
-from bwla_converter.source.families import Family, Group, find_family
+from bwla_converter.source.families import Family, InputGroup, find_family
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.files import Entry, Scan, read_json, read_tensors, scan_folder
@@ -36,7 +36,7 @@ class Source:
         config: config.json.
         family: where this architecture keeps its linears.
         entries: every tensor's file, shape and dtype, fp8 weights as the bfloat16 that `read` makes of them.
-        num_blocks: decoder blocks, as transformers reads config.json.
+        num_layers: decoder blocks, as transformers reads config.json.
         tied_head: whether the head is the embedding, used again.
         revision: commit of a Hub snapshot, else empty.
         ignore: linears to leave as they are, see `bwla_kernels.format.schema.is_ignored`.
@@ -49,7 +49,7 @@ class Source:
     config: Mapping[str, Any]
     family: Family
     entries: Mapping[str, Entry]
-    num_blocks: int
+    num_layers: int
     tied_head: bool
     revision: str = ""
     ignore: tuple[str, ...] = ()
@@ -57,14 +57,14 @@ class Source:
     tied: Mapping[str, str] = field(default_factory=dict)
     block: tuple[int, int] | None = None
 
-    def groups_of_block(self, index: int) -> Iterator[tuple[Group, list[str]]]:
+    def groups_of_layer(self, index: int) -> Iterator[tuple[InputGroup, list[str]]]:
         """The input groups of a decoder block that are to be quantized, with the names of their linears.
 
         Raises:
             SourceError: a group of which `ignore` names some members and not the others.
         """
         for group in self.family.groups:
-            names = [f"{self.family.block_name(index)}.{member}" for member in group.members]
+            names = [f"{self.family.layer_name(index)}.{member}" for member in group.members]
             ignored = [name for name in names if is_ignored(name, self.ignore)]
             if ignored and len(ignored) < len(names):
                 raise SourceError(
@@ -74,16 +74,16 @@ class Source:
             if not ignored:
                 yield group, names
 
-    def linears_of_block(self, index: int) -> list[str]:
-        """The linears of a decoder block that are to be quantized. Raises as `groups_of_block`."""
-        return [name for _, names in self.groups_of_block(index) for name in names]
+    def linears_of_layer(self, index: int) -> list[str]:
+        """The linears of a decoder block that are to be quantized. Raises as `groups_of_layer`."""
+        return [name for _, names in self.groups_of_layer(index) for name in names]
 
-    def names_of_block(self, index: int) -> list[str]:
+    def names_of_layer(self, index: int) -> list[str]:
         """Names of all tensors of one decoder block."""
-        prefix = self.family.block_name(index) + "."
+        prefix = self.family.layer_name(index) + "."
         return [name for name in self.entries if name.startswith(prefix)]
 
-    def names_outside_blocks(self) -> list[str]:
+    def names_outside_layers(self) -> list[str]:
         """Names of the tensors that belong to no decoder block: embeddings, final norm, head."""
         prefix = self.family.blocks + "."
         return [name for name in self.entries if not name.startswith(prefix)]
@@ -201,8 +201,8 @@ def check_values(
 
 
 def _linear_weights(source: Source) -> Iterator[str]:
-    for index in range(source.num_blocks):
-        yield from (f"{name}.weight" for name in source.linears_of_block(index))
+    for index in range(source.num_layers):
+        yield from (f"{name}.weight" for name in source.linears_of_layer(index))
 
 
 def outline_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
@@ -252,12 +252,12 @@ def _tensor_problems(source: Source, outline: PreTrainedModel, scan: Scan) -> It
 
 
 def _width_problems(source: Source) -> Iterator[str]:
-    for group, names in source.groups_of_block(0):
+    for group, names in source.groups_of_layer(0):
         name = f"{names[0]}.weight"
         entry = source.entries.get(name)
         if entry is not None and len(entry.shape) == 2:
             try:
-                choose_rotation(entry.shape[1], group.wished_blocks)
+                choose_rotation(entry.shape[1], group.preferred_rotation_groups)
             except FormatError as problem:
                 yield f"{entry.file}: {name}: {problem}"
 

@@ -8,4 +8,4 @@ HEAD_WEIGHT = f"{HEAD_MODULE}.weight"
 EMBEDDING_WEIGHT = "model.embed_tokens.weight"
 
 
-LAST_NORM = "model.norm"
+FINAL_NORM = "model.norm"

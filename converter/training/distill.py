@@ -19,12 +19,12 @@ from collections.abc import Callable, Mapping
 
 import torch
 from bwla_converter.calibration.activations import Activations
-from bwla_converter.calibration.layer_runner import Shell
+from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
-from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT, LAST_NORM
+from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
-from bwla_converter.training.stages import sections, shared_out
-from bwla_converter.training.ste_linear import InputSide, TunableLinear, forget_inputs, norm_weights
+from bwla_converter.training.stages import sections, split_budget
+from bwla_converter.training.ste_linear import InputTransform, STELinear, forget_inputs, norm_weights
 from bwla_kernels.format.head import HEAD_MODULE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -39,7 +39,7 @@ DISTILLATION = TuneOptions(
 
 def distill(
     model: PreTrainedModel,
-    shell: Shell,
+    runner: LayerRunner,
     ids: Tensor,
     original_hidden: Activations,
     options: TuneOptions,
@@ -50,7 +50,7 @@ def distill(
 
     Args:
         model: the model, its quantized linears `BWLALinear`; changed in place.
-        shell: of the original; gives its head.
+        runner: of the original; gives its head.
         ids: token ids of the calibration windows [S, T].
         original_hidden: the original's hidden states after its last block [S, T, hidden].
         options: see there; no latent weights at a latent rate of 0.
@@ -60,11 +60,11 @@ def distill(
     Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch of
         each section, and after, in nats; those of `start` alone where it did not fall.
     """
-    model = model.to(shell.device).eval()
+    model = model.to(runner.device).eval()
     model.requires_grad_(False)
-    logits_of = original_logits(model, shell)
+    logits_of = original_logits(model, runner)
     model.load_state_dict(start, strict=False)
-    linears = make_tunable(model, shell)
+    linears = make_tunable(model, runner)
     norms = norm_weights(model)
     for parameter in norms.values():
         parameter.requires_grad_(True)
@@ -84,10 +84,10 @@ def distill(
 
     generator = torch.Generator().manual_seed(seed)
     trace = [divergence()]
-    parts = [blocks for blocks, _ in sections(shell.source)] if options.latent_rate else [[]]
-    for blocks, share in zip(parts, shared_out(options, len(ids), len(parts)), strict=True):
-        moving = [name for index in blocks for name in shell.source.linears_of_block(index)]
-        before = {name: free_signs(linears[name], f"{name}.weight", shell) for name in moving}
+    parts = [blocks for blocks, _ in sections(runner.source)] if options.latent_rate else [[]]
+    for blocks, share in zip(parts, split_budget(options, len(ids), len(parts)), strict=True):
+        moving = [name for index in blocks for name in runner.source.linears_of_layer(index)]
+        before = {name: free_signs(linears[name], f"{name}.weight", runner) for name in moving}
         groups = parameter_groups(linears.values(), norms.values(), share)
         trace += tune(loss_of, groups, len(ids), share, generator, lambda: forget_inputs(linears.values()))
         moved = sum(int((linears[name].fix_signs() != signs).sum()) for name, signs in before.items())
@@ -103,30 +103,30 @@ def distill(
     changed = {
         f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.stored().items()
     }
-    dtypes = {name: shell.source.entries[name].dtype for name in norms}
+    dtypes = {name: runner.source.entries[name].dtype for name in norms}
     changed |= {name: parameter.detach().to(dtypes[name], copy=True) for name, parameter in norms.items()}
     return changed, trace
 
 
-def free_signs(linear: TunableLinear, weight: str, shell: Shell) -> Tensor:
+def free_signs(linear: STELinear, weight: str, runner: LayerRunner) -> Tensor:
     """Let the signs of a linear move, from the original's weight of that name; returns what they are, int8 [N, K]."""
     assert linear.signs is not None
     signs = linear.signs
-    linear.free_signs(linear.original_latent(shell.source.read([weight])[weight].to(shell.device)))
+    linear.free_signs(linear.original_latent(runner.source.read([weight])[weight].to(runner.device)))
     return signs
 
 
-def original_logits(model: PreTrainedModel, shell: Shell) -> Callable[[Tensor], Tensor]:
+def original_logits(model: PreTrainedModel, runner: LayerRunner) -> Callable[[Tensor], Tensor]:
     """From the original's last hidden states [..., hidden] to its logits [..., V], float32.
 
     Args:
         model: the quantized model as it was stored: its last norm is the original's.
-        shell: of the original.
+        runner: of the original.
     """
-    norm = copy.deepcopy(model.get_submodule(LAST_NORM))
-    name = EMBEDDING_WEIGHT if shell.source.tied_head else HEAD_WEIGHT
-    head = shell.source.read([name])[name].to(shell.device, shell.dtype)
-    cap = getattr(shell.config, "final_logit_softcapping", None)
+    norm = copy.deepcopy(model.get_submodule(FINAL_NORM))
+    name = EMBEDDING_WEIGHT if runner.source.tied_head else HEAD_WEIGHT
+    head = runner.source.read([name])[name].to(runner.device, runner.dtype)
+    cap = getattr(runner.config, "final_logit_softcapping", None)
 
     def logits_of(hidden: Tensor) -> Tensor:
         logits: Tensor = (norm(hidden) @ head.mT).float()
@@ -135,24 +135,24 @@ def original_logits(model: PreTrainedModel, shell: Shell) -> Callable[[Tensor], 
     return logits_of
 
 
-def make_tunable(model: PreTrainedModel, shell: Shell) -> dict[str, TunableLinear]:
+def make_tunable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
     """Replace, in place, every BWLA linear by a tunable one with fixed signs, and an 8-bit head by a dense one."""
-    linears: dict[str, TunableLinear] = {}
-    for index in range(shell.source.num_blocks):
-        for _, names in shell.source.groups_of_block(index):
+    linears: dict[str, STELinear] = {}
+    for index in range(runner.source.num_layers):
+        for _, names in runner.source.groups_of_layer(index):
             modules = {name: model.get_submodule(name) for name in names}
-            side: InputSide | None = None
+            side: InputTransform | None = None
             for name, module in modules.items():
                 assert isinstance(module, BWLALinear)
                 stored = module.stored()
-                side = side or InputSide(stored, module.spec)
-                linears[name] = TunableLinear(side, stored, module.spec, stored.get("bias"))
+                side = side or InputTransform(stored, module.spec)
+                linears[name] = STELinear(side, stored, module.spec, stored.get("bias"))
                 model.set_submodule(name, linears[name])
     head = model.get_submodule(HEAD_MODULE)
     if isinstance(head, BWLAHead):
         stored = head.stored()
         dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        weight = stored["weight_int8"].to(shell.dtype) * stored["weight_scale"].to(shell.dtype).unsqueeze(1)
+        weight = stored["weight_int8"].to(runner.dtype) * stored["weight_scale"].to(runner.dtype).unsqueeze(1)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(HEAD_MODULE, dense)
     return linears

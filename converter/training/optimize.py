@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bwla_converter.training.ste_linear import TunableLinear
+from bwla_converter.training.ste_linear import STELinear
 from torch import Tensor, nn
 
 
@@ -50,7 +50,7 @@ class TuneOptions:
 
 
 def parameter_groups(
-    linears: Iterable[TunableLinear], norms: Iterable[nn.Parameter], options: TuneOptions
+    linears: Iterable[STELinear], norms: Iterable[nn.Parameter], options: TuneOptions
 ) -> list[dict[str, Any]]:
     """Adam's groups: every kind of parameter with its rate; what members share comes once."""
     latents: list[Tensor] = []

@@ -14,8 +14,8 @@ SIGNS_AT_ONCE = 2**28
 def sections(source: Source, at_once: int = SIGNS_AT_ONCE) -> list[tuple[list[int], int]]:
     """The blocks in order, in parts of at most `at_once` weights, or of one block where that has more; and how many."""
     parts: list[tuple[list[int], int]] = []
-    for index in range(source.num_blocks):
-        shapes = (source.entries[f"{name}.weight"].shape for name in source.linears_of_block(index))
+    for index in range(source.num_layers):
+        shapes = (source.entries[f"{name}.weight"].shape for name in source.linears_of_layer(index))
         weights = sum(map(math.prod, shapes))
         if parts and parts[-1][1] + weights <= at_once:
             parts[-1] = ([*parts[-1][0], index], parts[-1][1] + weights)
@@ -24,7 +24,7 @@ def sections(source: Source, at_once: int = SIGNS_AT_ONCE) -> list[tuple[list[in
     return parts
 
 
-def shared_out(options: TuneOptions, count: int, parts: int) -> list[TuneOptions]:
+def split_budget(options: TuneOptions, count: int, parts: int) -> list[TuneOptions]:
     """Options of each of the parts that one after the other do the work of `options` on `count` windows."""
     steps = options.steps(count)
     ends = [steps * part // parts for part in range(parts + 1)]

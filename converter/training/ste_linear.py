@@ -11,9 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from bwla_converter.calibration.layer_runner import Block
+from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
-from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, widened
+from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, to_compute_dtype
 from bwla_kernels.reference import rotate
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ LATENT_RANGE = 2.0
 """Latent weights, in units of their row's scale, get no gradient that would push them further out than this."""
 
 
-class InputSide(nn.Module):
+class InputTransform(nn.Module):
     """What the members of an input group share; computed once for one input.
 
     Args:
@@ -34,7 +34,7 @@ class InputSide(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
         super().__init__()
-        self.spec, tensors = spec, widened(tensors)
+        self.spec, tensors = spec, to_compute_dtype(tensors)
         self.register_buffer("left", tensors["rotation_left"])
         self.register_buffer("right", tensors["rotation_right"])
         self.log_column = nn.Parameter(tensors["column_scale"].log())
@@ -61,7 +61,7 @@ def straight_through_codes(x_hat: Tensor, spec: LayerSpec) -> Tensor:
     if spec.bits == UNQUANTIZED_BITS:
         return x_hat
     q_max = (1 << (spec.bits - 1)) - 1
-    cells = x_hat.detach().unflatten(-1, (spec.blocks, -1))
+    cells = x_hat.detach().unflatten(-1, (spec.rotation_groups, -1))
     scale = (cells.abs().amax(-1, keepdim=True) * (spec.clip / q_max)).clamp_min(
         torch.finfo(torch.float32).tiny
     )
@@ -130,7 +130,7 @@ def sign_product(x: Tensor, source: Tensor) -> Tensor:
     return result
 
 
-class TunableLinear(nn.Module):
+class STELinear(nn.Module):
     """One member of an input group.
 
     Args:
@@ -146,7 +146,7 @@ class TunableLinear(nn.Module):
 
     def __init__(
         self,
-        side: InputSide,
+        side: InputTransform,
         tensors: Mapping[str, Tensor],
         spec: LayerSpec,
         bias: Tensor | None = None,
@@ -226,12 +226,12 @@ def agreeing(latent: Tensor, signs: Tensor) -> Tensor:
     return torch.where(here > SMALLEST_LATENT, here, SMALLEST_LATENT).clamp_max(LATENT_RANGE) * signs
 
 
-def tunable_group(
-    block: Block,
+def ste_group(
+    block: DecoderLayer,
     tensors: Mapping[str, Mapping[str, Tensor]],
     specs: Mapping[str, LayerSpec],
     latents: Mapping[str, Tensor],
-) -> dict[str, TunableLinear]:
+) -> dict[str, STELinear]:
     """Put tunable linears in the places of an input group's; biases stay as they are.
 
     Args:
@@ -240,11 +240,11 @@ def tunable_group(
         latents: of those whose signs may move.
     """
     first = next(iter(tensors))
-    side = InputSide(tensors[first], specs[first])
+    side = InputTransform(tensors[first], specs[first])
     members = {}
     for name, stored in tensors.items():
         bias = getattr(block.linear(name), "bias", None)
-        members[name] = TunableLinear(side, stored, specs[name], bias, latents.get(name))
+        members[name] = STELinear(side, stored, specs[name], bias, latents.get(name))
         block.replace(name, members[name])
     return members
 
@@ -254,7 +254,7 @@ def norm_weights(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in module.named_parameters() if name.endswith("norm.weight")}
 
 
-def forget_inputs(linears: Iterable[TunableLinear]) -> None:
+def forget_inputs(linears: Iterable[STELinear]) -> None:
     """Let go of the inputs that groups keep for their members."""
     for linear in linears:
         linear.side.forget()

@@ -49,7 +49,7 @@ class CpuBackend:
             tensors["packed"],
             tensors.get("bias"),
             spec.out_features,
-            spec.blocks,
+            spec.rotation_groups,
             spec.n1,
             spec.n2,
             spec.rank,

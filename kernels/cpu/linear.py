@@ -9,7 +9,7 @@ import torch
 from bwla_kernels.cpu.library import Isa, LayerStruct, available, load
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs, widened
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs, to_compute_dtype
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20
@@ -35,7 +35,7 @@ def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
         library.isa if isa is None else isa,
         spec.bits,
         spec.out_features,
-        spec.blocks,
+        spec.rotation_groups,
         spec.n1,
         spec.n2,
         spec.rank,
@@ -102,7 +102,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     wanted = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
     for name, want in wanted.items():
         expect(name, tensors[name], want.dtypes[0], want.shape)
-    tensors = widened(tensors)
+    tensors = to_compute_dtype(tensors)
     order = (
         "weight_packed", "weight_scale", "low_rank_b",
         "rotation_left", "rotation_right", "column_scale", "low_rank_a",
@@ -188,7 +188,7 @@ def prepare_input(
     layer = _layer(spec, isa)
     rows, m, stride, dtype = _rows(x, packed, layer, spec)
     q = torch.empty((m, spec.in_features), dtype=torch.int8)
-    scale, u = torch.empty((m, spec.blocks)), torch.empty((m, spec.rank))
+    scale, u = torch.empty((m, spec.rotation_groups)), torch.empty((m, spec.rank))
     threads = torch.get_num_threads() if threads is None else threads
     status = load().handle.bwla_prepare_input(
         layer.address, packed.data_ptr(), rows.data_ptr(), m, stride, dtype,
@@ -223,7 +223,7 @@ def binary_matmul(
     """
     layer, m = _layer(spec, isa), q.shape[0]
     expect("q", q, torch.int8, (m, spec.in_features))
-    expect("scale", scale, torch.float32, (m, spec.blocks))
+    expect("scale", scale, torch.float32, (m, spec.rotation_groups))
     expect("u", u, torch.float32, (m, spec.rank))
     expect("packed", packed, torch.uint8, (layer.size,))
     out = torch.empty((m, spec.out_features), dtype=dtype)
@@ -249,7 +249,7 @@ def dot_products(
     layer, m = _layer(spec, isa), q.shape[0]
     expect("q", q, torch.int8, (m, spec.in_features))
     expect("packed", packed, torch.uint8, (layer.size,))
-    sums = torch.empty((m, spec.blocks, spec.out_features), dtype=torch.int32)
+    sums = torch.empty((m, spec.rotation_groups, spec.out_features), dtype=torch.int32)
     threads = torch.get_num_threads() if threads is None else threads
     _check(
         load().handle.bwla_dot_products(

@@ -4,15 +4,15 @@
 config.json, `folder` checks a whole checkpoint by its safetensors headers.
 """
 
-from bwla_kernels.format.layer import LayerSpec, TensorSpec, as_stored, tensor_specs, validate_layer
+from bwla_kernels.format.layer import LayerSpec, TensorSpec, tensor_specs, to_storage_dtype, validate_layer
 from bwla_kernels.format.packing import pack_signs, unpack_signs
 
 __all__ = [
     "LayerSpec",
     "TensorSpec",
-    "as_stored",
     "pack_signs",
     "tensor_specs",
+    "to_storage_dtype",
     "unpack_signs",
     "validate_layer",
 ]

@@ -20,7 +20,7 @@ SCALE_DTYPE = torch.bfloat16
 ROTATION_DTYPE = torch.float16
 """Half precision moves an entry by at most 2^-11 of itself, so Q^T Q by at most 2^-10: within the tolerance."""
 
-INPUT_SIDE = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
+INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
 
 ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b")
@@ -34,7 +34,7 @@ class LayerSpec:
     Attributes:
         out_features: N, any positive number.
         in_features: K, a multiple of 32.
-        blocks: G; each block of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled alone.
+        rotation_groups: G; each block of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled alone.
         n1, n2: orders of the two Kronecker factors of a block's rotation.
         rank: r of the low-rank correction, 0 for none.
         bits: activation bits, 2..8, or 16 for unquantized.
@@ -47,7 +47,7 @@ class LayerSpec:
 
     out_features: int
     in_features: int
-    blocks: int
+    rotation_groups: int
     n1: int
     n2: int
     rank: int = 0
@@ -56,12 +56,15 @@ class LayerSpec:
     bias: bool = False
 
     def __post_init__(self) -> None:
-        if min(self.out_features, self.in_features, self.blocks, self.n1, self.n2) < 1 or self.rank < 0:
+        if (
+            min(self.out_features, self.in_features, self.rotation_groups, self.n1, self.n2) < 1
+            or self.rank < 0
+        ):
             raise FormatError(f"sizes must be positive and the rank not negative, found {self}")
-        if self.blocks * self.n1 * self.n2 != self.in_features:
+        if self.rotation_groups * self.n1 * self.n2 != self.in_features:
             raise FormatError(
-                f"rotation ({self.blocks}, {self.n1}, {self.n2}) covers "
-                f"{self.blocks * self.n1 * self.n2} columns, but the layer reads {self.in_features}"
+                f"rotation ({self.rotation_groups}, {self.n1}, {self.n2}) covers "
+                f"{self.rotation_groups * self.n1 * self.n2} columns, but the layer reads {self.in_features}"
             )
         if self.block_width % PACK_FACTOR:
             raise FormatError(
@@ -97,8 +100,8 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     specs = {
         "weight_packed": TensorSpec((n, k // PACK_FACTOR), (torch.int32,)),
         "weight_scale": TensorSpec((n,), (SCALE_DTYPE,)),
-        "rotation_left": TensorSpec((spec.blocks, spec.n1, spec.n1), (ROTATION_DTYPE,)),
-        "rotation_right": TensorSpec((spec.blocks, spec.n2, spec.n2), (ROTATION_DTYPE,)),
+        "rotation_left": TensorSpec((spec.rotation_groups, spec.n1, spec.n1), (ROTATION_DTYPE,)),
+        "rotation_right": TensorSpec((spec.rotation_groups, spec.n2, spec.n2), (ROTATION_DTYPE,)),
         "column_scale": TensorSpec((k,), (SCALE_DTYPE,)),
     }
     if r:
@@ -109,7 +112,7 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     return specs
 
 
-def as_stored(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
+def to_storage_dtype(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
     """A layer's tensors in the format's order and dtypes, each in memory of its own; a bias keeps its dtype."""
     dtypes = {key: want.dtypes[0] for key, want in tensor_specs(spec).items() if key != "bias"}
     if "bias" in tensors:
@@ -120,7 +123,7 @@ def as_stored(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tenso
     }
 
 
-def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_compute_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A stored layer as kernels read it: rotations and scales in float32, everything else as it is."""
     names = ("weight_scale", "rotation_left", "rotation_right", "column_scale")
     return {key: tensor.float() if key in names else tensor for key, tensor in tensors.items()}

@@ -256,7 +256,7 @@ class TritonBackend:
             tensors.get("low_rank_b"),
             tensors.get("bias"),
             spec.out_features,
-            spec.blocks,
+            spec.rotation_groups,
             spec.n1,
             spec.n2,
             spec.rank,

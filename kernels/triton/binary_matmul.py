@@ -77,7 +77,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank, `low_rank_b` padded; a bias passes
         through. The packed bytes are the only copy of the weights.
     """
-    layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
     packed = repack_weights(tensors["weight_packed"], layout)
     prepared = {
         "weight_chunks": packed,
@@ -102,7 +102,7 @@ def weights_of(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weights:
         tensors.get("low_rank_b"),
         tensors.get("bias"),
         tensors.get("split_counters"),
-        chunk_layout(spec.out_features, spec.blocks, spec.block_width),
+        chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width),
     )
 
 

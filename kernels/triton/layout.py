@@ -87,7 +87,7 @@ def _to_chunks(bits: Tensor, layout: ChunkLayout) -> Tensor:
     spare = layout.chunks_per_block * layout.chunk - layout.block_width
     cells = torch.nn.functional.pad(cells, (0, spare))
     cells = cells.reshape(bits.shape[0], layout.chunks, 8, layout.chunk // 8)
-    # Bit by bit: a sum over a strided axis would be widened to int64.
+    # Bit by bit: a sum over a strided axis would be to_compute_dtype to int64.
     packed = torch.zeros_like(cells[:, :, 0])
     for j in range(8):
         packed |= cells[:, :, j] << j

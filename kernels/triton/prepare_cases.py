@@ -95,7 +95,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
 def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig | FewConfig]]:
     """Each configuration of a layer, with the smallest number of tokens that selects it."""
     seen = set()
-    for m in sorted(edge + 1 for edge in (0, few_tokens(spec), FILLS_GPU // spec.blocks)):
+    for m in sorted(edge + 1 for edge in (0, few_tokens(spec), FILLS_GPU // spec.rotation_groups)):
         config = select_config(spec, m, divmod(arch, 10))
         if config not in seen:
             seen.add(config)
@@ -146,7 +146,7 @@ def compile_case_of(
     overlap = ", dependent launch" * bool(pdl)
     return CompileCase(
         name="prepare_few" if few else "prepare_input",
-        config=f"({spec.blocks}, {spec.n1}, {spec.n2}){variant}{planes} {tiles}{rank}{overlap}",
+        config=f"({spec.rotation_groups}, {spec.n1}, {spec.n2}){variant}{planes} {tiles}{rank}{overlap}",
         kernel=kernel,
         signature=signature,
         constexprs=constexprs,

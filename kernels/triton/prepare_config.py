@@ -107,7 +107,7 @@ def right_columns(n2: int) -> int:
 
 def few_programs(spec: LayerSpec) -> int:
     """Programs that rotate one token, where it is cut into several."""
-    return spec.blocks * right_columns(spec.n2) // FEW_PIECE
+    return spec.rotation_groups * right_columns(spec.n2) // FEW_PIECE
 
 
 def few_tokens(spec: LayerSpec) -> int:
@@ -149,7 +149,7 @@ def select_few(spec: LayerSpec) -> FewConfig:
 def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig:
     """Choose the tiles where a program rotates whole blocks of one or several tokens."""
     rows = padded_rows(spec.n1)
-    tokens = max(1, 64 // rows) if m * spec.blocks > FILLS_GPU else 1
+    tokens = max(1, 64 // rows) if m * spec.rotation_groups > FILLS_GPU else 1
     warps = 8 if tokens * rows > 64 else 4
     right = right_columns(spec.n2)
     if capability >= (9, 0):  # operands come from shared memory
@@ -190,7 +190,7 @@ def launch_constants(
         precision = "native"
     return {
         "K": spec.in_features,
-        "G": spec.blocks,
+        "G": spec.rotation_groups,
         "N1": spec.n1,
         "N2": spec.n2,
         "N2P": right_columns(spec.n2),
@@ -220,7 +220,7 @@ def few_constants(
     widths = column_pieces(spec.n2)
     return {
         "K": spec.in_features,
-        "G": spec.blocks,
+        "G": spec.rotation_groups,
         "N1": spec.n1,
         "N2": spec.n2,
         "N2P": right,

@@ -154,7 +154,7 @@ def prepare_input(
     config = config or select_config(spec, m, _capability(x.device.index))
     if planes and isinstance(config, InputConfig):
         raise BackendError(f"bit planes are written by the kernel for few tokens alone, found {config}")
-    k, blocks = spec.in_features, spec.blocks
+    k, blocks = spec.in_features, spec.rotation_groups
     q = x.new_empty(m, k, dtype=torch.int8)
     scale = x.new_empty(m, blocks, dtype=torch.float32)
     q_sum = x.new_empty(m, blocks, dtype=torch.int32)
@@ -198,8 +198,8 @@ def _check(
         )
     left, right = padded_rows(spec.n1), right_columns(spec.n2)
     wanted = {
-        "left_split": (spec.blocks, 2, left, left),
-        "right_split": (spec.blocks, 2, right, right),
+        "left_split": (spec.rotation_groups, 2, left, left),
+        "right_split": (spec.rotation_groups, 2, right, right),
         "column_scale": (k,),
         **({"low_rank_a": (spec.rank, k)} if spec.rank else {}),
     }
@@ -248,8 +248,8 @@ def _launch_few(
         pdl,
     )
     counters = tensors.get("split_counters")
-    if counters is None or counters.numel() < m * (spec.blocks + 1):
-        counters = torch.zeros(m * (spec.blocks + 1), dtype=torch.int32, device=x.device)
+    if counters is None or counters.numel() < m * (spec.rotation_groups + 1):
+        counters = torch.zeros(m * (spec.rotation_groups + 1), dtype=torch.int32, device=x.device)
     turned = x.new_empty(m, spec.in_features, dtype=torch.float32)
     u_parts = x.new_empty(m, config.slices, spec.rank, dtype=torch.float32) if spec.rank else None
     programs = few_programs(spec) + (config.slices if spec.rank else 0)
@@ -304,7 +304,7 @@ def _launch_many(
         fuse,
         pdl,
     )
-    programs = spec.blocks * -(-m // config.tokens)
+    programs = spec.rotation_groups * -(-m // config.tokens)
     if spec.rank:
         programs += -(-m // config.u_tokens) * -(-spec.rank // config.u_ranks)
     prepare_input_kernel[(programs,)](

@@ -97,15 +97,15 @@ def check_matmul(
     draw = Draw(0)
     # As a layer of its own: a multiple of 16 where the layer's is one (Triton compiles another kernel for others).
     rows = max(ROWS, config.block_n) - (48 if spec.out_features % 16 == 0 else 55)
-    layout = chunk_layout(rows, spec.blocks, spec.block_width)
+    layout = chunk_layout(rows, spec.rotation_groups, spec.block_width)
     m = config.block_m + (3 if config.kernel == INTEGER else 0)
 
     words = draw.integers(-(2**31), 2**31 - 1, rows, spec.in_features // PACK_FACTOR).int()
     packed = repack_weights(words, layout)
     q = draw.integers(-spec.q_max, spec.q_max, m, spec.in_features).to(torch.int8)
-    q_sum = q.unflatten(1, (spec.blocks, spec.block_width)).sum(-1, dtype=torch.int32)
-    scale, alpha = draw.powers(-1, 1, m, spec.blocks), draw.powers(-8, -7, rows)
-    sums = reference.block_sums(q, unpack_weights(packed, layout), spec.blocks)
+    q_sum = q.unflatten(1, (spec.rotation_groups, spec.block_width)).sum(-1, dtype=torch.int32)
+    scale, alpha = draw.powers(-1, 1, m, spec.rotation_groups), draw.powers(-8, -7, rows)
+    sums = reference.block_sums(q, unpack_weights(packed, layout), spec.rotation_groups)
     want = (sums.double() * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
     u = low_b = bias = None
     if spec.rank:
@@ -140,13 +140,13 @@ def check_matmul(
 def matmul_spec(spec: LayerSpec) -> LayerSpec:
     """What `check_matmul` looks at of a layer: layers that agree in it share a check."""
     rows = ROWS if spec.out_features % 16 == 0 else ROWS - 1
-    return LayerSpec(rows, spec.in_features, spec.blocks, spec.n1, spec.n2, spec.rank, spec.bits)
+    return LayerSpec(rows, spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits)
 
 
 def input_spec(spec: LayerSpec) -> LayerSpec:
     """What `check_input` looks at of a layer."""
     return LayerSpec(
-        ROWS, spec.in_features, spec.blocks, spec.n1, spec.n2, spec.rank, spec.bits, clip=spec.clip
+        ROWS, spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, clip=spec.clip
     )
 
 
@@ -185,7 +185,7 @@ def check_input(
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
     side = {**tensors, "left_split": left, "right_split": right, "split_counters": counters}
     drawn = draw_input(fused, min(tokens, MOST_TOKENS), spec.in_features, dtype, norm_dtype, draw)
-    layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
     with _compiled(name, device):
         prepared = prepare_input(
             drawn.x.to(device),
@@ -272,7 +272,7 @@ def input_problem(
     found: PreparedInput, drawn: DrawnInput, tensors: Mapping[str, Tensor], spec: LayerSpec
 ) -> str | None:
     """Say which output of the input kernel is wrong, all tensors on the CPU; None where none is."""
-    x, blocks = drawn.plain, spec.blocks
+    x, blocks = drawn.plain, spec.rotation_groups
     wanted = reference.prepare_input(x, tensors, spec)
     rotated = reference.rotate(x, tensors["rotation_left"], tensors["rotation_right"])
     x_hat = (rotated * tensors["column_scale"]).unflatten(1, (blocks, -1))
@@ -308,7 +308,7 @@ def _input_side(spec: LayerSpec, draw: Draw) -> dict[str, Tensor]:
     """Random rotations, column scales and A."""
 
     def rotation(order: int) -> Tensor:
-        square = draw.normal(spec.blocks, order, order, dtype=torch.float64)
+        square = draw.normal(spec.rotation_groups, order, order, dtype=torch.float64)
         orthogonal: Tensor = torch.linalg.qr(square).Q
         return orthogonal.to(ROTATION_DTYPE)
 

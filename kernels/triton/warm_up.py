@@ -35,11 +35,11 @@ def configs(
     spec: LayerSpec, capability: tuple[int, int], multiprocessors: int
 ) -> Mapping[tuple[MatmulConfig, InputConfig | FewConfig], int]:
     """Every pair of configurations that a layer can run with, and the fewest tokens that select it."""
-    layout = chunk_layout(spec.out_features, spec.blocks, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
     found: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
     for m in TOKENS:
         matmul = select_config(
-            *(spec.out_features, spec.in_features, spec.blocks, layout.chunk, m, spec.bits),
+            *(spec.out_features, spec.in_features, spec.rotation_groups, layout.chunk, m, spec.bits),
             capability,
             multiprocessors,
         )

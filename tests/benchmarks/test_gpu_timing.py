@@ -37,7 +37,7 @@ def test_the_layers_of_a_model_fit_each_other() -> None:
         assert shapes["o"].k <= shapes["qkv"].n
         assert shapes["gate_up"].n == 2 * shapes["down"].k
     spec = MODELS["32b"]["down"].spec()
-    assert (spec.out_features, spec.in_features, spec.blocks) == (5120, 25600, 8)
+    assert (spec.out_features, spec.in_features, spec.rotation_groups) == (5120, 25600, 8)
 
 
 def test_smoke_cases_have_names_of_their_own() -> None:

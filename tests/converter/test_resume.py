@@ -36,7 +36,7 @@ class StopAfter(Listener):
     def resumed(self, blocks: int, weights: int, notes) -> None:
         self.notes = [f"{blocks} blocks", *notes]
 
-    def block_done(self, index: int) -> None:
+    def layer_done(self, index: int) -> None:
         self.done.append(index)
         if len(self.done) == self.blocks:
             raise KeyboardInterrupt
@@ -49,7 +49,7 @@ class StatefulPaper(PaperRecipe):
         super().__init__(seed)
         self.total = torch.zeros((), dtype=torch.int64)
 
-    def end_block(self) -> Mapping[str, Tensor]:
+    def end_layer(self) -> Mapping[str, Tensor]:
         self.total = self.total * 3 + 1
         self.seed = int(self.total)
         return {}
@@ -335,7 +335,7 @@ def test_a_failure_before_the_first_block_leaves_nothing(
 
 def test_a_source_that_changes_meanwhile_is_noticed(model: Path, tmp_path: Path) -> None:
     class Meddler(Listener):
-        def block_started(self, index: int) -> None:
+        def layer_started(self, index: int) -> None:
             if index == 1:
                 spoil(model / "config.json")
 

@@ -35,7 +35,7 @@ def margin_of(x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> float:
         return 0.5
     flat = x.reshape(-1, spec.in_features)
     rotated = reference.rotate(flat, tensors["rotation_left"], tensors["rotation_right"])
-    cells = (rotated * tensors["column_scale"]).view(len(flat), spec.blocks, -1)
+    cells = (rotated * tensors["column_scale"]).view(len(flat), spec.rotation_groups, -1)
     codes = cells / (cells.abs().amax(-1, keepdim=True) * (spec.clip / spec.q_max))
     # The largest element of a block sits on a code, or beyond the clip, by construction.
     inner = codes.abs() < spec.q_max - 0.4

@@ -15,9 +15,9 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str
     generator = torch.Generator().manual_seed(seed)
 
     def orthogonal(n: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(spec.blocks, n, n, generator=generator, dtype=torch.float64))[
-            0
-        ].float()
+        return torch.linalg.qr(
+            torch.randn(spec.rotation_groups, n, n, generator=generator, dtype=torch.float64)
+        )[0].float()
 
     tensors = {
         "rotation_left": orthogonal(spec.n1),
@@ -47,7 +47,7 @@ def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: i
 
 def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
     """Check every output against float64 on the same input."""
-    m, blocks = x.shape[0], spec.blocks
+    m, blocks = x.shape[0], spec.rotation_groups
     exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
     cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.block_width))
     norm = x.double().unflatten(1, (blocks, spec.block_width)).norm(dim=-1, keepdim=True)
@@ -83,8 +83,8 @@ def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tenso
 def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
     """Bit by bit, as `PreparedInput.planes` describes it."""
     chunks = -(-spec.block_width // chunk)
-    out = torch.zeros(q.shape[0], spec.bits, spec.blocks * chunks, chunk // 8, dtype=torch.uint8)
-    for g in range(spec.blocks):
+    out = torch.zeros(q.shape[0], spec.bits, spec.rotation_groups * chunks, chunk // 8, dtype=torch.uint8)
+    for g in range(spec.rotation_groups):
         for t in range(chunks):
             for b in range(chunk // 8):
                 for j in range(8):
@@ -110,7 +110,9 @@ def assert_fused(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor],
     assert difference.max() <= 1
     assert difference.sum() <= 1 + difference.numel() // 100
     torch.testing.assert_close(prepared.scale, wanted.scale, rtol=1e-3, atol=0)
-    assert torch.equal(prepared.q_sum, prepared.q.unflatten(1, (spec.blocks, -1)).int().sum(-1).int())
+    assert torch.equal(
+        prepared.q_sum, prepared.q.unflatten(1, (spec.rotation_groups, -1)).int().sum(-1).int()
+    )
     assert prepared.u is not None
     assert wanted.u is not None
     torch.testing.assert_close(prepared.u, wanted.u, rtol=1e-3, atol=1e-3 * wanted.u.abs().max().item())

@@ -16,7 +16,7 @@ SPECS = [
 
 
 def ids(spec: LayerSpec) -> str:
-    return f"{spec.out_features}x{spec.in_features}g{spec.blocks}r{spec.rank}b{spec.bits}"
+    return f"{spec.out_features}x{spec.in_features}g{spec.rotation_groups}r{spec.rank}b{spec.bits}"
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
@@ -102,7 +102,7 @@ def test_linear_follows_the_formula(spec: LayerSpec, make_layer) -> None:
     signs = unpack_signs(layer["weight_packed"], torch.float64)
     width = spec.block_width
     y = torch.zeros(4, spec.out_features, dtype=torch.float64)
-    for g in range(spec.blocks):
+    for g in range(spec.rotation_groups):
         part = slice(g * width, (g + 1) * width)
         y += prepared.scale[:, g : g + 1].double() * (prepared.q[:, part].double() @ signs[:, part].t())
     y *= layer["weight_scale"].double()

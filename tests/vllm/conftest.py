@@ -12,7 +12,7 @@ import pytest
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import BWLAFormat, activation_args
 from golden import NEW_TOKENS, Golden, find_golden, margin_of
 from safetensors.torch import save_file
@@ -199,7 +199,7 @@ def build(
         if spec is None:
             continue
         layer = make_layer(spec, seed + len(specs))
-        own = {key: layer[key] for key in INPUT_SIDE if key in layer}
+        own = {key: layer[key] for key in INPUT_TRANSFORM if key in layer}
         layer.update(shared.setdefault(input_group(name), own))
         tensors.update({f"{name}.{key}": tensor for key, tensor in layer.items()})
         specs[name] = spec

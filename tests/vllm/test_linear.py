@@ -12,7 +12,7 @@ import pytest
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.layer import INPUT_SIDE
+from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import BWLAFormat, activation_args
 from bwla_kernels.triton import launch
 from torch import Tensor
@@ -58,7 +58,7 @@ def stored(config: BWLAConfig, make_layer: Callable[..., Any]) -> Stored:
     }
     for group in MAPPING.values():
         for name in group[1:]:
-            for key in INPUT_SIDE:
+            for key in INPUT_TRANSFORM:
                 layers[name][key] = layers[group[0]][key]
     return layers
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.calibration.layer_runner import Shell
+from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
@@ -19,13 +19,13 @@ def test_block_after_block_is_the_model(make_model, family: str) -> None:
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     source = open_source(str(folder))
-    shell = Shell(source, torch.device("cpu"))
-    hidden = shell.embed(ids)
+    runner = LayerRunner(source, torch.device("cpu"))
+    hidden = runner.embed(ids)
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states
-        for index in range(source.num_blocks):
+        for index in range(source.num_layers):
             torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
-            hidden = shell.block(index, source.read(source.names_of_block(index))).run(hidden)
+            hidden = runner.layer(index, source.read(source.names_of_layer(index))).run(hidden)
         torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -45,11 +45,11 @@ def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, fami
             module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
     model(ids)
     source = open_source(str(folder))
-    shell = Shell(source, torch.device("cpu"))
-    hidden = shell.embed(ids)
-    for index in range(source.num_blocks):
-        block = shell.block(index, source.read(source.names_of_block(index)))
-        for _, names in source.groups_of_block(index):
+    runner = LayerRunner(source, torch.device("cpu"))
+    hidden = runner.embed(ids)
+    for index in range(source.num_layers):
+        block = runner.layer(index, source.read(source.names_of_layer(index)))
+        for _, names in source.groups_of_layer(index):
             found = block.inputs_of(names[0], hidden)
             for name in names:
                 torch.testing.assert_close(found, seen[name], rtol=1e-4, atol=1e-4)
@@ -58,7 +58,7 @@ def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, fami
 
 def test_looking_into_and_changing_a_block(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
-    block = Shell(source, torch.device("cpu")).block(1, source.read(source.names_of_block(1)))
+    block = LayerRunner(source, torch.device("cpu")).layer(1, source.read(source.names_of_layer(1)))
     hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_looking_into_and_changing_a_block(make_model) -> None:
 
 def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
     source = open_source(str(make_model()))
-    block = Shell(source, torch.device("cpu")).block(0, source.read(source.names_of_block(0)))
+    block = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
     block.layer.spare = nn.Linear(4, 4)
     with pytest.raises(SourceError, match="expected the model to use this linear"), torch.no_grad():
         block.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import dataset_text, read_texts, token_windows
+from bwla_converter.calibration.text import calibration_samples, dataset_text, read_texts
 from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from paths import EXAMPLE
@@ -35,21 +35,21 @@ def test_windows_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> No
     text = " ".join(f"word {i} of many" for i in range(400))
     (tmp_path / "text.txt").write_text(text)
     calibration = Calibration(str(tmp_path / "text.txt"), samples=5, length=32)
-    windows, digest = token_windows(calibration, EXAMPLE, seed=1)
+    windows, digest = calibration_samples(calibration, EXAMPLE, seed=1)
     assert windows.shape == (5, 32)
     whole = AutoTokenizer.from_pretrained(EXAMPLE)(text, return_tensors="pt").input_ids[0]
     pieces = whole.unfold(0, 32, 1)
     assert all(bool((pieces == window).all(1).any()) for window in windows)
-    again, same = token_windows(calibration, EXAMPLE, seed=1)
+    again, same = calibration_samples(calibration, EXAMPLE, seed=1)
     assert torch.equal(windows, again)
     assert digest == same
-    assert not torch.equal(windows, token_windows(calibration, EXAMPLE, seed=2)[0])
+    assert not torch.equal(windows, calibration_samples(calibration, EXAMPLE, seed=2)[0])
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words")
     with pytest.raises(SourceError, match="expected at least 64 tokens, found"):
-        token_windows(Calibration(str(tmp_path / "text.txt"), length=64), EXAMPLE, 0)
+        calibration_samples(Calibration(str(tmp_path / "text.txt"), length=64), EXAMPLE, 0)
 
 
 def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

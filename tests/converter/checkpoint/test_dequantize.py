@@ -7,7 +7,7 @@ import pytest
 import torch
 from bwla_converter.checkpoint import dequantize as module
 from bwla_converter.checkpoint.contents import read_contents
-from bwla_converter.checkpoint.dequantize import dense_bytes, write_dense
+from bwla_converter.checkpoint.dequantize import dense_bytes, write_dequantized
 from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_checkpoint(
     convert(Options(str(make_model(family)), checkpoint, rank=2, bits=16, head_bits=head_bits))
     # More than one piece to a weight.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
-    done = write_dense(checkpoint, dense, "float32")
+    done = write_dequantized(checkpoint, dense, "float32")
     assert done.linears == 14
     monkeypatch.setenv(hf.BACKEND_VARIABLE, "torch")
     before, after = logits(checkpoint), logits(dense)
@@ -43,7 +43,7 @@ def test_logits_are_those_of_the_checkpoint(
 def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, tmp_path: Path) -> None:
     dense = tmp_path / "dense"
     seen: list[str] = []
-    done = write_dense(example_bwla, dense, on_linear=seen.append)
+    done = write_dequantized(example_bwla, dense, on_linear=seen.append)
     assert len(seen) == done.linears == 28
     config = json.loads((dense / "config.json").read_text())
     assert "quantization_config" not in config
@@ -55,19 +55,19 @@ def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, 
     contents = read_contents(example_bwla)
     assert done.bytes == dense_bytes(contents, torch.bfloat16)
     assert (dense / "tokenizer.json").is_file()
-    write_dense(example_bwla, tmp_path / "exact", "float32")
+    write_dequantized(example_bwla, tmp_path / "exact", "float32")
     exact, rounded = logits(tmp_path / "exact"), logits(dense)
     assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 def test_what_cannot_be_done_is_said_and_leaves_nothing(example_bwla: Path, tmp_path: Path) -> None:
     with pytest.raises(BWLAError, match="expected one of bfloat16, float16, float32, found 'int4'"):
-        write_dense(example_bwla, tmp_path / "dense", "int4")
+        write_dequantized(example_bwla, tmp_path / "dense", "int4")
     with pytest.raises(BWLAError, match="is the checkpoint itself"):
-        write_dense(example_bwla, example_bwla, overwrite=True)
+        write_dequantized(example_bwla, example_bwla, overwrite=True)
     (tmp_path / "taken").mkdir()
     with pytest.raises(BWLAError, match="exists already"):
-        write_dense(example_bwla, tmp_path / "taken")
+        write_dequantized(example_bwla, tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
@@ -77,7 +77,7 @@ def test_damage_is_noticed_before_anything_stands(make_model, tmp_path: Path, ed
     name = "model.layers.1.mlp.up_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: -t)
     with pytest.raises(FormatError, match="expected positive scales"):
-        write_dense(checkpoint, tmp_path / "dense")
+        write_dequantized(checkpoint, tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
 
 
@@ -87,4 +87,4 @@ def test_values_beyond_float16_are_refused(make_model, tmp_path: Path, edit) -> 
     name = "model.layers.0.mlp.down_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: t * 1e7)
     with pytest.raises(BWLAError, match="choose --dtype bfloat16 or float32"):
-        write_dense(checkpoint, tmp_path / "dense", "float16")
+        write_dequantized(checkpoint, tmp_path / "dense", "float16")

@@ -16,18 +16,18 @@ def said() -> list[str]:
 def test_the_first_signal_lets_the_block_be_finished(said: list[str], number: int, code: int) -> None:
     interrupts = Interrupts(said.append)
     with handled(interrupts):
-        interrupts.block_started(3)
+        interrupts.layer_started(3)
         os.kill(os.getpid(), number)
         assert said == ["block 3 is being finished and kept; once more stops at once, without it"]
         with pytest.raises(KeyboardInterrupt):
-            interrupts.block_done()
+            interrupts.layer_done()
     assert interrupts.exit_code == code
 
 
 def test_the_second_signal_stops_at_once(said: list[str]) -> None:
     interrupts = Interrupts(said.append)
     with handled(interrupts):
-        interrupts.block_started(0)
+        interrupts.layer_started(0)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -36,8 +36,8 @@ def test_the_second_signal_stops_at_once(said: list[str]) -> None:
 def test_between_blocks_there_is_nothing_to_wait_for(said: list[str]) -> None:
     interrupts = Interrupts(said.append)
     with handled(interrupts):
-        interrupts.block_started(0)
-        interrupts.block_done()
+        interrupts.layer_started(0)
+        interrupts.layer_done()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
     assert said == []

@@ -5,8 +5,8 @@ from bwla_converter.common.bits import (
     AUTO_RANK_BITS,
     auto_rank,
     bits_per_weight,
+    describe_rank,
     fitting_rank,
-    rank_words,
     stored_bits,
 )
 from bwla_kernels.factorize import choose_rotation
@@ -66,5 +66,5 @@ def test_auto_rank_of_qwen3_32b() -> None:
 
 
 def test_the_choice_is_told_in_words() -> None:
-    assert rank_words(32, 35) == "rank 32 (35 would fit the bits, but a GPU pays for 48)"
-    assert rank_words(5, 5) == "rank 5"
+    assert describe_rank(32, 35) == "rank 32 (35 would fit the bits, but a GPU pays for 48)"
+    assert describe_rank(5, 5) == "rank 5"

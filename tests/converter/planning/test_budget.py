@@ -96,7 +96,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(make_model, tmp_path: Path, m
         return plain(source, plan, recipe, calibration, 0.0, RATES)
 
     class Stop(Listener):
-        def block_done(self, index: int) -> None:
+        def layer_done(self, index: int) -> None:
             assert len(list((tmp_path / "disk.work" / "activations").iterdir())) == 2
             raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import torch
 from bwla_converter.quantize import fast, paper
 from bwla_converter.quantize.fast import FastOptions, corrected_target
 from bwla_converter.quantize.group import GroupResult
-from bwla_converter.quantize.moments import Moments, rotate_metric
+from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, validate_layer
 from bwla_kernels.reference import dequantize, rotate
@@ -26,7 +26,7 @@ def inputs(seed: int = 0, noise: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def moments_of(x: Tensor, x_hat: Tensor) -> Moments:
-    moments = Moments.zeros(64, torch.device("cpu"), crossed=True)
+    moments = Moments.zeros(64, torch.device("cpu"), cross_gram=True)
     for here, there in zip(x_hat.split(100), x.split(100), strict=True):
         moments.add(here, there)
     return moments
@@ -71,14 +71,14 @@ def test_the_reported_error_is_that_of_the_stored_tensors(weights: dict[str, Ten
 def test_same_seed_same_bytes_and_inputs_unchanged(weights: dict[str, Tensor]) -> None:
     x, x_hat = inputs(noise=0.1)
     moments, copies = moments_of(x, x_hat), {name: weight.clone() for name, weight in weights.items()}
-    seen = moments.seen.clone()
+    seen = moments.gram.clone()
     first, again = (fast.quantize_group(weights, SPECS, moments, seed=1, options=QUICK) for _ in range(2))
     other = fast.quantize_group(weights, SPECS, moments, seed=2, options=QUICK)
     for name, tensors in first.tensors.items():
         assert all(torch.equal(tensor, again.tensors[name][key]) for key, tensor in tensors.items())
         assert not torch.equal(tensors["rotation_left"], other.tensors[name]["rotation_left"])
         assert torch.equal(weights[name], copies[name])
-    assert torch.equal(moments.seen, seen)
+    assert torch.equal(moments.gram, seen)
 
 
 def test_the_target_is_the_least_squares_fit(weights: dict[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ def test_the_target_makes_good_what_the_stream_lost(weights: dict[str, Tensor]) 
     stream_hat = stream - 0.1 * x_hat @ mix  # a loss that the inputs tell
     moments = moments_of(x, x_hat)
     for here, lost, kept in zip(x_hat.split(100), stream_hat.split(100), stream.split(100), strict=True):
-        moments.add_drift(here, lost, kept)
+        moments.add_residual(here, lost, kept)
     found = corrected_target(weights["q"], moments, 1e-6)
     wanted = (x @ weights["q"].mT + stream - stream_hat).double()
     expected = torch.linalg.lstsq(x_hat.double(), wanted).solution.mT.float()
@@ -123,10 +123,10 @@ def test_rotated_metric_measures_the_same() -> None:
     left, right = (torch.linalg.qr(torch.randn(1, 8, 8, generator=generator)).Q for _ in range(2))
     moments = moments_of(x, x)
     rows = torch.randn(3, 64, generator=generator)
-    plain = ((rows @ moments.seen) * rows).sum(1)
+    plain = ((rows @ moments.gram) * rows).sum(1)
     turned = rotate(rows, left, right)
     torch.testing.assert_close(
-        ((turned @ rotate_metric(moments.seen, left, right)) * turned).sum(1), plain, rtol=1e-4, atol=1e-2
+        ((turned @ rotate_hessian(moments.gram, left, right)) * turned).sum(1), plain, rtol=1e-4, atol=1e-2
     )
 
 

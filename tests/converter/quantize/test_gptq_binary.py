@@ -6,7 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from bwla_converter.quantize import gptq_binary as error_feedback
-from bwla_converter.quantize.gptq_binary import feed_back, flip, inverse_factor, one_bit, refit
+from bwla_converter.quantize.gptq_binary import (
+    coordinate_descent_sweep,
+    gptq_signs,
+    inverse_factor,
+    one_bit,
+    refit,
+)
 from torch import Tensor
 
 
@@ -41,7 +47,7 @@ def test_feedback_is_the_column_by_column_rule(columns: int) -> None:
         lost = (work[:, j] - scale * expected[:, j]) / inverse[0, 0]
         work[:, j:] -= lost.unsqueeze(1) * inverse[0]
         inverse = inverse[1:, 1:] - inverse[1:, :1] @ inverse[:1, 1:] / inverse[0, 0]
-    found = feed_back(weight, scale, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True))
+    found = gptq_signs(weight, scale, torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True))
     assert torch.equal(found, expected)
 
 
@@ -63,12 +69,12 @@ def test_a_sweep_never_raises_the_error_and_ends_where_no_flip_helps(columns: in
     code = refit(metric, (metric * weight).sum(1), torch.where(weight >= 0, 1.0, -1.0), hessian)
     before = error(weight, code.scale, code.sign, hessian)
     for _ in range(50):
-        sign = flip(code, metric, hessian)
+        sign = coordinate_descent_sweep(code, metric, hessian)
         after = error(weight, code.scale, sign, hessian)
         assert bool((after <= before * (1 + 1e-5)).all())
         if torch.equal(sign, code.sign):
             break
-        code, before = replace(code, sign=sign, image=sign @ hessian), after
+        code, before = replace(code, sign=sign, sign_hessian=sign @ hessian), after
     else:
         raise AssertionError("coordinate descent did not end")
     for j in range(columns):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.quantize.hessian_low_rank import metric_low_rank
+from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])
@@ -14,7 +14,7 @@ def test_nearly_the_truncated_svd(rank: int) -> None:
     hessian = mix @ mix.mT / 40 + 0.05 * torch.eye(40)
     lower = torch.linalg.cholesky(hessian)
     values = torch.linalg.svdvals(error @ lower)
-    b, a = metric_low_rank(error, hessian, rank, torch.Generator().manual_seed(1))
+    b, a = hessian_low_rank(error, hessian, rank, torch.Generator().manual_seed(1))
     assert (b.shape, a.shape) == ((60, rank), (rank, 40))
     torch.testing.assert_close(b.mT @ b, torch.eye(rank), rtol=0, atol=1e-5)
     rest = ((error - b @ a) @ lower).square().sum()
@@ -22,5 +22,5 @@ def test_nearly_the_truncated_svd(rank: int) -> None:
 
 
 def test_rank_zero_is_empty() -> None:
-    b, a = metric_low_rank(torch.ones(3, 4), torch.eye(4), 0, torch.Generator())
+    b, a = hessian_low_rank(torch.ones(3, 4), torch.eye(4), 0, torch.Generator())
     assert (b.shape, a.shape) == ((3, 0), (0, 4))

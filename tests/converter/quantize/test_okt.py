@@ -109,7 +109,9 @@ def test_one_step_of_em_in_closed_form() -> None:
     torch.testing.assert_close(after.centre.double(), centre, rtol=1e-5, atol=1e-6)
     spread = cells.double().square().mean((0, 2)) - centre**2
     torch.testing.assert_close(after.variance.double(), spread, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(okt.expected_pull(cells, before).double(), t * (0.5 / 0.4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        okt.procrustes_target(cells, before).double(), t * (0.5 / 0.4), rtol=0, atol=1e-6
+    )
 
 
 def test_variance_stays_within_its_bounds() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 SIZES = (2, 8, 12)
 WIDTH = 192
 QUICK = PaperOptions(okt_rounds=4, psp_rounds=4)
-INPUT_SIDE = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
+INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 
 
 def group(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ def test_the_stored_layer_computes_nearly_the_product() -> None:
 def test_members_share_the_input_side() -> None:
     first, *others = quantize().tensors.values()
     for other in others:
-        for key in INPUT_SIDE:
+        for key in INPUT_TRANSFORM:
             assert torch.equal(first[key], other[key])
             assert first[key].data_ptr() != other[key].data_ptr(), "safetensors refuses shared memory"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import token_windows
+from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
@@ -63,16 +63,16 @@ def run(recipe: BestRecipe, source: Source) -> tuple[dict[str, Tensor], PreTrain
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     model.config.use_cache = False  # each block believes to be the first one
     hidden = []
-    for index in range(source.num_blocks):
-        tensors = source.read(source.names_of_block(index))
-        recipe.begin_block(index, tensors)
+    for index in range(source.num_layers):
+        tensors = source.read(source.names_of_layer(index))
+        recipe.begin_layer(index, tensors)
         _, quantized = recipe.blocks
-        for _, names in source.groups_of_block(index):
+        for _, names in source.groups_of_layer(index):
             weights = {name: tensors[f"{name}.weight"] for name in names}
             result = recipe.quantize(weights, specs_of(source, names))
             for name in names:
                 stored |= {f"{name}.{key}": value for key, value in result.tensors[name].items()}
-        stored |= recipe.end_block()
+        stored |= recipe.end_layer()
         hidden.append(recipe.hidden[torch.arange(len(recipe.ids))])
         model.set_submodule(f"model.layers.{index}", quantized.layer)
     return stored, model, hidden
@@ -93,7 +93,7 @@ def test_tuning_brings_blocks_closer_and_stores_what_it_carries_on(
         float(relative_loss(recipe.hidden[every], recipe.original_hidden[every])) for recipe in (tuned, plain)
     ]
     assert lost[0] < lost[1]
-    assert len(tuned.block_traces["model.layers.1"]["tune"]) == 8
+    assert len(tuned.layer_traces["model.layers.1"]["tune"]) == 8
     for name, module in model.named_modules():
         if isinstance(module, BWLALinear):
             own = {key: stored[f"{name}.{key}"] for key in module.stored()}
@@ -168,7 +168,7 @@ def test_the_last_norm_is_fitted_to_the_blocks_as_they_are(source: Source, calib
     before = (model.model.norm(hidden[-1]) - wanted).norm()
     model.load_state_dict(fitted, strict=False)
     assert (model.model.norm(hidden[-1]) - wanted).norm() < before
-    recipe.options = replace(recipe.options, last_norm=False)
+    recipe.options = replace(recipe.options, final_norm=False)
     assert recipe.fitted_norm() == {}
 
 
@@ -225,7 +225,7 @@ def test_the_whole_recipe_writes_a_checkpoint(
 
 
 def calibration_ids(source: Source, calibration: Calibration) -> Tensor:
-    return token_windows(calibration, source.folder, 0)[0][:1]
+    return calibration_samples(calibration, source.folder, 0)[0][:1]
 
 
 def test_budgets_of_the_command_line() -> None:

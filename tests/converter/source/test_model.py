@@ -30,11 +30,11 @@ def test_every_family_opens_single_and_sharded(make_model, family: str, shards: 
     source = open_source(str(folder))
     check_values(source)
     assert source.family.name == family
-    assert source.num_blocks == 2
-    block = source.read(source.names_of_block(1))
+    assert source.num_layers == 2
+    block = source.read(source.names_of_layer(1))
     assert block["model.layers.1.mlp.down_proj.weight"].shape == (64, 128)
     assert all(name.startswith("model.layers.1.") for name in block)
-    assert "model.embed_tokens.weight" in source.names_outside_blocks()
+    assert "model.embed_tokens.weight" in source.names_outside_layers()
 
 
 def test_tied_embeddings_need_no_head(make_model) -> None:
@@ -44,7 +44,7 @@ def test_tied_embeddings_need_no_head(make_model) -> None:
 
 def test_biases_are_tensors_of_the_block(make_model) -> None:
     source = open_source(str(make_model("Qwen2")))
-    assert "model.layers.0.self_attn.q_proj.bias" in source.names_of_block(0)
+    assert "model.layers.0.self_attn.q_proj.bias" in source.names_of_layer(0)
 
 
 def test_a_path_that_is_neither_folder_nor_hub_id() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from bwla_converter.source.model import open_source
 from bwla_converter.training.optimize import TuneOptions
-from bwla_converter.training.stages import sections, shared_out
+from bwla_converter.training.stages import sections, split_budget
 
 
 def test_sections_hold_every_block_once(make_model) -> None:
@@ -18,7 +18,7 @@ def test_sections_hold_every_block_once(make_model) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 def test_shares_are_the_whole_work(parts: int) -> None:
     options = TuneOptions(epochs=3, batch=2, minutes=6.0)
-    shares = shared_out(options, 5, parts)
+    shares = split_budget(options, 5, parts)
     assert len(shares) == parts
     steps = [share.steps(5) for share in shares]
     assert sum(steps) == options.steps(5) == 9
@@ -27,6 +27,6 @@ def test_shares_are_the_whole_work(parts: int) -> None:
 
 
 def test_no_limit_stays_none_and_a_limit_of_steps_is_kept() -> None:
-    shares = shared_out(TuneOptions(epochs=3, max_steps=4), 10, 2)
+    shares = split_budget(TuneOptions(epochs=3, max_steps=4), 10, 2)
     assert [share.steps(10) for share in shares] == [2, 2]
     assert shares[0].minutes is None

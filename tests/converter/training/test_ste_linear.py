@@ -7,16 +7,16 @@ import torch
 from bwla_converter.training import ste_linear as tunable
 from bwla_converter.training.ste_linear import (
     LATENT_RANGE,
-    InputSide,
+    InputTransform,
     SignProduct,
-    TunableLinear,
+    STELinear,
     agreeing,
     product_dtype,
     sign_product,
     straight_through_codes,
 )
 from bwla_kernels import reference
-from bwla_kernels.format import LayerSpec, as_stored, pack_signs, unpack_signs, validate_layer
+from bwla_kernels.format import LayerSpec, pack_signs, to_storage_dtype, unpack_signs, validate_layer
 from torch import Tensor
 
 SPEC = LayerSpec(24, 64, 2, 4, 8, rank=3)
@@ -43,7 +43,7 @@ def stored(generator: torch.Generator) -> dict[str, Tensor]:
         "low_rank_a": torch.randn(3, 64, generator=generator),
         "low_rank_b": torch.randn(24, 3, generator=generator),
     }
-    return as_stored(tensors, SPEC)
+    return to_storage_dtype(tensors, SPEC)
 
 
 @pytest.mark.parametrize("bits", [2, 6, 8, 16])
@@ -54,7 +54,7 @@ def test_forward_is_the_definition(
     spec = replace(SPEC, bits=bits)
     bias = torch.randn(24, generator=generator)
     latent = torch.randn(24, 64, generator=generator) if moving else None
-    linear = TunableLinear(InputSide(stored, spec), stored, spec, bias, latent)
+    linear = STELinear(InputTransform(stored, spec), stored, spec, bias, latent)
     x = torch.randn(2, 5, 64, generator=generator)
     x[0, 0] = 0.0
     wanted = reference.linear(x, {**stored, "bias": bias}, replace(spec, bias=True))
@@ -68,7 +68,7 @@ def test_forward_is_the_definition(
 
 def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: torch.Generator) -> None:
     for latent in (None, torch.randn(24, 64, generator=generator)):
-        linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC, latent=latent)
+        linear = STELinear(InputTransform(stored, SPEC), stored, SPEC, latent=latent)
         tensors = {**stored, **linear.stored()}
         validate_layer("layer", tensors, SPEC)
         assert torch.equal(tensors["weight_packed"], stored["weight_packed"])
@@ -77,8 +77,8 @@ def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: 
 
 
 def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: torch.Generator) -> None:
-    side = InputSide(stored, SPEC)
-    linear = TunableLinear(side, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
+    side = InputTransform(stored, SPEC)
+    linear = STELinear(side, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
     linear(torch.randn(7, 64, generator=generator)).square().mean().backward()
     grads = {name: parameter.grad for name, parameter in linear.named_parameters()}
     assert set(grads) == {"latent", "log_scale", "low_rank_b", "side.log_column", "side.low_rank_a"}
@@ -91,7 +91,7 @@ def test_scales_have_the_true_gradient(
     """Without activation rounding all but the signs is smooth: compare with finite differences."""
     spec = replace(SPEC, bits=16)
     monkeypatch.setattr(tunable, "product_dtype", lambda device: torch.float32)
-    linear = TunableLinear(InputSide(stored, spec), stored, spec)
+    linear = STELinear(InputTransform(stored, spec), stored, spec)
     x = torch.randn(4, 64, generator=generator)
 
     def loss() -> Tensor:
@@ -162,7 +162,7 @@ def test_latents_start_with_the_signs_that_were_chosen(generator: torch.Generato
 def test_a_weight_as_latent_is_the_weight_in_other_units(
     stored: dict[str, Tensor], generator: torch.Generator
 ) -> None:
-    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    linear = STELinear(InputTransform(stored, SPEC), stored, SPEC)
     weight = torch.randn(24, 64, generator=generator)
     latent = linear.original_latent(weight)
     basis = stored["rotation_left"].float(), stored["rotation_right"].float()
@@ -178,7 +178,7 @@ def test_a_weight_as_latent_is_the_weight_in_other_units(
 def test_signs_that_are_freed_and_fixed_again_are_the_same(
     stored: dict[str, Tensor], generator: torch.Generator
 ) -> None:
-    linear = TunableLinear(InputSide(stored, SPEC), stored, SPEC)
+    linear = STELinear(InputTransform(stored, SPEC), stored, SPEC)
     signs = linear.signs
     assert signs is not None
     linear.free_signs(torch.randn(24, 64, generator=generator))
@@ -203,7 +203,7 @@ def test_codes_of_zeros_are_zeros() -> None:
 
 
 def test_members_share_one_computation_of_their_input(stored: dict[str, Tensor]) -> None:
-    side = InputSide(stored, SPEC)
+    side = InputTransform(stored, SPEC)
     x = torch.ones(1, 64)
     first = side(x)
     assert side(x) is first

@@ -4,7 +4,7 @@ import pytest
 import torch
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.library import Isa
-from bwla_kernels.format import LayerSpec, as_stored, unpack_signs
+from bwla_kernels.format import LayerSpec, to_storage_dtype, unpack_signs
 from torch import Tensor
 
 
@@ -15,13 +15,13 @@ def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]
     tensors = {
         "weight_packed": words,
         "weight_scale": torch.ones(n),
-        "rotation_left": torch.zeros(spec.blocks, spec.n1, spec.n1),
-        "rotation_right": torch.zeros(spec.blocks, spec.n2, spec.n2),
+        "rotation_left": torch.zeros(spec.rotation_groups, spec.n1, spec.n1),
+        "rotation_right": torch.zeros(spec.rotation_groups, spec.n2, spec.n2),
         "column_scale": torch.ones(k),
         "low_rank_a": torch.zeros(r, k),
         "low_rank_b": torch.zeros(n, r),
     }
-    return as_stored(tensors, spec)
+    return to_storage_dtype(tensors, spec)
 
 
 def expected(q: Tensor, words: Tensor, spec: LayerSpec) -> Tensor:

@@ -16,7 +16,7 @@ ONE_CALL = """
 import torch
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.library import load
-from bwla_kernels.format import LayerSpec, as_stored
+from bwla_kernels.format import LayerSpec, to_storage_dtype
 spec = LayerSpec(64, 64, 1, 8, 8)
 layer = {
     "weight_packed": torch.zeros(64, 2, dtype=torch.int32),
@@ -26,7 +26,7 @@ layer = {
     "column_scale": torch.ones(64),
 }
 torch.ones(1 << 20).sum()
-y = kernel.linear(torch.ones(3, 64), kernel.pack(as_stored(layer, spec), spec), spec, threads=-2)
+y = kernel.linear(torch.ones(3, 64), kernel.pack(to_storage_dtype(layer, spec), spec), spec, threads=-2)
 assert (y == -64).all(), y
 """
 

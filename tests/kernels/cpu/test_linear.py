@@ -7,7 +7,7 @@ from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.backend import CpuBackend
 from bwla_kernels.cpu.library import Isa
 from bwla_kernels.errors import BackendError
-from bwla_kernels.format import LayerSpec, as_stored, unpack_signs
+from bwla_kernels.format import LayerSpec, to_storage_dtype, unpack_signs
 from torch import Tensor
 
 FLOAT_EPS = torch.finfo(torch.float32).eps
@@ -31,7 +31,7 @@ def assert_prepared(
     x_hat = (
         reference.rotate(x.double(), exact["rotation_left"], exact["rotation_right"]) * exact["column_scale"]
     )
-    cells = x_hat.unflatten(1, (spec.blocks, spec.block_width))
+    cells = x_hat.unflatten(1, (spec.rotation_groups, spec.block_width))
     want = cells.abs().amax(-1) * spec.clip / spec.q_max
     torch.testing.assert_close(scale.double(), want, rtol=2e-6 * spec.block_width**0.5, atol=0)
     ratio = torch.where(want[..., None] > 0, cells / want[..., None], torch.zeros_like(cells))
@@ -46,7 +46,7 @@ def exact_output(
     q: Tensor, scale: Tensor, u: Tensor, layer: dict[str, Tensor], spec: LayerSpec
 ) -> tuple[Tensor, Tensor]:
     """The weight side in float64 without the bias, and the sum of the magnitudes of its terms."""
-    shape = (spec.blocks, spec.block_width)
+    shape = (spec.rotation_groups, spec.block_width)
     signs = unpack_signs(layer["weight_packed"], torch.float64).unflatten(1, shape)
     blocks = torch.einsum("mgk,ngk->mgn", q.double().unflatten(1, shape), signs) * scale.double()[..., None]
     alpha = layer["weight_scale"].double()
@@ -69,7 +69,9 @@ def test_random_layers(variants: list[Isa], cases, make_layer, seed: int) -> Non
             assert_prepared(x, layer, spec, q, scale, u)
             y = kernel.binary_matmul(q, scale, u, packed, spec, isa=isa, threads=threads)
             want, size = exact_output(q, scale, u, layer, spec)
-            assert ((y - want).abs() <= (spec.blocks + spec.rank + 4) * FLOAT_EPS * size).all(), where
+            assert ((y - want).abs() <= (spec.rotation_groups + spec.rank + 4) * FLOAT_EPS * size).all(), (
+                where
+            )
             whole = kernel.linear(x, packed, spec, isa=isa, threads=threads)
             assert whole.dtype == x.dtype
             assert torch.equal(whole, y.to(x.dtype)), where
@@ -179,7 +181,7 @@ def test_outputs_round_to_nearest_even(isa: Isa, dtype: torch.dtype) -> None:
         "rotation_right": torch.eye(32).unsqueeze(0),
         "column_scale": torch.ones(32),
     }
-    packed = kernel.pack(as_stored(layer, spec), spec, isa)
+    packed = kernel.pack(to_storage_dtype(layer, spec), spec, isa)
     y = kernel.linear(torch.zeros(1, 32, dtype=dtype), packed, spec, bias, isa)[0]
     torch.testing.assert_close(y, bias.to(dtype), rtol=0, atol=0, equal_nan=True)
 
@@ -187,7 +189,7 @@ def test_outputs_round_to_nearest_even(isa: Isa, dtype: torch.dtype) -> None:
 def test_the_op_is_registered_correctly(make_layer) -> None:
     layer, backend = make_layer(FULL, 8), CpuBackend()
     prepared, x = backend.prepare(layer, FULL), random_x(3, FULL.in_features, 9)
-    sizes = (FULL.out_features, FULL.blocks, FULL.n1, FULL.n2, FULL.rank, FULL.bits, FULL.clip)
+    sizes = (FULL.out_features, FULL.rotation_groups, FULL.n1, FULL.n2, FULL.rank, FULL.bits, FULL.clip)
     torch.library.opcheck(
         torch.ops.bwla.linear_cpu.default, (x, prepared["packed"], prepared["bias"], *sizes)
     )

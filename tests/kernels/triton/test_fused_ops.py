@@ -14,7 +14,7 @@ def arguments(prepared: dict[str, Tensor], spec: LayerSpec) -> tuple[object, ...
     """The op's arguments after x, as `TritonBackend.apply` passes them."""
     names = ("weight_chunks", "weight_scale", "split_counters", "left_split", "right_split", "column_scale")
     optional = ("low_rank_a", "low_rank_b", "bias")
-    sizes = (spec.out_features, spec.blocks, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip)
+    sizes = (spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip)
     return (*(prepared[name] for name in names), *(prepared.get(name) for name in optional), *sizes)
 
 

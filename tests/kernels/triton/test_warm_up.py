@@ -70,7 +70,7 @@ def request(spec: LayerSpec, prepared: dict[str, torch.Tensor], m: int, fused: s
     names = ("weight_chunks", "weight_scale", "split_counters", "left_split", "right_split", "column_scale")
     layer = [prepared[name] for name in names]
     layer += [prepared.get(name) for name in ("low_rank_a", "low_rank_b", "bias")]
-    layer += [spec.out_features, spec.blocks, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip]
+    layer += [spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip]
     x = torch.zeros(m, spec.in_features * (2 if fused == "silu*mul" else 1), dtype=torch.float16)
     ops, weight = torch.ops.bwla, norm_weight(spec, fused)
     if fused == "norm":
