@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
-from bwla_converter.planning.plan import Plan
+from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 
 
@@ -14,7 +14,7 @@ class Listener:
     One that raises KeyboardInterrupt in `layer_done` stops the conversion where it can be resumed at no loss.
     """
 
-    def planned(self, source: Source, plan: Plan) -> None:
+    def planned(self, source: Source, plan: ConversionPlan) -> None:
         """The model is found and its structure checked; `plan` is what will be done."""
 
     def budgeted(self, budget: Budget) -> None:

@@ -63,7 +63,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion produced; `seconds` counts all its sessions, `fitting_rank` is as in `plan.Plan`."""
+    """What a conversion produced; `seconds` counts all its sessions, `fitting_rank` is as in `plan.ConversionPlan`."""
 
     out: str
     rank: int

@@ -16,7 +16,7 @@ from bwla_converter.common.devices import choose_device
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
-from bwla_converter.planning.plan import Plan, input_bytes, make_plan, with_clips
+from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan, with_clips
 from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
 from bwla_converter.report.write import group_statistics, write_documents
 from bwla_converter.resume.fingerprint import changed_file, code_version, machine, mark_files
@@ -107,7 +107,7 @@ def _finish(
     work: WorkFolder,
     options: Options,
     source: Source,
-    plan: Plan,
+    plan: ConversionPlan,
     recipe: Recipe,
     listener: Listener,
     ranks: Ranks,
@@ -142,7 +142,7 @@ def _finish(
     return summary
 
 
-def _check_budget(options: Options, source: Source, plan: Plan, device: torch.device) -> Budget:
+def _check_budget(options: Options, source: Source, plan: ConversionPlan, device: torch.device) -> Budget:
     """Refuse what does not fit; what an interrupted conversion left counts as free."""
     limit = options.max_memory or usable_memory()
     budget = predict(source, plan, options.recipe, options.calibration, limit, device=device.type)
@@ -153,7 +153,7 @@ def _check_budget(options: Options, source: Source, plan: Plan, device: torch.de
     return budget
 
 
-def _check_source(work: WorkFolder, source: Source, plan: Plan, listener: Listener) -> None:
+def _check_source(work: WorkFolder, source: Source, plan: ConversionPlan, listener: Listener) -> None:
     """Refuse a model that holds NaN, or one that is not the one that the work was begun with."""
     if work.manifest.source:
         _refuse_changed(work, source)
@@ -175,7 +175,7 @@ def _refuse_changed(work: WorkFolder, source: Source) -> None:
 def _quantize_layers(
     work: WorkFolder,
     source: Source,
-    plan: Plan,
+    plan: ConversionPlan,
     recipe: Recipe,
     listener: Listener,
     options: Options,
@@ -207,7 +207,7 @@ def _quantize_layers(
 
 
 def _quantize_layer(
-    index: int, source: Source, plan: Plan, recipe: Recipe, listener: Listener, options: Options
+    index: int, source: Source, plan: ConversionPlan, recipe: Recipe, listener: Listener, options: Options
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors of a block's shard, and what the report says of it."""
     device = choose_device(options.device)
@@ -231,7 +231,7 @@ def _quantize_layer(
     return tensors, {"layers": layers, "traces": traces, "statistics": found}
 
 
-def _write_rest(writer: CheckpointWriter, source: Source, plan: Plan) -> None:
+def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:
     """What belongs to no block: as it is, but for the head."""
     for file, names in Shards(source).rest():
         tensors = source.read([name for name in names if not plan.is_replaced(name)])

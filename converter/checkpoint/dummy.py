@@ -9,7 +9,7 @@ import torch
 from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
 from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
-from bwla_converter.planning.plan import Plan, make_plan
+from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.families import find_family
 from bwla_converter.source.model import Source, outline_model
 from bwla_converter.source.names import HEAD_WEIGHT
@@ -62,7 +62,7 @@ def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tenso
     return tensors
 
 
-def plan_dummy(options: Options) -> tuple[Source, Plan]:
+def plan_dummy(options: Options) -> tuple[Source, ConversionPlan]:
     """What a random checkpoint for the config.json in the folder `options.model` holds.
 
     Raises:
@@ -73,7 +73,7 @@ def plan_dummy(options: Options) -> tuple[Source, Plan]:
     return source, make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
 
 
-def write_dummy(options: Options) -> Plan:
+def write_dummy(options: Options) -> ConversionPlan:
     """Write a random checkpoint for the config.json in the folder `options.model`.
 
     Members of an input group get the same input side, as the format wants. Returns the plan that was followed.
@@ -98,7 +98,9 @@ def write_dummy(options: Options) -> Plan:
     return plan
 
 
-def _random_block(source: Source, plan: Plan, index: int, generator: torch.Generator) -> dict[str, Tensor]:
+def _random_block(
+    source: Source, plan: ConversionPlan, index: int, generator: torch.Generator
+) -> dict[str, Tensor]:
     names = [name for name in source.names_of_layer(index) if not plan.is_replaced(name)]
     tensors = {name: _plain(source, name) for name in names}
     for _, members in source.groups_of_layer(index):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.checkpoint.writer import OutputError
-from bwla_converter.planning.plan import Plan
+from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 from bwla_kernels.format import tensor_specs, validate_layer
 from bwla_kernels.format.folder import check_folder, read_folder, read_tensors
@@ -39,7 +39,7 @@ def quantized_head(weight: Tensor) -> dict[str, Tensor]:
     return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(weight).items()}
 
 
-def output_config(source: Source, plan: Plan) -> dict[str, Any]:
+def output_config(source: Source, plan: ConversionPlan) -> dict[str, Any]:
     """config.json of the output: an 8-bit head is a tensor of its own, tied to nothing."""
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}

@@ -7,7 +7,7 @@ from bwla_converter.common.bits import describe_rank
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
-from bwla_converter.planning.plan import Plan
+from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 from rich.progress import (
     BarColumn,
@@ -41,7 +41,7 @@ class ProgressListener(Listener):
             TimeRemainingColumn(),
         )
 
-    def planned(self, source: Source, plan: Plan) -> None:
+    def planned(self, source: Source, plan: ConversionPlan) -> None:
         self._say(
             f"{source.family.architecture}, {source.num_layers} blocks, {plan.weights:,} weights to quantize; "
             f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"

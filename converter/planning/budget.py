@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.options import Calibration
-from bwla_converter.planning.plan import Plan
+from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.gptq_binary import elements_at_once
 from bwla_converter.source.model import Source
@@ -122,7 +122,7 @@ def duration(seconds: float) -> str:
 
 def predict(
     source: Source,
-    plan: Plan,
+    plan: ConversionPlan,
     recipe: str,
     calibration: Calibration | None,
     limit: float,
@@ -201,7 +201,7 @@ def check_gpu(budget: Budget, device: torch.device) -> None:
         )
 
 
-def _groups(source: Source, plan: Plan, index: int) -> Iterator[tuple[str, Group]]:
+def _groups(source: Source, plan: ConversionPlan, index: int) -> Iterator[tuple[str, Group]]:
     for _, names in source.groups_of_layer(index):
         specs = [plan.specs[name] for name in names]
         rows = sum(spec.out_features for spec in specs)
@@ -213,7 +213,7 @@ def _bytes(entry: Entry) -> int:
 
 
 def _moments(
-    source: Source, plan: Plan, recipe: str, calibration: Calibration | None, device: str
+    source: Source, plan: ConversionPlan, recipe: str, calibration: Calibration | None, device: str
 ) -> Iterator[tuple[float, str]]:
     """Bytes held at the moments that may be the worst, with a name for each."""
     for name in source.names_outside_layers():
@@ -278,7 +278,7 @@ def _tuning_bytes(
     return float(FLOAT * (6 * weights + tokens * 2 * kept))
 
 
-def _distilling_bytes(source: Source, plan: Plan, calibration: Calibration) -> float:
+def _distilling_bytes(source: Source, plan: ConversionPlan, calibration: Calibration) -> float:
     """Recipe `best` at its end: the whole model with signs in int8, embedding and heads in float32, a section's latent
     weights with gradient and Adam's two moments, the activations of a batch kept for the backward pass, and six copies
     of its logits."""
@@ -290,7 +290,7 @@ def _distilling_bytes(source: Source, plan: Plan, calibration: Calibration) -> f
     return float(plan.weights + FLOAT * (3 * vocabulary * width + 4 * section + logits))
 
 
-def _seconds(source: Source, plan: Plan, recipe: str, tokens: int, rates: Rates) -> float:
+def _seconds(source: Source, plan: ConversionPlan, recipe: str, tokens: int, rates: Rates) -> float:
     flops = passed = 0.0
     passes = FastOptions().passes
     for index in range(source.num_layers):

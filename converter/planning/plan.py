@@ -18,7 +18,7 @@ LARGE_HEAD = 2**26
 
 
 @dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """Everything about the output that is known before a weight is read.
 
     Attributes:
@@ -105,7 +105,7 @@ def make_plan(
     clip: float | None,
     provenance: Provenance,
     head_bits: int | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Choose rotations and rank for every linear of `source`.
 
     Args:
@@ -157,10 +157,10 @@ def make_plan(
         lm_head=head_args() if head_source else None,
         provenance=provenance,
     )
-    return Plan(specs, rank, fitting, format_, head_source)
+    return ConversionPlan(specs, rank, fitting, format_, head_source)
 
 
-def with_clips(plan: Plan, clips: Mapping[str, float]) -> Plan:
+def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPlan:
     """`plan` with the activation clips that the recipe chose.
 
     Args:

@@ -12,7 +12,7 @@ from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.planning import budget as budget_module
 from bwla_converter.planning.budget import BudgetError, Rates, check_budget, duration, parse_size, predict
-from bwla_converter.planning.plan import Plan, make_plan
+from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.schema import Provenance
@@ -22,7 +22,7 @@ RATES = Rates(flops=1e11, bytes=1e10)
 
 
 @pytest.fixture
-def planned(make_model) -> tuple[Source, Plan]:
+def planned(make_model) -> tuple[Source, ConversionPlan]:
     source = open_source(str(make_model()))
     return source, make_plan(source, 2, 6, 1.0, Provenance(base_model="m", recipe="fast", seed=0))
 
