@@ -68,7 +68,7 @@ def definition(
 
 @dataclass(frozen=True)
 class Checked:
-    """A backend (`ops.Backend` or `ops.HeadBackend`), watched.
+    """A backend (`ops.LinearBackend` or `ops.HeadBackend`), watched.
 
     Attributes:
         backend: what computes.

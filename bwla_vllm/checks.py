@@ -97,10 +97,10 @@ def check_tensor_parallel(specs: Mapping[str, LayerSpec], ranks: int) -> None:
                 f"found {ranks}: choose another --tensor-parallel-size"
             )
         if leaf in INPUT_SHARDED:
-            check_blocks(name, spec, ranks)
+            check_rotation_groups(name, spec, ranks)
 
 
-def check_blocks(name: str, spec: LayerSpec, ranks: int) -> None:
+def check_rotation_groups(name: str, spec: LayerSpec, ranks: int) -> None:
     """Check that `ranks` ranks can hold whole rotation blocks of the layer called `name`.
 
     Raises:

@@ -27,7 +27,7 @@ UNSET_CODE = -128
 
 
 @dataclass(frozen=True)
-class HeadPlan:
+class LocalHead:
     """How the head is computed on this rank: its sizes (the vocabulary padded), and what computes it."""
 
     spec: HeadSpec
@@ -70,7 +70,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         logger.info_once("BWLA head, 8 bits: %s", reason)
         backend = self.observer.watch_head(backend, HEAD_MODULE)
         self.observer.expect(HEAD_MODULE)
-        layer.bwla = HeadPlan(spec, backend, loads_dummy_weights(get_current_vllm_config_or_none()))
+        layer.bwla = LocalHead(spec, backend, loads_dummy_weights(get_current_vllm_config_or_none()))
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -80,9 +80,9 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             StartError: missing or invalid tensors.
         """
         started = time.perf_counter()
-        plan: HeadPlan = layer.bwla
-        stored = {name: layer.get_parameter(name).data for name in head_tensor_specs(plan.spec)}
-        if plan.dummy:
+        local: LocalHead = layer.bwla
+        stored = {name: layer.get_parameter(name).data for name in head_tensor_specs(local.spec)}
+        if local.dummy:
             stored = {
                 "weight_int8": stored["weight_int8"].random_(-127, 128),
                 "weight_scale": stored["weight_scale"],
@@ -96,18 +96,18 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
                 raise FormatError(f"{HEAD_MODULE}.weight_int8: not found in the checkpoint; {ADVICE}")
             validate_head(
                 {name: tensor[:rows] for name, tensor in stored.items()},
-                HeadSpec(rows, plan.spec.in_features),
+                HeadSpec(rows, local.spec.in_features),
             )
-        prepared = plan.backend.prepare(stored, plan.spec)
+        prepared = local.backend.prepare(stored, local.spec)
         for name in stored:
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer.bwla_tensors = tuple(prepared)
-        self.observer.loaded(HEAD_MODULE, plan.backend, plan.spec, prepared, time.perf_counter() - started)
+        self.observer.loaded(HEAD_MODULE, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., V] in the dtype of x."""
-        plan: HeadPlan = layer.bwla
-        y = plan.backend.apply(x, {name: getattr(layer, name) for name in layer.bwla_tensors}, plan.spec)
+        local: LocalHead = layer.bwla
+        y = local.backend.apply(x, {name: getattr(layer, name) for name in layer.bwla_tensors}, local.spec)
         return y if bias is None else y + bias

@@ -10,7 +10,7 @@ import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.layer import INPUT_TRANSFORM
-from bwla_kernels.ops import Backend, select_backend
+from bwla_kernels.ops import LinearBackend, select_backend
 from bwla_kernels.triton import launch
 from torch import Tensor
 from torch.nn import Parameter
@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 
-from bwla_vllm.checks import ADVICE, check_blocks
+from bwla_vllm.checks import ADVICE, check_rotation_groups
 from bwla_vllm.compat import untested_triton
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
@@ -44,7 +44,7 @@ logger = init_logger("vllm.bwla")
 
 
 @dataclass(frozen=True)
-class Plan:
+class LocalLinear:
     """How one layer is loaded and computed on this rank.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
 
     spec: LayerSpec
     rows: tuple[int, ...]
-    backend: Backend
+    backend: LinearBackend
     dummy: bool
 
 
@@ -131,7 +131,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             _warn_of_untested_triton()
         backend = self.observer.watch_layer(backend, self.name)
         self.observer.expect(self.name)
-        layer.bwla = Plan(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
+        layer.bwla = LocalLinear(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -140,42 +140,44 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             StartError: missing, inconsistent or invalid tensors.
         """
-        plan: Plan = layer.bwla
-        stored = {name: layer.get_parameter(name) for name in tensor_specs(plan.spec) if hasattr(layer, name)}
+        local: LocalLinear = layer.bwla
+        stored = {
+            name: layer.get_parameter(name) for name in tensor_specs(local.spec) if hasattr(layer, name)
+        }
         if not isinstance(stored.get("weight_scale"), CheckedParameter):
             return  # Already repacked; a reload brings the checked parameters back first.
         started = time.perf_counter()
-        if plan.dummy:
-            tensors = dummy_tensors(plan.spec, stored["weight_scale"].device)
-            layer.bwla = replace(plan, dummy=False)  # A later reload brings real weights.
+        if local.dummy:
+            tensors = dummy_tensors(local.spec, stored["weight_scale"].device)
+            layer.bwla = replace(local, dummy=False)  # A later reload brings real weights.
         else:
             with one_sentence():
                 self._check_bias(layer)
-                self._check_loaded(stored, plan.rows)
+                self._check_loaded(stored, local.rows)
                 tensors = {name: _merged(parameter) for name, parameter in stored.items()}
-                validate_layer(self.name, tensors, plan.spec)
-        prepared = plan.backend.prepare(tensors, plan.spec)
+                validate_layer(self.name, tensors, local.spec)
+        prepared = local.backend.prepare(tensors, local.spec)
         for name in stored:
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer.bwla_tensors = tuple(prepared)
-        self.observer.loaded(self.name, plan.backend, plan.spec, prepared, time.perf_counter() - started)
+        self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., K] -> [..., N] in the dtype of x; vLLM says by `bias` whether it is to be added here."""
-        plan: Plan = layer.bwla
+        local: LocalLinear = layer.bwla
         tensors = {name: getattr(layer, name) for name in layer.bwla_tensors}
         if bias is not None:
             tensors["bias"] = bias
-        return plan.backend.apply(x, tensors, plan.spec)
+        return local.backend.apply(x, tensors, local.spec)
 
     def _local_spec(self, input_size: int, output_size: int, width: int, rows: list[int]) -> LayerSpec:
         """This rank's share of the layer: `rows` a part and `width` columns."""
         spec = self.quantization.layer_spec(self.parts[0], output_size, input_size)
         assert spec is not None  # get_quant_method asked the same question
         ranks = input_size // width
-        check_blocks(self.name, spec, ranks)
+        check_rotation_groups(self.name, spec, ranks)
         return replace(
             spec, out_features=sum(rows), in_features=width, rotation_groups=spec.rotation_groups // ranks
         )

@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from bwla_vllm.errors import StartError
 
 if TYPE_CHECKING:  # imported by every vLLM process, so nothing that brings the kernels
-    from bwla_kernels.ops import Backend, HeadBackend
+    from bwla_kernels.ops import HeadBackend, LinearBackend
 
 logger = init_logger("vllm.bwla")
 
@@ -63,7 +63,7 @@ class Loaded:
 
 def describe(
     name: str,
-    backend: "Backend | HeadBackend",
+    backend: "LinearBackend | HeadBackend",
     spec: LayerSpec | HeadSpec,
     tensors: Mapping[str, Tensor],
     seconds: float,
@@ -161,7 +161,7 @@ class Observer:
             logger.info("BWLA layers on this process:\n%s", load_table(self._loaded))
             self._loaded = []
 
-    def watch_layer(self, backend: "Backend", name: str) -> "Backend":
+    def watch_layer(self, backend: "LinearBackend", name: str) -> "LinearBackend":
         """The backend itself, or, where checks are asked for, one that reports how far it is from the definition.
 
         Raises:

@@ -11,7 +11,7 @@ MAX_FACTOR = 128
 RANK_STEP = 16
 """Columns of the low-rank factor B that a GPU reads at a time: it pays for a rank's next multiple of this."""
 
-SHARDED_BLOCKS = 8
+SHARDED_ROTATION_GROUPS = 8
 """Blocks wished for where tensor parallelism cuts the input: 1, 2, 4 or 8 ranks then hold whole blocks."""
 
 

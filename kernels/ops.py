@@ -1,7 +1,7 @@
 """The only door for the packages above: pick a backend, repack a layer once, apply it.
 
 Every backend computes through `torch.library` ops with fake implementations, so torch.compile and CUDA
-graphs see through it. To add one: write a class with the four members of `Backend` and its op beside it, and
+graphs see through it. To add one: write a class with the four members of `LinearBackend` and its op beside it, and
 name it in `backends()` (for the 8-bit head: `HeadBackend` and `head_backends()`), the fastest first.
 """
 
@@ -22,7 +22,7 @@ from bwla_kernels.triton.head import TritonHead
 from torch import Tensor
 
 
-class Backend(Protocol):
+class LinearBackend(Protocol):
     """One way to compute a layer. Stateless: what `apply` needs is in the tensors that `prepare` returns."""
 
     name: str
@@ -41,7 +41,7 @@ class Backend(Protocol):
 
 
 class HeadBackend(Protocol):
-    """One way to compute an 8-bit head; as `Backend`."""
+    """One way to compute an 8-bit head; as `LinearBackend`."""
 
     name: str
 
@@ -55,11 +55,11 @@ class HeadBackend(Protocol):
         """x [..., K] -> [..., V] in the dtype of x, agreeing with `head.head_reference`."""
 
 
-Chosen = TypeVar("Chosen", Backend, HeadBackend)
+Chosen = TypeVar("Chosen", LinearBackend, HeadBackend)
 
 
 @functools.cache
-def backends() -> tuple[Backend, ...]:
+def backends() -> tuple[LinearBackend, ...]:
     """All backends of layers, the fastest first; the last one runs anything."""
     return (TritonBackend(), CpuBackend(), TorchBackend())
 
@@ -70,7 +70,9 @@ def head_backends() -> tuple[HeadBackend, ...]:
     return (TritonHead(), CpuHead(), TorchHead())
 
 
-def select_backend(spec: LayerSpec, device: torch.device, wanted: str | None = None) -> tuple[Backend, str]:
+def select_backend(
+    spec: LayerSpec, device: torch.device, wanted: str | None = None
+) -> tuple[LinearBackend, str]:
     """Choose the backend of a layer.
 
     Args:

@@ -87,7 +87,7 @@ def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> 
     return PreparedInput(q, scale, u)
 
 
-def block_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
+def group_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
     """Per-block dot products sum_{k in g} S[n, k] q[m, k] as float32 [M, G, N].
 
     For integer codes they are exact integers: every partial sum stays below
@@ -100,7 +100,7 @@ def block_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
 
 def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     """The weight side: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
-    sums = block_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.rotation_groups)
+    sums = group_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.rotation_groups)
     y = (sums * prepared.scale.unsqueeze(-1)).sum(1) * tensors["weight_scale"]
     if prepared.u is not None:
         y = y + prepared.u @ tensors["low_rank_b"].float().t()

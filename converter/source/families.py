@@ -1,6 +1,6 @@
 """Where a model family keeps its linears: one description a family, no code path of its own.
 
-docs/adding-a-model-family.md says how to add one; the end-to-end tests and README's table run over every entry.
+docs/developer/adding-a-model-family.md says how to add one; the end-to-end tests and README's table run over every entry.
 """
 
 from collections.abc import Iterator, Mapping
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bwla_kernels.errors import SourceError
-from bwla_kernels.factorize import SHARDED_BLOCKS
+from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class InputGroup:
     @property
     def preferred_rotation_groups(self) -> int:
         """Rotation blocks wished for: 8 where ranks must hold whole blocks, else one."""
-        return SHARDED_BLOCKS if self.input_sharded else 1
+        return SHARDED_ROTATION_GROUPS if self.input_sharded else 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ FAMILIES = (
     ),
 )
 
-GUIDE = "docs/adding-a-model-family.md"
+GUIDE = "docs/developer/adding-a-model-family.md"
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:

@@ -1,4 +1,4 @@
-"""The CPU backend: the compiled kernel behind the interface of `ops.Backend`, as a torch.library op.
+"""The CPU backend: the compiled kernel behind the interface of `ops.LinearBackend`, as a torch.library op.
 
 The op is defined here and implemented in the library itself (torch_ops.h), which registers it when it is loaded.
 """

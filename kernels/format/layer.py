@@ -66,9 +66,9 @@ class LayerSpec:
                 f"rotation ({self.rotation_groups}, {self.n1}, {self.n2}) covers "
                 f"{self.rotation_groups * self.n1 * self.n2} columns, but the layer reads {self.in_features}"
             )
-        if self.block_width % PACK_FACTOR:
+        if self.group_width % PACK_FACTOR:
             raise FormatError(
-                f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.block_width}"
+                f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.group_width}"
             )
         if not 0.0 < self.clip <= 1.0:
             raise FormatError(f"clip must lie in (0, 1], found {self.clip}")
@@ -76,7 +76,7 @@ class LayerSpec:
             raise FormatError(f"activation bits must be 2..8 or {UNQUANTIZED_BITS}, found {self.bits}")
 
     @property
-    def block_width(self) -> int:
+    def group_width(self) -> int:
         """Columns of one block, n1 * n2."""
         return self.n1 * self.n2
 

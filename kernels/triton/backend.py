@@ -1,4 +1,4 @@
-"""The GPU backend: two Triton kernels behind the interface of `ops.Backend`, as torch.library ops.
+"""The GPU backend: two Triton kernels behind the interface of `ops.LinearBackend`, as torch.library ops.
 
 Triton is imported when a layer first needs it: a machine without a GPU need not have it.
 """
@@ -76,7 +76,7 @@ def _layer(
 
     spec = _spec(out_features, blocks, n1, n2, rank, bits, clip)
     rows = _rows(x, spec.in_features * (2 if silu_mul else 1))
-    layout = chunk_layout(out_features, blocks, spec.block_width)
+    layout = chunk_layout(out_features, blocks, spec.group_width)
     capability, multiprocessors = _properties(x.device)
     config = select_config(
         out_features, spec.in_features, blocks, layout.chunk, len(rows), bits, capability, multiprocessors

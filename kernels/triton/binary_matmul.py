@@ -77,7 +77,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank, `low_rank_b` padded; a bias passes
         through. The packed bytes are the only copy of the weights.
     """
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     packed = repack_weights(tensors["weight_packed"], layout)
     prepared = {
         "weight_chunks": packed,
@@ -94,7 +94,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     return prepared
 
 
-def weights_of(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weights:
+def weights_from_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weights:
     """View the tensors of `prepare_weights` as `Weights`."""
     return Weights(
         tensors["weight_chunks"],
@@ -102,7 +102,7 @@ def weights_of(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weights:
         tensors.get("low_rank_b"),
         tensors.get("bias"),
         tensors.get("split_counters"),
-        chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width),
+        chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width),
     )
 
 
@@ -189,13 +189,13 @@ def _launch_binary(
 def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[str, int | bool]:
     """Compile-time arguments of `binary_mma_kernel` that follow from sizes and configuration."""
     row_warps = config.num_warps // config.k_warps
-    by_block = layout.blocks >= config.k_warps
+    by_block = layout.groups >= config.k_warps
     step = 512 // layout.chunk * (1 if by_block else config.k_warps)
-    even_steps = layout.chunks_per_block % (step * config.unroll) == 0
-    even_blocks = not by_block or layout.blocks % config.k_warps == 0
+    even_steps = layout.chunks_per_group % (step * config.unroll) == 0
+    even_blocks = not by_block or layout.groups % config.k_warps == 0
     return {
-        "BLOCKS": layout.blocks,
-        "CHUNKS": layout.chunks_per_block,
+        "BLOCKS": layout.groups,
+        "CHUNKS": layout.chunks_per_group,
         "BITS": bits,
         "TOKENS": config.block_m,
         "TILES": -(-config.block_m * bits // 8),
@@ -242,9 +242,9 @@ def _launch_integer(
         layout.out_features,
         layout.rows,
         q.shape[1],
-        layout.block_width,
-        layout.chunks_per_block,
-        layout.blocks,
+        layout.group_width,
+        layout.chunks_per_group,
+        layout.groups,
         rank,
         config.split,
         **integer_meta(layout, config),
@@ -267,6 +267,6 @@ def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | b
         "C": layout.chunk,
         "SPLIT": config.split > 1,
         "GROUP_M": GROUP_M,
-        "ONE_BLOCK": layout.blocks == 1,
+        "ONE_BLOCK": layout.groups == 1,
         "PADDED": layout.padded,
     }

@@ -1,7 +1,7 @@
 """The weights as the GPU kernels read them: chunks of columns, each a contiguous run of rows (one layout for all).
 
 A chunk holds C = 256 columns (or 128) of one rotation block for all rows: `[chunks][N_padded][C / 8 bytes]`.
-Within chunk t of block g, bit j of byte b is column g * block_width + C t + (C / 8) j + b, 1 = +1. So `(w >> j) & 1`
+Within chunk t of block g, bit j of byte b is column g * group_width + C t + (C / 8) j + b, 1 = +1. So `(w >> j) & 1`
 turns the bytes of a row into C / 8 neighbouring columns, and a tile of rows is one contiguous piece of memory.
 Columns beyond a block and rows beyond N are 0 bits.
 """
@@ -27,24 +27,24 @@ class ChunkLayout:
     Attributes:
         out_features: N.
         blocks: G.
-        block_width: columns of a block, a multiple of 32.
+        group_width: columns of a block, a multiple of 32.
         chunk: C, columns of a chunk.
     """
 
     out_features: int
-    blocks: int
-    block_width: int
+    groups: int
+    group_width: int
     chunk: int
 
     @property
-    def chunks_per_block(self) -> int:
-        """P = ceil(block_width / C)."""
-        return -(-self.block_width // self.chunk)
+    def chunks_per_group(self) -> int:
+        """P = ceil(group_width / C)."""
+        return -(-self.group_width // self.chunk)
 
     @property
     def chunks(self) -> int:
         """G P."""
-        return self.blocks * self.chunks_per_block
+        return self.groups * self.chunks_per_group
 
     @property
     def rows(self) -> int:
@@ -54,7 +54,7 @@ class ChunkLayout:
     @property
     def padded(self) -> bool:
         """Whether the last chunk of a block is partly empty."""
-        return self.block_width % self.chunk != 0
+        return self.group_width % self.chunk != 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,29 +62,29 @@ class ChunkLayout:
         return self.chunks, self.rows, self.chunk // 8
 
 
-def chunk_columns(block_width: int) -> int:
+def chunk_columns(group_width: int) -> int:
     """C: 128 where that divides a block and 256 does not, else 256."""
-    return 128 if block_width % 256 == 128 else 256
+    return 128 if group_width % 256 == 128 else 256
 
 
-def chunk_layout(out_features: int, blocks: int, block_width: int) -> ChunkLayout:
-    """The layout of a weight [N, G * block_width].
+def chunk_layout(out_features: int, groups: int, group_width: int) -> ChunkLayout:
+    """The layout of a weight [N, G * group_width].
 
     Raises:
         BackendError: sizes that the format does not allow.
     """
-    if out_features < 1 or blocks < 1 or block_width < 1 or block_width % PACK_FACTOR:
+    if out_features < 1 or groups < 1 or group_width < 1 or group_width % PACK_FACTOR:
         raise BackendError(
-            f"expected positive sizes and blocks of a multiple of {PACK_FACTOR} columns, found "
-            f"{out_features} rows and {blocks} blocks of {block_width} columns"
+            f"expected positive sizes and rotation groups of a multiple of {PACK_FACTOR} columns, found "
+            f"{out_features} rows and {groups} groups of {group_width} columns"
         )
-    return ChunkLayout(out_features, blocks, block_width, chunk_columns(block_width))
+    return ChunkLayout(out_features, groups, group_width, chunk_columns(group_width))
 
 
 def _to_chunks(bits: Tensor, layout: ChunkLayout) -> Tensor:
-    """uint8 {0, 1} [rows, G * block_width] -> bytes [rows, chunks, C / 8]."""
-    cells = bits.unflatten(1, (layout.blocks, layout.block_width))
-    spare = layout.chunks_per_block * layout.chunk - layout.block_width
+    """uint8 {0, 1} [rows, G * group_width] -> bytes [rows, chunks, C / 8]."""
+    cells = bits.unflatten(1, (layout.groups, layout.group_width))
+    spare = layout.chunks_per_group * layout.chunk - layout.group_width
     cells = torch.nn.functional.pad(cells, (0, spare))
     cells = cells.reshape(bits.shape[0], layout.chunks, 8, layout.chunk // 8)
     # Bit by bit: a sum over a strided axis would be to_compute_dtype to int64.
@@ -100,7 +100,7 @@ def repack_weights(packed: Tensor, layout: ChunkLayout) -> Tensor:
     Raises:
         BackendError: the tensor does not fit the layout.
     """
-    words = layout.blocks * layout.block_width // PACK_FACTOR
+    words = layout.groups * layout.group_width // PACK_FACTOR
     if packed.dtype != torch.int32 or tuple(packed.shape) != (layout.out_features, words):
         raise BackendError(
             f"expected packed signs int32 [{layout.out_features}, {words}], "
@@ -116,11 +116,11 @@ def repack_weights(packed: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def unpack_weights(weight: Tensor, layout: ChunkLayout) -> Tensor:
-    """Turn the repacked bytes back into signs int8 {-1, +1} [N, G * block_width]; the inverse, for tests."""
+    """Turn the repacked bytes back into signs int8 {-1, +1} [N, G * group_width]; the inverse, for tests."""
     shifts = torch.arange(8, dtype=torch.uint8, device=weight.device)
     bits = (weight[:, : layout.out_features].unsqueeze(-2) >> shifts.unsqueeze(-1)) & 1
-    cells = bits.permute(1, 0, 2, 3).reshape(layout.out_features, layout.blocks, -1)
-    return (cells[..., : layout.block_width].to(torch.int8) * 2 - 1).flatten(1)
+    cells = bits.permute(1, 0, 2, 3).reshape(layout.out_features, layout.groups, -1)
+    return (cells[..., : layout.group_width].to(torch.int8) * 2 - 1).flatten(1)
 
 
 def pack_planes(q: Tensor, bits: int, layout: ChunkLayout) -> Tensor:

@@ -73,10 +73,10 @@ def compile_cases(arch: int) -> list[CompileCase]:
         variants = [served]
         if name == "1 block":
             variants += [replace(served, bare=True)] + [Variant()] * served.pdl
-        for selected in selectable(str(arch), layout.blocks == 1):
+        for selected in selectable(str(arch), layout.groups == 1):
             config = selected
             if config.kernel == BINARY:
-                config = fit_unroll(config, layout.blocks, layout.chunks_per_block, layout.chunk)
+                config = fit_unroll(config, layout.groups, layout.chunks_per_group, layout.chunk)
             if config.split > 2:
                 continue  # the same code as for two shares: their number is no compile-time argument
             for variant in variants + WIDER * (name == "1 block"):

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from bwla_kernels.factorize import SHARDED_BLOCKS, choose_rotation
+from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS, choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.compiling import CompileCase
 from bwla_kernels.triton.few_kernel import prepare_few_kernel
@@ -67,8 +67,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """The cases for compute capability `arch` / 10; fused loads where a model has them, launches as they are served."""
     pdl = EARLY if arch >= 90 else OFF
     hidden = {choose_rotation(width) for width in HIDDEN}
-    sharded = {choose_rotation(width, SHARDED_BLOCKS) for width in (*ATTENTION, *INTERMEDIATE)}
-    down = {choose_rotation(width, SHARDED_BLOCKS) for width in INTERMEDIATE}
+    sharded = {choose_rotation(width, SHARDED_ROTATION_GROUPS) for width in (*ATTENTION, *INTERMEDIATE)}
+    down = {choose_rotation(width, SHARDED_ROTATION_GROUPS) for width in INTERMEDIATE}
     cases = []
     for rotation in sorted({*hidden, *sharded, *WIDE}):
         spec = LayerSpec(1024, rotation[0] * rotation[1] * rotation[2], *rotation, rank=RANK)
@@ -79,7 +79,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
         ]
         for m, config in _configurations(spec, arch):
             for fuse in fused:
-                planes = chunk_columns(spec.block_width)
+                planes = chunk_columns(spec.group_width)
                 for chunk in (0, planes) if m <= PLANES_MAX_TOKENS else (0,):
                     cases.append(compile_case_of(spec, config, arch, torch.bfloat16, fuse, chunk, pdl))
     wide = choose_rotation(5120)

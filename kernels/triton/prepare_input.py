@@ -161,7 +161,7 @@ def prepare_input(
     u = x.new_empty(m, spec.rank, dtype=torch.float32) if spec.rank else None
     bit_planes = None
     if planes:
-        chunks = -(-spec.block_width // chunk)
+        chunks = -(-spec.group_width // chunk)
         bit_planes = x.new_empty(m, spec.bits, blocks * chunks, chunk // 32, dtype=torch.int32)
     residual_out = x.new_empty(m, k) if residual is not None else None
     prepared = PreparedInput(q, scale, q_sum, u, bit_planes, residual_out)

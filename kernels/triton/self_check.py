@@ -97,15 +97,15 @@ def check_matmul(
     draw = Draw(0)
     # As a layer of its own: a multiple of 16 where the layer's is one (Triton compiles another kernel for others).
     rows = max(ROWS, config.block_n) - (48 if spec.out_features % 16 == 0 else 55)
-    layout = chunk_layout(rows, spec.rotation_groups, spec.block_width)
+    layout = chunk_layout(rows, spec.rotation_groups, spec.group_width)
     m = config.block_m + (3 if config.kernel == INTEGER else 0)
 
     words = draw.integers(-(2**31), 2**31 - 1, rows, spec.in_features // PACK_FACTOR).int()
     packed = repack_weights(words, layout)
     q = draw.integers(-spec.q_max, spec.q_max, m, spec.in_features).to(torch.int8)
-    q_sum = q.unflatten(1, (spec.rotation_groups, spec.block_width)).sum(-1, dtype=torch.int32)
+    q_sum = q.unflatten(1, (spec.rotation_groups, spec.group_width)).sum(-1, dtype=torch.int32)
     scale, alpha = draw.powers(-1, 1, m, spec.rotation_groups), draw.powers(-8, -7, rows)
-    sums = reference.block_sums(q, unpack_weights(packed, layout), spec.rotation_groups)
+    sums = reference.group_sums(q, unpack_weights(packed, layout), spec.rotation_groups)
     want = (sums.double() * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
     u = low_b = bias = None
     if spec.rank:
@@ -185,7 +185,7 @@ def check_input(
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
     side = {**tensors, "left_split": left, "right_split": right, "split_counters": counters}
     drawn = draw_input(fused, min(tokens, MOST_TOKENS), spec.in_features, dtype, norm_dtype, draw)
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     with _compiled(name, device):
         prepared = prepare_input(
             drawn.x.to(device),
@@ -290,7 +290,7 @@ def input_problem(
         return "codes (not only at rounding ties)"
     if not torch.equal(found.q_sum, q.sum(-1, dtype=torch.int32)):
         return "sums of codes"
-    layout = chunk_layout(spec.out_features, blocks, spec.block_width)
+    layout = chunk_layout(spec.out_features, blocks, spec.group_width)
     if found.planes is not None and not torch.equal(found.planes, pack_planes(found.q, spec.bits, layout)):
         return "bit planes"
     if found.u is not None:

@@ -195,14 +195,14 @@ def draw(
     a single wrong sign shows.
     """
     generator = torch.Generator(device).manual_seed(0)
-    width = layout.blocks * layout.block_width
+    width = layout.groups * layout.group_width
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device=device, generator=generator).bfloat16()
 
     q = torch.randint(-31, 32, (m, width), dtype=torch.int8, device=device, generator=generator)
-    q_sum = q.unflatten(1, (layout.blocks, layout.block_width)).sum(-1, dtype=torch.int32)
-    scale = torch.rand(m, layout.blocks, device=device, generator=generator)
+    q_sum = q.unflatten(1, (layout.groups, layout.group_width)).sum(-1, dtype=torch.int32)
+    scale = torch.rand(m, layout.groups, device=device, generator=generator)
     u = normal(m, RANK).float()
     planes = pack_planes(q, BITS, layout) if m <= PLANES_MAX_TOKENS else None
     low_b = normal(layout.rows, RANK)
@@ -218,9 +218,9 @@ def draw(
     packed = [weight() for _ in range(copies)]
     weights = [Weights(part, alpha, low_b, None, counters, layout) for part in packed]
     rows, tokens = _ends(layout.out_features, device), _ends(m, device)
-    sample = chunk_layout(len(rows), layout.blocks, layout.block_width)
-    signs = unpack_weights(packed[0][:, rows], sample).double().unflatten(1, (layout.blocks, -1))
-    codes = q[tokens].double().unflatten(1, (layout.blocks, -1))
+    sample = chunk_layout(len(rows), layout.groups, layout.group_width)
+    signs = unpack_weights(packed[0][:, rows], sample).double().unflatten(1, (layout.groups, -1))
+    codes = q[tokens].double().unflatten(1, (layout.groups, -1))
     sums = torch.einsum("mgk,ngk->mng", codes, signs)
     expected = (sums * scale[tokens].double().unsqueeze(1)).sum(-1) * alpha[rows].double()
     expected += u[tokens].double() @ low_b[rows].double().t()

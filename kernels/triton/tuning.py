@@ -137,15 +137,15 @@ def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> 
     return next((c for c in configs if rows // c.block_n >= 2 * sm_count), configs[-1])
 
 
-def binary_steps(g: int, chunks_per_block: int, chunk: int, k_warps: int) -> int:
+def binary_steps(g: int, chunks_per_group: int, chunk: int, k_warps: int) -> int:
     """Steps of 512 columns that a warp takes in a block: warps share blocks where there are enough, else columns."""
     step = 512 // chunk * (1 if g >= k_warps else k_warps)
-    return -(-chunks_per_block // step)
+    return -(-chunks_per_group // step)
 
 
-def fit_unroll(config: MatmulConfig, g: int, chunks_per_block: int, chunk: int) -> MatmulConfig:
+def fit_unroll(config: MatmulConfig, g: int, chunks_per_group: int, chunk: int) -> MatmulConfig:
     """A binary configuration that loads no more steps together than a block has."""
-    steps = binary_steps(g, chunks_per_block, chunk, config.k_warps)
+    steps = binary_steps(g, chunks_per_group, chunk, config.k_warps)
     return replace(config, unroll=min(config.unroll, steps))
 
 
@@ -174,7 +174,7 @@ def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_co
 
 def choose_tiled(arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: int) -> MatmulConfig:
     """Many tokens: the largest tile that divides the rows and gives every multiprocessor a program."""
-    entries = arch["tiled_one_block" if g == 1 else "tiled_blocks"]
+    entries = arch["tiled_one_group" if g == 1 else "tiled_groups"]
     configs = [MatmulConfig(kernel=INTEGER, **entry) for entry in entries]
     fitting = [c for c in configs if rows % c.block_n == 0]
     useful = [c for c in fitting if c.block_m <= max(64, token_limit(m))]
@@ -190,7 +190,7 @@ def selectable(arch: str, one_block: bool) -> list[MatmulConfig]:
     found += [
         MatmulConfig(kernel=INTEGER, split=split, **entry) for split in SPLITS for entry in table["skinny"]
     ]
-    tiled = table["tiled_one_block" if one_block else "tiled_blocks"]
+    tiled = table["tiled_one_group" if one_block else "tiled_groups"]
     found += [MatmulConfig(kernel=INTEGER, **entry) for entry in tiled]
     for key, rows in table["shapes"].items():
         if key.endswith("/1") == one_block:

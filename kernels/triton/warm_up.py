@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import launch, self_check
-from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_of
+from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_from_tensors
 from bwla_kernels.triton.launch import is_dependent
 from bwla_kernels.triton.layout import chunk_layout
 from bwla_kernels.triton.prepare_config import FewConfig, InputConfig
@@ -35,7 +35,7 @@ def configs(
     spec: LayerSpec, capability: tuple[int, int], multiprocessors: int
 ) -> Mapping[tuple[MatmulConfig, InputConfig | FewConfig], int]:
     """Every pair of configurations that a layer can run with, and the fewest tokens that select it."""
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.block_width)
+    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     found: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
     for m in TOKENS:
         matmul = select_config(
@@ -102,7 +102,7 @@ def _run(
     norm_weight: Tensor | None,
 ) -> None:
     """Run the layer on m tokens, with these configurations: the launches of a request, as `backend` makes them."""
-    weights = weights_of(tensors, spec)
+    weights = weights_from_tensors(tensors, spec)
     columns = spec.in_features * (2 if fused == self_check.SILU_MUL else 1)
     x = torch.zeros(m, columns, dtype=dtype, device=weights.scale.device)
     pdl = is_dependent(x.device)

@@ -49,8 +49,8 @@ def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tenso
     """Check every output against float64 on the same input."""
     m, blocks = x.shape[0], spec.rotation_groups
     exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
-    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.block_width))
-    norm = x.double().unflatten(1, (blocks, spec.block_width)).norm(dim=-1, keepdim=True)
+    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.group_width))
+    norm = x.double().unflatten(1, (blocks, spec.group_width)).norm(dim=-1, keepdim=True)
     error = norm * NORM_BOUND * tensors["column_scale"].max().double()
     step = cells.abs().amax(-1, keepdim=True) * spec.clip / spec.q_max
     assert prepared.scale.dtype == torch.float32
@@ -58,7 +58,7 @@ def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tenso
     off = (prepared.scale.double().unsqueeze(-1) - step).abs()
     assert (off <= error / spec.q_max + 1e-6 * step).all()
 
-    q = prepared.q.unflatten(1, (blocks, spec.block_width))
+    q = prepared.q.unflatten(1, (blocks, spec.group_width))
     assert prepared.q.dtype == torch.int8
     nonzero = step > 0
     ideal = torch.where(nonzero, cells / step, 0).clamp(-spec.q_max, spec.q_max)
@@ -82,15 +82,15 @@ def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tenso
 
 def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
     """Bit by bit, as `PreparedInput.planes` describes it."""
-    chunks = -(-spec.block_width // chunk)
+    chunks = -(-spec.group_width // chunk)
     out = torch.zeros(q.shape[0], spec.bits, spec.rotation_groups * chunks, chunk // 8, dtype=torch.uint8)
     for g in range(spec.rotation_groups):
         for t in range(chunks):
             for b in range(chunk // 8):
                 for j in range(8):
                     inside = chunk * t + chunk // 8 * j + b
-                    if inside < spec.block_width:
-                        code = q[:, g * spec.block_width + inside].int()
+                    if inside < spec.group_width:
+                        code = q[:, g * spec.group_width + inside].int()
                         for p in range(spec.bits):
                             out[:, p, g * chunks + t, b] |= (((code >> p) & 1) << j).to(torch.uint8)
     return out.view(torch.int32)

@@ -91,7 +91,7 @@ def test_block_sums_are_exact_integers_at_the_widest() -> None:
     q = torch.full((1, 65536), 127, dtype=torch.int8)
     signs = torch.ones(2, 65536, dtype=torch.int8)
     signs[1, 0] = -1
-    assert reference.block_sums(q, signs, 1)[0, 0].tolist() == [127 * 65536, 127 * 65534]
+    assert reference.group_sums(q, signs, 1)[0, 0].tolist() == [127 * 65536, 127 * 65534]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=ids)
@@ -100,7 +100,7 @@ def test_linear_follows_the_formula(spec: LayerSpec, make_layer) -> None:
     x = torch.randn(4, spec.in_features, generator=torch.Generator().manual_seed(4))
     prepared = reference.prepare_input(x, layer, spec)
     signs = unpack_signs(layer["weight_packed"], torch.float64)
-    width = spec.block_width
+    width = spec.group_width
     y = torch.zeros(4, spec.out_features, dtype=torch.float64)
     for g in range(spec.rotation_groups):
         part = slice(g * width, (g + 1) * width)

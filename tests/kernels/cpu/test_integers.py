@@ -26,7 +26,7 @@ def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]
 
 def expected(q: Tensor, words: Tensor, spec: LayerSpec) -> Tensor:
     """[M, G, N]; float32 holds these integers exactly: 127 * 65,536 < 2^24."""
-    width, cells, signs = spec.block_width, q.float(), unpack_signs(words, torch.float32)
+    width, cells, signs = spec.group_width, q.float(), unpack_signs(words, torch.float32)
     parts = [slice(start, start + width) for start in range(0, spec.in_features, width)]
     return torch.stack([cells[:, part] @ signs[:, part].t() for part in parts], 1).to(torch.int32)
 
@@ -51,7 +51,7 @@ def test_the_largest_sums_do_not_overflow(isa: Isa, bits: int, sign: int) -> Non
     layer["weight_packed"] = torch.full_like(layer["weight_packed"], -1 if sign > 0 else 0)
     q = torch.full((3, spec.in_features), spec.q_max, dtype=torch.int8)
     sums = kernel.dot_products(q, kernel.pack(layer, spec, isa), spec, isa)
-    assert (sums == sign * spec.q_max * spec.block_width).all()
+    assert (sums == sign * spec.q_max * spec.group_width).all()
 
 
 def test_many_tokens_take_several_batches(isa: Isa, make_codes) -> None:

@@ -31,12 +31,12 @@ def assert_prepared(
     x_hat = (
         reference.rotate(x.double(), exact["rotation_left"], exact["rotation_right"]) * exact["column_scale"]
     )
-    cells = x_hat.unflatten(1, (spec.rotation_groups, spec.block_width))
+    cells = x_hat.unflatten(1, (spec.rotation_groups, spec.group_width))
     want = cells.abs().amax(-1) * spec.clip / spec.q_max
-    torch.testing.assert_close(scale.double(), want, rtol=2e-6 * spec.block_width**0.5, atol=0)
+    torch.testing.assert_close(scale.double(), want, rtol=2e-6 * spec.group_width**0.5, atol=0)
     ratio = torch.where(want[..., None] > 0, cells / want[..., None], torch.zeros_like(cells))
     off = (q.double().view_as(cells) - ratio.clamp(-spec.q_max, spec.q_max)).abs()
-    assert off.max() <= 0.5 + 4e-6 * spec.q_max * spec.block_width**0.5
+    assert off.max() <= 0.5 + 4e-6 * spec.q_max * spec.group_width**0.5
     if spec.rank:
         terms = x.double().abs() @ exact["low_rank_a"].abs().t()
         assert ((u - x.double() @ exact["low_rank_a"].t()).abs() <= 64 * FLOAT_EPS * terms + 1e-30).all()
@@ -46,7 +46,7 @@ def exact_output(
     q: Tensor, scale: Tensor, u: Tensor, layer: dict[str, Tensor], spec: LayerSpec
 ) -> tuple[Tensor, Tensor]:
     """The weight side in float64 without the bias, and the sum of the magnitudes of its terms."""
-    shape = (spec.rotation_groups, spec.block_width)
+    shape = (spec.rotation_groups, spec.group_width)
     signs = unpack_signs(layer["weight_packed"], torch.float64).unflatten(1, shape)
     blocks = torch.einsum("mgk,ngk->mgn", q.double().unflatten(1, shape), signs) * scale.double()[..., None]
     alpha = layer["weight_scale"].double()

@@ -83,7 +83,7 @@ def test_every_request_was_met_at_load(
 ) -> None:
     spec = LayerSpec(n, k, blocks, n1, n2, rank=16)
     compiled = configs(spec, capability, 132).keys()
-    chunk = chunk_layout(n, blocks, spec.block_width).chunk
+    chunk = chunk_layout(n, blocks, spec.group_width).chunk
     for m in [*range(1, 700), *range(700, 20000, 331)]:
         matmul = select_config(n, k, blocks, chunk, m, spec.bits, capability, 132)
         assert (matmul, select_input(spec, m, capability)) in compiled, m

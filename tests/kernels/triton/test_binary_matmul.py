@@ -13,7 +13,7 @@ from bwla_kernels.triton.binary_matmul import (
     Weights,
     binary_matmul,
     prepare_weights,
-    weights_of,
+    weights_from_tensors,
 )
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.layout import chunk_layout, pack_planes, repack_weights
@@ -28,7 +28,7 @@ class Problem:
     m: int
     n: int
     blocks: int
-    block_width: int
+    group_width: int
     bits: int = 6
     rank: int = 0
     bias: bool = False
@@ -49,19 +49,19 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
     """Random codes over the whole range of `bits`, signs, scales, low-rank factors and bias."""
     generator = torch.Generator().manual_seed(seed)
     p = problem
-    k, q_max = p.blocks * p.block_width, (1 << (p.bits - 1)) - 1
+    k, q_max = p.blocks * p.group_width, (1 << (p.bits - 1)) - 1
     q = torch.randint(-q_max, q_max + 1, (p.m, k), generator=generator, dtype=torch.int8)
     signs = torch.randint(0, 2, (p.n, k), generator=generator, dtype=torch.int8) * 2 - 1
     scale = torch.ones(p.m, p.blocks) if p.plain else torch.rand(p.m, p.blocks, generator=generator) + 0.1
     alpha = torch.ones(p.n) if p.plain else torch.rand(p.n, generator=generator) / k**0.5 + 0.01
-    q_sum = q.unflatten(1, (p.blocks, p.block_width)).sum(-1, dtype=torch.int32)
+    q_sum = q.unflatten(1, (p.blocks, p.group_width)).sum(-1, dtype=torch.int32)
     u = torch.randn(p.m, p.rank, generator=generator) if p.rank else None
     low_b = torch.randn(p.n, p.rank, generator=generator).bfloat16() if p.rank else None
     bias = torch.randn(p.n, generator=generator) if p.bias else None
 
-    sums = reference.block_sums(q, signs, p.blocks).double()
+    sums = reference.group_sums(q, signs, p.blocks).double()
     want = (sums * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
-    scaled = q.abs().double() * scale.double().repeat_interleave(p.block_width, 1)
+    scaled = q.abs().double() * scale.double().repeat_interleave(p.group_width, 1)
     size = 2 * scaled.sum(1, keepdim=True) * alpha.double()
     if u is not None and low_b is not None:
         want += u.double() @ low_b.double().t()
@@ -70,7 +70,7 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
         want += bias.double()
         size = size + bias.abs().double()
 
-    layout = chunk_layout(p.n, p.blocks, p.block_width)
+    layout = chunk_layout(p.n, p.blocks, p.group_width)
     padded = None
     if low_b is not None:
         padded = torch.zeros(layout.rows, -(-p.rank // RANK_STEP) * RANK_STEP, dtype=torch.bfloat16)
@@ -238,7 +238,7 @@ def test_a_stored_layer(make_layer, device: torch.device) -> None:  # type: igno
     want = reference.binary_matmul(prepared, tensors, spec)
     q_sum = prepared.q.unflatten(1, (2, 256)).sum(-1, dtype=torch.int32)
     stored = {name: tensor.to(device) for name, tensor in tensors.items()}
-    weights = weights_of(prepare_weights(stored, spec), spec)
+    weights = weights_from_tensors(prepare_weights(stored, spec), spec)
     u = prepared.u
     assert u is not None
     planes = pack_planes(prepared.q, spec.bits, weights.layout)

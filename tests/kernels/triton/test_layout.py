@@ -42,7 +42,7 @@ def test_every_bit_is_where_the_layout_says(n: int, blocks: int, width: int) -> 
         g, inside = divmod(column, width)
         t, rest = divmod(inside, layout.chunk)
         j, b = divmod(rest, span)
-        byte = int(packed[g * layout.chunks_per_block + t, row, b])
+        byte = int(packed[g * layout.chunks_per_group + t, row, b])
         assert (byte >> j) & 1 == (signs[row, column] > 0)
 
 

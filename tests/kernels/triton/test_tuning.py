@@ -28,7 +28,7 @@ def test_every_choice_fits_and_is_compiled_by_the_check(
     layout = chunk_layout(n, g, k // g)
     for m in (0, 1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 64, 65, 500, 4096, 100_000):
         config = choose(n, k, g, m, capability)
-        fitted = [tuning.fit_unroll(one, g, layout.chunks_per_block, layout.chunk) for one in known]
+        fitted = [tuning.fit_unroll(one, g, layout.chunks_per_group, layout.chunk) for one in known]
         assert config in (fitted if config.kernel == BINARY else known)
         assert layout.rows % config.block_n == 0
         if m <= 4:
