@@ -1,6 +1,6 @@
 """What a finished checkpoint holds beside its tensors: report, model card, and last the hashes of all that."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from bwla_converter.quantize.group import GroupResult
 from bwla_converter.report.data import add_samples, build_report, write_report
 from bwla_converter.report.model_card import model_card, source_metadata, write_card
 from bwla_converter.report.statistics import activation_statistics, weight_statistics
-from bwla_converter.resume.manifest import LayerRecord
 from bwla_converter.source.model import Source
 from torch import Tensor
 
@@ -37,26 +36,32 @@ def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict
 
 
 def write_documents(
-    folder: Path, source: Source, options: Options, summary: Summary, records: list[LayerRecord]
+    folder: Path,
+    source: Source,
+    options: Options,
+    summary: Summary,
+    traces: Iterable[Mapping[str, Any]],
+    statistics: Iterable[Mapping[str, Mapping[str, Any]]],
 ) -> None:
-    """Write them all into `folder`, which holds a complete checkpoint.
+    """Write report, model card and hashes into `folder`, which holds a complete checkpoint.
 
     Args:
-        folder: the checkpoint, before it takes its place.
-        source: what was converted.
-        options: what was asked for.
-        summary: what came of it.
-        records: of the blocks, in order.
+        folder: the checkpoint, before it is renamed to its final place.
+        source: the model that was converted.
+        options: the options of the conversion.
+        summary: its result.
+        traces: of each decoder layer, first linear of an input group -> name of an objective -> its values.
+        statistics: of each decoder layer, the `group_statistics` of all its input groups.
     """
     contents = read_contents(folder)
     figures = asdict(summary)
     figures.pop("out")  # a checkpoint may be moved
-    traces = {name: trace for record in records for name, trace in record.traces.items()}
-    statistics = {
-        kind: {name: change for record in records for name, change in record.statistics.get(kind, {}).items()}
-        for kind in STATISTICS
-    }
-    report = build_report(figures, traces, statistics, contents, source)
+    all_traces = {name: trace for part in traces for name, trace in part.items()}
+    all_statistics: dict[str, dict[str, Any]] = {kind: {} for kind in STATISTICS}
+    for part in statistics:
+        for kind, changes in part.items():
+            all_statistics[kind].update(changes)
+    report = build_report(figures, all_traces, all_statistics, contents, source)
     if options.report:
         report = add_samples(report, source.folder, folder, options.text_samples)
     write_report(folder, report, page=options.report)

@@ -1,4 +1,4 @@
-"""manifest.json of a work folder: what is being converted, with what, and how far it has come."""
+"""manifest.json of a work folder: the inputs of a conversion, and the decoder layers that are finished."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from bwla_converter.options import LinearReport, Options
 from bwla_kernels.errors import BWLAError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-VERSION = 1
+VERSION = 2
 NOT_COMPARED = (
     "model",
     "out",
@@ -25,14 +25,15 @@ NOT_COMPARED = (
     "text_samples",
     "hub_repo",
 )
-"""Options that do not change the result; the model and the text are compared by their contents."""
+"""Options that are not compared: they do not change the result, or, as the model and the calibration text, are compared
+by their contents."""
 
-FLAGS = {"bits": "--abits", "head_bits": "--lm-head-bits"}
-"""Options whose flag is not called as they are."""
+FLAGS = {"bits": "--abits", "head_bits": "--lm-head-bits", "num_samples": "--num-calibration-samples"}
+"""Command-line flags of the options whose flag differs from their name."""
 
 
 class WorkError(BWLAError):
-    """A work folder cannot be used, or not as asked."""
+    """The work folder cannot be used, or not with these options."""
 
 
 class _Record(BaseModel):
@@ -40,7 +41,7 @@ class _Record(BaseModel):
 
 
 class FileMark(_Record):
-    """A file as it was: bytes, time of change in nanoseconds, SHA-256."""
+    """Size in bytes, modification time in nanoseconds and SHA-256 of a source file."""
 
     size: int
     modified: int
@@ -48,27 +49,28 @@ class FileMark(_Record):
 
 
 class StoredFile(_Record):
-    """A file of the work folder and the SHA-256 it must have."""
+    """A file of the work folder and its expected SHA-256."""
 
     file: str
     sha256: str
 
 
 class StateFile(StoredFile):
-    """A part of a recipe's state: hidden states of that shape, or, without a name, a safetensors file."""
+    """A file of a recipe's state: the raw hidden states called `tensor`, of shape `shape`, or a safetensors file where
+    `tensor` is empty."""
 
     tensor: str = ""
     shape: list[int] = []
 
 
 class Inputs(_Record):
-    """Everything that decides the result's bytes.
+    """Everything that determines the bytes of the result.
 
     Attributes:
-        arguments: the options that matter, by their flags.
-        code: `fingerprint.code_version`.
-        machine: `fingerprint.machine`.
-        calibration: what the recipe says of its text; empty without.
+        arguments: values of the options that matter, by command-line flag.
+        code: see `fingerprint.code_version`.
+        machine: see `fingerprint.machine`.
+        calibration: the recipe's description of its calibration text; empty where it uses none.
     """
 
     arguments: dict[str, Any]
@@ -77,55 +79,67 @@ class Inputs(_Record):
     calibration: dict[str, Any]
 
 
-class LayerRecord(_Record):
-    """A finished block.
+class LayerReport(_Record):
+    """What the report needs to know about a finished decoder layer.
 
     Attributes:
-        shard: its tensors.
-        layers, traces, statistics: what the report says of it, as plain data.
-        state: the recipe's state after it; empty where it has none.
+        linears: its quantized linears, in execution order.
+        traces: first linear of an input group -> name of an objective -> its value after each round.
+        statistics: "weights" or "activations" -> linear -> `report.statistics.Change`, as plain data.
+    """
+
+    linears: list[LinearReport]
+    traces: dict[str, dict[str, list[float]]]
+    statistics: dict[str, dict[str, Any]] = {}
+
+
+class LayerRecord(_Record):
+    """A finished decoder layer.
+
+    Attributes:
+        shard: the file with its tensors.
+        report: what is reported about it.
+        state: the recipe's state after it; empty where the recipe has none.
     """
 
     shard: StoredFile
-    layers: list[LinearReport]
-    traces: dict[str, dict[str, list[float]]]
-    statistics: dict[str, Any] = {}
+    report: LayerReport
     state: list[StateFile] = []
 
 
 class Manifest(_Record):
-    """The whole file.
+    """Contents of manifest.json.
 
     Attributes:
-        version: of this layout.
-        inputs: what the conversion is made with.
-        source: every file of the model that is read, by its name; empty until its values are checked.
-        blocks: the finished blocks by their number, in decimal.
-        finished: SHA-256 of every shard once all that follows the blocks is settled too; empty before.
-        seconds: working time so far, of all sessions.
+        version: version of this schema.
+        inputs: what the conversion was started with.
+        source: every file of the model that is read, by name; empty until its values have been checked.
+        layers: the finished decoder layers, by index in decimal.
+        finished: SHA-256 of every shard, once no later step changes any of them; empty before.
+        seconds: time spent so far, over all sessions.
     """
 
     version: int
     inputs: Inputs
     source: dict[str, FileMark] = {}
-    blocks: dict[str, LayerRecord] = {}
+    layers: dict[str, LayerRecord] = {}
     finished: dict[str, str] = {}
     seconds: float = 0.0
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Put a manifest in the place of the one before, in one step."""
+    """Write a manifest atomically, replacing the previous one."""
     with whole_file(path) as partial:
         partial.write_text(json.dumps(manifest.model_dump(), indent=1) + "\n", encoding="utf-8")
 
 
 def read_manifest(path: Path) -> Manifest:
-    """Read a manifest back.
+    """Read and validate a manifest.
 
     Raises:
-        WorkError: it is damaged, or of another version of this layout.
+        WorkError: the file is damaged, or has another schema version.
     """
-    advice = "add --restart to discard that work"
+    advice = "add --restart to discard the unfinished conversion"
     try:
         text = path.read_text(encoding="utf-8")
         version = json.loads(text)["version"]
@@ -137,45 +151,47 @@ def read_manifest(path: Path) -> Manifest:
         return Manifest.model_validate_json(text)
     except ValidationError as cause:
         first = cause.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise WorkError(f"{path}: {where}: {first['msg']}: the file is damaged, {advice}") from None
+        field = ".".join(map(str, first["loc"]))
+        raise WorkError(f"{path}: {field}: {first['msg']}: the file is damaged, {advice}") from None
 
 
-def arguments_of(options: Options, **more: Any) -> dict[str, Any]:
-    """The options that decide the result, by their flags, as JSON gives them back; `more` as it is.
+def arguments_of(options: Options, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that determine the result, by command-line flag, in the types that JSON preserves.
 
-    Of the calibration only its amounts: its text is compared by its hash.
+    Args:
+        options: the options; of the calibration only the numbers, as its text is compared by hash.
+        others: further entries to compare.
     """
     table = {field.name: getattr(options, field.name) for field in fields(options)}
     amounts = asdict(options.calibration) if options.calibration else {}
     amounts.pop("source", None)
-    named = {name: value for name, value in table.items() if name not in NOT_COMPARED} | amounts
-    flags = {FLAGS.get(name, "--" + name.replace("_", "-")): value for name, value in named.items()}
-    arguments: dict[str, Any] = json.loads(json.dumps({**flags, **more}))
+    compared = {name: value for name, value in table.items() if name not in NOT_COMPARED} | amounts
+    flags = {FLAGS.get(name, "--" + name.replace("_", "-")): value for name, value in compared.items()}
+    arguments: dict[str, Any] = json.loads(json.dumps({**flags, **others}))
     return arguments
 
 
 def difference(before: Inputs, now: Inputs) -> str | None:
-    """In one sentence, why what was begun with `before` cannot go on with `now`; None where it can."""
-    found = _first_difference(before.arguments, now.arguments)
-    if found:
-        return f"it was begun with {found[0]} {_shown(found[1])}, now it is {_shown(found[2])}: give the same arguments"
-    found = _first_difference(before.code, now.code)
-    if found:
-        what = "the project's own code" if found[0] == "sources" else f"version {found[1]} of {found[0]}"
-        other = "which has changed since" if found[0] == "sources" else f"now it is {found[2]}"
-        return f"it was begun with {what}, {other}: go back to that version"
-    found = _first_difference(before.machine, now.machine)
-    if found:
-        advice = f"set OMP_NUM_THREADS={found[1]}" if found[0] == "threads" else "go on where it was begun"
+    """Explain in one sentence why a conversion started with `before` cannot be resumed with `now`; None if it can."""
+    if changed := _first_difference(before.arguments, now.arguments):
+        name, old, new = changed
+        return f"it was started with {name} {_shown(old)}, now it is {_shown(new)}: give the same arguments"
+    if changed := _first_difference(before.code, now.code):
+        name, old, new = changed
+        if name == "sources":
+            return "bwla's own code has changed since it was started: go back to that version"
+        return f"it was started with {name} {_shown(old)}, found {_shown(new)}: install that version again"
+    if changed := _first_difference(before.machine, now.machine):
+        name, old, new = changed
+        advice = f"set OMP_NUM_THREADS={old}" if name == "threads" else "resume it on the same machine"
         return (
-            f"it was begun with {found[0]} {_shown(found[1])}, now it is {_shown(found[2])}, which would change "
-            f"sums' last bits: {advice}"
+            f"it was started with {name} {_shown(old)}, now it is {_shown(new)}, which changes the rounding of "
+            f"sums: {advice}"
         )
-    found = _first_difference(before.calibration, now.calibration)
-    if found:
+    if changed := _first_difference(before.calibration, now.calibration):
+        name, old, new = changed
         return (
-            f"it was begun with another calibration text ({found[0]} {_shown(found[1])}, now {_shown(found[2])}): "
+            f"it was started with another calibration text ({name} {_shown(old)}, now {_shown(new)}): "
             "give the same text"
         )
     return None

@@ -1,21 +1,20 @@
-"""The work folder OUT.work: what a conversion has finished, kept so that `--resume` can go on with it.
+"""The work folder OUT.work holds the finished part of a conversion, so that `--resume` can continue it.
 
-    lock            held (flock) by the process that writes here; the kernel lets go of it when that one ends
-    manifest.json   inputs, finished blocks, hashes: the one file whose renaming makes a step count
-    checkpoint/     the output that is coming to be; renamed to OUT at the end
-    states/         what the recipe carries on from block to block: after the last two finished blocks
-    activations/    what the recipe holds on disk while it works; nothing to come back to
-    replacements/   shards that whole-model tuning changed, until they take their places
-    replaced/       what stood at OUT and is being overwritten
+    lock            locked by the process that writes here; the kernel releases the lock when that process ends
+    manifest.json   inputs, finished decoder layers, hashes; a step counts once this file names it
+    checkpoint/     the unfinished output; renamed to OUT at the end
+    states/         what the recipe passes from one decoder layer to the next, after each of the last two finished ones
+    activations/    what the recipe keeps on disk while it runs; never resumed from
+    replacements/   shards that whole-model tuning changed, until they are moved into checkpoint/
+    replaced/       the previous contents of OUT, while they are being overwritten
 
-It lies beside OUT, in the same file system, so that renaming is one step.
+The folder lies beside OUT, in the same file system, so that renaming is atomic.
 """
 
-import fcntl
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,8 +23,10 @@ from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.checkpoint.writer import CheckpointWriter, put_in_place
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
 from bwla_converter.resume.manifest import (
+    VERSION,
     Inputs,
     LayerRecord,
+    LayerReport,
     Manifest,
     StateFile,
     StoredFile,
@@ -34,6 +35,7 @@ from bwla_converter.resume.manifest import (
     read_manifest,
     write_manifest,
 )
+from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -45,29 +47,30 @@ STATES_KEPT = 2
 
 
 def work_path(out: Path) -> Path:
-    """Where the work folder of the output `out` is."""
+    """Return the path of the work folder of the output `out`."""
     out = out.absolute()
     return out.with_name(out.name + ".work")
 
 
 def check_work(out: Path, resume: bool, restart: bool) -> bool:
-    """Say before any work whether the work folder, if there is one, is in the way. Returns whether to resume it.
+    """Check for a leftover work folder; return True to resume from it.
 
     Raises:
-        WorkError: it is in use, or unfinished and neither `resume` nor `restart` is given, or no work folder.
+        WorkError: another process uses the folder, it is not a work folder, it holds an unfinished conversion and
+            neither `resume` nor `restart` is set, or both are.
     """
     if resume and restart:
         raise WorkError("--resume and --restart exclude each other: give one of them")
     path = work_path(out)
     if not path.exists():
         return False
-    _check_known(path)
+    _check_names(path)
     with _locked(path):
         if not (path / MANIFEST).is_file():
             return False
         if not resume and not restart:
             raise WorkError(
-                f"{path}: holds an unfinished conversion{_progress(path)}: add --resume to go on with it, or "
+                f"{path}: holds an unfinished conversion{_progress(path)}: add --resume to continue it, or "
                 "--restart to discard it"
             )
     return resume
@@ -75,53 +78,56 @@ def check_work(out: Path, resume: bool, restart: bool) -> bool:
 
 def _progress(path: Path) -> str:
     try:
-        return f" ({len(read_manifest(path / MANIFEST).blocks)} blocks done)"
+        return f" ({len(read_manifest(path / MANIFEST).layers)} layers done)"
     except WorkError:
         return ""
 
 
-def _check_known(path: Path) -> None:
-    strange = sorted({entry.name for entry in path.iterdir()} - KNOWN) if path.is_dir() else [path.name]
-    if strange:
-        raise WorkError(f"{path}: is no work folder of bwla-convert (it holds {strange[0]}): move it away")
+def _check_names(path: Path) -> None:
+    """Raise unless `path` is a folder that holds only names of a work folder."""
+    unknown = sorted({entry.name for entry in path.iterdir()} - KNOWN) if path.is_dir() else [path.name]
+    if unknown:
+        raise WorkError(f"{path}: expected a work folder of bwla-convert, found {unknown[0]}: move it away")
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Be the only one to write in the folder `path`.
+    """Hold the lock of the work folder `path`.
 
     Raises:
-        WorkError: another process is.
+        WorkError: another process holds it.
     """
     file = path / LOCK
-    handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
+    lock = FileLock(file, timeout=0)
+    # While this handle is open, no new file gets the inode, so a folder that was replaced meanwhile is noticed.
+    with file.open("a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire()
+        except Timeout:
             raise WorkError(f"{path}: another bwla-convert is writing here: wait for it or stop it") from None
-        if not file.exists() or os.fstat(handle).st_ino != file.stat().st_ino:
-            raise WorkError(f"{path}: another bwla-convert has just finished here: try again")
-        yield
-    finally:
-        os.close(handle)
+        try:
+            if not file.exists() or not os.path.samestat(os.fstat(handle.fileno()), file.stat()):
+                raise WorkError(f"{path}: another bwla-convert has just finished here: try again")
+            yield
+        finally:
+            lock.release()
 
 
 def remove_work(path: Path) -> None:
-    """Remove a work folder, its manifest last, so that what a kill leaves is still known for what it is."""
+    """Remove a work folder, its manifest last, so that the rest is still recognized if this process is killed."""
     for name in sorted(KNOWN - {MANIFEST, LOCK}):
         shutil.rmtree(path / name, ignore_errors=True)
     shutil.rmtree(path)
 
 
 class WorkFolder:
-    """A work folder that this process has to itself. Use through `open_work`.
+    """A work folder whose lock this process holds. Use through `open_work`.
 
     Attributes:
         path: the folder.
-        manifest: what manifest.json says.
+        manifest: the contents of manifest.json.
         writer: writes the checkpoint in it.
-        notes: what had to be done again, for the user.
+        notes: which finished layers have to be quantized again and why, for the user.
     """
 
     def __init__(self, out: Path, manifest: Manifest) -> None:
@@ -132,60 +138,56 @@ class WorkFolder:
 
     @property
     def activations(self) -> Path:
-        """Folder for what the recipe holds on disk while it works."""
+        """The folder for what the recipe keeps on disk while it runs."""
         return self.path / ACTIVATIONS
 
     @property
     def seconds(self) -> float:
-        """Working time, of all sessions."""
+        """Seconds spent so far, over all sessions."""
         return time.monotonic() - self._started
 
     @property
     def records(self) -> dict[int, LayerRecord]:
-        """The finished blocks by their number."""
-        return {int(index): record for index, record in self.manifest.blocks.items()}
+        """The finished decoder layers, by index."""
+        return {int(index): record for index, record in self.manifest.layers.items()}
 
     def save(self, **changes: object) -> None:
-        """Write the manifest with these changes: from now on they are what a resume finds."""
+        """Write the manifest with these fields changed."""
         changed = self.manifest.model_copy(update={**changes, "seconds": self.seconds})
         write_manifest(self.path / MANIFEST, changed)
         self.manifest = changed
 
     def commit_layer(
-        self,
-        index: int,
-        file: str,
-        state: Mapping[str, Tensor | StoredStates],
-        record: Callable[..., LayerRecord],
+        self, index: int, file: str, state: Mapping[str, Tensor | StoredStates], report: LayerReport
     ) -> None:
-        """Block `index`, whose shard `file` the writer has written, is finished.
+        """Record decoder layer `index` as finished.
 
         Args:
-            index: its number.
-            file: its shard.
-            state: what the next block needs; empty where it needs nothing.
-            record: makes the record of the shard and the stored state.
+            index: index of the layer.
+            file: its shard, which `writer` has written.
+            state: what the recipe passes on to the next layer; may be empty.
+            report: what is reported about the layer.
         """
         stored = self._save_state(index, state)
         shard = StoredFile(file=file, sha256=self.writer.digests[file])
-        blocks = {**self.manifest.blocks, str(index): record(shard=shard, state=stored)}
-        self.save(blocks=blocks)
+        record = LayerRecord(shard=shard, report=report, state=stored)
+        self.save(layers={**self.manifest.layers, str(index): record})
         for path in (self.path / STATES).iterdir():
             if not path.name.startswith(tuple(self._state_name(index - back) for back in range(STATES_KEPT))):
                 path.unlink()
 
-    def adopt_all(self) -> None:
-        """Enter all shards of a finished checkpoint into the writer's index."""
+    def adopt_all_shards(self) -> None:
+        """Add all shards of a finished checkpoint to the writer's index."""
         for file, digest in sorted(self.manifest.finished.items()):
             self.writer.adopt_shard(file, digest)
 
     @staticmethod
     def _state_name(index: int) -> str:
-        """What the files of the state after block `index` begin with."""
+        """Return the prefix of the files with the state after decoder layer `index`."""
         return f"after-{index:05d}."
 
     def _save_state(self, index: int, state: Mapping[str, Tensor | StoredStates]) -> list[StateFile]:
-        """Small tensors go into one file; what the recipe has on disk is linked to."""
+        """Save tensors into one safetensors file, and link to the files of hidden states that are already on disk."""
         folder, name = self.path / STATES, self._state_name(index)
         for old in folder.glob(f"{name}*"):
             old.unlink()
@@ -205,7 +207,10 @@ class WorkFolder:
         return files
 
     def load_state(self, index: int) -> dict[str, Tensor | StoredStates]:
-        """The state after block `index`, in memory of its own (aligned as fresh tensors are: sums depend on it)."""
+        """Load the state after decoder layer `index`.
+
+        Tensors are copied into freshly allocated memory, because the order of summation depends on the alignment.
+        """
         state: dict[str, Tensor | StoredStates] = {}
         for stored in self.records[index].state:
             path = self.path / STATES / stored.file
@@ -215,48 +220,59 @@ class WorkFolder:
                 state.update({name: tensor.clone() for name, tensor in load_file(path).items()})
         return state
 
-    def finished_layers(self) -> dict[int, LayerRecord]:
-        """The blocks that need not be done again; the rest are taken off the manifest.
+    def find_damaged_layers(self) -> dict[int, str]:
+        """Return the finished decoder layers that cannot be kept, by index, each with the reason.
 
-        Where blocks pass a state on, these are the first ones, up to the last one whose state is whole; else all
-        whose shards are whole.
+        Without a recipe state these are the layers whose shard is damaged. With one, a layer can only be quantized
+        again from the state before it, so the layers after the last one that can be resumed from are included; their
+        reason is empty where they are not damaged themselves.
         """
         records = self.records
-        whole = {index for index, record in records.items() if self._is_whole(CHECKPOINT, record.shard)}
-        for index in sorted(records.keys() - whole):
-            self.notes.append(f"block {index}: its shard {records[index].shard.file} is damaged or missing")
-        if any(record.state for record in records.values()):
-            first = next(index for index in range(len(records) + 1) if index not in whole)
-            while first and not self._has_state(records[first - 1]):
-                if first == len(whole):
-                    self.notes.append(f"block {first - 1}: its state is damaged or missing")
-                first -= 1
-            whole = set(range(first))
-        if whole != records.keys():
-            self.save(blocks={str(index): records[index] for index in sorted(whole)}, finished={})
-        return {index: records[index] for index in sorted(whole)}
+        damaged = {
+            index: f"its shard {record.shard.file} is damaged or missing"
+            for index, record in records.items()
+            if not self._is_intact(CHECKPOINT, record.shard)
+        }
+        if not any(record.state for record in records.values()):
+            return damaged
+        intact = records.keys() - damaged.keys()
+        kept = next(index for index in range(len(records) + 1) if index not in intact)
+        while kept and not self._has_state(records[kept - 1]):
+            if kept == len(intact):
+                damaged[kept - 1] = "its state is damaged or missing"
+            kept -= 1
+        return {index: damaged.get(index, "") for index in records if index >= kept}
+
+    def discard_damaged_layers(self) -> None:
+        """Remove the layers of `find_damaged_layers` from the manifest, and add the reasons to `notes`."""
+        damaged = self.find_damaged_layers()
+        self.notes += [f"layer {index}: {reason}" for index, reason in sorted(damaged.items()) if reason]
+        if damaged:
+            kept = {
+                index: record for index, record in self.manifest.layers.items() if int(index) not in damaged
+            }
+            self.save(layers=kept, finished={})
 
     def _has_state(self, record: LayerRecord) -> bool:
-        return bool(record.state) and all(self._is_whole(STATES, stored) for stored in record.state)
+        return bool(record.state) and all(self._is_intact(STATES, stored) for stored in record.state)
 
-    def _is_whole(self, folder: str, stored: StoredFile) -> bool:
-        return _holds(self.path / folder / stored.file, stored.sha256)
+    def _is_intact(self, folder: str, stored: StoredFile) -> bool:
+        return _has_digest(self.path / folder / stored.file, stored.sha256)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put tensors of the finished checkpoint in the places of others, and settle all shards: nothing changes them
-        from here on.
+        """Replace tensors of the complete checkpoint, and record the hashes of all shards as final.
 
-        The new shards are written aside and named in the manifest before they take their places, so that a kill
-        leaves either none or all of them to be found.
+        The new shards are first written to another folder and named in the manifest, so that after a kill either
+        none or all of them are used.
         """
-        aside = CheckpointWriter(self.path / REPLACEMENTS)
+        replacements = CheckpointWriter(self.path / REPLACEMENTS)
         for file, shard in self.writer.changed_shards(tensors):
-            aside.write_shard(file, shard)
-        self.save(finished={**self.writer.digests, **aside.digests})
-        self.settle()
+            replacements.write_shard(file, shard)
+        self.save(finished={**self.writer.digests, **replacements.digests})
+        self.apply_replacements()
 
-    def settle(self) -> bool:
-        """Move replacements in place. Returns whether all shards are then what the manifest says."""
+    def apply_replacements(self) -> bool:
+        """Move replaced shards into the checkpoint; return whether all shards are final and intact."""
         for path in sorted((self.path / REPLACEMENTS).iterdir()):
             if self.manifest.finished.get(path.name) == sha256_of(path):
                 move(path, self.path / CHECKPOINT / path.name)
@@ -264,49 +280,51 @@ class WorkFolder:
                 path.unlink()
         finished = self.manifest.finished.items()
         return bool(finished) and all(
-            self._is_whole(CHECKPOINT, StoredFile(file=file, sha256=digest)) for file, digest in finished
+            self._is_intact(CHECKPOINT, StoredFile(file=file, sha256=digest)) for file, digest in finished
         )
 
     def is_published(self) -> bool:
-        """Whether the checkpoint has taken its place at OUT, and only the clearing up is left."""
+        """Return whether the checkpoint has been renamed to OUT, so that only the work folder has to be removed."""
         return (
             bool(self.manifest.finished)
             and not (self.path / CHECKPOINT).exists()
-            and all(_holds(self.out / file, digest) for file, digest in self.manifest.finished.items())
+            and all(_has_digest(self.out / file, digest) for file, digest in self.manifest.finished.items())
         )
 
     def publish(self) -> None:
-        """Rename the checkpoint to OUT and remove the rest."""
+        """Rename the checkpoint to OUT and remove the work folder."""
         if not self.is_published():
             put_in_place(self.path / CHECKPOINT, self.out, self.path / REPLACED)
         remove_work(self.path)
 
 
-def _holds(path: Path, digest: str) -> bool:
+def _has_digest(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
 
 
 @contextmanager
 def open_work(out: Path, inputs: Inputs, restart: bool = False) -> Iterator[WorkFolder]:
-    """Take up the work folder of `out`, or make it.
+    """Open the work folder of `out`, or create it.
 
-    On a failure, a folder that holds no finished block is removed; one that does is kept.
+    If the body fails, the folder is removed unless it holds a finished decoder layer.
 
     Raises:
-        WorkError: it is in use, or was begun with other inputs (`difference`).
+        WorkError: another process uses the folder, or it was started with other inputs (`difference`).
     """
     path = work_path(out)
     path.mkdir(exist_ok=True)
     with _locked(path):
-        _check_known(path)
+        _check_names(path)
         if (path / MANIFEST).is_file() and not restart:
             manifest = read_manifest(path / MANIFEST)
             reason = difference(manifest.inputs, inputs)
             if reason:
-                raise WorkError(f"{path}: cannot be resumed, {reason}, or add --restart to discard that work")
+                raise WorkError(
+                    f"{path}: cannot be resumed, {reason}, or add --restart to discard the unfinished conversion"
+                )
         else:
             _clear(path, out)
-            manifest = Manifest(version=1, inputs=inputs)
+            manifest = Manifest(version=VERSION, inputs=inputs)
             write_manifest(path / MANIFEST, manifest)
         work = WorkFolder(out, manifest)
         if not work.is_published():
@@ -318,13 +336,13 @@ def open_work(out: Path, inputs: Inputs, restart: bool = False) -> Iterator[Work
         try:
             yield work
         except BaseException:
-            if not work.manifest.blocks and not (path / REPLACED).exists() and path.exists():
+            if not work.manifest.layers and not (path / REPLACED).exists() and path.exists():
                 remove_work(path)
             raise
 
 
 def _clear(path: Path, out: Path) -> None:
-    """Empty a work folder; what it was to replace goes back to where it was."""
+    """Empty a work folder; a previous output that was being overwritten is moved back to `out`."""
     if (path / REPLACED).exists() and not out.exists():
         move(path / REPLACED, out)
     for name in sorted(KNOWN - {LOCK, MANIFEST}):

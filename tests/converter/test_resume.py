@@ -1,4 +1,4 @@
-"""Interrupted conversions: what is kept, that going on gives the same bytes, and when it is refused instead."""
+"""Interrupted conversions: what is kept, that resuming gives the same bytes, and when it is refused."""
 
 import fcntl
 import json
@@ -24,26 +24,26 @@ from bwla_kernels.format.folder import read_folder, read_tensors
 from paths import EXAMPLE
 from torch import Tensor
 
-BLOCKS = 3
+LAYERS = 3
 
 
 class StopAfter(Listener):
-    """Interrupts after a number of blocks, and remembers what it heard."""
+    """Interrupts after a number of decoder layers, and records the layers and the notes."""
 
-    def __init__(self, blocks: int | None = None) -> None:
-        self.blocks, self.done, self.notes = blocks, [], []
+    def __init__(self, num_layers: int | None = None) -> None:
+        self.num_layers, self.done, self.notes = num_layers, [], []
 
-    def resumed(self, blocks: int, weights: int, notes) -> None:
-        self.notes = [f"{blocks} blocks", *notes]
+    def resumed(self, layers: int, weights: int, notes) -> None:
+        self.notes = [f"{layers} layers", *notes]
 
     def layer_done(self, index: int) -> None:
         self.done.append(index)
-        if len(self.done) == self.blocks:
+        if len(self.done) == self.num_layers:
             raise KeyboardInterrupt
 
 
 class StatefulPaper(PaperRecipe):
-    """`paper` with a state and a last step: each block's seed is the sum of all before."""
+    """`paper` with a state and a last step: the seed of a layer depends on all layers before it."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -69,15 +69,15 @@ class StatefulPaper(PaperRecipe):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file, without times and memory in the report."""
-    found = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    found.pop("bwla_report.html", None)
-    report = json.loads(found.pop("bwla_report.json"))
-    return found | {"report": json.dumps({**report, "seconds": 0, "memory": 0}).encode()}
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    files.pop("bwla_report.html", None)
+    report = json.loads(files.pop("bwla_report.json"))
+    return files | {"report": json.dumps({**report, "seconds": 0, "memory": 0}).encode()}
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real steps, fewer rounds of them."""
+    """The real steps, with fewer rounds."""
     options = paper.PaperOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
     plain = paper.quantize_group
     monkeypatch.setattr(
@@ -87,7 +87,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model(make_model) -> Path:
-    return make_model(shards=2, num_hidden_layers=BLOCKS)
+    return make_model(shards=2, num_hidden_layers=LAYERS)
 
 
 @pytest.fixture
@@ -95,31 +95,31 @@ def stateful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "make_recipe", lambda options, *_: StatefulPaper(options.seed))
 
 
-def interrupted(options: Options, blocks: int) -> Options:
-    """Convert up to there; the options to go on with."""
+def interrupted(options: Options, layers: int) -> Options:
+    """Interrupt a conversion after so many layers; return the options to resume it with."""
     with pytest.raises(KeyboardInterrupt):
-        convert(options, StopAfter(blocks))
+        convert(options, StopAfter(layers))
     assert not options.out.exists()
-    assert len(read_manifest(work_path(options.out) / MANIFEST).blocks) == blocks
+    assert len(read_manifest(work_path(options.out) / MANIFEST).layers) == layers
     return replace(options, resume=True)
 
 
-@pytest.mark.parametrize("blocks", [1, BLOCKS])
+@pytest.mark.parametrize("layers", [1, LAYERS])
 @pytest.mark.parametrize("with_state", [False, True])
 def test_a_resumed_conversion_gives_the_same_bytes(
-    model: Path, tmp_path: Path, blocks: int, with_state: bool, request: pytest.FixtureRequest
+    model: Path, tmp_path: Path, layers: int, with_state: bool, request: pytest.FixtureRequest
 ) -> None:
     if with_state:
         request.getfixturevalue("stateful")
     whole, out = tmp_path / "whole", tmp_path / "out"
     convert(Options(str(model), whole, rank=2))
-    again = interrupted(Options(str(model), out, rank=2), blocks)
+    again = interrupted(Options(str(model), out, rank=2), layers)
     listener = StopAfter()
     summary = convert(again, listener)
-    assert listener.done == list(range(blocks, BLOCKS))
-    assert listener.notes == [f"{blocks} blocks"]
+    assert listener.done == list(range(layers, LAYERS))
+    assert listener.notes == [f"{layers} layers"]
     assert contents(out) == contents(whole)
-    assert len(summary.layers) == 7 * BLOCKS
+    assert len(summary.layers) == 7 * LAYERS
     assert not work_path(out).exists()
 
 
@@ -136,7 +136,7 @@ def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
     again = interrupted(options, 1)
     text.write_text("Other words, just as many of them as before, or so. " * 40)
     with pytest.raises(
-        WorkError, match=r"begun with another calibration text \(sha256 .*: give the same text"
+        WorkError, match=r"started with another calibration text \(sha256 .*: give the same text"
     ):
         convert(again)
     text.write_text("Some of the words that there are, again and again. " * 40)
@@ -144,7 +144,7 @@ def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
     assert contents(out) == contents(whole)
 
 
-def test_the_older_model_stands_until_the_new_one_is_whole(model: Path, tmp_path: Path) -> None:
+def test_the_previous_model_is_kept_until_the_new_one_is_complete(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(Options(str(model), out, rank=1))
     before = contents(out)
@@ -158,14 +158,14 @@ def test_the_older_model_stands_until_the_new_one_is_whole(model: Path, tmp_path
     assert contents(out) != before
 
 
-def test_what_an_interruption_left_is_resumed_or_discarded_but_never_by_itself(
+def test_an_unfinished_conversion_is_resumed_or_discarded_only_on_request(
     model: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = Options(str(model), out, rank=2, seed=1)
     convert(replace(options, out=whole))
     interrupted(replace(options, seed=5), 1)
-    sentence = r"out\.work: holds an unfinished conversion \(1 blocks done\): add --resume .* or --restart"
+    sentence = r"out\.work: holds an unfinished conversion \(1 layers done\): add --resume .* or --restart"
     with pytest.raises(WorkError, match=sentence):
         convert(options)
     with pytest.raises(WorkError, match="exclude each other"):
@@ -175,7 +175,7 @@ def test_what_an_interruption_left_is_resumed_or_discarded_but_never_by_itself(
     assert not work_path(out).exists()
 
 
-def test_resume_starts_where_there_is_nothing_to_resume(model: Path, tmp_path: Path) -> None:
+def test_resume_without_a_work_folder_starts_a_conversion(model: Path, tmp_path: Path) -> None:
     convert(Options(str(model), tmp_path / "out", rank=2, resume=True))
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -207,20 +207,20 @@ def change_threads(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> 
     [
         (
             lambda *all_: replace(all_[2], rank=3),
-            "it was begun with --rank 2, now it is 3: give the same arguments",
+            "it was started with --rank 2, now it is 3: give the same arguments",
         ),
-        (lambda *all_: replace(all_[2], bits=8), "it was begun with --abits 6, now it is 8"),
+        (lambda *all_: replace(all_[2], bits=8), "it was started with --abits 6, now it is 8"),
         (
             lambda *all_: replace(all_[2], ignore=("down_proj",)),
-            "it was begun with --ignore not given, now it is down_proj",
+            "it was started with --ignore not given, now it is down_proj",
         ),
-        (change_source, r"model-00001-of-00003\.safetensors: has changed since .* was begun"),
-        (change_code, "begun with the project's own code, which has changed since: go back to that version"),
-        (change_torch, r"begun with version .* of torch, now it is 9\.9"),
-        (change_threads, r"begun with threads 1, now it is 7, .*: set OMP_NUM_THREADS=1"),
+        (change_source, r"model-00001-of-00003\.safetensors: has changed since .* was started"),
+        (change_code, "bwla's own code has changed since it was started: go back to that version"),
+        (change_torch, r"started with torch .*, found 9\.9: install that version again"),
+        (change_threads, r"started with threads 1, now it is 7, .*: set OMP_NUM_THREADS=1"),
     ],
 )
-def test_what_cannot_give_the_same_bytes_is_refused_and_kept(
+def test_resuming_is_refused_where_the_bytes_would_differ_and_the_work_is_kept(
     model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,14 +230,18 @@ def test_what_cannot_give_the_same_bytes_is_refused_and_kept(
     again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
     with pytest.raises(WorkError, match=sentence):
         convert(change(model, monkeypatch, again))
-    assert len(read_manifest(work_path(again.out) / MANIFEST).blocks) == 1
+    assert len(read_manifest(work_path(again.out) / MANIFEST).layers) == 1
 
 
-def test_a_touched_but_equal_source_is_no_other_one(model: Path, tmp_path: Path) -> None:
-    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+def test_new_modification_times_alone_do_not_prevent_resuming(model: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    convert(Options(str(model), whole, rank=2))
+    again, listener = interrupted(Options(str(model), out, rank=2), 1), StopAfter()
     for path in model.iterdir():
         os.utime(path)
-    convert(again)
+    convert(again, listener)
+    assert listener.done == list(range(1, LAYERS))
+    assert contents(out) == contents(whole)
 
 
 def spoil(path: Path) -> None:
@@ -250,7 +254,7 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize(
     "file", ["checkpoint/model-00001-of-00004.safetensors", "checkpoint/model-00002-of-00004.safetensors"]
 )
-def test_a_damaged_block_alone_is_done_again(model: Path, tmp_path: Path, file: str) -> None:
+def test_a_damaged_layer_alone_is_quantized_again(model: Path, tmp_path: Path, file: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     convert(Options(str(model), whole, rank=2))
     again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
@@ -258,7 +262,7 @@ def test_a_damaged_block_alone_is_done_again(model: Path, tmp_path: Path, file: 
     convert(again, listener)
     number = int(file[len("checkpoint/model-") :][:5]) - 1
     assert listener.done == [number, 2]
-    assert listener.notes[1:] == [f"block {number}: its shard {Path(file).name} is damaged or missing"]
+    assert listener.notes[1:] == [f"layer {number}: its shard {Path(file).name} is damaged or missing"]
     assert contents(out) == contents(whole)
 
 
@@ -271,7 +275,7 @@ def test_a_damaged_block_alone_is_done_again(model: Path, tmp_path: Path, file: 
     ],
 )
 @pytest.mark.usefixtures("stateful")
-def test_with_a_state_all_after_the_damage_is_done_again(
+def test_with_a_state_all_layers_after_the_damage_are_quantized_again(
     model: Path, tmp_path: Path, file: str, first: int
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -279,7 +283,7 @@ def test_with_a_state_all_after_the_damage_is_done_again(
     again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
     (work_path(out) / file).unlink()
     convert(again, listener)
-    assert listener.done == list(range(first, BLOCKS))
+    assert listener.done == list(range(first, LAYERS))
     assert "damaged or missing" in listener.notes[1]
     assert contents(out) == contents(whole)
 
@@ -287,7 +291,7 @@ def test_with_a_state_all_after_the_damage_is_done_again(
 @pytest.mark.usefixtures("stateful")
 def test_no_more_than_two_states_are_kept(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    interrupted(Options(str(model), out, rank=2), BLOCKS)
+    interrupted(Options(str(model), out, rank=2), LAYERS)
     states = sorted(path.name for path in (work_path(out) / "states").iterdir())
     assert states == ["after-00001.safetensors", "after-00002.safetensors"]
 
@@ -311,17 +315,19 @@ def test_two_conversions_cannot_write_to_one_output(model: Path, tmp_path: Path)
     convert(again)
 
 
-def test_a_folder_of_somebody_else_is_left_alone(model: Path, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_left_alone(model: Path, tmp_path: Path) -> None:
     strange = tmp_path / "out.work" / "thesis.txt"
     strange.parent.mkdir()
     strange.write_text("all of it")
     for resume in (False, True):
-        with pytest.raises(WorkError, match=r"is no work folder of bwla-convert \(it holds thesis\.txt\)"):
+        with pytest.raises(
+            WorkError, match=r"expected a work folder of bwla-convert, found thesis\.txt: move it away"
+        ):
             convert(Options(str(model), tmp_path / "out", resume=resume, restart=not resume))
     assert strange.read_text() == "all of it"
 
 
-def test_a_failure_before_the_first_block_leaves_nothing(
+def test_a_failure_before_the_first_finished_layer_leaves_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> None:
@@ -333,7 +339,7 @@ def test_a_failure_before_the_first_block_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_a_source_that_changes_meanwhile_is_noticed(model: Path, tmp_path: Path) -> None:
+def test_a_source_that_changes_during_the_conversion_is_noticed(model: Path, tmp_path: Path) -> None:
     class Meddler(Listener):
         def layer_started(self, index: int) -> None:
             if index == 1:
@@ -341,4 +347,4 @@ def test_a_source_that_changes_meanwhile_is_noticed(model: Path, tmp_path: Path)
 
     with pytest.raises(WorkError, match=r"config\.json: has changed since"):
         convert(Options(str(model), tmp_path / "out"), Meddler())
-    assert len(read_manifest(work_path(tmp_path / "out") / MANIFEST).blocks) == 1
+    assert len(read_manifest(work_path(tmp_path / "out") / MANIFEST).layers) == 1
