@@ -10,13 +10,13 @@ class Calibration:
 
     Attributes:
         source: a text or JSON-lines file, a folder of them, or the name of a dataset (`wikitext2`, `c4`).
-        samples: windows.
-        length: tokens a window.
+        num_samples: number of calibration samples.
+        max_seq_length: length of each sample in tokens.
     """
 
     source: str
-    samples: int = 128
-    length: int = 512
+    num_samples: int = 128
+    max_seq_length: int = 2048
 
 
 @dataclass(frozen=True)

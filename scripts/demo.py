@@ -11,14 +11,15 @@ import sys
 import time
 from pathlib import Path
 
-from server import HEALTH_SECONDS, Server, serve
+from benchmarks.common.server import HEALTH_SECONDS, Server, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "model"
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
 CALIBRATION = ROOT / "examples" / "text" / "calibration.txt"
-RECIPE = ["--recipe", "fast", "--calibration", str(CALIBRATION), "--samples", "64", "--length", "256"]
-"""What bwla-convert is told where the command line tells it nothing."""
+RECIPE = ["--recipe", "fast", "--calibration", str(CALIBRATION)]
+RECIPE += ["--num-calibration-samples", "64", "--max-seq-length", "256"]
+"""Options for bwla-convert if the command line gives none."""
 
 PROMPT = "The old man looked at the sea and"
 

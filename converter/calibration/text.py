@@ -115,11 +115,11 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     tokenizer = load_tokenizer(model)
     pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
     ids = torch.cat(pieces)
-    room = len(ids) - calibration.length
+    room = len(ids) - calibration.max_seq_length
     if room < 0:
         raise SourceError(
-            f"calibration {calibration.source}: expected at least {calibration.length} tokens, found {len(ids)}"
+            f"calibration {calibration.source}: expected at least {calibration.max_seq_length} tokens, found {len(ids)}"
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, room + 1, (calibration.samples,), generator=generator).tolist()
-    return torch.stack([ids[start : start + calibration.length] for start in starts]), digest
+    starts = torch.randint(0, room + 1, (calibration.num_samples,), generator=generator).tolist()
+    return torch.stack([ids[start : start + calibration.max_seq_length] for start in starts]), digest

@@ -17,7 +17,7 @@ Examples:
 
   bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla
 
-  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --samples 128
+  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --num-calibration-samples 128
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
 
@@ -93,8 +93,10 @@ def convert(
         str | None,
         typer.Option(help="Text for recipe fast: a .txt or .jsonl file, a folder of them, wikitext2 or c4."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of calibration text.", min=1)] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a window.", min=2)] = 2048,
+    num_calibration_samples: Annotated[int, typer.Option(help="Number of calibration samples.", min=1)] = 128,
+    max_seq_length: Annotated[
+        int, typer.Option(help="Length of a calibration sample in tokens.", min=2)
+    ] = 2048,
     rank: Annotated[
         str,
         typer.Option(
@@ -204,7 +206,7 @@ def convert(
     """Convert a language model to 1-bit weights and few-bit activations, served by vLLM."""
     console = Console(stderr=True)
     # Imported here, so that --help and --version answer at once.
-    from bwla_converter.calibration.distributed import join_ranks, leave_ranks, start_ranks
+    from bwla_converter.calibration.distributed import join_processes, leave_processes, start_processes
     from bwla_converter.checkpoint.dummy import write_dummy
     from bwla_converter.checkpoint.hub import check_push, push
     from bwla_converter.cli.progress import ProgressListener
@@ -228,7 +230,9 @@ def convert(
         overwrite=overwrite,
         ignore=tuple(ignore or ()),
         head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
-        calibration=None if calibration is None else Calibration(calibration, samples, length),
+        calibration=None
+        if calibration is None
+        else Calibration(calibration, num_calibration_samples, max_seq_length),
         resume=resume,
         restart=restart,
         device=device,
@@ -248,13 +252,13 @@ def convert(
                 f"{plan.bits_per_weight:.3f} bits per weight all-in"
             )
             return
-        start_ranks(gpus)
-        ranks = join_ranks(recipe, choose_device(device), samples)
+        start_processes(gpus)
+        processes = join_processes(recipe, choose_device(device), num_calibration_samples)
         with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:
-            if ranks.rank:
-                follow(options, ranks)
+            if processes.process_rank:
+                follow(options, processes)
                 return
-            summary = run(options, ProgressListener(progress, interrupts), ranks)
+            summary = run(options, ProgressListener(progress, interrupts), processes)
     except BWLAError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -279,7 +283,7 @@ def convert(
         )
         raise typer.Exit(1) from None
     finally:
-        leave_ranks()
+        leave_processes()
     if recipe == "paper":
         console.print(
             "recipe paper reproduces the publication; for far better text: --recipe fast --calibration TEXT",

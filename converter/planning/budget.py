@@ -141,7 +141,7 @@ def predict(
     """
     rates = rates or measure_rates()
     base = float(resident_bytes())
-    tokens = calibration.samples * calibration.length if calibration and recipe != "paper" else 0
+    tokens = calibration.num_samples * calibration.max_seq_length if calibration and recipe != "paper" else 0
     hidden = (
         3.0 * FLOAT * tokens * source.entries[EMBEDDING_WEIGHT].shape[1]
     )  # both models', and one being made
@@ -181,7 +181,7 @@ def check_budget(budget: Budget, limit: float, out: Path, free_disk: float) -> N
         raise BudgetError(
             f"{out}: expected {budget.disk * 1.02 / 1e9:.2f} GB of free disk space (output "
             f"{budget.output / 1e9:.2f}, work folder {budget.kept / 1e9:.2f}), found {free_disk / 1e9:.2f} GB: free "
-            "some, or use fewer --samples"
+            "some, or use fewer --num-calibration-samples"
         )
 
 
@@ -263,7 +263,7 @@ def _forward_bytes(
     source: Source, groups: tuple[tuple[str, Group], ...], calibration: Calibration, group: Group
 ) -> float:
     """Activations of the windows at once in one block, and the moments of a group's inputs."""
-    tokens = min(WINDOWS_AT_ONCE, calibration.samples) * calibration.length
+    tokens = min(WINDOWS_AT_ONCE, calibration.num_samples) * calibration.max_seq_length
     widths = sum(other.rows for _, other in groups) + 4 * groups[0][1].columns
     return float(FLOAT * (tokens * (widths + 2 * group.columns) + 2 * group.square))
 
@@ -273,7 +273,7 @@ def _tuning_bytes(
 ) -> float:
     """Recipe `best`: latent weights with gradient and Adam's two moments beside the original block, and activations
     kept for the backward pass."""
-    tokens = min(WINDOWS_AT_ONCE, calibration.samples) * calibration.length
+    tokens = min(WINDOWS_AT_ONCE, calibration.num_samples) * calibration.max_seq_length
     kept = sum(other.rows + 4 * other.columns for _, other in groups)
     return float(FLOAT * (6 * weights + tokens * 2 * kept))
 
@@ -282,7 +282,7 @@ def _distilling_bytes(source: Source, plan: ConversionPlan, calibration: Calibra
     """Recipe `best` at its end: the whole model with signs in int8, embedding and heads in float32, a section's latent
     weights with gradient and Adam's two moments, the activations of a batch kept for the backward pass, and six copies
     of its logits."""
-    tokens = min(DISTILLATION.batch, calibration.samples) * calibration.length
+    tokens = min(DISTILLATION.batch, calibration.num_samples) * calibration.max_seq_length
     section = max(weights for _, weights in sections(source))
     vocabulary, width = source.entries[EMBEDDING_WEIGHT].shape
     kept = sum(spec.out_features + 2 * spec.in_features for spec in plan.specs.values())

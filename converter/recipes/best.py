@@ -43,7 +43,8 @@ def relative_loss(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 NOT_BETTER = (
-    "%s: tuning did not bring it closer to the original, what recipe fast found stays; try more --samples"
+    "%s: tuning did not bring it closer to the original, what recipe fast found stays; try more "
+    "--num-calibration-samples"
 )
 
 

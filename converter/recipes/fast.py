@@ -52,11 +52,11 @@ class FastRecipe:
         self.calibration: dict[str, object] = {
             "source": Path(calibration.source).name,
             "sha256": digest,
-            "samples": calibration.samples,
-            "length": calibration.length,
+            "samples": calibration.num_samples,
+            "length": calibration.max_seq_length,
         }
         self.store = store or ActivationStore()
-        self.ids = self.ids[self.store.ranks.part_of(len(self.ids))]
+        self.ids = self.ids[self.store.processes.samples_of(len(self.ids))]
         self.runner = LayerRunner(source, self.store.device)
         self.hidden = self.original_hidden = self.store.empty()
         self.layer_traces: dict[str, dict[str, list[float]]] = {}
@@ -82,8 +82,8 @@ class FastRecipe:
         """In the metric of the group's inputs; the quantized linears take their places in the block."""
         moments, inputs = self._moments(next(iter(weights)), next(iter(specs.values())).in_features)
         # One rank decides, so that all go on with the same tensors.
-        own = self.group(weights, specs, moments, inputs) if self.store.ranks.rank == 0 else None
-        shared = self.store.ranks.share_group(own, specs, self.store.device)
+        own = self.group(weights, specs, moments, inputs) if self.store.processes.process_rank == 0 else None
+        shared = self.store.processes.broadcast_group(own, specs, self.store.device)
         result = replace(shared, inputs=inputs)
         specs = clipped(specs, result.clip)
         for name, tensors in result.tensors.items():
@@ -123,7 +123,7 @@ class FastRecipe:
         return self.fitted_norm()
 
     def fitted_norm(self) -> dict[str, Tensor]:
-        """The last norm's weight by its full name, see `final_norm`; of several ranks each looks at its own windows."""
+        """The last norm's weight by its full name, see `final_norm`; of several processes each looks at its own windows."""
         if not self.options.final_norm:
             return {}
         pairs = zip(
@@ -149,7 +149,7 @@ class FastRecipe:
             if stream is not None and stream_hat is not None:
                 moments.add_residual(inputs, stream_hat, stream)
             seen.append(sample_rows(inputs.reshape(-1, width), limit).clone())
-        self.store.ranks.sum_moments(moments)
+        self.store.processes.sum_moments(moments)
         return moments, torch.cat(seen)
 
     def _through(self, block: DecoderLayer, hidden: Activations) -> Activations:

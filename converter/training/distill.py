@@ -97,7 +97,8 @@ def distill(
     trace.append(divergence())
     if trace[-1] >= trace[0]:
         log.warning(
-            "distillation did not bring the model closer to the original: it stays as it was; try more --samples"
+            "distillation did not bring the model closer to the original: it stays as it was; try more "
+            "--num-calibration-samples"
         )
         return dict(start), trace
     changed = {

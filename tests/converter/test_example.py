@@ -39,7 +39,9 @@ def test_windows_drop_the_rest() -> None:
 
 
 def test_recipe_fast_keeps_far_more_than_paper(example_bwla: Path, tmp_path: Path) -> None:
-    calibration = Calibration(str(ROOT / "examples" / "text" / "calibration.txt"), samples=24, length=128)
+    calibration = Calibration(
+        str(ROOT / "examples" / "text" / "calibration.txt"), num_samples=24, max_seq_length=128
+    )
     out = tmp_path / "fast"
     convert(Options(str(EXAMPLE), out, recipe="fast", rank=1, head_bits=8, calibration=calibration))
     fast, paper = (compare(EXAMPLE, folder, HELD_OUT, window=512, limit=4) for folder in (out, example_bwla))

@@ -34,7 +34,7 @@ def test_windows_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> No
 
     text = " ".join(f"word {i} of many" for i in range(400))
     (tmp_path / "text.txt").write_text(text)
-    calibration = Calibration(str(tmp_path / "text.txt"), samples=5, length=32)
+    calibration = Calibration(str(tmp_path / "text.txt"), num_samples=5, max_seq_length=32)
     windows, digest = calibration_samples(calibration, EXAMPLE, seed=1)
     assert windows.shape == (5, 32)
     whole = AutoTokenizer.from_pretrained(EXAMPLE)(text, return_tensors="pt").input_ids[0]
@@ -49,7 +49,7 @@ def test_windows_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> No
 def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words")
     with pytest.raises(SourceError, match="expected at least 64 tokens, found"):
-        calibration_samples(Calibration(str(tmp_path / "text.txt"), length=64), EXAMPLE, 0)
+        calibration_samples(Calibration(str(tmp_path / "text.txt"), max_seq_length=64), EXAMPLE, 0)
 
 
 def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def source(make_model) -> Source:
 def calibration(tmp_path: Path) -> Calibration:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
-    return Calibration(str(path), samples=6, length=24)
+    return Calibration(str(path), num_samples=6, max_seq_length=24)
 
 
 def specs_of(source: Source, names: list[str]) -> dict[str, LayerSpec]:

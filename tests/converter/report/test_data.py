@@ -78,7 +78,7 @@ def test_recipes_that_see_text_tell_of_activations(make_model, tmp_path: Path) -
     model, out = make_model(vocab_size=2048), tmp_path / "out"
     for path in (EXAMPLES / "model").glob("tokenizer*"):
         shutil.copyfile(path, model / path.name)
-    calibration = Calibration(str(EXAMPLES / "text" / "calibration.txt"), samples=2, length=64)
+    calibration = Calibration(str(EXAMPLES / "text" / "calibration.txt"), num_samples=2, max_seq_length=64)
     convert(Options(str(model), out, recipe="fast", calibration=calibration, text_samples=1))
     report = json.loads((out / REPORT_FILE).read_text())
     changes = report["statistics"]["activations"]

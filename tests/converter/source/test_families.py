@@ -35,7 +35,7 @@ def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Pat
     """That it measures what a linear gets in the whole model is `test_shell.py`'s to show."""
     folder, out = make_model(family, lively=True), tmp_path / "out"
     write_words(folder)
-    text = Calibration(str(folder / "text.txt"), samples=4, length=16)
+    text = Calibration(str(folder / "text.txt"), num_samples=4, max_seq_length=16)
     summary = convert(Options(str(folder), out, rank=2, recipe="fast", calibration=text))
     assert all(0.05 < layer.error < 1.0 for layer in summary.layers)
     ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(4))
