@@ -13,7 +13,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py --torch-index "$(TORCH_INDEX)"
 
 demo: setup
-	@$(ENV)/python scripts/demo.py
+	@$(ENV)/python -m scripts.demo
 
 test: setup
 	$(ENV)/pytest
@@ -24,9 +24,12 @@ lint: setup
 	$(ENV)/mypy
 	PYTHONPATH=scripts/mypy $(ENV)/lint-imports --no-cache
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(ENV)/mkdocs build --strict
+
 format: setup
 	$(ENV)/ruff check --fix .
 	$(ENV)/ruff format .
 
 clean:
-	rm -rf .env .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .env .demo build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from example_text import batches, describe_file, load_stream, read_documents, train_tokenizer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.progress import TimeElapsedColumn as Elapsed
@@ -32,6 +31,8 @@ from rich.progress import TimeRemainingColumn as Remaining
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from examples.example_text import batches, describe_file, load_stream, read_documents, train_tokenizer
 
 MAX_WEIGHT_BYTES = 4_000_000  # the folder lives in git
 SCORED_WINDOWS = 600  # about 300,000 tokens

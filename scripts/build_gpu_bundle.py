@@ -1,6 +1,6 @@
 """Pack vLLM (CUDA) small enough to be carried to an isolated GPU machine.
 
-    python scripts/build_gpu_bundle.py --out DIR          (scripts/gpu_prepare.py --serve runs it)
+    python -m scripts.build_gpu_bundle --out DIR          (scripts/gpu_prepare.py --serve runs it)
 
 That machine is expected to hold x86-64 Linux, Python 3.12, the torch that this vLLM pins and the usual packages
 beside it (transformers, tokenizers, numpy, aiohttp, ...), but no package index. The vLLM wheel and the packages that
@@ -9,7 +9,7 @@ such a machine lacks (gpu_bundle_pins.py) are fetched with pip, and DIR gets
     bundle.tar.xz.00, .01, ...   one xz-compressed tar, cut into parts no larger than --limit-mib
     SHA256SUMS                   their checksums
     install.sh                   unpacks the parts there: sh install.sh [TARGET] [PARTS_DIR]
-    gpu_check.py, gpu_fatbin.py  exercise the carried GPU code there
+    scripts/                     gpu_check.py, which exercises the carried GPU code there, and what it imports
 
 Three things make it small. Optional parts of vLLM that a dense decoder model on Hopper does not use are left out
 (DROP). GPU code for other GPUs, and PTX where there is machine code, is zeroed in place (gpu_fatbin.py; --all-arch
@@ -32,8 +32,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpu_bundle_pins import ARCH, DROP, ENVIRONMENT, NO_PTX, NOT_CARRIED, PACKAGES, PYTHON, TORCH
-from gpu_fatbin import slim_elf
+from scripts.gpu_bundle_pins import ARCH, DROP, ENVIRONMENT, NO_PTX, NOT_CARRIED, PACKAGES, PYTHON, TORCH
+from scripts.gpu_fatbin import slim_elf
 
 HERE = Path(__file__).resolve().parent
 Files = dict[str, bytes]
@@ -171,8 +171,10 @@ def build(
     print(f"{len(files)} files, {sum(map(len, files.values())) / 2**20:.1f} MiB; compressing", flush=True)
     write_parts(out, pack(files, preset), limit)
     (out / "install.sh").write_text(install_script())
-    for name in ("gpu_check.py", "gpu_fatbin.py"):
-        shutil.copy(HERE / name, out / name)
+    checks = out / HERE.name
+    checks.mkdir(exist_ok=True)
+    for name in ("__init__.py", "gpu_check.py", "gpu_fatbin.py"):
+        shutil.copy(HERE / name, checks)
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """Compile every kernel with every Triton that a supported vLLM release brings, without a GPU.
 
-    python scripts/check_tritons.py                                            # everything: hours on one core
-    python scripts/check_tritons.py --sample 1 --arch 90                       # a few minutes
-    python scripts/check_tritons.py --triton 3.6.0 --triton 3.9.0 --jobs 2 --tables benchmarks/results
+    python -m scripts.check_tritons                                            # everything: hours on one core
+    python -m scripts.check_tritons --sample 1 --arch 90                       # a few minutes
+    python -m scripts.check_tritons --triton 3.6.0 --triton 3.9.0 --jobs 2 --tables benchmarks/results
 
 The releases stand in kernels/triton/versions.py. One that is not the installed one comes from the package index into
 a folder of its own beside the environment (.env/triton-3.6.0), once; it needs no torch of its own. Every other option
@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from setup_env import SetupError, install_triton, tested_tritons
+from scripts.setup_env import SetupError, install_triton, tested_tritons
 
 
 def table_name(triton: str) -> str:

@@ -1,7 +1,7 @@
 """Check, without installing vLLM, that a release has everything that bwla_vllm uses of it.
 
-    python scripts/check_vllm_hooks.py --out benchmarks/results/vllm_hooks.json
-    python scripts/check_vllm_hooks.py --folder .env/lib/python3.11/site-packages
+    python -m scripts.check_vllm_hooks --out benchmarks/results/vllm_hooks.json
+    python -m scripts.check_vllm_hooks --folder .env/lib/python3.11/site-packages
 
 The first form reads a few Python files of every release's CUDA wheel on the package index, by range requests; the
 second looks at what is installed. What the plugin imports, calls and overrides is read from its own sources; what
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from source_library import Found, Function, Library, call_problem, override_problem
-from wheel_sources import folder_reader, wheel_reader, wheel_urls
+from benchmarks.common.record import write_result
+from scripts.source_library import Found, Function, Library, call_problem, override_problem
+from scripts.wheel_sources import folder_reader, wheel_reader, wheel_urls
 
 ROOT = Path(__file__).resolve().parent.parent
 PLUGIN = ROOT / "bwla_vllm"
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from record import write_result  # noqa: E402
 
 LINEAR, PARAMETER = "vllm.model_executor.layers.linear", "vllm.model_executor.parameter"
 HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"

@@ -1,6 +1,6 @@
 """Check on the GPU machine that the bundle's GPU code loads and computes; build_gpu_bundle.py packs it.
 
-. TARGET/env.sh && python3 gpu_check.py
+. TARGET/env.sh && python3 -m scripts.gpu_check      in the bundle's folder
 """
 
 import ctypes
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 import vllm
-from gpu_fatbin import elf_sections, fatbin_containers, usable
 from torch import Tensor
 from torch.nn import functional
+
+from scripts.gpu_fatbin import elf_sections, fatbin_containers, usable
 
 LARGEST_ERROR = 0.02
 

@@ -4,7 +4,7 @@
 #   OUT=/tmp/out bash scripts/gpu_day.sh [--cpu] [STEP ...]     in the repository's root
 #
 # Needs python3 with torch and Triton. What scripts/gpu_prepare.py made is used where it is: .gpu/whl (packages that
-# such a machine lacks) and .gpu/cache.tar.xz (compiled kernels). Results: at most eight files in $OUT (docs/gpu.md).
+# such a machine lacks) and .gpu/cache.tar.xz (compiled kernels). Results: at most eight files in $OUT (docs/benchmarks/gpu.md).
 # SECONDS_ALL is the time for everything, 520 by default.
 set -u
 end=$(( $(date +%s) + ${SECONDS_ALL:-520} ))
@@ -16,10 +16,11 @@ mkdir -p "$OUT" "$work/site" "$TRITON_CACHE_DIR"
 exec > >(tee "$OUT/log.txt") 2>&1
 
 # The project under its installed names, without building a wheel here.
-for pair in bwla_kernels:kernels bwla_converter:converter bwla_vllm:bwla_vllm; do
+for pair in bwla_kernels:kernels bwla_converter:converter bwla_vllm:bwla_vllm benchmarks:benchmarks; do
   ln -sfn "$PWD/${pair#*:}" "$work/site/${pair%%:*}"
 done
-export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+# Without this directory on the path: its folder `kernels` would hide Hugging Face's package of that name.
+export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 if ls "$prepared"/whl/*.whl >/dev/null 2>&1; then
   timeout 60 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
     --target "$work/site" "$prepared"/whl/*.whl || echo "wheels: FAILED (gpu_day.py itself needs none of them)"
@@ -27,10 +28,10 @@ fi
 if [ -f "$prepared/cache.tar.xz" ]; then
   # Triton lists a kernel's files by absolute paths, and compiles anew where one does not exist: `relocate`.
   tar -xJf "$prepared/cache.tar.xz" -C "$TRITON_CACHE_DIR" \
-    && timeout 60 "$python" benchmarks/gpu_prebuild.py relocate || echo "cache: FAILED (kernels will be compiled)"
+    && timeout 60 "$python" -m benchmarks.kernels.gpu_prebuild relocate || echo "cache: FAILED (kernels will be compiled)"
 fi
 
-"$python" benchmarks/gpu_day.py --out "$OUT" --seconds $(( end - $(date +%s) )) "$@"
-"$python" benchmarks/gpu_report.py "$OUT" || echo "report: FAILED"
+"$python" -m benchmarks.kernels.gpu_day --out "$OUT" --seconds $(( end - $(date +%s) )) "$@"
+"$python" -m benchmarks.kernels.gpu_report "$OUT" || echo "report: FAILED"
 ls -l "$OUT"
 case $work in */bwla_day.*) rm -rf "$work" ;; esac

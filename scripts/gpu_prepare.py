@@ -1,6 +1,6 @@
 """Prepare scripts/gpu_day.sh and gpu_serve_day.sh for an isolated H100 or H200, on a machine with a package index.
 
-    python scripts/gpu_prepare.py --python PYTHON3.12 [--serve] [--jobs 2]
+    python -m scripts.gpu_prepare --python PYTHON3.12 [--serve] [--jobs 2]
 
 PYTHON3.12 is an interpreter with the GPU machine's releases of Python, torch and Triton (3.12, 2.11, 3.6.0; a CPU
 build of torch does, no GPU is needed): it builds Triton's cache, whose keys hash Triton and these sources. Commit
@@ -22,8 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from build_gpu_bundle import BundleError, download
-from gpu_bundle_pins import PACKAGES, PYTHON, TRITON
+from scripts.build_gpu_bundle import BundleError, download
+from scripts.gpu_bundle_pins import PACKAGES, PYTHON, TRITON
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARED, WORK = ROOT / ".gpu", ROOT / "build" / "gpu"
@@ -39,7 +39,13 @@ LACKING = (
 
 MADE = ("whl", "cache.tar.xz", "bundle", "whl_serve")
 
-INSTALLED = {"bwla_kernels": "kernels", "bwla_converter": "converter", "bwla_vllm": "bwla_vllm"}
+IMPORTED = {
+    "bwla_kernels": "kernels",
+    "bwla_converter": "converter",
+    "bwla_vllm": "bwla_vllm",
+    "benchmarks": "benchmarks",
+}
+"""Package name -> folder of the repository."""
 
 
 class PrepareError(Exception):
@@ -84,16 +90,17 @@ def cache(python: str, what: Sequence[str], jobs: int) -> None:
     shutil.rmtree(site, ignore_errors=True)
     folder.mkdir(parents=True)
     site.mkdir(parents=True)
-    for name, source in INSTALLED.items():  # module names are part of the keys
+    for name, source in IMPORTED.items():  # module names are part of the keys
         (site / name).symlink_to(ROOT / source)
     environment = {
         **os.environ,
         "TRITON_CACHE_DIR": str(folder),
         "PYTHONPATH": str(site),
+        "PYTHONSAFEPATH": "1",  # the folder `kernels` here would hide Hugging Face's package of that name
         "OMP_NUM_THREADS": "1",
     }
     environment.pop("TRITON_INTERPRET", None)
-    words = [python, str(ROOT / "benchmarks" / "gpu_prebuild.py"), *what, "--part"]
+    words = [python, "-m", "benchmarks.kernels.gpu_prebuild", *what, "--part"]
     begun = time.monotonic()
     parts = [subprocess.Popen([*words, f"{part}/{jobs}"], cwd=ROOT, env=environment) for part in range(jobs)]
     statuses = [process.wait() for process in parts]
@@ -114,15 +121,12 @@ def serving(python: str) -> None:
     """Build vLLM's bundle, and this project's wheel."""
     work = WORK / "bundle"
     run(
-        [sys.executable, ROOT / "scripts" / "build_gpu_bundle.py", "--out", work, "--work", WORK / "wheels"],
+        [sys.executable, "-m", "scripts.build_gpu_bundle", "--out", work, "--work", WORK / "wheels"],
         "the bundle could not be built, see above",
     )
     for name in ("bundle", "whl_serve"):
         shutil.rmtree(PREPARED / name, ignore_errors=True)
-    (PREPARED / "bundle").mkdir(parents=True)
-    for path in work.iterdir():
-        if path.is_file():
-            shutil.copy(path, PREPARED / "bundle")
+    shutil.copytree(work, PREPARED / "bundle")
     run(
         [python, "-m", "pip", "wheel", "-q", "--no-deps", "-w", PREPARED / "whl_serve", "."],
         "this project's wheel could not be built, see above",

@@ -21,9 +21,12 @@ sh "$prepared/bundle/install.sh" "$work/site" "$prepared/bundle" || { echo "bund
 # The wheel, not a link: vLLM finds plugins by the metadata of what is installed.
 "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$work/site" \
   "$prepared"/whl_serve/bwla-*.whl || { echo "bwla: wheel FAILED"; exit 1; }
+# Benchmarks by a link, without this directory on the path: its folder `kernels` would hide Hugging Face's package.
+ln -sfn "$PWD/benchmarks" "$work/site/benchmarks"
+export PYTHONSAFEPATH=1
 if [ -f "$prepared/cache.tar.xz" ]; then
   tar -xJf "$prepared/cache.tar.xz" -C "$TRITON_CACHE_DIR" \
-    && timeout 60 "$python" benchmarks/gpu_prebuild.py relocate || echo "cache: FAILED (kernels will be compiled)"
+    && timeout 60 "$python" -m benchmarks.kernels.gpu_prebuild relocate || echo "cache: FAILED (kernels will be compiled)"
 fi
 echo "== plugin ($(left) s left)"
 timeout 60 "$python" - <<'P'
@@ -44,7 +47,7 @@ while [ $# -ge 3 ]; do
   [ "$limit" -gt $(( $(left) - 10 )) ] && limit=$(( $(left) - 10 ))
   echo "== $model $method (at most $limit s of $(left) s left)"
   # FlashAttention is what the bundle carries.
-  timeout -k 5 "$limit" "$python" benchmarks/gpu_serve.py --models "$model" --methods "$method" \
+  timeout -k 5 "$limit" "$python" -m benchmarks.serving.gpu_serve --models "$model" --methods "$method" \
     --minutes "$("$python" -c "print(($limit - 5) / 60)")" --attention-backend FLASH_ATTN \
     --out "$OUT/serve_${model}_$method.json" || echo "== $model $method: exit $?"
 done

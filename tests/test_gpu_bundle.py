@@ -1,6 +1,5 @@
 """The bundle for an isolated GPU machine: GPU code is emptied in place, and only what the machine cannot use."""
 
-import importlib
 import io
 import lzma
 import struct
@@ -9,23 +8,13 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from paths import SCRIPTS
 
+from scripts import build_gpu_bundle, gpu_bundle_pins, gpu_fatbin, gpu_prepare
+
 PTX, CODE = 1, 2
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
-    """The scripts as modules."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    names = ("gpu_fatbin", "gpu_bundle_pins", "build_gpu_bundle", "gpu_prepare")
-    modules = {name: importlib.import_module(name) for name in names}
-    for name in names:
-        monkeypatch.delitem(sys.modules, name)
-    return modules
 
 
 def entry(kind: int, arch: int, payload: bytes) -> bytes:
@@ -55,36 +44,37 @@ def elf(sections: dict[str, bytes]) -> bytes:
     return bytes(out) + b"".join(headers)
 
 
-def test_code_of_other_gpus_is_emptied_in_place(scripts: dict[str, ModuleType]) -> None:
-    module = scripts["gpu_fatbin"]
+def test_code_of_other_gpus_is_emptied_in_place() -> None:
     both = fatbin(entry(CODE, 80, b"A" * 16), entry(CODE, 90, b"B" * 16), entry(PTX, 90, b"C" * 16))
     ptx_only = fatbin(entry(CODE, 80, b"D" * 16), entry(PTX, 80, b"E" * 16))
     data = elf({".nv_fatbin": both + bytes(8) + ptx_only, ".symtab": b"S" * 8, ".dynsym": b"T" * 8})
     for keep_ptx in (True, False):
-        found = module.slim_elf(data, 90, keep_ptx)
+        found = gpu_fatbin.slim_elf(data, 90, keep_ptx)
         assert len(found) == len(data)
         kept = {letter for letter in "ABCDEST" if letter.encode() * 8 in found}
         assert kept == ({"B", "E", "T"} if keep_ptx else {"B", "T"})
-        sections = {name: (offset, size) for name, offset, size in module.elf_sections(found)}
-        entries = [e for *_, part in module.fatbin_containers(found, *sections[".nv_fatbin"]) for e in part]
+        sections = {name: (offset, size) for name, offset, size in gpu_fatbin.elf_sections(found)}
+        entries = [
+            e for *_, part in gpu_fatbin.fatbin_containers(found, *sections[".nv_fatbin"]) for e in part
+        ]
         assert [e.arch for e in entries] == [80, 90, 120, 80, 80 if keep_ptx else 120]
-        code, ptx = module.usable(entries, 90)
+        code, ptx = gpu_fatbin.usable(entries, 90)
         assert [e.arch for e in code] == [90]
         assert [e.arch for e in ptx] == ([80] if keep_ptx else [])
-    assert module.slim_elf(b"#!/bin/sh", 90, True) == b"#!/bin/sh"
+    assert gpu_fatbin.slim_elf(b"#!/bin/sh", 90, True) == b"#!/bin/sh"
 
 
-def test_a_strange_fat_binary_is_refused(scripts: dict[str, ModuleType]) -> None:
+def test_a_strange_fat_binary_is_refused() -> None:
     data = elf({".nv_fatbin": fatbin(entry(CODE, 90, b"B" * 16))[:-4] + bytes(4)})
-    assert scripts["gpu_fatbin"].slim_elf(data, 90, True) == data
+    assert gpu_fatbin.slim_elf(data, 90, True) == data
     broken = bytearray(fatbin(entry(CODE, 90, b"B" * 16)))
     struct.pack_into("<Q", broken, 8, 40)
     with pytest.raises(ValueError, match="not of the known form"):
-        scripts["gpu_fatbin"].slim_elf(elf({".nv_fatbin": bytes(broken)}), 90, True)
+        gpu_fatbin.slim_elf(elf({".nv_fatbin": bytes(broken)}), 90, True)
 
 
-def test_wheels_are_unpacked_without_what_is_left_out(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
-    module, wheel = scripts["build_gpu_bundle"], tmp_path / "a-1-py3-none-any.whl"
+def test_wheels_are_unpacked_without_what_is_left_out(tmp_path: Path) -> None:
+    wheel = tmp_path / "a-1-py3-none-any.whl"
     contents = {
         "a/__init__.py": b"x = 1\n",
         "a/big.so": b"big",
@@ -96,28 +86,28 @@ def test_wheels_are_unpacked_without_what_is_left_out(scripts: dict[str, ModuleT
         for path, data in contents.items():
             archive.writestr(path, data)
     files: dict[str, bytes] = {}
-    module.unpack(wheel, files, ["a/*.so"], [])
-    module.fix_records(files)
+    build_gpu_bundle.unpack(wheel, files, ["a/*.so"], [])
+    build_gpu_bundle.fix_records(files)
     assert set(files) == {"a/__init__.py", "b.py", "a-1.dist-info/RECORD"}
     assert files["a-1.dist-info/RECORD"] == b"a/__init__.py,,\n"
-    with pytest.raises(module.BundleError, match="in two wheels"):
-        module.unpack(wheel, files, [], [])
+    with pytest.raises(build_gpu_bundle.BundleError, match="in two wheels"):
+        build_gpu_bundle.unpack(wheel, files, [], [])
 
-    archive_bytes = module.pack(files, 1)
-    assert archive_bytes == module.pack(files, 1)
+    archive_bytes = build_gpu_bundle.pack(files, 1)
+    assert archive_bytes == build_gpu_bundle.pack(files, 1)
     with tarfile.open(fileobj=io.BytesIO(lzma.decompress(archive_bytes))) as tar:
         assert tar.getnames() == sorted(files, key=lambda path: (Path(path).suffix, path))
-    module.write_parts(tmp_path, archive_bytes, 100)
+    build_gpu_bundle.write_parts(tmp_path, archive_bytes, 100)
     parts = sorted(tmp_path.glob("bundle.tar.xz.*"))
     assert b"".join(part.read_bytes() for part in parts) == archive_bytes
     assert max(part.stat().st_size for part in parts) <= 100
 
 
-def test_the_install_script_is_complete(scripts: dict[str, ModuleType]) -> None:
-    text = scripts["build_gpu_bundle"].install_script()
+def test_the_install_script_is_complete() -> None:
+    text = build_gpu_bundle.install_script()
     assert "@" not in text.replace('"$@"', "")
     assert "export VLLM_USE_FLASHINFER_SAMPLER=0" in text
-    assert f'!= "{scripts["gpu_bundle_pins"].TORCH}"' in text
+    assert f'!= "{gpu_bundle_pins.TORCH}"' in text
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("gpu_*.sh")), ids=lambda path: path.name)
@@ -127,12 +117,11 @@ def test_the_shell_scripts_parse(script: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_small_wheels_are_among_the_pinned(scripts: dict[str, ModuleType]) -> None:
-    assert set(scripts["gpu_prepare"].LACKING) <= set(scripts["gpu_bundle_pins"].PACKAGES)
+def test_the_small_wheels_are_among_the_pinned() -> None:
+    assert set(gpu_prepare.LACKING) <= set(gpu_bundle_pins.PACKAGES)
 
 
-def test_another_python_is_refused(scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = scripts["gpu_prepare"]
-    monkeypatch.setattr(module, "PYTHON", "2.7")
-    with pytest.raises(module.PrepareError, match="expected Python and Triton 2.7"):
-        module.check_python(sys.executable)
+def test_another_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_prepare, "PYTHON", "2.7")
+    with pytest.raises(gpu_prepare.PrepareError, match="expected Python and Triton 2.7"):
+        gpu_prepare.check_python(sys.executable)

@@ -18,11 +18,11 @@ def run(out: Path, *words: str, **environment: str) -> str:
     """Run the day and its report; returns the report."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     for script, arguments in (
-        ("gpu_day.py", ["--cpu", "--out", str(out), *words]),
-        ("gpu_report.py", [str(out)]),
+        ("gpu_day", ["--cpu", "--out", str(out), *words]),
+        ("gpu_report", [str(out)]),
     ):
         done = subprocess.run(
-            [sys.executable, ROOT / "benchmarks" / script, *arguments],
+            [sys.executable, "-m", f"benchmarks.kernels.{script}", *arguments],
             cwd=ROOT, env=variables, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr

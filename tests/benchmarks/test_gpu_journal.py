@@ -4,8 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from gpu.checks import Limits, is_right
-from gpu.journal import RESERVE, RESTART, SHORT, Case, Journal, Row, run_cases
+
+from benchmarks.kernels.gpu.checks import Limits, is_right
+from benchmarks.kernels.gpu.journal import RESERVE, RESTART, SHORT, Case, Journal, Row, run_cases
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """What gpu_layer.py makes of its cases: one row a linear with every method's time, and a list of what is missing."""
 
-from gpu.journal import Row
-from gpu.shapes import GPU
-from gpu_layer import cases, merged
-from gpu_peers import PEERS
+from benchmarks.kernels.gpu.journal import Row
+from benchmarks.kernels.gpu.shapes import GPU
+from benchmarks.kernels.gpu_layer import cases, merged
+from benchmarks.kernels.gpu_peers import PEERS
 
 
 def test_rows_are_joined() -> None:

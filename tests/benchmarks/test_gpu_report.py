@@ -4,9 +4,10 @@ import json
 import sys
 from pathlib import Path
 
-import gpu_report
 import pytest
-from gpu.cache import relocate
+
+from benchmarks.kernels import gpu_report
+from benchmarks.kernels.gpu.cache import relocate
 
 ROWS = {
     "probe": [{"case": "versions", "commit": "abc"}, {"case": "gpu", "name": "H100"}],

@@ -3,17 +3,17 @@
 import time
 from pathlib import Path
 
-import gpu
 import pytest
-from gpu import steps
-from gpu.journal import Journal
-from gpu.steps import Day, Step
+from paths import ROOT
+
+from benchmarks.kernels.gpu import steps
+from benchmarks.kernels.gpu.journal import Journal
+from benchmarks.kernels.gpu.steps import Day, Step
 
 RUNNER = """
 import os, signal, sys, time
 from pathlib import Path
-sys.path.insert(0, {benchmarks!r})
-from gpu.journal import RESTART, Case, Journal, run_cases
+from benchmarks.kernels.gpu.journal import RESTART, Case, Journal, run_cases
 
 step, words = sys.argv[1], sys.argv[2:]
 options = dict(zip(words[::2], words[1::2]))
@@ -24,11 +24,11 @@ def hang(row): time.sleep(600)
 def lose(row): raise RuntimeError("CUDA error: an illegal memory access was encountered")
 def fine(row): pass
 
-kinds = {{"good": [fine, fine], "dies": [die, fine], "loses": [lose, lose, fine], "hangs": [fine, hang]}}
+kinds = {"good": [fine, fine], "dies": [die, fine], "loses": [lose, lose, fine], "hangs": [fine, hang]}
 if step == "broken":
     sys.exit(3)
 worker, workers = map(int, options["--worker"].split("/"))
-cases = [Case(f"{{function.__name__}} {{number}}", function) for number, function in enumerate(kinds[step])]
+cases = [Case(f"{function.__name__} {number}", function) for number, function in enumerate(kinds[step])]
 lost = step == "loses"
 sys.exit(run_cases(journal, step, cases[worker::workers], lambda: lost, Path(options["--mark"])))
 """
@@ -37,10 +37,10 @@ sys.exit(run_cases(journal, step, cases[worker::workers], lambda: lost, Path(opt
 @pytest.fixture
 def day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Day:
     """A day on a "GPU" whose worker is a small script."""
-    benchmarks = str(Path(gpu.__file__ or "").parent.parent)
-    (tmp_path / "runner.py").write_text(RUNNER.format(benchmarks=benchmarks))
-    monkeypatch.setattr(steps, "RUNNER", tmp_path / "runner.py")
-    return Day(Journal(tmp_path / "out", time.time() + 1000), on_gpu=True, environment={})
+    (tmp_path / "runner.py").write_text(RUNNER)
+    monkeypatch.setattr(steps, "RUNNER", (str(tmp_path / "runner.py"),))
+    journal = Journal(tmp_path / "out", time.time() + 1000)
+    return Day(journal, on_gpu=True, environment={"PYTHONPATH": str(ROOT)})
 
 
 def cases(day: Day, step: str) -> dict[str, bool]:

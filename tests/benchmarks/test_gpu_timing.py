@@ -1,11 +1,12 @@
 """The summary of samples, and the shapes and order of what is measured."""
 
 import torch
-from gpu import layer_table
-from gpu.journal import Row
-from gpu.shapes import CPU, GPU, MODELS
-from gpu.smoke import smoke_cases
-from gpu.timing import Timing, time_calls, timing_of
+
+from benchmarks.kernels.gpu import layer_table
+from benchmarks.kernels.gpu.journal import Row
+from benchmarks.kernels.gpu.shapes import CPU, GPU, MODELS
+from benchmarks.kernels.gpu.smoke import smoke_cases
+from benchmarks.kernels.gpu.timing import Timing, time_calls, timing_of
 
 
 def test_samples_are_summarized() -> None:

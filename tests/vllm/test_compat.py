@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,19 +21,9 @@ BASE = "vllm/model_executor/layers/quantization/base_config.py"
 @pytest.fixture(scope="module")
 def hooks() -> Any:
     """scripts/check_vllm_hooks.py as a module."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        spec = importlib.util.spec_from_file_location(
-            "check_vllm_hooks", ROOT / "scripts" / "check_vllm_hooks.py"
-        )
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    from scripts import check_vllm_hooks
+
+    return check_vllm_hooks
 
 
 @pytest.mark.parametrize("release", ["0.26.0", "0.27.1", "0.32.0+cpu", "0.33.2", "0.33.0rc1"])

@@ -10,7 +10,8 @@ from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
 from bwla_converter.source.families import FAMILIES
 from golden import find_golden, load_reference, watched
-from tiny_models import write_model
+
+from benchmarks.common.tiny_models import write_model
 
 VOCABULARY = 256
 LENGTH = 20

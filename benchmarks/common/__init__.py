@@ -1,0 +1,1 @@
+"""Helpers that benchmarks, scripts and tests share."""

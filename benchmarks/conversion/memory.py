@@ -1,0 +1,186 @@
+"""Peak memory of a conversion beside its prediction: a random model is written and converted in a process of its own.
+
+    python -m benchmarks.conversion.memory --out benchmarks/results/convert_memory.json
+    python -m benchmarks.conversion.memory --recipe fast --shape 1.7b --layers 2 --quick \\
+        --out benchmarks/results/convert_memory_fast.json
+
+Two limits must hold: the peak is within 20 % of what `planning.budget` predicts, and, for recipe paper, below a
+quarter of the model's bytes plus 1 GB. Blocks are converted one after the other, so the peak of a few layers is that
+of all. `--quick` has the recipe do fewer rounds of the same steps on the same tensors: the peak is that of a step.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.common.record import ROOT, write_result
+
+EXAMPLE = ROOT / "examples"
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.2b": {"hidden_size": 2048, "intermediate_size": 5632, "vocab_size": 32000},
+    # Qwen3-1.7B
+    "1.7b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096},
+}
+TOLERANCE = 0.2
+
+
+def write_random_model(folder: Path, layers: int, shape: str) -> int:
+    """Write a random Qwen3 model of bfloat16 weights, one shard a block; returns the tensors' bytes."""
+    sizes = SHAPES[shape]
+    config = AutoConfig.for_model(
+        "qwen3",
+        architectures=["Qwen3ForCausalLM"],
+        num_hidden_layers=layers,
+        num_attention_heads=sizes["hidden_size"] // 128,
+        num_key_value_heads=sizes["hidden_size"] // 256,
+        head_dim=128,
+        dtype="bfloat16",
+        **sizes,
+    )
+    config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXAMPLE / "model" / name, folder)
+    with torch.device("meta"):
+        shapes = {name: t.shape for name, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    if config.tie_word_embeddings:
+        shapes.pop("lm_head.weight", None)
+    generator = torch.Generator().manual_seed(0)
+    shards: dict[str, dict[str, torch.Size]] = {}
+    for name, size in shapes.items():
+        part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        shards.setdefault(f"model-{part}.safetensors", {})[name] = size
+    weight_map, total = {}, 0
+    for file, members in shards.items():
+        tensors = {
+            name: torch.ones(size, dtype=torch.bfloat16)
+            if name.endswith("norm.weight")
+            else (torch.randn(size, generator=generator) * 0.02).bfloat16()
+            for name, size in members.items()
+        }
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(t.numel() * t.element_size() for t in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int, quick: bool) -> None:
+    """Convert in this process and print the prediction, the peak and the seconds as JSON."""
+    from bwla_converter.listener import Listener
+    from bwla_converter.options import Calibration, Options
+    from bwla_converter.pipeline import convert
+    from bwla_converter.planning.budget import Budget
+    from bwla_converter.quantize import fast, paper
+    from bwla_converter.quantize import gptq_binary as error_feedback
+    from bwla_converter.recipes import base as recipes
+
+    if quick:
+        few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
+        recipes.FastOptions = few  # type: ignore[attr-defined,assignment,misc]
+        error_feedback.START_FACTORS = (1.0, 1.3)
+        rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
+        paper.PaperOptions = rounds  # type: ignore[assignment,misc]
+    predicted: list[Budget] = []
+
+    class Notes(Listener):
+        def budgeted(self, budget: Budget) -> None:
+            predicted.append(budget)
+
+    text = Calibration(str(EXAMPLE / "text" / "calibration.txt"), windows, length)
+    started = time.monotonic()
+    options = Options(
+        str(model), out, recipe=recipe, calibration=None if recipe == "paper" else text, text_samples=0
+    )
+    summary = convert(options, Notes())
+    result = {
+        "predicted_bytes": round(predicted[0].memory),
+        "predicted_moment": predicted[0].moment,
+        "base_bytes": round(predicted[0].base),
+        "predicted_seconds": round(predicted[0].seconds),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rank": summary.rank,
+        "bits_per_weight": summary.bits_per_weight,
+        "bytes_after": summary.bytes_after,
+    }
+    print(json.dumps(result))
+
+
+def main() -> int:
+    """Command line; returns 1 where a limit does not hold."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipe", default="paper")
+    parser.add_argument("--shape", choices=SHAPES, default="1.2b")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--windows", type=int, default=4, help="of calibration text")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds of the same steps")
+    parser.add_argument("--work", type=Path, help="folder for the model (a temporary one)")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--here", nargs=2, type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    settings = (arguments.recipe, arguments.windows, arguments.length, arguments.quick)
+    if arguments.here:
+        convert_here(*arguments.here, *settings)
+        return 0
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        model, out = Path(work) / "model", Path(work) / "out"
+        size = write_random_model(model, arguments.layers, arguments.shape)
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.conversion.memory",
+            *sys.argv[1:],
+            "--here",
+            str(model),
+            str(out),
+        ]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+    limit = size // 4 + 10**9 if arguments.recipe == "paper" and not arguments.quick else None
+    ratio = found["peak_bytes"] / found["predicted_bytes"]
+    print(
+        f"model {size / 1e9:.2f} GB, peak memory {found['peak_bytes'] / 1e9:.2f} GB, predicted "
+        f"{found['predicted_bytes'] / 1e9:.2f} GB ({found['predicted_moment']}): {ratio:.2f} of it, "
+        f"{found['seconds']:.0f} s" + (f", limit {limit / 1e9:.2f} GB" if limit else "")
+    )
+    row = {
+        "recipe": arguments.recipe,
+        "shape": SHAPES[arguments.shape],
+        "layers": arguments.layers,
+        "windows": arguments.windows,
+        "length": arguments.length,
+        "quick": arguments.quick,
+        "model_bytes": size,
+        "limit_bytes": limit,
+        "peak_over_predicted": round(ratio, 3),
+        **found,
+    }
+    if arguments.out:
+        write_result(arguments.out, [row])
+    return int(abs(ratio - 1) > TOLERANCE or (limit is not None and found["peak_bytes"] > limit))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""How fast one layer is, on a CPU and on a GPU."""

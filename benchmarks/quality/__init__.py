@@ -1,0 +1,1 @@
+"""How accurate a converted model is, in comparison with other methods and with the paper."""

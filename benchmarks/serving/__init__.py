@@ -1,0 +1,1 @@
+"""How fast and how reliable vLLM is when it serves a converted model."""

@@ -1,0 +1,141 @@
+"""Time a vLLM engine in a process of its own, so that nothing of one engine is left for the next.
+
+python -m benchmarks.serving.engines JOB.json ANSWER.json      (serve.py and gpu_serve.py call this)
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "tie_word_embeddings": True},
+    "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+             "tie_word_embeddings": True},
+    "8b": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+           "tie_word_embeddings": False},
+    "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
+            "tie_word_embeddings": False},
+}  # fmt: skip
+"""Qwen3's published sizes."""
+
+COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 8192}
+SLOW_SECONDS = 15.0
+"""A prompt that takes longer is timed once."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to start and what to time.
+
+    Attributes:
+        folder: a model or a config alone.
+        batches: requests at a time, for decode.
+        prefills: prompt lengths, one request each; with `prefill_batches`, so many requests at a time.
+        engine: further arguments of `vllm.LLM`.
+        environment: variables of the process.
+        long_answer: tokens by which the longer of two answers exceeds the shorter one: decode is their difference.
+    """
+
+    folder: str
+    batches: list[int]
+    prefills: list[int]
+    prefill_batches: list[int] = field(default_factory=lambda: [1])
+    repeats: int = 3
+    engine: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    long_answer: int = 32
+
+
+def write_config(folder: Path, shape: str) -> None:
+    """A folder with the config.json of one of `SHAPES`, and nothing else."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(
+        "qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16", **COMMON, **SHAPES[shape]
+    )
+    config.save_pretrained(folder)
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Start the engine in this process and time it.
+
+    Returns: `decode` {batch: tokens/s}, `prefill` {"batch x length": tokens/s}, `start_s`, `resident_bytes`.
+    """
+    from vllm import LLM, SamplingParams
+
+    started = time.perf_counter()
+    engine = LLM(
+        job.folder,
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_num_seqs=max(job.batches + job.prefill_batches),
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **job.engine,
+    )
+    start_s = time.perf_counter() - started
+
+    def seconds(batch: int, prompt: int, answer: int) -> float:
+        options = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
+        prompts = [
+            {"prompt_token_ids": [(7 * i + 13 * b) % 5000 + 10 for i in range(prompt)]} for b in range(batch)
+        ]
+        begun = time.perf_counter()
+        engine.generate(prompts, options, use_tqdm=False)
+        return time.perf_counter() - begun
+
+    decode, prefill = {}, {}
+    for batch in job.batches:
+        seconds(batch, 16, 4)
+        slopes = [seconds(batch, 16, 8 + job.long_answer) - seconds(batch, 16, 8) for _ in range(job.repeats)]
+        decode[str(batch)] = batch * job.long_answer / statistics.median(slopes)
+    for batch in job.prefill_batches:
+        for length in job.prefills:
+            times = [seconds(batch, length, 1)]
+            if times[0] < SLOW_SECONDS:  # otherwise what the first call does besides is nothing to it
+                times = [seconds(batch, length, 1) for _ in range(job.repeats)]
+            prefill[f"{batch}x{length}"] = batch * length / statistics.median(times)
+    return {"decode": decode, "prefill": prefill, "start_s": start_s, "resident_bytes": resident_bytes()}
+
+
+def run_job(job: Job, timeout: float | None = None) -> dict[str, Any]:
+    """`measure` in a process of its own.
+
+    Raises:
+        RuntimeError: the engine failed; quotes the end of what it printed.
+        subprocess.TimeoutExpired: it took longer than `timeout` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        question.write_text(json.dumps(asdict(job)))
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.serving.engines", question, answer],
+            env={**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **job.environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+        if done.returncode or not answer.exists():
+            raise RuntimeError(f"the engine of {job.folder} failed:\n{done.stdout[-3000:]}")
+        result: dict[str, Any] = json.loads(answer.read_text())
+        return result
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(measure(Job(**json.loads(Path(sys.argv[1]).read_text())))))

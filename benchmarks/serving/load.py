@@ -1,0 +1,321 @@
+"""Serve many clients at once, and check every answer.
+
+    python -m benchmarks.serving.load --out benchmarks/results/load.json
+    python -m benchmarks.serving.load --models FOLDER --requests 200
+
+Behind `vllm serve` with its default settings (prefix caching, chunked prefill, --max-num-seqs): the converted
+example, and random weights of Qwen3-0.6B's shape. 1,000 requests from 32 OpenAI clients: whole and streamed, short
+and long, some closed half-way, some malformed. Each prompt is asked alone before and after. An answer under load
+that is not token for token the one alone is scored again alone: how far below the likeliest token was each of its
+tokens, at most (rounding ties, see tests/vllm/test_example.py), beside the same for answers to other prompts.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+from openai import AsyncOpenAI
+
+from benchmarks.common.record import ROOT, write_result
+from benchmarks.common.server import Server, serve
+from benchmarks.serving.engines import write_config
+from benchmarks.serving.load_requests import (
+    MALFORMED,
+    Answer,
+    Prompt,
+    Request,
+    make_plan,
+    make_pool,
+    send,
+    send_malformed,
+)
+
+EXAMPLE = ROOT / "examples" / "model"
+TEXT = ROOT / "examples" / "text" / "heldout.txt"
+TEMPLATE = ROOT / "examples" / "clients" / "plain_chat.jinja"
+CONTROLS = 40
+"""Answers that are scored after a prompt that is not theirs."""
+
+SAMPLE_SECONDS = 1.0
+START_SECONDS = 1800
+"""A server that is slow to start on a busy machine is no failure of what is measured here."""
+
+
+def convert(source: Path, out: Path, *options: str | Path) -> None:
+    """Run bwla-convert."""
+    command = Path(sys.executable).with_name("bwla-convert")
+    subprocess.run([command, source, out, *options], check=True)
+
+
+def make_dummy(out: Path) -> None:
+    """Random weights of Qwen3-0.6B's shape with the example's tokenizer and vocabulary."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder)
+        write_config(plain, "0.6b")
+        config = json.loads((plain / "config.json").read_text())
+        config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        (plain / "config.json").write_text(json.dumps(config))
+        tokenizer.save_pretrained(plain)
+        convert(plain, out, "--dummy")
+
+
+def resident_bytes(pid: int) -> dict[str, int]:
+    """Resident memory of a process and its descendants, by name."""
+    found: dict[str, int] = {}
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        try:
+            found[process.name()] = found.get(process.name(), 0) + process.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
+
+def memory_facts(samples: list[tuple[int, dict[str, int]]], requests: int) -> dict[str, Any]:
+    """How memory went, from (requests done, bytes by process): a fifth of the run is left to warm up."""
+    steady = [sample for sample in samples if sample[0] >= 0.2 * requests]
+    late = [sample for sample in samples if sample[0] >= 0.6 * requests]
+    first, last = steady[0][1], steady[-1][1]
+
+    def rise(part: list[tuple[int, dict[str, int]]]) -> float:
+        return round(slope([(float(done), float(sum(sizes.values()))) for done, sizes in part]), 1)
+
+    return {
+        "memory_bytes": {"first": sum(samples[0][1].values()), "last": sum(last.values())},
+        "grown_bytes_by_process": {name: size - first.get(name, 0) for name, size in last.items()},
+        "memory_slope_bytes_per_request": rise(steady),
+        "memory_slope_of_the_last_two_fifths": rise(late),
+    }
+
+
+def slope(points: list[tuple[float, float]]) -> float:
+    """Least-squares slope of y over x."""
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """vLLM's Prometheus metrics, summed over labels."""
+    with urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, float] = {}
+    for line in lines:
+        match = re.fullmatch(r"(vllm:\w+)(?:\{[^}]*\})? (\S+)", line)
+        if match:
+            found[match[1]] = found.get(match[1], 0.0) + float(match[2])
+    return found
+
+
+async def alone(server: Server, pool: list[Prompt]) -> list[Answer]:
+    """Every prompt of the pool, one after the other."""
+    async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+        return [await send(client, server.model, prompt, "whole") for prompt in pool]
+
+
+async def together(
+    server: Server, pool: list[Prompt], plan: list[Request], clients: int
+) -> tuple[list[Answer], list[tuple[int, dict[str, int]]]]:
+    """The plan, by so many clients at once; also (requests done, bytes by process) over the run."""
+    answers: list[Answer | None] = [None] * len(plan)
+    waiting = iter(range(len(plan)))
+    memory: list[tuple[int, dict[str, int]]] = []
+
+    async def work() -> None:
+        async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0, timeout=300) as client:
+            for number in waiting:
+                request = plan[number]
+                if request.kind == "malformed":
+                    answers[number] = await send_malformed(client, server.model, request.index)
+                else:
+                    answers[number] = await send(client, server.model, pool[request.index], request.kind)
+
+    async def watch() -> None:
+        while True:
+            done = sum(answer is not None for answer in answers)
+            memory.append((done, resident_bytes(server.pid)))
+            await asyncio.sleep(SAMPLE_SECONDS)
+
+    watcher = asyncio.create_task(watch())
+    await asyncio.gather(*(work() for _ in range(clients)))
+    watcher.cancel()
+    return [answer if answer is not None else Answer(0, error="never sent") for answer in answers], memory
+
+
+async def worst_gap(client: AsyncOpenAI, model: str, prompt: list[int], answer: list[int]) -> float:
+    """Largest distance of a token of `answer`, after `prompt`, from the likeliest one, in log probability (nats)."""
+    reply = await client.completions.create(
+        model=model, prompt=[*prompt, *answer], max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
+    )
+    tables = reply.choices[0].prompt_logprobs[len(prompt) :]  # type: ignore[attr-defined]
+    gaps = []
+    for token, table in zip(answer, tables, strict=True):
+        values = {int(key): float(value["logprob"]) for key, value in table.items()}
+        gaps.append(max(values.values()) - values[token])
+    return max(gaps)
+
+
+async def judge(
+    server: Server, plan: list[Request], answers: list[Answer], references: list[Answer]
+) -> dict[str, Any]:
+    """Compare what came back under load with what came back alone."""
+    others: dict[tuple[int, ...], set[int]] = {}
+    for index, reference in enumerate(references):
+        others.setdefault(tuple(reference.tokens), set()).add(index)
+    counts = dict.fromkeys(("compared", "identical", "mixed_up", "rescored"), 0)
+    gaps, controls, odd = [], [], []
+    async with AsyncOpenAI(base_url=server.url, api_key="none") as client:
+        for request, answer in zip(plan, answers, strict=True):
+            if request.kind == "malformed" or answer.error:
+                continue
+            reference = references[request.index]
+            counts["compared"] += 1
+            if request.kind == "cancel":
+                same = answer.tokens == reference.tokens[: len(answer.tokens)]
+            else:
+                same = (answer.tokens, answer.finish) == (reference.tokens, reference.finish)
+            counts["identical"] += same
+            if not same:
+                owners = others.get(tuple(answer.tokens), {request.index})
+                counts["mixed_up"] += (
+                    request.index not in owners or answer.prompt_tokens != reference.prompt_tokens
+                )
+                gap = await worst_gap(client, server.model, reference.prompt_tokens, answer.tokens)
+                gaps.append(gap)
+                odd.append({"prompt": request.index, "kind": request.kind, "gap": round(gap, 4)})
+        rng = random.Random(0)
+        for _ in range(CONTROLS):
+            mine, other = rng.sample(range(len(references)), 2)
+            tokens = references[other].tokens
+            controls.append(await worst_gap(client, server.model, references[mine].prompt_tokens, tokens))
+    counts["rescored"] = len(gaps)
+    return {
+        **counts,
+        "largest_gap_of_rescored_nats": max(gaps, default=0.0),
+        "median_gap_of_wrong_prompts_nats": statistics.median(controls),
+        "smallest_gap_of_wrong_prompts_nats": min(controls),
+        "widest": sorted(odd, key=lambda one: -one["gap"])[:5],
+    }
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that `share` of all are not above."""
+    ordered = sorted(values)
+    return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+
+
+def times(answers: list[Answer], plan: list[Request]) -> dict[str, Any]:
+    """p50 and p99 of the well-formed requests that ran to their end."""
+    good = [a for a, r in zip(answers, plan, strict=True) if r.kind in ("whole", "stream") and not a.error]
+    first = [answer.first for answer in good if answer.first is not None]
+    return {
+        "latency_s": {
+            "p50": quantile([a.seconds for a in good], 0.5),
+            "p99": quantile([a.seconds for a in good], 0.99),
+        },
+        "first_token_s": {"p50": quantile(first, 0.5), "p99": quantile(first, 0.99)},
+        "answer_tokens": sum(len(answer.tokens) for answer in answers),
+        "prompt_tokens": sum(len(answer.prompt_tokens) for answer in answers),
+    }
+
+
+async def run(server: Server, name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Everything for one model."""
+    pool = make_pool(TEXT.read_text(encoding="utf-8"), options.prompts, options.longest, options.seed)
+    plan = make_plan(options.requests, len(pool), options.seed)
+    before = await alone(server, pool)
+    started = time.perf_counter()
+    answers, memory = await together(server, pool, plan, options.clients)
+    seconds = time.perf_counter() - started
+    await asyncio.sleep(2)  # a closed stream is noticed at the engine's next step
+    after_load = metrics(server)
+    after = await alone(server, pool)
+    failed = [a.error for a in answers if a.error] + [a.error for a in (*before, *after) if a.error]
+    kinds = {kind: sum(r.kind == kind for r in plan) for kind in ("whole", "stream", "cancel", "malformed")}
+    return {
+        "model": name,
+        "requests": len(plan),
+        "clients": options.clients,
+        "kinds": kinds,
+        "malformed_cases": [case[0] for case in MALFORMED],
+        "failed": len(failed),
+        "failures": failed[:5],
+        "seconds": round(seconds, 1),
+        **times(answers, plan),
+        "distinct_answers_alone": len({tuple(answer.tokens) for answer in before}),
+        "prompts": len(pool),
+        "alone_again_identical": sum(a.tokens == b.tokens for a, b in zip(before, after, strict=True)),
+        **await judge(server, plan, answers, before),
+        "left_running": after_load.get("vllm:num_requests_running", -1.0)
+        + after_load.get("vllm:num_requests_waiting", 0.0),
+        "prefix_cache_hit_tokens": after_load.get("vllm:prefix_cache_hits_total", 0.0),
+        **memory_facts(memory, len(plan)),
+    }
+
+
+def passed(row: dict[str, Any]) -> bool:
+    """Whether nothing was lost, mixed up or left running."""
+    telling = row["largest_gap_of_rescored_nats"] < row["smallest_gap_of_wrong_prompts_nats"]
+    return not row["failed"] and not row["mixed_up"] and telling and row["left_running"] == 0 and row["alive"]
+
+
+def main() -> int:
+    """Command line; returns 1 if an answer was lost or wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="example,dummy", help="example, dummy or folders (example,dummy)")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=80, help="different prompts (80)")
+    parser.add_argument("--longest", type=int, default=250, help="words of the longest prompt (250)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", default="", help="further arguments of vllm serve, in one string")
+    parser.add_argument("--log", type=Path, help="where the last server's output goes")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    options = parser.parse_args()
+    rows = []
+    for name in options.models.split(","):
+        with tempfile.TemporaryDirectory() as work:
+            folder = Path(work) / "model"
+            if name == "dummy":
+                make_dummy(folder)
+            elif name == "example":
+                convert(EXAMPLE, folder)
+            else:
+                folder = Path(name)
+            flags = ["--quantization", "bwla", "--chat-template", str(TEMPLATE), *options.serve.split()]
+            log = options.log or Path(work) / "server.log"
+            with serve(folder, log, flags, health_seconds=START_SECONDS) as server:
+                row = asyncio.run(run(server, name, options))
+                row["alive"] = psutil.Process(server.pid).is_running() and bool(
+                    asyncio.run(alone_once(server))
+                )
+        row["ok"] = passed(row)
+        rows.append(row)
+        print(json.dumps(row, indent=1), flush=True)
+        if options.out:
+            write_result(options.out, rows, serve_flags=[flag.removeprefix(f"{ROOT}/") for flag in flags])
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+async def alone_once(server: Server) -> list[int]:
+    """The tokens of one more answer."""
+    (answer,) = await alone(server, [Prompt("The end", False, 4)])
+    return answer.tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Tokens per second in vLLM on this machine's CPU: bf16 against BWLA at the shapes of real models.
+
+    python -m benchmarks.serving.serve --models 0.6b,1.7b,8b --out benchmarks/results/serve.json
+    python -m benchmarks.serving.serve --models 32b --no-bf16 --batches 1 --out benchmarks/results/serve_32b.json
+
+Weights are random (speed does not depend on them): vLLM's dummy loader for bf16, a checkpoint written by
+`bwla-convert --dummy` for BWLA. Each engine runs in a process of its own; decode is the slope between two
+answer lengths, so that prefill and start-up cancel; prefill is one long prompt with one answer token.
+
+Resident memory has a bound: 1.15 times the checkpoint, the KV cache, and what vLLM itself takes, which is measured as
+what the bf16 engine holds beyond its weights and its KV cache.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common.record import write_result
+from benchmarks.serving.engines import SHAPES, Job, run_job, write_config
+
+PREFILL = 256
+KV_BYTES = 320 << 20
+"""KV cache of one request of 1,024 tokens at the largest shape, and room to round it up to blocks."""
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+def job(folder: Path, load_format: str, batches: list[int]) -> Job:
+    """The same engine for both."""
+    engine = {
+        "load_format": load_format,
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": KV_BYTES * max(batches),
+    }
+    return Job(str(folder), batches, [PREFILL], batches, engine=engine, environment=ENVIRONMENT)
+
+
+def weight_bytes(folder: Path) -> int:
+    """bfloat16 bytes of the weights that vLLM makes for a config: decoder, embedding and head."""
+    config = json.loads((folder / "config.json").read_text())
+    hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    attention = config["head_dim"] * 2 * (heads + config["num_key_value_heads"])
+    vocabulary = config["vocab_size"] * (1 if config["tie_word_embeddings"] else 2)
+    return 2 * hidden * (config["num_hidden_layers"] * (attention + 3 * wide) + vocabulary)
+
+
+def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int) -> dict[str, int]:
+    """vLLM's own memory, and the most that BWLA may take of it all."""
+    own = bf16_resident - bf16_weights - kv
+    return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
+
+
+def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, Any]]:
+    """All rows of one model shape."""
+    with tempfile.TemporaryDirectory() as work:
+        plain, bwla = Path(work) / "plain", Path(work) / "bwla"
+        write_config(plain, shape)
+        convert = Path(sys.executable).with_name("bwla-convert")
+        subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", "8"], check=True)
+        size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
+        ours = run_job(job(bwla, "auto", batches))
+        theirs = run_job(job(plain, "dummy", batches)) if with_bf16 else None
+        memory = {}
+        if theirs is not None:
+            kv = KV_BYTES * max(batches)
+            memory = memory_bound(theirs["resident_bytes"], weight_bytes(plain), kv, size)
+            resident, bound = (value / 1e9 for value in (ours["resident_bytes"], memory["bound_bytes"]))
+            print(f"qwen3-{shape}: resident {resident:.2f} GB, bound {bound:.2f} GB", flush=True)
+    rows = []
+    for batch in batches:
+        row: dict[str, Any] = {
+            "model": f"qwen3-{shape}",
+            "batch": batch,
+            "bwla_checkpoint_bytes": size,
+            **memory,
+        }
+        for name, result in (("bwla", ours), ("bf16", theirs)):
+            if result is not None:
+                row[f"{name}_decode_tok_s"] = result["decode"][str(batch)]
+                row[f"{name}_prefill_tok_s"] = result["prefill"][f"{batch}x{PREFILL}"]
+                row[f"{name}_resident_bytes"] = result["resident_bytes"]
+        line = f"{row['model']} batch {batch}: "
+        for what in ("decode", "prefill"):
+            line += f"{what} {row[f'bwla_{what}_tok_s']:.2f} tok/s"
+            if theirs is not None:
+                line += f" ({row[f'bwla_{what}_tok_s'] / row[f'bf16_{what}_tok_s']:.2f}x bf16)"
+            line += ", " if what == "decode" else ""
+        print(line, flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="0.6b,1.7b", help=f"shapes, of {', '.join(SHAPES)} (0.6b,1.7b)")
+    parser.add_argument("--batches", default="1,8", help="requests at a time (1,8)")
+    parser.add_argument(
+        "--no-bf16", action="store_true", help="BWLA alone, for shapes that do not fit in bf16"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    arguments = parser.parse_args()
+    batches = [int(batch) for batch in arguments.batches.split(",")]
+    rows = []
+    for shape in arguments.models.split(","):
+        rows += compare(shape, batches, not arguments.no_bf16)
+        if arguments.out:
+            write_result(arguments.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

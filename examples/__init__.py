@@ -1,0 +1,1 @@
+"""The example model, its text, and the script that trained it."""

@@ -1,0 +1,1 @@
+"""Tests of the three packages, the benchmarks, the scripts and the documents."""

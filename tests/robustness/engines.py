@@ -1,0 +1,87 @@
+"""Damaged checkpoints in real vLLM engines, in this process: what comes out after the front process said yes."""
+
+import contextlib
+import gc
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
+
+from benchmarks.common.tiny_models import write_model
+from bwla_vllm.errors import StartError
+from tests.robustness.fuzz import HOST_ERRORS, Case, quiet
+from tests.robustness.mutations import MAY_PASS, MUST_REFUSE
+
+SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "CRITICAL",
+}
+VOCABULARY = 256
+
+
+def first_token(folder: Path, name: str) -> float:
+    """Start an engine; the log probability of the likeliest token after a prompt."""
+    from vllm import LLM, ModelRegistry, SamplingParams
+
+    # A registered class is inspected in this process; a lazy name, in one of its own for half a minute.
+    if hasattr(ModelRegistry.models[name], "load_model_cls"):
+        ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+    engine = LLM(
+        str(folder), dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=2, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=16 * 2**20, disable_log_stats=True,
+    )  # fmt: skip
+    options = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, ignore_eos=True, detokenize=False)
+    (answer,) = engine.generate({"prompt_token_ids": [3, 1, 4, 1, 5]}, options, use_tqdm=False)
+    (table,) = answer.outputs[0].logprobs
+    return float(next(iter(table.values())).logprob)
+
+
+def judge_engine(folder: Path, name: str, must_refuse: bool) -> tuple[str, str]:
+    """As `fuzz.judge`, for a whole engine."""
+    try:
+        with quiet():
+            value = first_token(folder, name)
+    except StartError as error:
+        return ("refused", str(error)) if "\n" not in str(error) else ("CRASH: no sentence", str(error))
+    except HOST_ERRORS as error:
+        return "refused by its host", f"{type(error).__name__}: {error}"
+    except Exception as error:
+        return "crash of its host", f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
+    if value != value:
+        return "SILENT: not finite", ""
+    return ("SILENT: damage not seen", "") if must_refuse else ("serves", "")
+
+
+def run_engines(count: int, seed: int, work: Path, on_case: Callable[[Case], None]) -> list[Case]:
+    """`count` damaged checkpoints, one engine after the other."""
+    os.environ.update(SETTINGS)
+    source = write_model(work / "served", "Qwen3", shards=3, lively=True, vocab_size=VOCABULARY)
+    origin = work / "served-bwla"
+    with quiet():
+        convert(Options(str(source), origin, rank=2))
+    (name,) = json.loads((origin / "config.json").read_text())["architectures"]
+    cases: list[Case] = []
+    kinds = [*MUST_REFUSE, *MAY_PASS]
+    rng = random.Random(seed)
+    order = rng.sample(kinds, len(kinds)) * (1 + count // len(kinds))
+    for number, mutate in enumerate(order[:count]):
+        damaged = work / "damaged-served"
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(damaged)
+        shutil.copytree(origin, damaged)
+        what = mutate(damaged, rng)
+        if what is None:
+            continue
+        outcome, message = judge_engine(damaged, name, mutate in MUST_REFUSE)
+        cases.append(Case(number, "vllm", mutate.__name__, what, outcome, message[:300]))
+        on_case(cases[-1])
+    return cases

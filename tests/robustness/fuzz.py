@@ -1,0 +1,328 @@
+"""Damaged model folders against everything that reads one: no crash without a message, no silent load of wrong data.
+
+    python -m tests.robustness.fuzz --count 1000 --out benchmarks/results/fuzz.json
+
+Three readers are asked in turn: the converter's pre-flight, the plugin's checks before and while loading (those of
+`process_weights_after_loading`, without an engine; `--engines N` starts real ones too), and transformers. What a
+reader lets through is compared with the undamaged folder. A changed value that is as valid as the old one (a flipped
+sign bit, another norm epsilon) is counted as `other valid data`; of a checkpoint, `bwla-inspect`'s hashes must then
+tell. Seeded: one seed, one list of mutations.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
+
+import bwla_converter
+import bwla_kernels
+import torch
+from bwla_converter.checkpoint.integrity import check_hashes
+from bwla_converter.hf import modules as hf
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
+from bwla_converter.source.families import FAMILIES
+from bwla_converter.source.model import check_values, open_source
+from bwla_kernels.errors import BWLAError
+from bwla_kernels.format import validate_layer
+from bwla_kernels.format.files import read_folder, read_tensors
+from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.layer import INPUT_TRANSFORM
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import bwla_vllm
+from benchmarks.common.record import write_result
+from benchmarks.common.tiny_models import write_model
+from bwla_vllm.config import BWLAConfig
+from bwla_vllm.errors import StartError
+from tests.robustness.mutations import MAY_PASS, MUST_REFUSE, Mutation
+
+HOST_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError)
+"""What transformers and vLLM raise on purpose before they ask us; anything else counts as a crash."""
+
+LIMIT_S = 180
+"""Seconds for one reader and folder; they take less than one."""
+
+OUR_CODE = tuple(Path(package.__file__).parent for package in (bwla_converter, bwla_kernels, bwla_vllm))
+"""An error that passed through one of these without becoming a sentence is ours."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One damaged folder and what a reader made of it."""
+
+    number: int
+    reader: str
+    mutation: str
+    what: str
+    outcome: str
+    message: str = ""
+
+
+def digest(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """A number for the bytes of each tensor."""
+    return {
+        name: hash((tuple(tensor.shape), tensor.dtype, raw_bytes(tensor))) for name, tensor in tensors.items()
+    }
+
+
+def raw_bytes(tensor: Tensor) -> bytes:
+    raw: bytes = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return raw
+
+
+def finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor.float()).all()) for tensor in tensors.values())
+
+
+def read_as_source(folder: Path) -> dict[str, Tensor]:
+    """What a conversion would read."""
+    source = open_source(str(folder))
+    check_values(source)
+    return source.read(list(source.entries))
+
+
+def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
+    """What vLLM would load; None where it would not ask the plugin."""
+    hf_config = AutoConfig.from_pretrained(folder)
+    stored = getattr(hf_config, "quantization_config", None)
+    if not isinstance(stored, dict) or stored.get("quant_method") != "bwla":
+        return None
+    config = BWLAConfig.from_config(stored)
+    config.maybe_update_config(str(folder), hf_config=hf_config, revision=None)
+    entries = read_folder(folder)
+    tensors = read_tensors(folder, entries, list(entries))
+    for name, spec in config.specs.items():
+        layer = {
+            key.removeprefix(name + "."): value
+            for key, value in tensors.items()
+            if key.startswith(name + ".")
+        }
+        validate_layer(name, layer, spec)
+    if config.format is not None and config.format.lm_head is not None:
+        names = head_tensor_specs(HeadSpec(1, 1))
+        head = {key: tensors[f"{HEAD_MODULE}.{key}"] for key in names}
+        validate_head(head, HeadSpec(*head["weight_int8"].shape))
+    if not hf_config.architectures:
+        raise ValueError("vLLM refuses a model without architectures")
+    _refuse_unequal_copies(hf_config.architectures[0], hf_config.num_hidden_layers, tensors)
+    return tensors
+
+
+def _refuse_unequal_copies(architecture: str, blocks: int, tensors: Mapping[str, Tensor]) -> None:
+    """As `BWLALinearMethod` does where vLLM fuses the members of a group."""
+    family = next(family for family in FAMILIES if family.architecture == architecture)
+    for index in range(blocks):
+        for group in family.groups:
+            names = [f"{family.layer_name(index)}.{member}" for member in group.members]
+            for key in INPUT_TRANSFORM:
+                copies = [tensors[f"{name}.{key}"] for name in names if f"{name}.{key}" in tensors]
+                if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
+                    raise StartError(
+                        f"{names[0]}.{key}: expected identical copies in its group, found others"
+                    )
+
+
+def read_as_transformers(folder: Path) -> dict[str, Tensor] | None:
+    """What transformers loads; None where it does not see that this is a BWLA checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if not any(isinstance(module, hf.BWLALinear) for module in model.modules()):
+        return None
+    return dict(model.state_dict())
+
+
+READERS: dict[str, Callable[[Path], dict[str, Tensor] | None]] = {
+    "converter": read_as_source,
+    "plugin": read_as_plugin,
+    "transformers": read_as_transformers,
+}
+
+
+def make_folders(work: Path) -> dict[str, list[Path]]:
+    """Undamaged folders for each reader: models of two families, and the checkpoints made of them."""
+    sources = [
+        write_model(work / "qwen3", "Qwen3", shards=3, lively=True),
+        write_model(work / "gemma2", "Gemma 2", lively=True),
+    ]
+    checkpoints = []
+    for source in sources:
+        checkpoints.append(work / f"{source.name}-bwla")
+        convert(Options(str(source), checkpoints[-1], rank=2))
+    return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
+
+
+class HangError(Exception):
+    """A reader took longer than `LIMIT_S`."""
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Raise `HangError` in the body after `LIMIT_S` seconds."""
+
+    def stop(number: int, frame: object) -> None:
+        raise HangError(f"no answer within {LIMIT_S} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the readers' progress bars and warnings."""
+    with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
+        yield
+
+
+def judge(
+    read: Callable[[Path], dict[str, Tensor] | None], folder: Path, good: Mapping[str, int], must_refuse: bool
+) -> tuple[str, str]:
+    """Ask a reader; returns the outcome and the message that it gave."""
+    try:
+        with quiet(), limited():
+            found = read(folder)
+    except HangError as error:
+        return "CRASH: hangs", str(error)
+    except (BWLAError, StartError) as error:
+        text = str(error)
+        listed = text.count("\n") == 0 or "problem(s):" in text
+        return ("refused", text) if text and listed else ("CRASH: no sentence", repr(error))
+    except HOST_ERRORS as error:
+        return (
+            ("refused by its host", f"{type(error).__name__}: {error}")
+            if str(error)
+            else ("CRASH", repr(error))
+        )
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = any(Path(frame.filename).is_relative_to(home) for frame in frames for home in OUR_CODE)
+        kind = "CRASH" if ours else "crash of its host"
+        place = Path(frames[-1].filename)
+        return kind, f"{type(error).__name__}: {error} ({place.parent.name}/{place.name}:{frames[-1].lineno})"
+    if found is None:
+        return "not asked", ""
+    if not finite(found):
+        return "SILENT: not finite", ""
+    now = digest(found)
+    if must_refuse:
+        return ("SILENT: wrong data", "") if now != good else ("SILENT: damage not seen", "")
+    return ("other valid data", "") if now != good else ("same data", "")
+
+
+def run(count: int, seed: int, work: Path, on_case: Callable[[Case], None] = lambda case: None) -> list[Case]:
+    """`count` mutations, spread over readers and kinds of damage."""
+    with quiet():
+        folders = make_folders(work)
+        good = {
+            (reader, folder): digest(READERS[reader](folder) or {})
+            for reader in READERS
+            for folder in folders[reader]
+        }
+    cases: list[Case] = []
+    kinds: list[Mutation] = [*MUST_REFUSE, *MAY_PASS]
+    number = 0
+    while len(cases) < count:
+        rng = random.Random(seed * 1_000_003 + number)
+        number += 1
+        reader = sorted(READERS)[number % len(READERS)]
+        mutate = kinds[(number // len(READERS)) % len(kinds)]
+        origin = folders[reader][rng.randrange(2)]
+        damaged = work / "damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(origin, damaged)
+        what = mutate(damaged, rng)
+        if what is None:
+            continue
+        outcome, message = judge(READERS[reader], damaged, good[reader, origin], mutate in MUST_REFUSE)
+        if reader != "converter" and outcome in ("other valid data", "same data", "not asked"):
+            outcome += ", hashes tell" if not check_intact(damaged) else ", HASHES DO NOT TELL"
+        cases.append(Case(number, reader, mutate.__name__, f"{origin.name}: {what}", outcome, message[:300]))
+        on_case(cases[-1])
+    return cases
+
+
+def check_intact(folder: Path) -> bool:
+    """Whether `bwla-inspect` would call the folder intact."""
+    try:
+        verdict = check_hashes(folder)
+    except BWLAError:
+        return False
+    return verdict is None or verdict.intact
+
+
+def is_failure(case: Case) -> bool:
+    """A crash without a sentence of ours, a silent load, or a change that even the hashes do not show."""
+    unseen = "HASHES DO NOT TELL" in case.outcome and not case.outcome.startswith("same data")
+    return case.outcome.startswith(("CRASH", "SILENT")) or unseen
+
+
+def summary(cases: list[Case]) -> list[dict[str, Any]]:
+    """Counts by reader and outcome."""
+    counts = Counter((case.reader, case.outcome) for case in cases)
+    return [
+        {"reader": reader, "outcome": outcome, "count": n} for (reader, outcome), n in sorted(counts.items())
+    ]
+
+
+def main() -> int:
+    """Command line; returns 1 where a case failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engines", type=int, default=0, help="damaged checkpoints to start vLLM on")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    started = time.monotonic()
+
+    def tell(case: Case) -> None:
+        if is_failure(case) or case.outcome == "crash of its host":
+            print(asdict(case), flush=True)
+        elif case.number % 100 == 0:
+            print(f"{case.number} ({time.monotonic() - started:.0f} s)", flush=True)
+
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
+        cases = run(options.count, options.seed, Path(work), tell)
+        if options.engines:
+            from tests.robustness.engines import run_engines
+
+            cases += run_engines(options.engines, options.seed, Path(work), tell)
+    rows = summary(cases)
+    for row in rows:
+        print(f"{row['reader']:13} {row['count']:5}  {row['outcome']}")
+    failures = [asdict(case) for case in cases if is_failure(case)]
+    hosts = [asdict(case) for case in cases if case.outcome in ("crash of its host", "refused by its host")]
+    if options.out:
+        shown = [case for case in hosts if case["outcome"] == "crash of its host"]
+        write_result(
+            options.out, rows, count=len(cases), seed=options.seed, engines=options.engines, failures=failures,
+            host_crashes=shown, seconds=round(time.monotonic() - started),
+        )  # fmt: skip
+    print(f"{len(cases)} cases, {len(failures)} failures")
+    return bool(failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

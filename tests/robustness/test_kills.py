@@ -1,0 +1,48 @@
+"""Processes that are interrupted and killed for real; `tests/robustness/kill_resume.py` is the long run of this."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from bwla_converter.resume.manifest import read_manifest
+from bwla_converter.resume.work_folder import MANIFEST, work_path
+from paths import ROOT
+
+
+def test_ctrl_c_finishes_the_block_and_says_how_to_go_on(make_model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bwla_converter", str(make_model()), str(out), "--rank", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = ""
+    while "q_proj  relative error" not in said:
+        line = process.stderr.readline()
+        assert line, said
+        said += line
+    process.send_signal(signal.SIGINT)
+    said += process.stderr.read()
+    assert process.wait() == 130, said
+    assert "block 0 is being finished and kept" in said
+    assert "was not written; what is finished is in" in said
+    assert "give the same command with --resume to go on" in said
+    assert list(read_manifest(work_path(out) / MANIFEST).layers) == ["0"]
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    assert "resumed: 1 blocks are done already" in done.stderr
+    assert (out / "config.json").is_file()
+    assert not work_path(out).exists()
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "tests.robustness.kill_resume",
+        "--kills",
+        "5",
+        "--recipes",
+        "paper",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 kills, 0 failures" in done.stdout
