@@ -1,8 +1,8 @@
-"""Hidden states of all calibration windows, in memory or, where they would not fit, in a file.
+"""Hidden states of all calibration samples, in memory or, where they do not fit, in a file.
 
-A file is read and written a few windows at a time with plain reads and writes: what is in memory is what was asked
-for, and every part lies in fresh memory, as in the other case (where numbers lie decides how sums are split up, and
-so their last bits).
+A file is read and written a few samples at a time with plain reads and writes instead of a memory map: only the part
+that was asked for is in memory, and each part is a newly allocated tensor, as it is without a file. The alignment of
+a tensor decides how sums are split up, and with it their last bits.
 """
 
 import itertools
@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from bwla_converter.calibration.distributed import Ranks
+from bwla_converter.calibration.distributed import Processes
 from bwla_converter.common.atomic_files import sync
 from torch import Tensor
 
-ITEM = torch.float32.itemsize
+ITEM_BYTES = torch.float32.itemsize
 
 
 @dataclass
@@ -24,18 +24,18 @@ class ActivationStore:
     """Where hidden states are kept.
 
     Attributes:
-        folder: for the files; None keeps everything in memory.
-        device: where parts are handed out.
-        ranks: the processes that share out the windows; each keeps its own.
+        folder: folder for the files; None keeps everything in memory.
+        device: device of the parts that `Activations` returns.
+        processes: the processes among which the samples are divided; each keeps its own.
     """
 
     folder: Path | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    ranks: Ranks = field(default_factory=Ranks)
+    processes: Processes = field(default_factory=Processes)
     _numbers: Iterator[int] = field(default_factory=itertools.count, repr=False)
 
     def keep(self, shape: torch.Size, parts: Iterable[Tensor]) -> "Activations":
-        """Take over hidden states of `shape` [S, T, hidden], in consecutive parts [S_i, T, hidden], as float32."""
+        """Store hidden states of `shape` [S, T, hidden], given in consecutive parts [S_i, T, hidden], as float32."""
         if self.folder is None:
             whole, first = torch.empty(shape), 0
             for part in parts:
@@ -49,23 +49,24 @@ class ActivationStore:
         return Activations(self, None, StoredStates(path, shape))
 
     def empty(self) -> "Activations":
-        """No windows at all."""
+        """Return hidden states of no samples."""
         return Activations(self, torch.empty(0, 0, 0), None)
 
     def take(self, source: "Tensor | StoredStates | None") -> "Activations":
-        """Hidden states of an earlier session: a tensor, or a file, which stays where it is.
+        """Return the hidden states that an earlier session stored in a tensor or in a file, which is left unchanged.
 
-        Of several ranks the first gives those of all windows, the others None.
+        Args:
+            source: the hidden states of all samples; with several processes, process 0 has them and the others None.
         """
-        if self.ranks.size > 1:
-            whole = read_windows(source, 0, source.shape[0]) if isinstance(source, StoredStates) else source
-            source = self.ranks.scatter(whole)
+        if self.processes.world_size > 1:
+            whole = read_samples(source, 0, source.shape[0]) if isinstance(source, StoredStates) else source
+            source = self.processes.scatter(whole)
         assert source is not None
         if isinstance(source, Tensor):
             return self.keep(source.shape, [source])
         if self.folder is None:
             return self.keep(
-                source.shape, (read_windows(source, first, 1) for first in range(source.shape[0]))
+                source.shape, (read_samples(source, first, 1) for first in range(source.shape[0]))
             )
         path = self._new_file()
         path.hardlink_to(source.path)
@@ -79,31 +80,37 @@ class ActivationStore:
 
 @dataclass(frozen=True)
 class StoredStates:
-    """A file of float32 [S, T, hidden], nothing else in it."""
+    """A file that contains float32 [S, T, hidden] and nothing else."""
 
     path: Path
     shape: torch.Size
 
     def link_to(self, path: Path) -> None:
-        """Let the same file, which nobody changes any more, be at `path` too, and see that it lasts."""
+        """Create a hard link to the file at `path`, durably; the file is never changed afterwards."""
         path.hardlink_to(self.path)
         sync(path)
         sync(path.parent)
 
 
-def read_windows(stored: StoredStates, first: int, count: int) -> Tensor:
-    """Some consecutive windows, float32 [count, T, hidden]."""
+def read_samples(stored: StoredStates, first: int, count: int) -> Tensor:
+    """Read `count` consecutive samples from number `first` on, float32 [count, T, hidden].
+
+    Raises:
+        OSError: the file is too short.
+    """
     part = torch.empty(count, *stored.shape[1:])
     with stored.path.open("rb") as file:
-        file.seek(first * part[:1].numel() * ITEM)
-        found = file.readinto(part.numpy().data.cast("B"))
-    if found != part.numel() * ITEM:
-        raise OSError(f"{stored.path}: expected {part.numel() * ITEM} bytes of hidden states, found {found}")
+        file.seek(first * part[:1].numel() * ITEM_BYTES)
+        count_read = file.readinto(part.numpy().data.cast("B"))
+    if count_read != part.numel() * ITEM_BYTES:
+        raise OSError(
+            f"{stored.path}: expected {part.numel() * ITEM_BYTES} bytes of hidden states, found {count_read}"
+        )
     return part
 
 
 class Activations:
-    """Hidden states [S, T, hidden] that are handed out by windows. Made by an `ActivationStore`."""
+    """Hidden states [S, T, hidden], read a few samples at a time. Created by `ActivationStore.keep` and `take`."""
 
     def __init__(self, store: ActivationStore, tensor: Tensor | None, stored: StoredStates | None) -> None:
         self._store, self._tensor, self._stored = store, tensor, stored
@@ -112,47 +119,50 @@ class Activations:
 
     @property
     def shape(self) -> torch.Size:
-        """[S, T, hidden]."""
+        """The shape [S, T, hidden]."""
         if self._tensor is not None:
             return self._tensor.shape
         assert self._stored is not None
         return self._stored.shape
 
     def __len__(self) -> int:
-        """Windows."""
+        """Return the number of samples."""
         return self.shape[0]
 
-    def __getitem__(self, windows: Tensor) -> Tensor:
-        """The windows of these numbers [n] -> [n, T, hidden]."""
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Return the samples of the given indices [n]: [n, T, hidden]."""
         if self._tensor is not None:
-            return self._tensor[windows].to(self._store.device)
+            return self._tensor[indices].to(self._store.device)
         assert self._stored is not None
-        parts = [read_windows(self._stored, number, 1) for number in windows.tolist()]
+        parts = [read_samples(self._stored, index, 1) for index in indices.tolist()]
         return torch.cat(parts).to(self._store.device)
 
     def split(self, count: int) -> Iterator[Tensor]:
-        """Consecutive parts of `count` windows, the last one may be smaller."""
+        """Yield consecutive parts of `count` samples; the last one may be smaller."""
         for first in range(0, len(self), count):
             size = min(count, len(self) - first)
             if self._tensor is not None:
                 yield self._tensor[first : first + size].to(self._store.device)
             else:
                 assert self._stored is not None
-                yield read_windows(self._stored, first, size).to(self._store.device)
+                yield read_samples(self._stored, first, size).to(self._store.device)
 
     def map(self, change: Callable[[Tensor], Tensor], count: int) -> "Activations":
-        """What `change` makes of each part of `count` windows."""
+        """Return new hidden states: `change` applied to each part of `count` samples."""
         return self._store.keep(self.shape, (change(part) for part in self.split(count)))
 
     def mean_square(self) -> float:
-        """Mean of the squares of all values."""
+        """Return the mean of the squares of all values."""
         total = sum(float(part.double().square().sum()) for part in self.split(1))
         return total / self.shape.numel()
 
     def stored(self) -> Tensor | StoredStates:
-        """What to write down of them: the tensor, or the file that holds them already; on rank 0 that of all ranks."""
-        if self._store.ranks.size > 1:
-            return self._store.ranks.gather(torch.cat(list(self.split(len(self)))))
+        """Return what to store for a later `ActivationStore.take`: a tensor, or the file that holds them already.
+
+        With several processes, process 0 gets the hidden states of all of them.
+        """
+        if self._store.processes.world_size > 1:
+            return self._store.processes.gather(torch.cat(list(self.split(len(self)))))
         if self._tensor is not None:
             return self._tensor
         assert self._stored is not None

@@ -1,4 +1,4 @@
-"""Several processes on one conversion: the same model as from one, within rounding."""
+"""A conversion in several processes gives the same model as in one, within rounding."""
 
 import json
 import shutil
@@ -8,46 +8,64 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.distributed import Ranks, join_ranks, start_ranks
+from bwla_converter.calibration.distributed import Processes, join_processes, start_processes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import unpack_signs
 from bwla_kernels.format.folder import read_folder, read_tensors
+from collectives import exchange
 from paths import EXAMPLE
+from safetensors.torch import load_file
+from torch.multiprocessing import spawn
 
 
-@pytest.mark.parametrize(("count", "size"), [(8, 2), (7, 3), (2, 4)])
-def test_windows_are_shared_out_once_and_evenly(count: int, size: int) -> None:
-    parts = [Ranks(rank, size).part_of(count) for rank in range(size)]
+@pytest.mark.parametrize(("count", "world_size"), [(8, 2), (7, 3), (2, 4)])
+def test_samples_are_shared_out_once_and_evenly(count: int, world_size: int) -> None:
+    parts = [Processes(rank, world_size).samples_of(count) for rank in range(world_size)]
     assert [index for part in parts for index in range(count)[part]] == list(range(count))
     lengths = [part.stop - part.start for part in parts]
     assert max(lengths) - min(lengths) <= 1
 
 
-def test_one_process_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    start_ranks(1)
-    assert join_ranks("paper", torch.device("cpu"), 8) == Ranks(0, 1)
-    assert Ranks().share([True, False]) == [True, False]
+    start_processes(1)
+    assert join_processes("paper", torch.device("cpu"), 8) == Processes(0, 1)
+    assert Processes().broadcast([True, False]) == [True, False]
 
 
-def test_a_recipe_without_text_has_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_without_calibration_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        BWLAError, match="recipe 'paper': expected fast where several processes share the work"
+        BWLAError, match="recipe 'paper' cannot run in several processes: use --gpus 1, or recipe fast"
     ):
-        join_ranks("paper", torch.device("cpu"), 8)
+        join_processes("paper", torch.device("cpu"), 8)
 
 
-def test_every_process_needs_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_process_needs_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(BWLAError, match="a window of text for each process, found --samples 3"):
-        join_ranks("fast", torch.device("cpu"), 3)
+    with pytest.raises(
+        BWLAError, match="one calibration sample per process, found 3 samples for 4 processes"
+    ):
+        join_processes("fast", torch.device("cpu"), 3)
+
+
+def test_two_processes_exchange_what_they_have(tmp_path: Path) -> None:
+    spawn(exchange, (tmp_path / "rendezvous", tmp_path), nprocs=2)
+    first, second = (load_file(tmp_path / f"{process_rank}.safetensors") for process_rank in range(2))
+    assert torch.equal(first.pop("whole"), torch.arange(5.0 * 2 * 3).view(5, 2, 3))
+    assert torch.equal(second.pop("whole"), second["part"])
+    assert [len(result.pop("part")) for result in (first, second)] == [2, 3]
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert first["flags"].tolist() == [True, False, True]
+    assert first["clips"].tolist() == pytest.approx([0.9, -1.0])
+    assert first["count"] == 3
+    assert torch.equal(first["gram"], torch.full((4, 4), 12.0))
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None:
-    """The first group agrees to rounding. From there on a rounded code may fall on the other side of a tie, and what is
-    learned then takes another, equally good way: layers' errors agree to a few percent, their mean closer."""
+    """The first group agrees within rounding. After it, an activation at a rounding tie may get another code, and the
+    optimization then takes another, equally good path: errors agree within a few percent, their mean more closely."""
     model = make_model(vocab_size=json.loads((EXAMPLE / "config.json").read_text())["vocab_size"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, model)
@@ -60,9 +78,9 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
         "2",
         "--calibration",
         str(text),
-        "--samples",
+        "--num-calibration-samples",
         "7",
-        "--length",
+        "--max-seq-length",
         "32",
     ]
     flags += ["--device", "cpu", "--samples-of-text", "0", "--clip", "1.0"]
@@ -81,9 +99,9 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
     assert stored[0].keys() == stored[1].keys()
     for name in stored[0]:
         if name.startswith("model.layers.0.self_attn.q_proj"):
-            # A sum in another order may end the search for a row's signs elsewhere.
-            here, there = stored[0][name], stored[1][name]
+            # Sums in another order may end the search for a row's signs at another local minimum.
+            single, shared = stored[0][name], stored[1][name]
             if name.endswith("weight_packed"):
-                assert (unpack_signs(here) != unpack_signs(there)).float().mean() < 1e-2
+                assert (unpack_signs(single) != unpack_signs(shared)).float().mean() < 1e-2
             else:
-                assert (here.float() - there.float()).norm() <= 2e-2 * here.float().norm(), name
+                assert (single.float() - shared.float()).norm() <= 2e-2 * single.float().norm(), name
