@@ -1,4 +1,4 @@
-"""What a conversion's bytes depend on: code, machine, source files. Equal fingerprints promise equal results."""
+"""Fingerprints of what determines a conversion's bytes: code, machine and source files."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from bwla_converter.source.model import Source
 from bwla_kernels.format.folder import INDEX_FILE
 
 PACKAGES = ("bwla", "torch", "transformers", "tokenizers", "safetensors")
-"""Libraries whose numbers or texts end up in the result."""
+"""Libraries that influence the bytes of the result."""
 
 SOURCES = ("bwla_converter", "bwla_kernels")
 SOURCE_KINDS = (".py", ".so")
@@ -25,9 +25,9 @@ SOURCE_KINDS = (".py", ".so")
 
 @functools.cache
 def code_version() -> dict[str, str]:
-    """Versions of the libraries, and one hash of the sources and compiled kernels of this project.
+    """Return the versions of the libraries, and one hash over the sources and compiled kernels of this project.
 
-    Taken once a process: what runs is what was there when it started.
+    Computed once per process, because files that change later do not change the running code.
     """
     digest = hashlib.sha256()
     for package in SOURCES:
@@ -38,19 +38,19 @@ def code_version() -> dict[str, str]:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What makes sums of the same numbers come out in another order: processor, threads, accelerator."""
-    found = {
+    """Return what determines the order, and so the rounding, of sums: processor, threads, accelerator."""
+    table = {
         "processor": f"{_processor()} ({torch.backends.cpu.get_cpu_capability()})",
         "threads": str(torch.get_num_threads()),
         "kernels": os.environ.get("BWLA_CPU_ISA", "best"),
     }
     if device.type == "cuda":
-        found["accelerator"] = torch.cuda.get_device_name(device)
-    return found
+        table["accelerator"] = torch.cuda.get_device_name(device)
+    return table
 
 
 def _processor() -> str:
-    """The processor's model; the architecture where the system does not tell."""
+    """Return the processor's architecture and model; the architecture alone without /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -63,7 +63,7 @@ def _processor() -> str:
 
 
 def source_files(source: Source) -> list[Path]:
-    """Every file of the source that a conversion reads or copies."""
+    """Return every file of the source that a conversion reads or copies."""
     folder = source.folder
     copied = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
     small = {path for path in (folder / "config.json", folder / INDEX_FILE) if path.is_file()}
@@ -71,15 +71,15 @@ def source_files(source: Source) -> list[Path]:
 
 
 def mark_files(source: Source) -> dict[str, FileMark]:
-    """Size, time of change and SHA-256 of every file in use; reads all of them."""
+    """Return size, modification time and SHA-256 of every source file, by name. Reads all of them."""
     return {path.name: _mark(path) for path in source_files(source)}
 
 
 def changed_file(source: Source, before: Mapping[str, FileMark]) -> str | None:
-    """Name of the first file that is not what it was, or is new or missing; None where there is none.
+    """Return the name of the first source file that was changed, added or removed; None if there is none.
 
-    Size and time of change are trusted where both agree, since reading tens of gigabytes takes minutes; where the
-    time differs (a copy, a new download) the contents decide.
+    Files whose size and modification time are unchanged are not read, since hashing tens of gigabytes takes minutes.
+    Where only the time differs (a copy, a new download), the hashes are compared.
     """
     now = {path.name: path for path in source_files(source)}
     for name in sorted(now.keys() | before.keys()):
