@@ -11,7 +11,7 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.planning import budget as budget_module
-from bwla_converter.planning.budget import BudgetError, Rates, check_budget, duration, parse_size, predict
+from bwla_converter.planning.budget import BudgetError, Rates, check_budget, parse_size, predict
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.errors import BWLAError
@@ -123,10 +123,6 @@ def test_sizes(written: str, bytes_: float) -> None:
 def test_sizes_that_are_none(written: str) -> None:
     with pytest.raises(ValueError, match=r".*"):
         parse_size(written)
-
-
-def test_durations() -> None:
-    assert [duration(seconds) for seconds in (0.1, 45, 600, 7200)] == ["1 s", "45 s", "10 min", "2.0 h"]
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
