@@ -89,14 +89,13 @@ def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int,
     from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert
     from bwla_converter.planning.budget import Budget
-    from bwla_converter.quantize import fast, paper
-    from bwla_converter.quantize import gptq_binary as error_feedback
+    from bwla_converter.quantize import fast, gptq_binary, paper
     from bwla_converter.recipes import base as recipes
 
     if quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
         recipes.FastOptions = few  # type: ignore[attr-defined,assignment,misc]
-        error_feedback.START_FACTORS = (1.0, 1.3)
+        gptq_binary.INITIAL_SCALE_FACTORS = (1.0, 1.3)
         rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
         paper.PaperOptions = rounds  # type: ignore[assignment,misc]
     predicted: list[Budget] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from bwla_converter.common.bits import bits_per_weight
-from bwla_converter.quantize.gptq_binary import START_FACTORS, inverse_factor, one_bit
+from bwla_converter.quantize.gptq_binary import INITIAL_SCALE_FACTORS, gptq_binarize, inverse_cholesky
 from bwla_converter.quantize.group import GroupResult, check_group, pool_rows, store_group
 from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.recipes.fast import FastRecipe
@@ -111,7 +111,7 @@ class Gptq(PeerRecipe):
         side = check_group(weights, {}, specs)
         basis = self.rotation(side)
         hessian = rotate_hessian(moments.hessian(DAMPING), *basis)
-        code = one_bit(rotate(pool_rows(weights.values()), *basis), hessian, inverse_factor(hessian), 0)
+        code = gptq_binarize(rotate(pool_rows(weights.values()), *basis), hessian, inverse_cholesky(hessian), 0)
         return stored(weights, specs, basis, code.sign, code.scale)
 
 
@@ -127,7 +127,7 @@ class DensePeer(PeerRecipe, ABC):
         first = next(iter(specs))
         moments, _ = self._moments(first, specs[first].in_features)
         hessian = moments.hessian(DAMPING)
-        factor = inverse_factor(hessian)
+        factor = inverse_cholesky(hessian)
         _, quantized = self.blocks
         for name, weight in weights.items():
             part = self.binarize(weight.float(), hessian, factor, specs)
@@ -140,7 +140,7 @@ class DensePeer(PeerRecipe, ABC):
     def binarize(
         self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
     ) -> "Binarized":
-        """One member [N, K] of the group that `specs` describes, by its inputs' H and the `inverse_factor` of H."""
+        """One member [N, K] of the group that `specs` describes, by its inputs' H and the `inverse_cholesky` of H."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int)
     Args:
         weight: float32 [N, K].
         hessian: H [K, K].
-        factor: its `inverse_factor`.
+        factor: its `inverse_cholesky`.
         width: columns of a group. A group starts from several multiples of the mean magnitude that feedback has left
             there; each row keeps what ends best.
 
@@ -180,7 +180,7 @@ def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int)
     tried = torch.stack(
         [
             refit_groups(weight, grouped_signs(weight, factor, width, start), hessian, width)
-            for start in START_FACTORS
+            for start in INITIAL_SCALE_FACTORS
         ]
     )
     best = torch.stack([row_errors(found, weight, hessian) for found in tried]).argmin(0)
@@ -279,7 +279,7 @@ class BiLLM(DensePeer):
 
 
 def billm(weight: Tensor, factor: Tensor) -> Binarized:
-    """BiLLM of one weight [N, K]; `factor` from `inverse_factor`."""
+    """BiLLM of one weight [N, K]; `factor` from `inverse_cholesky`."""
     work, out = weight.clone(), torch.empty_like(weight)
     rows, columns = weight.shape
     bits = 0.0

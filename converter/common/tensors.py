@@ -1,33 +1,42 @@
-"""Functions on tensors that know nothing of quantization: chunks of rows, exact sums, samples."""
+"""Tensor functions that are not specific to quantization: row chunks, exact sums, subspace iteration, sizes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from bwla_kernels.format.folder import Entry
+from bwla_kernels.format.files import Entry
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 2**20}
-"""Weights handled at once: what stays in a processor's cache. Accelerators want more."""
+"""Elements processed at a time, by device type: on a CPU, what fits into its cache."""
 
+ACCELERATOR_CHUNK_ELEMENTS = 2**26
+"""The same for all other devices."""
 
-def count_not_finite(weight: Tensor) -> int:
-    """How many values of a matrix are NaN or infinite, or would be in float32."""
-    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in split_rows(weight))
+SAMPLE_ELEMENTS = 2**21
+"""Elements of a matrix that statistics look at: about a second's work, however large the layer is."""
+
+OVERSAMPLING = 8
+"""Directions that subspace iteration carries beyond the requested rank; they speed up its convergence."""
 
 
 def split_rows(weight: Tensor) -> tuple[Tensor, ...]:
-    """Views of consecutive rows, of about CHUNK_ELEMENTS weights each."""
-    elements = CHUNK_ELEMENTS.get(weight.device.type, 2**26)
+    """Return views of consecutive rows of [N, K], each of about `CHUNK_ELEMENTS` elements."""
+    elements = CHUNK_ELEMENTS.get(weight.device.type, ACCELERATOR_CHUNK_ELEMENTS)
     chunks: tuple[Tensor, ...] = weight.split(max(1, elements // weight.shape[1]))
     return chunks
 
 
-def in_one_buffer(parts: Iterable[Tensor], buffer: Tensor) -> tuple[Tensor, ...]:
-    """Copy `parts` one behind the other into a fresh float32 `buffer`; the copies, in order, contiguous.
+def count_not_finite(weight: Tensor) -> int:
+    """Count the values of a matrix that are NaN or infinite, or would be in float32."""
+    return sum(part.numel() - int(torch.isfinite(part.float()).sum()) for part in split_rows(weight))
 
-    What lives long is kept out of the way of the chunks that come and go, which would otherwise be
-    scattered around it and more than double the memory a large group takes.
+
+def in_one_buffer(parts: Iterable[Tensor], buffer: Tensor) -> tuple[Tensor, ...]:
+    """Copy `parts` one after the other into a flat `buffer` and return views of the copies, in order.
+
+    Long-lived tensors in one allocation do not fragment the heap between short-lived chunks, which would more than
+    double the memory that a large group takes.
     """
     copies, first = [], 0
     for part in parts:
@@ -37,7 +46,7 @@ def in_one_buffer(parts: Iterable[Tensor], buffer: Tensor) -> tuple[Tensor, ...]
 
 
 def sum_in_double(parts: Iterable[Tensor]) -> Tensor:
-    """Sum of tensors of one shape in float64, one at a time."""
+    """Sum tensors of one shape in float64, one at a time."""
     remaining = iter(parts)
     total = next(remaining).double().clone()
     for part in remaining:
@@ -46,23 +55,51 @@ def sum_in_double(parts: Iterable[Tensor]) -> Tensor:
 
 
 def row_rms(rows: Tensor) -> Tensor:
-    """Root mean square of each row of [N, K], float64 [N]; 1 for a row of zeros."""
+    """Return the root mean square of each row of [N, K], float64 [N]; 1 for a row of zeros."""
     rms = rows.double().square().mean(1).sqrt()
     return torch.where(rms > 0, rms, torch.ones_like(rms))
 
 
-SAMPLE_ELEMENTS = 2**21
-"""Values looked at of a larger matrix: whole rows, evenly spaced, so that any layer costs about a second."""
-
-
 def sample_rows(rows: Tensor, limit: int = SAMPLE_ELEMENTS) -> Tensor:
-    """Evenly spaced rows of [N, K], at least one, `limit` values at most; `rows` itself where that is all."""
-    wanted = max(1, limit // rows.shape[1])
-    if len(rows) <= wanted:
+    """Return evenly spaced rows of [N, K]: at most `limit` elements, but at least one row."""
+    count = max(1, limit // rows.shape[1])
+    if len(rows) <= count:
         return rows
-    return rows[torch.arange(wanted, device=rows.device) * len(rows) // wanted]
+    return rows[torch.arange(count, device=rows.device) * len(rows) // count]
+
+
+def subspace_iteration(
+    apply: Callable[[Tensor], Tensor],
+    gram: Callable[[Tensor], Tensor],
+    basis: Tensor,
+    iterations: int,
+    rank: int | None = None,
+) -> Tensor:
+    """Approximate the leading eigenvectors of a positive semidefinite operator P.
+
+    Subspace iteration followed by a Rayleigh-Ritz step (Halko, Martinsson, Tropp, arXiv 0909.4061). Orthogonalization
+    is computed in the dtype that `apply` returns.
+
+    Args:
+        apply: X [K, q] -> P X.
+        gram: X [K, q] -> X^T P X, float64 [q, q].
+        basis: initial subspace, orthonormal columns, float32 [K, q].
+        iterations: number of applications of P before the Rayleigh-Ritz step; at least 1.
+        rank: number of vectors to return, q by default.
+
+    Returns: orthonormal columns, float32 [K, rank], in order of decreasing eigenvalue. They capture at least as much
+        of P as the first columns of the initial basis.
+    """
+    dtype = basis.dtype
+    for _ in range(iterations):
+        image = apply(basis)
+        dtype = image.dtype
+        basis = torch.linalg.qr(image).Q.float()
+    ritz_vectors = torch.linalg.eigh(gram(basis)).eigenvectors.flip(-1)[:, :rank].to(dtype)
+    leading: Tensor = torch.linalg.qr(basis.to(dtype) @ ritz_vectors).Q.float()
+    return leading
 
 
 def entry_bytes(entry: Entry) -> int:
-    """Bytes of one stored tensor."""
+    """Return the size of one stored tensor in bytes."""
     return math.prod(entry.shape) * entry.dtype.itemsize

@@ -17,7 +17,7 @@ import torch
 from bwla_converter.options import Calibration
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.quantize.fast import FastOptions
-from bwla_converter.quantize.gptq_binary import elements_at_once
+from bwla_converter.quantize.gptq_binary import row_chunk_elements
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.training.distill import DISTILLATION
@@ -253,8 +253,8 @@ def _moments(
 def _fast_bytes(group: Group, device: str) -> float:
     """The worst of the steps of `fast.quantize_group`, moments included."""
     target = 7 * group.weights + 7 * group.square  # cholesky_solve in float64
-    inverse = 3 * group.weights + 11 * group.square  # inverse_factor in float64
-    at_once = min(group.weights, elements_at_once(device))
+    inverse = 3 * group.weights + 11 * group.square  # inverse_cholesky in float64
+    at_once = min(group.weights, row_chunk_elements(device))
     signs = 5 * group.weights + 15 * at_once + 4 * group.square  # error feedback and coordinate descent
     return float(FLOAT * max(target, inverse, signs))
 

@@ -1,50 +1,56 @@
-"""Recipe `fast`: one input group in the metric of its inputs, in closed form (no gradients).
+"""Recipe `fast` for one input group: minimize the output error in closed form, without gradients.
 
-What is minimised is the output error E||W x - W' x_hat||^2, with x the inputs that the original model gives the
-group and x_hat those that the blocks quantized so far give it. The best unquantized W' is
-W E[x x_hat^T] E[x_hat x_hat^T]^-1 (as in GPTAQ, arXiv 2504.02692): it also makes good what earlier blocks lost. Where
-the output is added to the residual stream, what that has lost is made good as well (`corrected_target`). This W'
-takes the original's place as the target; then, in the basis of OKT's rotation and the metric H = E[x_hat x_hat^T]:
-the low-rank part (`hessian_low_rank`), signs by error feedback and coordinate descent, least-squares row scales
-(`error_feedback`) and column scales, alternated.
+The objective is E||W x - W' x_hat||^2, where x are the group's inputs in the original model and x_hat its inputs in the
+model whose preceding layers are quantized. The best unquantized W' is W E[x x_hat^T] E[x_hat x_hat^T]^-1 (as in GPTAQ,
+arXiv 2504.02692), which also compensates the error of the preceding layers. Where the output is added to the residual
+stream, W' can compensate the error of the stream as well (`corrected_target`). W' replaces W as the target.
+
+In the basis of OKT's rotation, three steps then alternate, each with the Hessian H = E[x_hat x_hat^T]: column scales
+(`column_scale_step`), the low-rank correction (`low_rank_step`), and signs with row scales (`binarization_step`).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.quantize.activation_clip import choose_clip
-from bwla_converter.quantize.gptq_binary import START_FACTORS, Code, inverse_factor, one_bit
+from bwla_converter.quantize.gptq_binary import (
+    INITIAL_SCALE_FACTORS,
+    BinaryWeight,
+    gptq_binarize,
+    inverse_cholesky,
+)
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows, store_group
 from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt import learn_rotation
+from bwla_converter.quantize.okt import Rotation, learn_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from torch import Tensor
 
-COLUMN_SCALE_RANGE = (0.5, 2.0)
-"""A column scale multiplies the activations, and one token's codes must not be spent on a few columns."""
+COLUMN_SCALE_UPDATE_RANGE = (0.5, 2.0)
+"""Bounds of the factor by which one round changes a column scale. Column scales multiply the activations, and a few
+large columns would take the resolution of the activation codes from all others."""
 
 
 @dataclass(frozen=True)
 class FastOptions:
-    """What the recipe leaves open.
+    """Hyperparameters of the `fast` recipe.
 
     Attributes:
-        okt_rounds: rounds of the rotation; 0 leaves it at its random start.
-        rounds: alternations of low-rank part and signs.
-        sweeps: sweeps of coordinate descent in the last round, from every starting scale.
-        gptq_signs: whether signs are chosen with error feedback; without it they are the residual's own.
-        damping: added to H's diagonal, in units of its mean.
-        target_damping: pull of the target towards the original weight, in the same units; infinity keeps the
+        okt_rounds: rounds of OKT; 0 keeps the random initial rotation.
+        rounds: alternations of column scales, low-rank correction and binarization.
+        sweeps: sweeps of coordinate descent in the last round, from every initial scale.
+        gptq_signs: choose the initial signs with GPTQ's error feedback; otherwise they are the residual's own signs.
+        damping: added to the diagonal of the Hessian, in units of its mean.
+        target_damping: regularization of the target towards the original weight, in the same units; infinity keeps the
             original weight.
-        follow_stream: whether the target makes good what the residual stream has lost.
-        column_scales: whether column scales are fitted, in the metric of the inputs.
-        final_norm: whether the last norm is fitted once all blocks are quantized.
-        clips: whether the activation clip is chosen; without it, it is the spec's.
-        latents: keep what the signs were chosen for, see `GroupResult.latents`.
+        compensate_residual_stream: also compensate the error accumulated in the residual stream.
+        column_scales: fit column scales; otherwise they are 1.
+        final_norm: fit the final norm once all layers are quantized.
+        choose_clip: choose the activation clip; otherwise the spec's is used.
+        keep_latents: return what the signs were chosen for, see `GroupResult.latents`.
     """
 
     okt_rounds: int = 40
@@ -53,65 +59,55 @@ class FastOptions:
     gptq_signs: bool = True
     damping: float = 0.01
     target_damping: float = 0.02
-    follow_stream: bool = True
+    compensate_residual_stream: bool = True
     column_scales: bool = True
     final_norm: bool = True
-    clips: bool = True
-    latents: bool = False
+    choose_clip: bool = True
+    keep_latents: bool = False
 
     @property
     def passes(self) -> int:
-        """Times that the recipe goes through all signs of a group.
+        """Number of passes over all signs of a group.
 
-        Error feedback from every start in each round, a sweep of coordinate descent in each but the last, and there
-        its sweeps from every start.
+        Every round runs error feedback from each initial scale. Every round but the last adds one sweep of coordinate
+        descent; the last adds all its sweeps from each initial scale.
         """
-        starts = len(START_FACTORS)
+        starts = len(INITIAL_SCALE_FACTORS)
         return self.rounds * starts + self.rounds - 1 + self.sweeps * starts
 
 
-def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:
-    """(W C + D + d W) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` times H's mean diagonal.
+@dataclass(frozen=True)
+class State:
+    """State of the alternation, in the basis of the rotation.
 
-    D = E[(h - h_hat) x_hat^T] where the output is added to a stream h: what the stream has lost is made good too,
-    as far as x_hat tells it.
+    `target`, `hessian` and `binary` are in units of the column scales: the inputs are multiplied by them, the weight is
+    divided.
 
-    Args:
-        weight: float32 [N, K].
-        moments: of the group's inputs.
-        damping: see `FastOptions.target_damping`.
-
-    Returns: float32 [N, K]; `weight` itself where the original's inputs were not followed.
+    Attributes:
+        rotation: the group's rotation, fixed.
+        target: rows of all linears of the group, float32 [N, K].
+        hessian: H, float32 [K, K].
+        column_scale: float32 [K].
+        low_rank_a: A as it is stored, in the basis of the original input, bfloat16 [r, K].
+        low_rank_b: B as it is stored, bfloat16 [N, r].
+        binary: signs and row scales that approximate `residual`; all scales are 0 before the first round.
     """
-    if moments.cross_gram is None or damping == float("inf"):
-        return weight
-    hessian = moments.hessian(damping)
-    ridge = hessian - moments.gram / moments.count
-    wanted = weight @ (moments.cross_gram / moments.count + ridge)
-    if moments.residual_cross_gram is not None:
-        wanted += moments.residual_cross_gram / moments.count
-    lower = torch.linalg.cholesky(hessian.double())
-    return torch.cholesky_solve(wanted.double().mT, lower).mT.float()
 
+    rotation: Rotation
+    target: Tensor
+    hessian: Tensor
+    column_scale: Tensor
+    low_rank_a: Tensor
+    low_rank_b: Tensor
+    binary: BinaryWeight
 
-def fit_columns(residual: Tensor, code: Code, hessian: Tensor) -> Tensor:
-    """Column scales that fit residual = diag(a) S diag(b) best in the metric H: least squares in b.
-
-    (sum_i a_i^2 s_i s_i^T * H) b = sum_i a_i s_i * (H w_i), with * entry by entry.
-
-    Args:
-        residual: W, float32 [N, K].
-        code: signs S and row scales a.
-        hessian: H [K, K], positive definite.
-
-    Returns: float32 [K], within COLUMN_SCALE_RANGE, geometric mean 1.
-    """
-    scaled = code.scale.unsqueeze(1) * code.sign
-    system = ((scaled.mT @ scaled) * hessian).double()
-    wanted = (scaled * (residual @ hessian)).sum(0).double()
-    column = torch.linalg.solve(system, wanted).float().clamp(*COLUMN_SCALE_RANGE)
-    centred: Tensor = column / column.log().mean().exp()
-    return centred
+    @property
+    def residual(self) -> Tensor:
+        """Return the target minus the low-rank correction, float32 [N, K]."""
+        if not len(self.low_rank_a):
+            return self.target
+        rotated_a = rotate(self.low_rank_a, self.rotation.left, self.rotation.right)
+        return self.target - self.low_rank_b.float() @ (rotated_a / self.column_scale)
 
 
 def quantize_group(
@@ -123,84 +119,183 @@ def quantize_group(
     seed: int = 0,
     options: FastOptions | None = None,
 ) -> GroupResult:
-    """Quantize the linears that read one input.
+    """Quantize the linears of one input group.
 
-    Holds a few float32 copies of the group's weights and of H. Time grows as N K^2.
+    Holds a few float32 copies of the group's weights and of H. Time grows with N K^2.
 
     Args:
-        weights: module name -> W [N_i, K], any float dtype, one device. The order of the names matters.
-        specs: module name -> what to make of it; one input side (K, rotation sizes, rank, bits, clip).
-        moments: of the group's inputs, on the same device.
-        inputs: some of them [M, K], to choose the clip by.
-        seed: with the names, seeds everything random.
+        weights: module name -> W [N_i, K], any float dtype, all on one device. The order of the names matters.
+        specs: module name -> spec; all must have the same input transform (K, rotation sizes, rank, bits, clip).
+        moments: second moments of the group's inputs, on the same device.
+        inputs: a sample of the inputs [M, K] for choosing the clip; None keeps the spec's clip.
+        seed: seed of all randomness, together with the names.
         options: None for the defaults.
 
-    Returns: the group; errors and the trace "output", after each round, are those of the outputs, relative to the
-        target's.
+    Returns: the quantized group. Its errors and the trace "output" (after each round) are relative output errors with
+        respect to the target.
 
     Raises:
-        SourceError: weights and specs do not fit together, or the inputs are not usable; before any work.
+        SourceError: weights and specs do not fit together, or the moments are not finite. Raised before quantization
+            starts.
     """
     options = options or FastOptions()
-    side = check_group(weights, {}, specs)
-    hessian = moments.hessian(options.damping)
+    spec = check_group(weights, {}, specs)
     generator = group_generator(seed, weights)
-    target = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
-    rotation = learn_rotation(
-        [target], (side.rotation_groups, side.n1, side.n2), rounds=options.okt_rounds, generator=generator
-    )
-    basis = (rotation.left, rotation.right)
-    target, hessian = rotate(target, *basis), rotate_hessian(hessian, *basis)
-    factor = inverse_factor(hessian)
-    power = ((target @ hessian) * target).sum(1)
-    shared = {
-        "rotation_left": rotation.left,
-        "rotation_right": rotation.right,
-        "column_scale": torch.ones(side.in_features, device=target.device),
-    }
-    code: Code | None = None
-    residual, low_rank_b, trace = target, target.new_zeros(len(target), 0, dtype=torch.bfloat16), []
-    rounds = options.rounds if side.rank or options.column_scales else 1
-    for number in range(1, rounds + 1):
-        if code is not None and options.column_scales:
-            # From here on in units of the column scales: x_hat is multiplied by them, the weight divided.
-            column = fit_columns(residual, code, hessian)
-            shared["column_scale"] = shared["column_scale"] * column
-            target, hessian = target / column, column.unsqueeze(1) * hessian * column
-            factor = inverse_factor(hessian)
-        if side.rank:
-            rest = target if code is None else target - code.scale.unsqueeze(1) * code.sign
-            b, a = hessian_low_rank(rest, hessian, side.rank, generator)
-            # Rounded as they are stored, so that the signs make good for that too.
-            low_rank_b, shared["low_rank_a"] = (
-                b.bfloat16(),
-                rotate_back(a * shared["column_scale"], *basis).bfloat16(),
-            )
-            residual = target - low_rank_b.float() @ (
-                rotate(shared["low_rank_a"], *basis) / shared["column_scale"]
-            )
-        elif code is not None:
-            residual = target
-        # The rounds before the last one only have to tell scales and low-rank part what the signs will be like.
-        last = number == rounds
-        sweeps = options.sweeps if last else min(options.sweeps, 1)
-        code = one_bit(residual, hessian, factor, sweeps, options.gptq_signs, every_start=last)
-        trace.append(_relative(code.error, power))
-    assert code is not None
-    tensors = store_group(weights, specs, {}, shared, code.sign, code.scale, low_rank_b)
+    state = start_state(weights, spec, moments, generator, options)
+    target_norm = state.binary.error
+    rounds = options.rounds if spec.rank or options.column_scales else 1
+    trace = []
+    for round_number in range(1, rounds + 1):
+        # Rebind `state` after every step, so that at most two states are alive.
+        if options.column_scales and round_number > 1:
+            state = column_scale_step(state)
+        if spec.rank:
+            state = low_rank_step(state, spec.rank, generator)
+        state = binarization_step(state, options, last=round_number == rounds)
+        trace.append(_relative(state.binary.error, target_norm))
+    sign, scale = state.binary.sign, state.binary.scale
     rows = [len(weight) for weight in weights.values()]
-    pairs = zip(weights, code.error.split(rows), power.split(rows), strict=True)
-    errors = {name: _relative(lost, of) for name, lost, of in pairs}
-    clip = None
-    if options.clips and inputs is not None:
-        x_hat = rotate(inputs.float(), *basis) * shared["column_scale"]
-        clip = choose_clip(x_hat, code.scale.unsqueeze(1) * code.sign, side)
+    parts = zip(weights, state.binary.error.split(rows), target_norm.split(rows), strict=True)
     latents = {}
-    if options.latents:
-        latents = dict(zip(weights, (residual / code.scale.unsqueeze(1)).split(rows), strict=True))
-    return GroupResult(tensors, errors, {"okt": rotation.trace, "output": trace}, latents, clip=clip)
+    if options.keep_latents:
+        latents = dict(zip(weights, (state.residual / scale.unsqueeze(1)).split(rows), strict=True))
+    return GroupResult(
+        store_group(weights, specs, {}, _input_transform(state), sign, scale, state.low_rank_b),
+        {name: _relative(error, norm) for name, error, norm in parts},
+        {"okt": state.rotation.trace, "output": trace},
+        latents,
+        clip=_choose_clip(state, inputs, spec) if options.choose_clip and inputs is not None else None,
+    )
 
 
-def _relative(lost: Tensor, power: Tensor) -> float:
-    """Root of the share of the power that is lost; 0 where there is none."""
-    return math.sqrt(max(float(lost.sum()), 0.0) / (float(power.sum()) or 1.0))
+def start_state(
+    weights: Mapping[str, Tensor],
+    spec: LayerSpec,
+    moments: Moments,
+    generator: torch.Generator,
+    options: FastOptions,
+) -> State:
+    """Compute the target and the Hessian, learn the rotation, and rotate both. `spec` is that of `check_group`."""
+    hessian = moments.hessian(options.damping)
+    target = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
+    sizes = (spec.rotation_groups, spec.n1, spec.n2)
+    rotation = learn_rotation([target], sizes, rounds=options.okt_rounds, generator=generator)
+    target = rotate(target, rotation.left, rotation.right)
+    hessian = rotate_hessian(hessian, rotation.left, rotation.right)
+    zero = BinaryWeight(
+        sign=target.new_ones(()).expand_as(target),
+        scale=target.new_zeros(len(target)),
+        error=((target @ hessian) * target).sum(1),
+    )
+    return State(
+        rotation,
+        target,
+        hessian,
+        column_scale=torch.ones(spec.in_features, device=target.device),
+        low_rank_a=target.new_zeros(0, spec.in_features, dtype=torch.bfloat16),
+        low_rank_b=target.new_zeros(len(target), 0, dtype=torch.bfloat16),
+        binary=zero,
+    )
+
+
+def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:
+    """Return (W C + D + d W) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` * mean(diag(H)).
+
+    D = E[(h - h_hat) x_hat^T] where the output is added to the residual stream h: the error of the stream is
+    compensated as far as it correlates with x_hat.
+
+    Args:
+        weight: float32 [N, K].
+        moments: second moments of the group's inputs.
+        damping: see `FastOptions.target_damping`.
+
+    Returns: float32 [N, K]; `weight` itself if the moments do not include the original model's inputs.
+    """
+    if moments.cross_gram is None or damping == float("inf"):
+        return weight
+    hessian = moments.hessian(damping)
+    ridge = hessian - moments.gram / moments.count
+    right_side = weight @ (moments.cross_gram / moments.count + ridge)
+    if moments.residual_cross_gram is not None:
+        right_side += moments.residual_cross_gram / moments.count
+    lower = torch.linalg.cholesky(hessian.double())
+    return torch.cholesky_solve(right_side.double().mT, lower).mT.float()
+
+
+def column_scale_step(state: State) -> State:
+    """Refit the column scales to the current signs and row scales."""
+    update = fit_column_scales(state.residual, state.binary, state.hessian)
+    return replace(
+        state,
+        target=state.target / update,
+        hessian=update.unsqueeze(1) * state.hessian * update,
+        column_scale=state.column_scale * update,
+    )
+
+
+def fit_column_scales(residual: Tensor, binary: BinaryWeight, hessian: Tensor) -> Tensor:
+    """Return the column scales b with which residual ~ diag(a) S diag(b) has the smallest output error.
+
+    Least squares in b: (sum_i a_i^2 s_i s_i^T * H) b = sum_i a_i s_i * (H w_i), where * is the elementwise product.
+
+    Args:
+        residual: W, float32 [N, K].
+        binary: signs S and row scales a.
+        hessian: H, positive definite, float32 [K, K].
+
+    Returns: float32 [K], clamped to COLUMN_SCALE_UPDATE_RANGE, then normalized to a geometric mean of 1.
+    """
+    scaled_signs = binary.dequantize()
+    system = ((scaled_signs.mT @ scaled_signs) * hessian).double()
+    right_side = (scaled_signs * (residual @ hessian)).sum(0).double()
+    column = torch.linalg.solve(system, right_side).float().clamp(*COLUMN_SCALE_UPDATE_RANGE)
+    normalized: Tensor = column / column.log().mean().exp()
+    return normalized
+
+
+def low_rank_step(state: State, rank: int, generator: torch.Generator) -> State:
+    """Refit the low-rank correction to what the current signs and row scales leave of the target.
+
+    The factors are rounded as they are stored, so that binarization compensates the rounding.
+    """
+    error = state.target - state.binary.dequantize()
+    b, a = hessian_low_rank(error, state.hessian, rank, generator)
+    unrotated_a = rotate_back(a * state.column_scale, state.rotation.left, state.rotation.right)
+    return replace(state, low_rank_a=unrotated_a.bfloat16(), low_rank_b=b.bfloat16())
+
+
+def binarization_step(state: State, options: FastOptions, last: bool) -> State:
+    """Choose signs and row scales for the residual.
+
+    Only the last round searches thoroughly. The rounds before it only have to give the other steps a good estimate.
+    """
+    binary = gptq_binarize(
+        state.residual,
+        state.hessian,
+        inverse_cholesky(state.hessian),
+        sweeps=options.sweeps if last else min(options.sweeps, 1),
+        error_feedback=options.gptq_signs,
+        refine_all=last,
+    )
+    return replace(state, binary=binary)
+
+
+def _input_transform(state: State) -> dict[str, Tensor]:
+    """Return the tensors that all linears of the group store."""
+    tensors = {
+        "rotation_left": state.rotation.left,
+        "rotation_right": state.rotation.right,
+        "column_scale": state.column_scale,
+    }
+    return {**tensors, "low_rank_a": state.low_rank_a} if len(state.low_rank_a) else tensors
+
+
+def _choose_clip(state: State, inputs: Tensor, spec: LayerSpec) -> float:
+    """Choose the activation clip on a sample of the group's inputs."""
+    x_hat = rotate(inputs.float(), state.rotation.left, state.rotation.right) * state.column_scale
+    return choose_clip(x_hat, state.binary.dequantize(), spec)
+
+
+def _relative(error: Tensor, norm: Tensor) -> float:
+    """Return the square root of sum(error) / sum(norm), which are squared norms; 0 if nothing is there to lose."""
+    return math.sqrt(max(float(error.sum()), 0.0) / (float(norm.sum()) or 1.0))

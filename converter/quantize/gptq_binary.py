@@ -1,34 +1,35 @@
-"""Signs chosen for the output's error: what one column loses, later columns make good.
+"""One-bit GPTQ: signs and row scales with a small output error.
 
-Error feedback is GPTQ's (arXiv 2210.17323) with a one-bit code; coordinate descent then flips single signs while
-the error falls. Both minimise, row by row, f(s) = (w - a s) H (w - a s)^T for a row w, its scale a, signs s.
-All cost O(N K^2) and K sequential steps.
+GPTQ's error feedback (arXiv 2210.17323) with one-bit codes chooses the signs column by column. Coordinate descent then
+flips single signs as long as the error falls. Both minimize, for each row w with scale a and signs s,
+f(s) = (w - a s) H (w - a s)^T. Both cost O(N K^2) operations in K sequential steps.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-COLUMNS_AT_ONCE = 128
-"""Columns handled before what they changed is carried to the rest by one matrix product."""
+COLUMN_CHUNK = 128
+"""Columns processed before their updates are applied to the remaining ones in one matrix product."""
 
-START_FACTORS = (0.75, 1.0, 1.3, 1.7)
-"""Starting scales that each row tries, in units of its mean magnitude."""
+INITIAL_SCALE_FACTORS = (0.75, 1.0, 1.3, 1.7)
+"""Initial row scales to try, in units of the row's mean magnitude."""
 
 
-def elements_at_once(device: str) -> int:
-    """Weights whose signs are chosen together on a kind of device; that takes fifteen times their memory.
+def row_chunk_elements(device: str) -> int:
+    """Return how many weights to binarize at a time on a device type; that takes fifteen times their memory.
 
-    Many rows at a time keep a GPU busy; a CPU is busy with few.
+    A GPU needs many rows to be busy; a CPU needs few.
     """
     return 2**24 if device == "cpu" else 2**27
 
 
 @dataclass(frozen=True)
-class Code:
-    """Rows of signs with a scale each.
+class BinaryWeight:
+    """Signs with one scale per row.
 
     Attributes:
         sign: float32 [N, K], -1 or +1.
@@ -40,10 +41,14 @@ class Code:
     scale: Tensor
     error: Tensor
 
+    def dequantize(self) -> Tensor:
+        """Return diag(scale) sign, float32 [N, K]."""
+        return self.scale.unsqueeze(1) * self.sign
+
 
 @dataclass(frozen=True)
-class Trial(Code):
-    """A code on the way.
+class Candidate(BinaryWeight):
+    """A binary weight during the search.
 
     Attributes:
         sign_hessian: S H, float32 [N, K].
@@ -52,127 +57,141 @@ class Trial(Code):
     sign_hessian: Tensor
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of H, float32 [K, K]: its rows say how errors are carried on."""
+def inverse_cholesky(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of H, float32 [K, K], from which GPTQ propagates errors."""
     lower = torch.linalg.cholesky(hessian.double())
-    inverse: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return inverse.float()
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper.float()
 
 
 def gptq_signs(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
-    """Signs of `weight` [N, K] at fixed row scales, each column's error carried on to those after it.
+    """Return signs for `weight` [N, K] at fixed row scales, with each column's error fed back to the columns after it.
 
     Args:
         weight: float32 [N, K].
         scale: float32 [N].
-        factor: from `inverse_factor`.
+        factor: `inverse_cholesky` of H.
     """
-    work, sign = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], COLUMNS_AT_ONCE):
-        columns = slice(start, start + COLUMNS_AT_ONCE)
-        local, own = factor[columns, columns], work[:, columns]
-        errors = torch.empty_like(own)
-        for j in range(own.shape[1]):
-            sign[:, start + j] = torch.where(own[:, j] >= 0, 1.0, -1.0)
-            errors[:, j] = (own[:, j] - scale * sign[:, start + j]) / local[j, j]
-            own[:, j + 1 :].addr_(errors[:, j], local[j, j + 1 :], alpha=-1.0)
-        work[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1.0)
+    compensated, sign = weight.clone(), torch.empty_like(weight)
+    for start in range(0, weight.shape[1], COLUMN_CHUNK):
+        columns = slice(start, start + COLUMN_CHUNK)
+        chunk_factor, chunk = factor[columns, columns], compensated[:, columns]
+        errors = torch.empty_like(chunk)
+        for j in range(chunk.shape[1]):
+            sign[:, start + j] = torch.where(chunk[:, j] >= 0, 1.0, -1.0)
+            errors[:, j] = (chunk[:, j] - scale * sign[:, start + j]) / chunk_factor[j, j]
+            chunk[:, j + 1 :].addr_(errors[:, j], chunk_factor[j, j + 1 :], alpha=-1.0)
+        compensated[:, columns.stop :].addmm_(errors, factor[columns, columns.stop :], alpha=-1.0)
     return sign
 
 
-def refit(weight_metric: Tensor, power: Tensor, sign: Tensor, hessian: Tensor) -> Trial:
-    """The best scale of each row for its signs: a = (w H s) / (s H s), kept positive.
+def fit_row_scales(weight_hessian: Tensor, weight_norm: Tensor, sign: Tensor, hessian: Tensor) -> Candidate:
+    """Fit the scale of each row to its signs by least squares: a = (w H s) / (s H s), kept positive.
 
     Args:
-        weight_metric: W H [N, K].
-        power: w H w of each row [N].
-        sign: [N, K].
-        hessian: H.
+        weight_hessian: W H, float32 [N, K].
+        weight_norm: w H w^T of each row, float32 [N].
+        sign: float32 [N, K].
+        hessian: H, float32 [K, K].
     """
     sign_hessian = sign @ hessian
-    dots, norms = (weight_metric * sign).sum(1), (sign_hessian * sign).sum(1)
+    dots, norms = (weight_hessian * sign).sum(1), (sign_hessian * sign).sum(1)
     scale = (dots / norms).clamp_min(torch.finfo(torch.float32).tiny)
-    return Trial(sign, scale, power - 2.0 * scale * dots + scale.square() * norms, sign_hessian)
+    return Candidate(sign, scale, weight_norm - 2.0 * scale * dots + scale.square() * norms, sign_hessian)
 
 
-def coordinate_descent_sweep(code: Trial, weight_metric: Tensor, hessian: Tensor) -> Tensor:
-    """One sweep of coordinate descent: every sign in turn is flipped where that lowers f. Returns the signs.
+def coordinate_descent_sweep(candidate: Candidate, weight_hessian: Tensor, hessian: Tensor) -> Tensor:
+    """Visit every sign once and flip it if that lowers f. Return the new signs.
 
     With g = (a s - w) H, flipping s_j changes f by 4 a (a H_jj - s_j g_j).
     """
-    sign, scale = code.sign.clone(), code.scale.unsqueeze(1)
-    gradient = scale * code.sign_hessian - weight_metric
-    for start in range(0, sign.shape[1], COLUMNS_AT_ONCE):
-        columns = slice(start, start + COLUMNS_AT_ONCE)
-        local, own, here = hessian[columns, columns], gradient[:, columns], sign[:, columns]
-        before = here.clone()
-        for j in range(here.shape[1]):
-            gain = here[:, j] * own[:, j] - code.scale * local[j, j]
-            change = torch.where(gain > 0, -2.0 * here[:, j], 0.0)
-            here[:, j] += change
-            own[:, j:].addr_(code.scale * change, local[j, j:])
-        gradient[:, columns.stop :].addmm_(scale * (here - before), hessian[columns, columns.stop :])
+    sign, scale = candidate.sign.clone(), candidate.scale.unsqueeze(1)
+    gradient = scale * candidate.sign_hessian - weight_hessian
+    for start in range(0, sign.shape[1], COLUMN_CHUNK):
+        columns = slice(start, start + COLUMN_CHUNK)
+        chunk_hessian, chunk_gradient, chunk = (
+            hessian[columns, columns],
+            gradient[:, columns],
+            sign[:, columns],
+        )
+        before = chunk.clone()
+        for j in range(chunk.shape[1]):
+            gain = chunk[:, j] * chunk_gradient[:, j] - candidate.scale * chunk_hessian[j, j]
+            change = torch.where(gain > 0, -2.0 * chunk[:, j], 0.0)
+            chunk[:, j] += change
+            chunk_gradient[:, j:].addr_(candidate.scale * change, chunk_hessian[j, j:])
+        gradient[:, columns.stop :].addmm_(scale * (chunk - before), hessian[columns, columns.stop :])
     return sign
 
 
-def one_bit(
+def gptq_binarize(
     weight: Tensor,
     hessian: Tensor,
     factor: Tensor,
     sweeps: int,
-    feedback: bool = True,
-    every_start: bool = False,
-) -> Code:
-    """Signs and scales of `weight` [N, K] in the metric `hessian`.
+    error_feedback: bool = True,
+    refine_all: bool = False,
+) -> BinaryWeight:
+    """Binarize `weight` with a small output error.
 
     Args:
         weight: float32 [N, K].
-        hessian: H, positive definite [K, K].
-        factor: its `inverse_factor`.
-        sweeps: sweeps of coordinate descent, each followed by a refit of the scales.
-        feedback: without it, the signs are the weight's own.
-        every_start: descend from every starting scale and keep what ends best, row by row; otherwise only from what
-            starts best. What starts best often does not end best, but this costs as many times the sweeps.
+        hessian: H, positive definite, float32 [K, K].
+        factor: `inverse_cholesky` of H.
+        sweeps: sweeps of coordinate descent; each is followed by a least-squares fit of the scales.
+        error_feedback: choose the initial signs with GPTQ's error feedback; otherwise they are the weight's own.
+        refine_all: run coordinate descent from every initial scale and keep the best result of each row; otherwise
+            only from the initial scale with the smallest error. That one often does not lead to the smallest final
+            error, but trying all multiplies the cost of the sweeps.
     """
-    rows = max(1, elements_at_once(weight.device.type) // weight.shape[1])
-    parts = [_code_rows(part, hessian, factor, sweeps, feedback, every_start) for part in weight.split(rows)]
-    return Code(
-        torch.cat([part.sign for part in parts]),
-        torch.cat([part.scale for part in parts]),
-        torch.cat([part.error for part in parts]),
+    chunk_rows = max(1, row_chunk_elements(weight.device.type) // weight.shape[1])
+    chunks = [
+        _binarize_chunk(chunk, hessian, factor, sweeps, error_feedback, refine_all)
+        for chunk in weight.split(chunk_rows)
+    ]
+    return BinaryWeight(
+        torch.cat([chunk.sign for chunk in chunks]),
+        torch.cat([chunk.scale for chunk in chunks]),
+        torch.cat([chunk.error for chunk in chunks]),
     )
 
 
-def _code_rows(
-    weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, feedback: bool, every_start: bool
-) -> Code:
-    """As `one_bit`, all rows at once."""
-    metric = weight @ hessian
-    power = (metric * weight).sum(1)
-    mean = weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+def _binarize_chunk(
+    weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, error_feedback: bool, refine_all: bool
+) -> BinaryWeight:
+    """Binarize a chunk of rows, see `gptq_binarize`."""
+    weight_hessian = weight @ hessian
+    weight_norm = (weight_hessian * weight).sum(1)
 
-    def descended(code: Trial) -> Trial:
+    def fit(sign: Tensor) -> Candidate:
+        return fit_row_scales(weight_hessian, weight_norm, sign, hessian)
+
+    def refine(candidate: Candidate) -> Candidate:
         for _ in range(sweeps):
-            code = _better(
-                code, refit(metric, power, coordinate_descent_sweep(code, metric, hessian), hessian)
-            )
-        return code
+            candidate = _better(candidate, fit(coordinate_descent_sweep(candidate, weight_hessian, hessian)))
+        return candidate
 
-    if not feedback:
-        return descended(refit(metric, power, torch.where(weight >= 0, 1.0, -1.0), hessian))
-    signs = (gptq_signs(weight, start * mean, factor) for start in START_FACTORS)
-    codes = (refit(metric, power, sign, hessian) for sign in signs)
-    best = reduce(_better, map(descended, codes)) if every_start else descended(reduce(_better, codes))
-    return Code(best.sign, best.scale, best.error)
+    if not error_feedback:
+        return refine(fit(torch.where(weight >= 0, 1.0, -1.0)))
+    candidates = map(fit, _initial_signs(weight, factor))
+    best = reduce(_better, map(refine, candidates)) if refine_all else refine(reduce(_better, candidates))
+    return BinaryWeight(best.sign, best.scale, best.error)
 
 
-def _better(one: Trial, other: Trial) -> Trial:
-    """Row by row the one with the smaller error."""
-    take = other.error < one.error
-    rows = take.unsqueeze(1)
-    return Trial(
-        torch.where(rows, other.sign, one.sign),
-        torch.where(take, other.scale, one.scale),
-        torch.where(take, other.error, one.error),
-        torch.where(rows, other.sign_hessian, one.sign_hessian),
+def _initial_signs(weight: Tensor, factor: Tensor) -> Iterator[Tensor]:
+    """Yield the signs that error feedback chooses with each of the initial scales."""
+    mean_magnitude = weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
+    for scale_factor in INITIAL_SCALE_FACTORS:
+        yield gptq_signs(weight, scale_factor * mean_magnitude, factor)
+
+
+def _better(first: Candidate, second: Candidate) -> Candidate:
+    """Select, row by row, the candidate with the smaller error."""
+    take_second = second.error < first.error
+    rows = take_second.unsqueeze(1)
+    return Candidate(
+        torch.where(rows, second.sign, first.sign),
+        torch.where(take_second, second.scale, first.scale),
+        torch.where(take_second, second.error, first.error),
+        torch.where(rows, second.sign_hessian, first.sign_hessian),
     )

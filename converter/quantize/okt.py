@@ -1,22 +1,22 @@
-"""OKT: a Kronecker rotation that makes the rows of a weight two-peaked (BWLA, arXiv 2605.00422).
+"""OKT: a Kronecker rotation that makes the rows of a weight bimodal (BWLA, arXiv 2605.00422).
 
 Model. Each row of the rotated weight is a symmetric mixture of two Gaussians with equal weights,
-1/2 N(c, v) + 1/2 N(-c, v). Equal weights and mirrored centres keep the two components balanced by
-construction, which is what the paper's balance regulariser asks for.
+1/2 N(c, v) + 1/2 N(-c, v). Equal weights and mirrored centers keep the two components balanced by construction, which
+is what the paper's balance regularizer asks for.
 
-Objective. The mean negative log likelihood per weight, with every row in units of its own root mean
-square (a constant shift of the objective that makes it comparable across rows and layers).
+Objective. The mean negative log likelihood per weight, with every row in units of its own root mean square (a constant
+shift of the objective that makes it comparable across rows and layers).
 
-Steps. With t = E[sign of the component | w] = tanh(c w / v), the negative log likelihood is majorized by
-sum_i 1/(2 v_i) ||w_i - c_i t_i||^2 + const. Every step minimises that majorizer exactly over one part of
-the unknowns, so the objective never grows: the mixture by soft EM in closed form, each Kronecker factor by
-a weighted orthogonal Procrustes problem, solved by an SVD.
+Algorithm. With t = E[sign of the component | w] = tanh(c w / v), the negative log likelihood is majorized by
+sum_i 1/(2 v_i) ||w_i - c_i t_i||^2 + const. Every step minimizes that majorizer exactly over one part of the unknowns,
+so the objective is non-increasing: the mixture by soft EM in closed form, each Kronecker factor by a weighted
+orthogonal Procrustes problem, which an SVD solves.
 
-Bounds. v is kept within [VARIANCE_FLOOR, VARIANCE_CEILING] of the row's power, a box in which the
-closed form is merely clamped and the descent still holds. The floor stops a component from collapsing onto
-its points. The ceiling stops the components from merging: left alone, the likelihood of a nearly Gaussian
-row is best at c -> 0, where nothing pulls the weights towards two values any more and the rotation stands
-still. With the ceiling at 0.15, 40 rounds remove about twice as much binarization error as without.
+Bounds. v is kept within [VARIANCE_FLOOR, VARIANCE_CEILING] times the row's mean square, where the closed form is
+clamped and the objective still does not increase. The floor keeps a component from collapsing onto its points. The
+ceiling keeps the components from merging: without it, the likelihood of a nearly Gaussian row is best at c -> 0, where
+nothing pulls the weights towards two values any more and the rotation stops changing. With the ceiling at 0.15,
+40 rounds remove about twice as much binarization error as without.
 """
 
 import math
@@ -32,41 +32,40 @@ from bwla_kernels.reference import rotate
 from torch import Tensor
 
 VARIANCE_FLOOR = 1e-3
-"""Smallest v of a component, in units of the row's mean square."""
+"""Lower bound of a component's variance v, in units of the row's mean square."""
 
 VARIANCE_CEILING = 0.15
-"""Largest v of a component, in the same units; 1 leaves the likelihood unconstrained."""
-
+"""Upper bound of a component's variance v, in the same units; 1 leaves the likelihood unconstrained."""
 
 Start = Literal["random", "identity"]
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Two mirrored Gaussians for each of N rows: 1/2 N(centre, variance) + 1/2 N(-centre, variance).
+    """Two mirrored Gaussians per row, for N rows: 1/2 N(center, variance) + 1/2 N(-center, variance).
 
     Attributes:
-        centre: c, float32 [N], not negative.
+        center: c, float32 [N], non-negative.
         variance: v, float32 [N], positive.
     """
 
-    centre: Tensor
+    center: Tensor
     variance: Tensor
 
     @property
     def slope(self) -> Tensor:
-        """c / v, shaped to broadcast over cells [P, N, Q]."""
-        return (self.centre / self.variance).unsqueeze(-1)
+        """Return c / v in a shape that broadcasts over cells [P, N, Q]."""
+        return (self.center / self.variance).unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal Kronecker rotation of each block, in the convention of `bwla_kernels.reference.rotate`.
+    """One orthogonal Kronecker rotation per rotation group, in the convention of `bwla_kernels.reference.rotate`.
 
     Attributes:
-        left: float32 [G, n1, n1], of values that the format can store.
+        left: float32 [G, n1, n1], rounded to the dtype in which rotations are stored.
         right: float32 [G, n2, n2], likewise.
-        trace: the objective at the start and after each round, in nats per weight; never grows.
+        trace: objective at the start and after each round, in nats per weight; non-increasing.
     """
 
     left: Tensor
@@ -76,14 +75,14 @@ class Rotation:
 
 @dataclass(frozen=True)
 class State:
-    """Where the alternation stands.
+    """State of the alternation.
 
     Attributes:
-        chunks: the rotated rows in units of their root mean square, [G, n1, rows, n2] each: in this
-            layout both Procrustes sums are plain matrix products.
-        mixtures: one for each chunk.
-        left, right: the rotation so far, float64 on the CPU, [G, n1, n1] and [G, n2, n2].
-        ceiling: bound of the variance.
+        chunks: the rotated rows in units of their root mean square, float32 [G, n1, rows, n2] each. In this layout
+            both Procrustes sums are matrix products.
+        mixtures: one per chunk.
+        left, right: the current rotation, float64 on the CPU, [G, n1, n1] and [G, n2, n2].
+        ceiling: upper bound of the component variance.
     """
 
     chunks: tuple[Tensor, ...]
@@ -94,47 +93,48 @@ class State:
 
 
 def rows_mean(cells: Tensor) -> Tensor:
-    """Mean over all but the row axis of cells [P, N, Q], float64 [N]."""
+    """Return the mean of cells [P, N, Q] over all axes but the row axis, float64 [N]."""
     return cells.sum(-1).double().sum(0) / (cells.shape[0] * cells.shape[2])
 
 
 def start_mixture(cells: Tensor, ceiling: float = VARIANCE_CEILING) -> Mixture:
-    """Start from the hard assignment, c = mean|w|: c = 0 is a stationary point of EM.
+    """Initialize the mixture from the hard assignment, c = mean|w|, because c = 0 is a stationary point of EM.
 
     Args:
-        cells: rows of unit mean square (or less), float32 [P, N, Q]; row i is cells[:, i].
+        cells: rows of mean square at most 1, float32 [P, N, Q]; row i is cells[:, i].
+        ceiling: upper bound of the variance.
     """
-    centre = rows_mean(cells.abs())
-    return _bounded(centre, rows_mean(cells.square()), ceiling)
+    center = rows_mean(cells.abs())
+    return _bounded(center, rows_mean(cells.square()), ceiling)
 
 
 def fit_mixture(cells: Tensor, mixture: Mixture, ceiling: float = VARIANCE_CEILING) -> Mixture:
-    """One step of soft EM: c = mean(t w), v = mean(w^2) - c^2 within the bounds."""
-    pull = (cells * (2.0 * mixture.slope)).sigmoid_().mul_(2.0).sub_(1.0)
-    return _bounded(rows_mean(pull.mul_(cells)), rows_mean(cells.square()), ceiling)
+    """Perform one step of soft EM: c = mean(t w), v = mean(w^2) - c^2 within the bounds."""
+    expected_sign = (cells * (2.0 * mixture.slope)).sigmoid_().mul_(2.0).sub_(1.0)
+    return _bounded(rows_mean(expected_sign.mul_(cells)), rows_mean(cells.square()), ceiling)
 
 
 def procrustes_target(cells: Tensor, mixture: Mixture) -> Tensor:
-    """The Procrustes target times its row weight, (c / v) t, float32 of the shape of `cells`.
+    """Return the Procrustes target times its row weight, (c / v) t, float32 in the shape of `cells`.
 
-    tanh(a) is taken as 2 sigmoid(2 a) - 1: five times as fast on a processor, and as exact in absolute terms.
+    tanh(a) is computed as 2 sigmoid(2 a) - 1, which is five times as fast on a CPU and has the same absolute accuracy.
     """
     slope = mixture.slope
     return (cells * (2.0 * slope)).sigmoid_().mul_(2.0 * slope).sub_(slope)
 
 
-def _bounded(centre: Tensor, power: Tensor, ceiling: float) -> Mixture:
-    # For any v the best centre is the same, and the majorizer falls and then rises in v: clamping is exact.
-    variance = (power - centre.square()).clamp(VARIANCE_FLOOR, ceiling)
-    return Mixture(centre.float(), variance.float())
+def _bounded(center: Tensor, mean_square: Tensor, ceiling: float) -> Mixture:
+    # The best center does not depend on v, and the majorizer is unimodal in v, so clamping is exact.
+    variance = (mean_square - center.square()).clamp(VARIANCE_FLOOR, ceiling)
+    return Mixture(center.float(), variance.float())
 
 
 def negative_log_likelihood(cells: Tensor, mixture: Mixture) -> Tensor:
-    """Mean negative log likelihood per weight of each row, float64 [N].
+    """Return the mean negative log likelihood per weight of each row, float64 [N].
 
-    ln cosh(a) is taken as |a| - ln sigmoid(2 |a|) - ln 2, which neither overflows nor cancels.
+    ln cosh(a) is computed as |a| - ln sigmoid(2 |a|) - ln 2, which avoids overflow and cancellation.
     """
-    c, v = mixture.centre.double(), mixture.variance.double()
+    c, v = mixture.center.double(), mixture.variance.double()
     a = (cells * mixture.slope).abs_()
     logcosh = rows_mean(a) - rows_mean(a.mul_(2.0).sigmoid_().log_()) - math.log(2.0)
     return 0.5 * torch.log(2.0 * math.pi * v) + (rows_mean(cells.square()) + c * c) / (2.0 * v) - logcosh
@@ -150,33 +150,33 @@ def learn_rotation(
     ceiling: float = VARIANCE_CEILING,
     on_round: Callable[[int, float], None] | None = None,
 ) -> Rotation:
-    """Learn the rotation that the members of one input group share.
+    """Learn the rotation that the linears of one input group share.
 
-    Holds two copies of the group's weights in float32 beside the weights themselves.
+    Holds two float32 copies of the group's weights in addition to the weights.
 
     Args:
-        weights: the group's weights [N_i, K], any float dtype, one device; their rows are pooled.
+        weights: the group's weights [N_i, K], any float dtype, all on one device.
         sizes: (G, n1, n2) with G * n1 * n2 = K.
-        rounds: rounds of mixture, left factor, right factor.
-        generator: source of the random start; unused with start "identity".
-        start: "random" orthogonal factors, or "identity".
-        ceiling: bound of the components' variance in units of the row's mean square; 1 for none.
-        on_round: called with the round's number (0 is the start) and the objective.
+        rounds: number of alternations of mixture, left factor and right factor.
+        generator: source of the random initialization; unused if `start` is "identity".
+        start: initial factors, "random" orthogonal or "identity".
+        ceiling: upper bound of the component variance, in units of the row's mean square; 1 for no bound.
+        on_round: called with the round (0 for the start) and the objective.
 
     Raises:
-        SourceError: the weights' sizes contradict each other, or a value is not finite.
+        SourceError: a weight does not have K columns, or a value is not finite.
     """
     state = start_state(weights, sizes, generator, start, ceiling)
     trace = [objective(state)]
-    for number in range(rounds + 1):
-        if number:
+    for round_number in range(rounds + 1):
+        if round_number:
             for step in (mixture_step, left_step, right_step):
-                state = step(state)  # one by one, so that no more than two states are alive
+                state = step(state)  # not nested, so that at most two states are alive
             trace.append(objective(state))
         if on_round is not None:
-            on_round(number, trace[-1])
+            on_round(round_number, trace[-1])
     device = weights[0].device
-    # As they are stored, so that what is fitted in their basis makes good for the rounding too.
+    # Rounded as they are stored, so that whatever is fitted in the rotated basis compensates the rounding.
     left, right = (factor.to(ROTATION_DTYPE).float().to(device) for factor in (state.left, state.right))
     return Rotation(left, right, trace)
 
@@ -188,30 +188,32 @@ def start_state(
     start: Start = "random",
     ceiling: float = VARIANCE_CEILING,
 ) -> State:
-    """Check, normalise and rotate the rows; arguments and errors as in `learn_rotation`."""
-    blocks, n1, n2 = sizes
-    width = blocks * n1 * n2
+    """Check, normalize and rotate the rows; arguments and errors as in `learn_rotation`."""
+    groups, n1, n2 = sizes
+    width = groups * n1 * n2
     if not weights:
-        raise SourceError("an input group: expected at least one weight, found none: name its members")
+        raise SourceError("input group: expected at least one weight, found none")
     for index, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != width:
             raise SourceError(
-                f"weight {index} of the group: expected [N, {width}] for rotation {sizes}, "
-                f"found {tuple(weight.shape)}: choose another factorization or leave the layer out"
+                f"weight {index} of the input group: expected shape [N, {width}] for the rotation {sizes}, "
+                f"found {tuple(weight.shape)}: choose another factorization or exclude the layer with --ignore"
             )
         if count_not_finite(weight):
-            raise SourceError(f"weight {index} of the group: expected finite values, found NaN or infinity")
+            raise SourceError(
+                f"weight {index} of the input group: expected finite values, found NaN or infinity"
+            )
     if start == "random":
-        left, right = random_orthogonal(blocks, n1, generator), random_orthogonal(blocks, n2, generator)
+        left, right = random_orthogonal(groups, n1, generator), random_orthogonal(groups, n2, generator)
     else:
-        left, right = (torch.eye(n, dtype=torch.float64).repeat(blocks, 1, 1) for n in (n1, n2))
+        left, right = (torch.eye(n, dtype=torch.float64).repeat(groups, 1, 1) for n in (n1, n2))
 
     def unit_cells() -> Iterator[Tensor]:
         for weight in weights:
-            here = (left.float().to(weight.device), right.float().to(weight.device))
+            factors = (left.float().to(weight.device), right.float().to(weight.device))
             for rows in split_rows(weight):
                 unit = rows / row_rms(rows).unsqueeze(1)
-                yield rotate(unit.float(), *here).view(-1, blocks, n1, n2).permute(1, 2, 0, 3)
+                yield rotate(unit.float(), *factors).view(-1, groups, n1, n2).permute(1, 2, 0, 3)
 
     chunks = in_one_buffer(
         unit_cells(), weights[0].new_empty(sum(map(Tensor.numel, weights)), dtype=torch.float32)
@@ -223,70 +225,72 @@ def start_state(
 
 
 def mixtures_in_one_buffer(mixtures: Iterable[Mixture], rows: Iterable[Tensor]) -> tuple[Mixture, ...]:
-    """`in_one_buffer` for mixtures, one row for each of all the tensors in `rows`."""
-    sizes = list(rows)
-    buffer = sizes[0].new_empty(2 * sum(map(len, sizes)), dtype=torch.float32)
-    pairs = (torch.stack((mixture.centre, mixture.variance)) for mixture in mixtures)
+    """Copy `mixtures` into one buffer, see `in_one_buffer`; it has one entry per row of the tensors in `rows`."""
+    tensors = list(rows)
+    buffer = tensors[0].new_empty(2 * sum(map(len, tensors)), dtype=torch.float32)
+    pairs = (torch.stack((mixture.center, mixture.variance)) for mixture in mixtures)
     return tuple(Mixture(*pair) for pair in in_one_buffer(pairs, buffer))
 
 
 def random_orthogonal(count: int, order: int, generator: torch.Generator) -> Tensor:
-    """`count` random orthogonal matrices, uniform over the group, float64 on the CPU [count, order, order]."""
+    """Draw `count` orthogonal matrices from the Haar distribution, float64 on the CPU [count, order, order]."""
     noise = torch.randn(
         count, order, order, generator=generator, device=generator.device, dtype=torch.float64
     )
     q, r = torch.linalg.qr(noise.cpu())
-    # QR leaves the signs open; those of R's diagonal make Q uniform (Mezzadri, arXiv math-ph/0609050).
+    # QR is unique up to signs; those of the diagonal of R make Q uniform (Mezzadri, arXiv math-ph/0609050).
     diagonal = torch.diagonal(r, dim1=-2, dim2=-1)
     uniform: Tensor = q * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
     return uniform
 
 
 def objective(state: State) -> float:
-    """Mean negative log likelihood per weight over the rows that are not zero; 0 where all are."""
+    """Return the mean negative log likelihood per weight over the nonzero rows; 0 if there are none."""
     total, count = 0.0, 0
     for chunk, mixture in zip(state.chunks, state.mixtures, strict=True):
-        alive = mixture.centre > 0
-        total += float(negative_log_likelihood(chunk.flatten(0, 1), mixture)[alive].sum())
-        count += int(alive.sum())
+        nonzero = mixture.center > 0
+        total += float(negative_log_likelihood(chunk.flatten(0, 1), mixture)[nonzero].sum())
+        count += int(nonzero.sum())
     return total / max(count, 1)
 
 
 def mixture_step(state: State) -> State:
-    """The mixture by one step of EM, the rotation fixed."""
+    """Update the mixture by one EM step, with the rotation fixed."""
     pairs = zip(state.chunks, state.mixtures, strict=True)
     fitted = (fit_mixture(chunk.flatten(0, 1), mixture, state.ceiling) for chunk, mixture in pairs)
-    centres = [mixture.centre for mixture in state.mixtures]
-    return replace(state, mixtures=mixtures_in_one_buffer(fitted, centres))
+    centers = [mixture.center for mixture in state.mixtures]
+    return replace(state, mixtures=mixtures_in_one_buffer(fitted, centers))
 
 
 def left_step(state: State) -> State:
-    """The left factor by weighted Procrustes, the rest fixed: D that maximises sum_i <D^T Z_i, (c_i/v_i) t_i>."""
-    turn = _polar(z.flatten(2) @ pull.flatten(2).mT for z, pull in _pulls(state))
-    here = turn.mT.to(state.chunks[0])
-    turned = in_one_buffer(((here @ z.flatten(2)).view_as(z) for z in state.chunks), _buffer(state))
-    return replace(state, chunks=turned, left=state.left @ turn)
+    """Update the left factor by weighted Procrustes: the D that maximizes sum_i <D^T Z_i, (c_i/v_i) t_i>."""
+    rotation = _polar(z.flatten(2) @ target.flatten(2).mT for z, target in _targets(state))
+    factor = rotation.mT.to(state.chunks[0])
+    chunks = in_one_buffer(((factor @ z.flatten(2)).view_as(z) for z in state.chunks), _buffer(state))
+    return replace(state, chunks=chunks, left=state.left @ rotation)
 
 
 def right_step(state: State) -> State:
-    """The right factor by weighted Procrustes, the rest fixed: D that maximises sum_i <Z_i D, (c_i/v_i) t_i>."""
-    turn = _polar(z.flatten(1, 2).mT @ pull.flatten(1, 2) for z, pull in _pulls(state))
-    here = turn.to(state.chunks[0])
-    turned = in_one_buffer(((z.flatten(1, 2) @ here).view_as(z) for z in state.chunks), _buffer(state))
-    return replace(state, chunks=turned, right=state.right @ turn)
+    """Update the right factor by weighted Procrustes: the D that maximizes sum_i <Z_i D, (c_i/v_i) t_i>."""
+    rotation = _polar(z.flatten(1, 2).mT @ target.flatten(1, 2) for z, target in _targets(state))
+    factor = rotation.to(state.chunks[0])
+    chunks = in_one_buffer(((z.flatten(1, 2) @ factor).view_as(z) for z in state.chunks), _buffer(state))
+    return replace(state, chunks=chunks, right=state.right @ rotation)
 
 
-def _pulls(state: State) -> Iterator[tuple[Tensor, Tensor]]:
+def _targets(state: State) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of rows with their Procrustes targets."""
     for chunk, mixture in zip(state.chunks, state.mixtures, strict=True):
         yield chunk, procrustes_target(chunk, mixture)
 
 
 def _buffer(state: State) -> Tensor:
+    """Return an uninitialized buffer for all chunks."""
     return state.chunks[0].new_empty(sum(map(Tensor.numel, state.chunks)))
 
 
 def _polar(sums: Iterable[Tensor]) -> Tensor:
-    """Orthogonal polar factor of the sum of `sums` [G, n, n], float64 on the CPU."""
+    """Return the orthogonal polar factor of the sum of `sums`, float64 on the CPU [G, n, n]."""
     u, _, vh = torch.linalg.svd(sum_in_double(sums).cpu())
     polar: Tensor = u @ vh
     return polar

@@ -95,7 +95,7 @@ def make_recipe(options: Options, source: Source, store: ActivationStore | None 
     if options.recipe == "paper":
         return PaperRecipe(options.seed)
     assert options.calibration is not None
-    groups = FastOptions(clips=options.clip is None)
+    groups = FastOptions(choose_clip=options.clip is None)
     if options.recipe == "fast":
         return FastRecipe(source, options.calibration, options.seed, groups, store)
     best = best_options(options, groups, source.num_layers)

@@ -82,7 +82,7 @@ class BestRecipe(FastRecipe):
     ) -> None:
         self.best = options or BestOptions()
         super().__init__(
-            source, calibration, seed, replace(self.best.fast, latents=self.best.tune.epochs > 0), store
+            source, calibration, seed, replace(self.best.fast, keep_latents=self.best.tune.epochs > 0), store
         )
         self._results: list[tuple[GroupResult, Mapping[str, LayerSpec]]] = []
         self._index = 0

@@ -141,7 +141,7 @@ class FastRecipe:
             self.hidden.split(WINDOWS_AT_ONCE), self.original_hidden.split(WINDOWS_AT_ONCE), strict=True
         )
         limit, seen = SAMPLE_ELEMENTS * WINDOWS_AT_ONCE // len(self.hidden), []
-        reader = self.runner.source.family.group_of(name).stream if self.options.follow_stream else None
+        reader = self.runner.source.family.group_of(name).stream if self.options.compensate_residual_stream else None
         for here, there in pairs:
             inputs, stream_hat = quantized.inputs_and_stream(name, reader, here)
             wanted, stream = original.inputs_and_stream(name, reader, there)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.quantize.gptq_binary import inverse_factor
+from bwla_converter.quantize.gptq_binary import inverse_cholesky
 from torch import Tensor
 
 from benchmarks.quality.peers import GROUP, billm, grouped_one_bit, row_errors
@@ -22,14 +22,14 @@ def problem() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("width", [16, 40, COLUMNS])
 def test_grouped_gptq_stores_signs_and_one_scale_a_group(problem: tuple[Tensor, Tensor], width: int) -> None:
     weight, hessian = problem
-    found = grouped_one_bit(weight, hessian, inverse_factor(hessian), width)
+    found = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), width)
     for part in found.split(width, 1):
         assert torch.allclose(part.abs(), part[:, :1].abs().expand_as(part), rtol=1e-5)
 
 
 def test_grouped_gptq_has_the_best_scales_for_its_signs(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
-    found = grouped_one_bit(weight, hessian, inverse_factor(hessian), 32)
+    found = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), 32)
     least = row_errors(found, weight, hessian)
     for start in range(0, COLUMNS, 32):
         for factor in (0.98, 1.02):
@@ -40,7 +40,7 @@ def test_grouped_gptq_has_the_best_scales_for_its_signs(problem: tuple[Tensor, T
 
 def test_grouped_gptq_uses_its_bits_and_its_metric(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
-    factor = inverse_factor(hessian)
+    factor = inverse_cholesky(hessian)
     by_width = [
         row_errors(grouped_one_bit(weight, hessian, factor, w), weight, hessian).sum() for w in (96, 32, 8)
     ]
@@ -51,7 +51,7 @@ def test_grouped_gptq_uses_its_bits_and_its_metric(problem: tuple[Tensor, Tensor
 
 def test_billm_counts_what_it_stores(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
-    part = billm(weight, inverse_factor(hessian))
+    part = billm(weight, inverse_cholesky(hessian))
     rounded = weight.abs().mean(1, keepdim=True) * weight.sign()
     assert row_errors(part.values, weight, hessian).sum() < row_errors(rounded, weight, hessian).sum()
     # a sign and a membership bit a weight, four scales a row, the columns' mask, and what salient columns add

@@ -113,7 +113,9 @@ def test_the_clip_is_chosen_by_the_inputs(weights: dict[str, Tensor]) -> None:
     chosen = fast.quantize_group(weights, specs, moments, inputs=x[:200], options=QUICK)
     assert chosen.clip is not None
     assert 0 < chosen.clip < 1
-    left = fast.quantize_group(weights, specs, moments, inputs=x[:200], options=replace(QUICK, clips=False))
+    left = fast.quantize_group(
+        weights, specs, moments, inputs=x[:200], options=replace(QUICK, choose_clip=False)
+    )
     assert left.clip is None
 
 

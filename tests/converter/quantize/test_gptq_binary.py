@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.quantize import gptq_binary as error_feedback
+from bwla_converter.quantize import gptq_binary
 from bwla_converter.quantize.gptq_binary import (
     coordinate_descent_sweep,
+    fit_row_scales,
+    gptq_binarize,
     gptq_signs,
-    inverse_factor,
-    one_bit,
-    refit,
+    inverse_cholesky,
 )
 from torch import Tensor
 
@@ -31,7 +31,7 @@ def error(weight: Tensor, scale: Tensor, sign: Tensor, hessian: Tensor) -> Tenso
 
 def test_factor_is_that_of_the_inverse() -> None:
     _, hessian = problem(1, 40)
-    factor = inverse_factor(hessian)
+    factor = inverse_cholesky(hessian)
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.mT @ factor, torch.linalg.inv(hessian), rtol=1e-3, atol=1e-3)
 
@@ -55,7 +55,7 @@ def test_refit_is_the_best_scale() -> None:
     weight, hessian = problem(5, 64)
     sign = torch.where(weight >= 0, 1.0, -1.0)
     metric = weight @ hessian
-    code = refit(metric, (metric * weight).sum(1), sign, hessian)
+    code = fit_row_scales(metric, (metric * weight).sum(1), sign, hessian)
     here = error(weight, code.scale, sign, hessian)
     torch.testing.assert_close(code.error.double(), here, rtol=1e-3, atol=1e-4)
     for factor in (0.99, 1.01):
@@ -66,7 +66,7 @@ def test_refit_is_the_best_scale() -> None:
 def test_a_sweep_never_raises_the_error_and_ends_where_no_flip_helps(columns: int) -> None:
     weight, hessian = problem(6, columns)
     metric = weight @ hessian
-    code = refit(metric, (metric * weight).sum(1), torch.where(weight >= 0, 1.0, -1.0), hessian)
+    code = fit_row_scales(metric, (metric * weight).sum(1), torch.where(weight >= 0, 1.0, -1.0), hessian)
     before = error(weight, code.scale, code.sign, hessian)
     for _ in range(50):
         sign = coordinate_descent_sweep(code, metric, hessian)
@@ -91,23 +91,25 @@ def test_close_to_the_best_of_all_signs() -> None:
     norms = ((patterns @ hessian) * patterns).sum(1)
     power = ((weight @ hessian) * weight).sum(1)
     best = (power.unsqueeze(1) - dots.clamp_min(0).square() / norms).min(1).values
-    found = one_bit(weight, hessian, inverse_factor(hessian), sweeps=4).error
-    rounded = refit(weight @ hessian, power, torch.where(weight >= 0, 1.0, -1.0), hessian).error
+    found = gptq_binarize(weight, hessian, inverse_cholesky(hessian), sweeps=4).error
+    rounded = fit_row_scales(weight @ hessian, power, torch.where(weight >= 0, 1.0, -1.0), hessian).error
     assert found.sum() - best.sum() < 0.35 * (rounded.sum() - best.sum())
 
 
 def test_a_row_of_zeros_gets_a_positive_scale() -> None:
     weight, hessian = problem(3, 32)
     weight[1] = 0
-    code = one_bit(weight, hessian, inverse_factor(hessian), sweeps=1)
+    code = gptq_binarize(weight, hessian, inverse_cholesky(hessian), sweeps=1)
     assert bool((code.scale > 0).all())
     assert code.scale[1] < 1e-20
 
 
 def test_every_start_finds_at_least_what_the_best_start_finds() -> None:
     weight, hessian = problem(40, 64, seed=5)
-    factor = inverse_factor(hessian)
-    one, every = (one_bit(weight, hessian, factor, sweeps=2, every_start=choice) for choice in (False, True))
+    factor = inverse_cholesky(hessian)
+    one, every = (
+        gptq_binarize(weight, hessian, factor, sweeps=2, refine_all=choice) for choice in (False, True)
+    )
     assert bool((every.error <= one.error * (1 + 1e-5)).all())
     assert float(every.error.sum()) < 0.995 * float(one.error.sum())
     torch.testing.assert_close(
@@ -117,10 +119,10 @@ def test_every_start_finds_at_least_what_the_best_start_finds() -> None:
 
 def test_rows_in_parts_are_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = problem(20, 32, seed=6)
-    factor = inverse_factor(hessian)
-    whole = one_bit(weight, hessian, factor, sweeps=2, every_start=True)
-    monkeypatch.setattr(error_feedback, "elements_at_once", lambda _: 7 * 32)
-    parts = one_bit(weight, hessian, factor, sweeps=2, every_start=True)
+    factor = inverse_cholesky(hessian)
+    whole = gptq_binarize(weight, hessian, factor, sweeps=2, refine_all=True)
+    monkeypatch.setattr(gptq_binary, "row_chunk_elements", lambda _: 7 * 32)
+    parts = gptq_binarize(weight, hessian, factor, sweeps=2, refine_all=True)
     # Sums of other lengths may decide a tie otherwise.
     assert (whole.sign == parts.sign).float().mean() > 0.99
     torch.testing.assert_close(whole.error, parts.error, rtol=1e-3, atol=1e-4)

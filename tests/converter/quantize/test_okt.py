@@ -92,7 +92,7 @@ def test_the_state_holds_the_unit_rows_rotated_as_the_kernels_rotate_them() -> N
 def test_likelihood_equals_the_density_of_two_normals() -> None:
     cells = normal(3, 5, 16)
     mixture = Mixture(torch.tensor([0.0, 0.1, 0.5, 0.9, 0.99]), torch.tensor([1.0, 0.5, 0.15, 0.1, 1e-3]))
-    c, v = (part.double().unsqueeze(-1) for part in (mixture.centre, mixture.variance))
+    c, v = (part.double().unsqueeze(-1) for part in (mixture.center, mixture.variance))
     both = torch.stack(
         [torch.distributions.Normal(s * c, v.sqrt()).log_prob(cells.double()) for s in (1, -1)]
     )
@@ -104,10 +104,10 @@ def test_one_step_of_em_in_closed_form() -> None:
     cells = normal(2, 4, 16) * 0.7
     before = Mixture(torch.full((4,), 0.5), torch.full((4,), 0.4))
     t = torch.tanh(0.5 * cells.double() / 0.4)
-    centre = (t * cells).mean((0, 2))
+    center = (t * cells).mean((0, 2))
     after = okt.fit_mixture(cells, before, ceiling=1.0)
-    torch.testing.assert_close(after.centre.double(), centre, rtol=1e-5, atol=1e-6)
-    spread = cells.double().square().mean((0, 2)) - centre**2
+    torch.testing.assert_close(after.center.double(), center, rtol=1e-5, atol=1e-6)
+    spread = cells.double().square().mean((0, 2)) - center**2
     torch.testing.assert_close(after.variance.double(), spread, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(
         okt.procrustes_target(cells, before).double(), t * (0.5 / 0.4), rtol=0, atol=1e-6
@@ -120,7 +120,7 @@ def test_variance_stays_within_its_bounds() -> None:
     flat = normal(1, 4, 64)
     unit = flat / flat.square().mean(2, keepdim=True).sqrt()
     assert okt.start_mixture(unit).variance.tolist() == pytest.approx([okt.VARIANCE_CEILING] * 4)
-    assert (okt.start_mixture(unit).centre > 0.7).all(), "c = 0 would be a stationary point"
+    assert (okt.start_mixture(unit).center > 0.7).all(), "c = 0 would be a stationary point"
 
 
 def test_rotations_are_orthogonal_and_keep_the_product() -> None:
@@ -211,7 +211,9 @@ def test_the_seed_decides_and_the_weights_stay() -> None:
 def test_bad_weights_are_refused() -> None:
     spoiled = normal(4, WIDTH)
     spoiled[1, 2] = math.nan
-    with pytest.raises(SourceError, match=r"weight 1 of the group: expected finite values"):
+    with pytest.raises(SourceError, match=r"weight 1 of the input group: expected finite values"):
         learn_rotation([normal(4, WIDTH), spoiled], SIZES, generator=generator())
-    with pytest.raises(SourceError, match=r"weight 0 of the group: expected \[N, 192\].*found \(4, 191\)"):
+    with pytest.raises(
+        SourceError, match=r"weight 0 of the input group: expected shape \[N, 192\].*found \(4, 191\)"
+    ):
         learn_rotation([normal(4, 191)], SIZES, generator=generator())

@@ -67,11 +67,11 @@ def test_the_step_is_the_whitened_truncated_svd_of_the_target() -> None:
     mixture = state.mixtures[0]
     root = mixture.variance.sqrt().unsqueeze(1)
     unit = weight / weight.square().mean(1, keepdim=True).sqrt()
-    target = mixture.centre.unsqueeze(1) * torch.tanh(unit * mixture.slope)
+    target = mixture.center.unsqueeze(1) * torch.tanh(unit * mixture.slope)
     point = (unit - target) / root
     u, s, vh = torch.linalg.svd(point.double(), full_matrices=False)
     expected = root * (u[:, :3] * s[:3] @ vh[:3]).float()
-    basis = psp.dominant_rows([point[:20], point[20:]], state.basis, 60)[:, :3]
+    basis = psp.dominant_row_space([point[:20], point[20:]], state.basis, 60)[:, :3]
     torch.testing.assert_close(root * (point @ basis) @ basis.mT, expected, atol=1e-4, rtol=1e-3)
     stepped = psp.low_rank_step(state)
     distance = [float(((m / root) - point).norm()) for m in (stepped.b @ stepped.a, expected)]
@@ -84,7 +84,7 @@ def test_captured_power_never_falls() -> None:
     captured = []
     for _ in range(8):
         captured.append(float((matrix @ basis[:, :3]).square().sum()))
-        basis = psp.dominant_rows([matrix], basis, 1)
+        basis = psp.dominant_row_space([matrix], basis, 1)
     assert all(after >= before - 1e-3 for before, after in pairwise(captured))
     torch.testing.assert_close(basis.mT @ basis, torch.eye(6), atol=1e-5, rtol=0)
 
@@ -139,7 +139,7 @@ def test_the_seed_decides_and_the_weight_stays() -> None:
 
 
 def test_bad_input_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"found rank 6 for \(5, 32\)"):
+    with pytest.raises(SourceError, match=r"found shape \(5, 32\) and rank 6"):
         proximal_low_rank(normal(5, 32), 6, generator=generator())
     spoiled = normal(5, 32)
     spoiled[0, 0] = math.inf
