@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ that repeat what is known elsewhere.
 
-    python scripts/docs_tables.py            # write them
-    python scripts/docs_tables.py --check    # exit with 1 if a document is not up to date
+    python -m scripts.docs_tables            # write them
+    python -m scripts.docs_tables --check    # exit with 1 if a document is not up to date
 
 A table stands between `<!-- table: KIND RESULTS; scripts/docs_tables.py -->` and `<!-- end of table -->`. RESULTS names
 files in benchmarks/results without `.json`, joined by `+`. The kind `families` reads the converter's list instead.

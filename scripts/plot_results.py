@@ -1,9 +1,8 @@
-"""README's two pictures, from benchmarks/results: tokens per second, and the size of a checkpoint.
+"""Draw the two pictures of the documentation from benchmarks/results: tokens per second, and sizes of checkpoints.
 
-    pip install matplotlib
-    python -m scripts.plot_results                  writes docs/images/speed.svg and docs/images/size.svg
+    python -m scripts.plot_results                  # writes docs/images/speed.svg and docs/images/size.svg
 
-Colours are readable on a light and on a dark page. The same results give the same bytes.
+Colours are readable on light and dark pages. The same results give the same bytes.
 """
 
 import argparse
@@ -37,29 +36,29 @@ STYLE = {
 
 
 def served(results: Path) -> list[dict[str, Any]]:
-    """Rows of every benchmarks/serving/serve.py result, the smallest model first."""
+    """Return the rows of every result of benchmarks/serving/serve.py, the smallest model first."""
     rows = [row for file in results.glob("serve_*.json") for row in json.loads(file.read_text())["rows"]]
     return sorted(rows, key=lambda row: (row["bwla_checkpoint_bytes"], row["batch"]))
 
 
 def bfloat16_bytes(model: str) -> int:
-    """Size of a Qwen3 model of one of engines.py's shapes, two bytes a parameter."""
+    """Return the size of a Qwen3 model with a shape from benchmarks.serving.engines, at two bytes per parameter."""
     shape = {**COMMON, **SHAPES[model.removeprefix("qwen3-")]}
     hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
     keys = shape["num_key_value_heads"] * head
     attention = hidden * (2 * heads * head + 2 * keys) + 2 * head
-    block = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
+    layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
     vocabulary = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    return 2 * (shape["num_hidden_layers"] * block + vocabulary + hidden)
+    return 2 * (shape["num_hidden_layers"] * layer + vocabulary + hidden)
 
 
 def bars(
     axes: Axes, labels: Sequence[str], ours: Sequence[float], theirs: Sequence[float | None], better: str
 ) -> None:
-    """Two bars a label, each with its number; where there is none of theirs, the place says so.
+    """Draw two bars per label, each with its value; a missing bf16 value is shown as "does not fit".
 
     Args:
-        better: "faster" or "smaller", which says what the ratio is of.
+        better: "faster" or "smaller", the word after the ratio.
     """
     for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         ratio = f"  {max(mine / other, other / mine):.1f}x {better}" if other else ""
@@ -77,14 +76,14 @@ def bars(
 
 
 def save(figure: Figure, out: Path) -> None:
-    """Write an SVG without a date."""
+    """Write an SVG file without a date."""
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
     print(f"written: {out}")
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

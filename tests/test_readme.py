@@ -1,4 +1,4 @@
-"""The documents: code blocks run, or say why not; the messages explained are those of the code; links lead somewhere.
+"""The documents: code blocks run or say why not, commands and options exist, links and explained messages are right.
 
 A comment before a block says why it is not run here: `<!-- needs: gpu -->` (or network, docker, time, or names, where
 some are to be filled in). Commands that CI runs anyway are listed in `COVERED`.
@@ -22,25 +22,25 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from paths import ROOT
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+README, PAGES = ROOT / "README.md", sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [
+    *(
+        README,
+        ROOT / "CHANGELOG.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "SECURITY.md",
+        ROOT / "CODE_OF_CONDUCT.md",
+    ),
+    *(ROOT / "examples" / "README.md", ROOT / "scripts" / "vllm_cpu_shim" / "README.md"),
+    *PAGES,
+]
+LONGEST_README = 160
 REASONS = {"gpu", "network", "docker", "time", "names"}
-COVERED = {"make setup", "make lint", "make test", "make demo", ".ci/run"}
+COVERED = {"make setup", "make lint", "make docs", "make test", "make demo", ".ci/run"}
 """What CI runs anyway: .ci/run itself, and tests/test_demo.py."""
 
-COMMANDS = {
-    "make",
-    "bwla-convert",
-    "bwla-eval",
-    "bwla-inspect",
-    "vllm",
-    "python",
-    "pip",
-    "docker",
-    "sh",
-    "curl",
-}
-"""First words by which an indented block is told from a formula."""
-
+LANGUAGES = {"sh", "python", "json", "text"}
+TOOLS = ("bwla-convert", "bwla-eval", "bwla-inspect")
 LINKED_IN = ("examples", "benchmarks", "scripts", "kernels", "converter", "bwla_vllm", "docs")
 
 
@@ -56,7 +56,7 @@ class Block:
 
     @property
     def title(self) -> str:
-        return f"{self.file.name}:{self.line}"
+        return f"{self.file.relative_to(ROOT)}:{self.line}"
 
     @property
     def covered(self) -> bool:
@@ -68,22 +68,13 @@ def tokens_of(file: Path) -> list[Token]:
     return MarkdownIt("commonmark").enable("table").parse(file.read_text(encoding="utf-8"))
 
 
-def language_of(token: Token) -> str:
-    """`sh`, `python`, `json`; "" for what is there to be looked at."""
-    if token.type == "fence":
-        return {"bash": "sh", "console": "sh", "text": ""}.get(token.info.strip(), token.info.strip())
-    words = token.content.split()
-    known = words and (words[0] in COMMANDS or words[0].startswith(".env/bin/"))
-    return "sh" if known else ""
-
-
 def blocks_of(file: Path) -> Iterator[Block]:
     before: Token | None = None
     for token in tokens_of(file):
         if token.type in ("fence", "code_block"):
             mark = re.fullmatch(r"<!-- needs: (\w+) -->\s*", before.content) if before is not None else None
             line = (token.map or [0])[0] + 1
-            yield Block(file, line, language_of(token), token.content, mark[1] if mark else "")
+            yield Block(file, line, token.info.strip(), token.content, mark[1] if mark else "")
         before = token if token.type == "html_block" else None
 
 
@@ -127,14 +118,93 @@ def test_blocks_are_run_or_say_why_not(capsys: pytest.CaptureFixture[str]) -> No
     counts: collections.Counter[str] = collections.Counter()
     for block in BLOCKS:
         assert not block.reason or block.reason in REASONS, f"{block.title}: unknown reason {block.reason!r}"
+        assert block.language in LANGUAGES, f"{block.title}: expected a block in one of {LANGUAGES}"
         kind = "run here" if block in RUN else f"needs {block.reason}" if block.reason else "run by CI"
         counts[kind if block.language in ("sh", "python") else "shown"] += 1
-        assert block.language in ("sh", "python", "json", ""), (
-            f"{block.title}: how is {block.language!r} checked?"
-        )
     with capsys.disabled():
         print(f"\ncode blocks in {len(DOCUMENTS)} documents: {dict(counts)}")
-    assert counts["run here"] >= 3
+    assert counts["run here"] >= 10
+
+
+def commands() -> list[tuple[Block, list[str]]]:
+    """Every command of every shell block, split into words, without environment variables before it."""
+    found = []
+    for block in BLOCKS:
+        if block.language == "sh":
+            for line in block.text.replace("\\\n", " ").splitlines():
+                for command in re.split(r"&&|\|\|?|;", line.partition(" #")[0]):
+                    words = shlex.split(command, comments=True)
+                    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                        words.pop(0)
+                    if words:
+                        found.append((block, words))
+    return found
+
+
+def test_scripts_and_modules_in_commands_exist() -> None:
+    packages = {"bwla_kernels": "kernels", "bwla_converter": "converter"}
+    checked = 0
+    for block, words in commands():
+        if Path(words[0]).name in ("python", "bash", "sh") and len(words) > 1:
+            if words[1] == "-m" and words[2] != "pytest":
+                first, *rest = words[2].split(".")
+                file = ROOT.joinpath(packages.get(first, first), *rest).with_suffix(".py")
+            elif not words[1].startswith("-"):
+                file = ROOT / words[1]
+            else:
+                continue
+            if first_is_ours(file):
+                assert file.exists(), f"{block.title}: {' '.join(words)}"
+                checked += 1
+    assert checked >= 20
+
+
+def first_is_ours(file: Path) -> bool:
+    return (ROOT / file.relative_to(ROOT).parts[0]).is_dir()
+
+
+@pytest.fixture(scope="module")
+def options() -> dict[str, set[str]]:
+    """Options of each command-line tool, from its --help."""
+    shown = {}
+    for tool in TOOLS:
+        command = [str(Path(sys.executable).with_name(tool)), "--help"]
+        wide = {**os.environ, "COLUMNS": "250", "TERMINAL_WIDTH": "250", "NO_COLOR": "1"}
+        done = subprocess.run(command, env=wide, capture_output=True, text=True, check=True)
+        # An option stands at the beginning of its line, maybe behind a panel's border.
+        shown[tool] = set(re.findall(r"^[^\w-]*(--[a-z][a-z-]+)", done.stdout, re.M))
+    return shown
+
+
+def test_options_in_commands_exist(options: dict[str, set[str]]) -> None:
+    used = [(block, words[0], word) for block, words in commands() if words[0] in TOOLS for word in words]
+    assert [word for _, _, word in used if word.startswith("--")]
+    unknown = [
+        f"{block.title}: {tool} {word}"
+        for block, tool, word in used
+        if word.startswith("--") and word not in options[tool]
+    ]
+    assert not unknown
+
+
+@pytest.mark.parametrize(
+    ("tool", "page"),
+    [("bwla-convert", "conversion.md"), ("bwla-inspect", "conversion.md"), ("bwla-eval", "evaluation.md")],
+)
+def test_the_guide_lists_every_option(tool: str, page: str, options: dict[str, set[str]]) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    listed = {
+        option
+        for line in text.splitlines()
+        if line.startswith("| `--")
+        for option in re.findall(r"`(--[a-z-]+)`", line.split("|")[1])
+    }
+    assert options[tool] - listed - {"--help"} == set()
+    assert listed - set().union(*options.values()) == set()
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= LONGEST_README
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=lambda block: block.title)
@@ -146,21 +216,30 @@ def test_json_is_json_and_configs_are_valid(block: Block) -> None:
 
 def links() -> list[tuple[Path, str]]:
     return [
-        (file, str(child.attrs["href"]))
+        (file, target)
         for file in DOCUMENTS
         for token in tokens_of(file)
         for child in token.children or ()
-        if child.type == "link_open" and "://" not in str(child.attrs["href"])
+        if child.type in ("link_open", "image")
+        and "://" not in (target := str(child.attrs.get("href") or child.attrs["src"]))
     ]
 
 
-def test_links_lead_to_files() -> None:
-    lost = [
-        f"{file.name}: {link}"
-        for file, link in links()
-        if not (file.parent / link.partition("#")[0]).exists()
-    ]
-    assert not lost
+def anchors(file: Path) -> set[str]:
+    """Anchors of a document's headings, as GitHub and mkdocs make them."""
+    tokens = tokens_of(file)
+    titles = [tokens[index + 1].content for index, token in enumerate(tokens) if token.type == "heading_open"]
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+def test_links_lead_to_files_and_headings() -> None:
+    found = links()
+    assert len(found) >= 50
+    for file, link in found:
+        path, _, anchor = link.partition("#")
+        target = file.parent / path if path else file
+        assert target.exists(), f"{file.relative_to(ROOT)}: {link}"
+        assert not anchor or anchor in anchors(target), f"{file.relative_to(ROOT)}: {link}"
 
 
 def flatten(node: ast.AST) -> str | None:
@@ -217,5 +296,5 @@ def test_the_explained_message_exists(message: str, messages: str) -> None:
 
 
 def test_the_tables_are_those_of_the_code_and_the_results() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "readme_tables.py"), "--check"]
-    assert subprocess.run(command, check=False).returncode == 0, "run scripts/readme_tables.py"
+    command = [sys.executable, str(ROOT / "scripts" / "docs_tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0, "run scripts/docs_tables.py"

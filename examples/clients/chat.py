@@ -1,12 +1,11 @@
-"""Talk to a BWLA server (or any other with OpenAI's API): an answer, a streamed one, and a tool call.
+"""Chat with a BWLA server, or any other with OpenAI's API: an answer, a streamed answer, and a tool call.
 
     vllm serve ./my-model-bwla --quantization bwla
     python examples/clients/chat.py "Why is the sky blue?"
 
-Needs `pip install openai`. Chat needs a model with a chat template; for one without (the example), start the server
-with --chat-template examples/clients/plain_chat.jinja. Tools need a model that was trained to call them, and a server
-started with --enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen3); otherwise the server says no, and
-this says so.
+Requires `pip install openai`. Chat requires a model with a chat template; for one without, such as the example model,
+start the server with --chat-template examples/clients/plain_chat.jinja. Tools require a model that was trained to call
+them, and a server started with --enable-auto-tool-choice --tool-call-parser NAME (hermes for Qwen3).
 """
 
 import argparse
@@ -19,7 +18,7 @@ TOOLS = [
         "type": "function",
         "function": {
             "name": "weather",
-            "description": "The weather in a town now.",
+            "description": "Get the current weather in a town.",
             "parameters": {
                 "type": "object",
                 "properties": {"town": {"type": "string"}},
@@ -31,22 +30,22 @@ TOOLS = [
 
 
 def weather(town: str) -> str:
-    """What the model may ask for; a real one would look."""
+    """Return the weather; a real tool would look it up."""
     return f"Rain in {town}, 11 degrees."
 
 
 def call_tools(client: OpenAI, model: str, max_tokens: int) -> str:
-    """Offer a tool, run what the model calls, and let it answer with the result."""
+    """Offer a tool, run it when the model calls it, and return the answer."""
     messages: list = [{"role": "user", "content": "Do I need an umbrella in Bergen now?"}]
     try:
         reply = client.chat.completions.create(
             model=model, messages=messages, tools=TOOLS, max_tokens=max_tokens
         )
     except BadRequestError as error:
-        return f"this server offers no tools: {error.message}"
+        return f"the server does not support tools: {error.message}"
     message = reply.choices[0].message
     if not message.tool_calls:
-        return f"the model called no tool and said: {message.content}"
+        return f"the model did not call a tool: {message.content}"
     messages.append(message)
     for call in message.tool_calls:
         result = weather(**json.loads(call.function.arguments))
@@ -56,7 +55,7 @@ def call_tools(client: OpenAI, model: str, max_tokens: int) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,14 +67,14 @@ def main() -> None:
     try:
         model = client.models.list().data[0].id
     except APIConnectionError as error:
-        parser.exit(1, f"no server answers at {arguments.url}: {error}\n")
+        parser.exit(1, f"cannot connect to a server at {arguments.url}: {error}\n")
     options = {
         "model": model,
         "max_tokens": arguments.max_tokens,
         "messages": [{"role": "user", "content": arguments.prompt}],
     }
-    print(f"{model} answers: {client.chat.completions.create(**options).choices[0].message.content}\n")
-    print("and streams: ", end="")
+    print(f"{model}: {client.chat.completions.create(**options).choices[0].message.content}\n")
+    print("streamed: ", end="")
     for event in client.chat.completions.create(**options, stream=True):
         if event.choices:
             print(event.choices[0].delta.content or "", end="", flush=True)

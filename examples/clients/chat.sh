@@ -1,5 +1,5 @@
 #!/bin/sh
-# Ask a BWLA server with curl: what it serves, a completion, a chat as it is written.
+# Ask a BWLA server with curl: the model's name, a completion, and a streamed chat.
 #   sh examples/clients/chat.sh "Why is the sky blue?"
 set -eu
 url=${URL:-http://localhost:8000/v1}
