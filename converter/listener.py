@@ -1,4 +1,4 @@
-"""What a front end can be told of a conversion while it runs."""
+"""The interface through which a caller follows a conversion."""
 
 from collections.abc import Sequence
 
@@ -9,31 +9,37 @@ from bwla_converter.source.model import Source
 
 
 class Listener:
-    """What a front end may want to hear; the methods do nothing here.
+    """Base class of progress listeners; every method does nothing. Override the methods you need.
 
-    One that raises KeyboardInterrupt in `layer_done` stops the conversion where it can be resumed at no loss.
+    A listener may raise KeyboardInterrupt in `layer_done` to stop the conversion without losing any work.
     """
 
     def planned(self, source: Source, plan: ConversionPlan) -> None:
-        """The model is found and its structure checked; `plan` is what will be done."""
+        """The model has been opened and its structure checked; `plan` is what will be written."""
 
     def budgeted(self, budget: Budget) -> None:
-        """What it is expected to need; it fits."""
+        """Memory, disk space and time have been predicted, and there is enough of them."""
 
-    def resumed(self, blocks: int, weights: int, notes: Sequence[str]) -> None:
-        """`blocks` blocks of `weights` weights are there already; `notes` say what must be done again, and why."""
+    def resumed(self, layers: int, weights: int, notes: Sequence[str]) -> None:
+        """An earlier conversion is resumed.
+
+        Args:
+            layers: number of decoder layers that are finished already.
+            weights: number of quantized weights in them.
+            notes: which layers have to be quantized again, and why.
+        """
 
     def checked(self, name: str) -> None:
-        """The values of one weight are finite."""
+        """All values of the weight called `name` are finite."""
 
     def quantizing(self) -> None:
-        """Everything is checked; the work starts."""
+        """All checks have passed; quantization starts."""
 
     def layer_started(self, index: int) -> None:
-        """Block `index` is being quantized."""
+        """Quantization of decoder layer `index` starts."""
 
-    def quantized(self, layer: LinearReport) -> None:
-        """One linear is done."""
+    def linear_quantized(self, linear: LinearReport) -> None:
+        """One linear has been quantized."""
 
     def layer_done(self, index: int) -> None:
-        """Block `index` is safely on disk."""
+        """Decoder layer `index` has been written to disk and can be resumed from."""

@@ -1,17 +1,20 @@
-"""What a conversion is asked for, what it reports, and who may listen."""
+"""Options of a conversion, and what it returns."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+RecipeName = Literal["paper", "fast", "best"]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on.
+    """The calibration text and how much of it is used.
 
     Attributes:
-        source: a text or JSON-lines file, a folder of them, or the name of a dataset (`wikitext2`, `c4`).
-        num_samples: number of calibration samples.
-        max_seq_length: length of each sample in tokens.
+        source: a .txt or .jsonl file, a folder of them, or the name of a dataset: "wikitext2" or "c4".
+        num_samples: number of calibration samples, at least 1.
+        max_seq_length: length of each sample in tokens, at least 2.
     """
 
     source: str
@@ -21,16 +24,47 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Options:
-    """What `bwla-convert` was asked for; see its --help.
+    """Options of a conversion, the same as those of `bwla-convert`.
 
-    `overwrite`, `resume` and `restart` say what to do with what stands there already; all else, and the model,
-    decides the result (`work.arguments_of`), but for `report`, `text_samples` (None: a few where the model is small)
-    and `hub_repo` (its name in the model card), which are about what is told of it.
+    Every option can change the tensors of the result, except `out`, `overwrite`, `resume`, `restart`, `max_memory` and
+    the reporting options `report`, `text_samples` and `hub_repo`. Equal options, software and hardware give equal results.
+
+    Attributes:
+        model: a folder with a Hugging Face model, or the id of one on the Hub, like "Qwen/Qwen3-8B".
+        out: the folder to create. It appears complete or not at all.
+        recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
+        rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest
+            that keeps the whole model within 1.16 bits per weight, lowered to a multiple of 16 if a GPU would have to
+            pad it by more than half of the last 16 columns.
+        bits: bits of the activations, 2 to 8, or 16 to leave them unquantized.
+        clip: clipping ratio of the activations: their quantization range as a fraction of the largest magnitude, above
+            0 and at most 1. None: 1, or one chosen for each input group if `bits` is at most 4 and the recipe uses
+            calibration text.
+        seed: seed of the random numbers.
+        overwrite: replace `out` if it is a model already.
+        head_bits: bits of the language-model head, 8, or 16 to leave it as it is. None: 8 if it is untied or large.
+        ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.
+        calibration: the calibration text, which the recipes "fast" and "best" need.
+        tune_epochs: recipe "best": passes over the calibration samples to tune each decoder layer, 0 or more. None: the
+            recipe's default.
+        distill_epochs: recipe "best": passes over the calibration samples to distill the whole model, 0 or more. None:
+            the recipe's default.
+        minutes: recipe "best": time limit in minutes for tuning and distillation together, half for each. The result
+            then depends on the speed of the machine. None: no limit.
+        resume: continue an interrupted conversion to `out`, or start one if there is none.
+        restart: discard an interrupted conversion to `out`. Cannot be combined with `resume`.
+        device: where to compute: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        max_memory: bytes of memory that the process may use. Hidden states are kept on disk if they do not fit. None:
+            what is free.
+        report: write `bwla_report.html`, and collect the statistics that it shows.
+        text_samples: number of prompts that the original and the converted model continue for the report, 0 to 8. None:
+            3 for small models, else 0.
+        hub_repo: repository on the Hub, "owner/name", that the model card shows in its commands.
     """
 
     model: str
     out: Path
-    recipe: str = "paper"
+    recipe: RecipeName = "paper"
     rank: int | None = None
     bits: int = 6
     clip: float | None = None
@@ -53,7 +87,15 @@ class Options:
 
 @dataclass(frozen=True)
 class LinearReport:
-    """What happened to one linear; `error` is relative, see `group.GroupResult`; `clip` is that of its inputs."""
+    """What is reported about one quantized linear.
+
+    Attributes:
+        name: its name in the model, like "model.layers.0.self_attn.q_proj".
+        weights: number of its weights.
+        error: relative error of its weight, or of its output if the recipe uses calibration text; see
+            `quantize.group.GroupResult`.
+        clip: clipping ratio of its input activations.
+    """
 
     name: str
     weights: int
@@ -63,7 +105,20 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion produced; `seconds` counts all its sessions, `fitting_rank` is as in `plan.ConversionPlan`."""
+    """The result of a conversion.
+
+    Attributes:
+        out: the folder that was created.
+        rank: rank of the low-rank correction.
+        fitting_rank: the largest rank within the limit of bits per weight, before it was lowered to `rank` for the
+            sake of GPUs; equal to `rank` if the rank was given.
+        bits_per_weight: stored bits per quantized weight, everything counted.
+        weights: number of quantized weights.
+        bytes_before: size of the original's tensors in bytes.
+        bytes_after: size of the result's tensors in bytes.
+        seconds: time in seconds, over all sessions of a resumed conversion.
+        linears: the quantized linears, in execution order.
+    """
 
     out: str
     rank: int
@@ -73,4 +128,4 @@ class Summary:
     bytes_before: int
     bytes_after: int
     seconds: float
-    layers: list[LinearReport]
+    linears: list[LinearReport]

@@ -1,9 +1,11 @@
-"""The conversion: check, then block by block read, quantize, write; then index, config and a final check."""
+"""The conversion: check everything, then read, quantize and write one decoder layer at a time; finish and verify."""
 
 import json
 import shutil
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,109 +27,164 @@ from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
 
+RecipeFactory = Callable[[Options, Source, ActivationStore], Recipe]
 
-def convert(options: Options, listener: Listener | None = None, processes: Processes | None = None) -> Summary:
-    """Convert a model; the output appears whole or not at all.
 
-    Peak memory is one decoder block and the work space of its widest input group. Finished blocks are kept in the
-    work folder OUT.work (`work`) until all is done, so that `Options.resume` can go on after any interruption.
+@dataclass(frozen=True)
+class Conversion:
+    """What the steps of a conversion share.
+
+    Attributes:
+        options: the options of the caller.
+        source: the model to convert.
+        plan: what will be written.
+        recipe: quantizes the input groups of one decoder layer after another.
+        device: where the recipe computes.
+        listener: is told about the progress.
+        processes: the processes that share the calibration samples.
+    """
+
+    options: Options
+    source: Source
+    plan: ConversionPlan
+    recipe: Recipe
+    device: torch.device
+    listener: Listener
+    processes: Processes
+
+
+def convert(
+    options: Options,
+    listener: Listener | None = None,
+    *,
+    processes: Processes | None = None,
+    recipe_factory: RecipeFactory | None = None,
+) -> Summary:
+    """Convert a model into a BWLA checkpoint. The output folder appears complete or not at all.
+
+    Peak memory is about one decoder layer plus the work space of its widest input group. Finished layers are kept in
+    the work folder `OUT.work` until the checkpoint is complete, so that `Options.resume` can continue after any
+    interruption. Everything that can be checked without reading weights is checked first.
+
+    Args:
+        options: what to convert, and how.
+        listener: is told about the progress; None for nobody.
+        processes: the processes that share the calibration samples, of which this is the first; None for this one
+            alone.
+        recipe_factory: makes the recipe; None for `recipes.base.make_recipe`, which makes the one that
+            `options.recipe` names.
+
+    Returns:
+        Sizes, rank and errors of the result.
 
     Raises:
-        BWLAError: bad input or output, before any work where that can be known; nothing that existed is touched.
-        KeyboardInterrupt: raised by the listener, or by a signal; what is finished can be resumed.
+        BWLAError: the options, the model, the calibration text or the output folder cannot be used, or memory or disk
+            space is too small. Existing files are left as they are.
+        KeyboardInterrupt: raised by the listener or by a signal; finished layers can be resumed from.
     """
     listener, processes = listener or Listener(), processes or Processes()
     check_recipe(options.recipe, options.calibration)
     device = choose_device(options.device)
-    resuming = check_work(options.out, options.resume, options.restart)
-    if not resuming:
+    if not check_work(options.out, options.resume, options.restart):
         check_output(options.out, options.overwrite)
     source = open_source(options.model, options.ignore)
     if options.out.resolve() == source.folder.resolve():
         raise OutputError(
-            f"{options.out}: is the model to convert, and would be replaced: choose another output"
+            f"{options.out}: the output folder is the model to convert: choose another output folder"
         )
-    settings = (options.rank, options.bits, options.clip)
-    draft = make_plan(source, *settings, _provenance(options, source, {}), options.head_bits)
-    listener.planned(source, draft)
-    budget = _check_budget(options, source, draft, device)
+    plan = _make_plan(options, source)
+    listener.planned(source, plan)
+    budget = _check_budget(options, source, plan, device)
     listener.budgeted(budget)
     on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
-    store = ActivationStore(on_disk, device, processes)
-    recipe = make_recipe(options, source, store)
-    provenance = _provenance(options, source, recipe.calibration)
-    plan = make_plan(source, *settings, provenance, options.head_bits)
-    inputs = Inputs(
-        arguments=arguments_of(
-            options,
-            {
-                "the model's name": provenance.base_model,
-                "revision": provenance.revision,
-                "--device": device.type,
-                "--gpus": processes.world_size,
-            },
-        ),
-        code=code_version(),
-        machine=machine(device),
-        calibration=json.loads(json.dumps(recipe.calibration)),
-    )
-    with open_work(options.out, inputs, options.restart) as work:
+    recipe = (recipe_factory or make_recipe)(options, source, ActivationStore(on_disk, device, processes))
+    plan = _with_calibration(plan, recipe.calibration)
+    conversion = Conversion(options, source, plan, recipe, device, listener, processes)
+    with open_work(options.out, _inputs(conversion), options.restart) as work:
         if not work.is_published():
             check_output(options.out, options.overwrite)
-            _check_source(work, source, plan, listener)
-        summary = _finish(work, options, source, plan, recipe, listener, processes)
+            _check_source(conversion, work)
+        summary = _complete(conversion, work)
         if not work.is_published():
-            check_output(options.out, options.overwrite)  # it may have come to be since
+            check_output(options.out, options.overwrite)  # it may have been created in the meantime
         work.publish()
     return summary
 
 
 def follow(options: Options, processes: Processes) -> None:
-    """The part in a conversion of a rank that is not the first: its windows, nothing that is written.
+    """Run the worker loop of processes other than the first: their share of the samples; they write nothing.
 
     Raises:
-        BWLAError: as `convert`.
+        BWLAError: as in `convert`.
     """
-    device = choose_device(options.device)
+    options, device = replace(options, report=False), choose_device(options.device)
     source = open_source(options.model, options.ignore)
-    settings = (options.rank, options.bits, options.clip)
-    plan = make_plan(source, *settings, _provenance(options, source, {}), options.head_bits)
     recipe = make_recipe(options, source, ActivationStore(None, device, processes))
+    plan = _make_plan(options, source)
+    conversion = Conversion(options, source, plan, recipe, device, Listener(), processes)
     restored, *done = processes.broadcast([False] * (source.num_layers + 1))
     if restored:
         recipe.restore({})
     for index in range(source.num_layers):
         if not done[index]:
-            _quantize_layer(index, source, plan, recipe, Listener(), replace(options, report=False))
+            _quantize_layer(conversion, index)
             recipe.state()
 
 
-def _finish(
-    work: WorkFolder,
-    options: Options,
-    source: Source,
-    plan: ConversionPlan,
-    recipe: Recipe,
-    listener: Listener,
-    processes: Processes,
-) -> Summary:
-    """Do what is left to do, up to a checked checkpoint that only has to be renamed."""
+def _make_plan(options: Options, source: Source) -> ConversionPlan:
+    provenance = Provenance(
+        base_model=options.model if source.revision else source.folder.resolve().name,
+        revision=source.revision,
+        recipe=options.recipe,
+        seed=options.seed,
+        bwla_version=version("bwla"),
+        calibration={},
+    )
+    return make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+
+
+def _with_calibration(plan: ConversionPlan, calibration: Mapping[str, object]) -> ConversionPlan:
+    """Return the plan with the recipe's description of its calibration text in the provenance."""
+    provenance = plan.format.provenance.model_copy(update={"calibration": dict(calibration)})
+    return replace(plan, format=plan.format.model_copy(update={"provenance": provenance}))
+
+
+def _inputs(conversion: Conversion) -> Inputs:
+    """Return everything that determines the bytes of the result."""
+    provenance = conversion.plan.format.provenance
+    others = {
+        "the model's name": provenance.base_model,
+        "revision": provenance.revision,
+        "--device": conversion.device.type,
+        "--gpus": conversion.processes.world_size,
+    }
+    return Inputs(
+        arguments=arguments_of(conversion.options, others),
+        code=code_version(),
+        machine=machine(conversion.device),
+        calibration=json.loads(json.dumps(provenance.calibration)),
+    )
+
+
+def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
+    """Do everything that is left until the checkpoint is verified and only has to be renamed."""
+    source, plan = conversion.source, conversion.plan
     published = work.is_published()
     if published or work.apply_replacements():
         work.adopt_all_shards()
-        processes.broadcast([False, *[True] * source.num_layers])
-        listener.resumed(source.num_layers, plan.weights, work.notes)
+        conversion.processes.broadcast([False, *[True] * source.num_layers])
+        conversion.listener.resumed(source.num_layers, plan.weights, work.notes)
     else:
-        _quantize_layers(work, source, plan, recipe, listener, options, processes)
+        _quantize_layers(conversion, work)
         _write_rest(work.writer, source, plan)
         clips = {
             linear.name: linear.clip for record in work.records.values() for linear in record.report.linears
         }
         work.writer.finish(source.folder, output_config(source, with_clips(plan, clips)))
-        work.replace(recipe.finish(work.writer.folder))
+        work.replace(conversion.recipe.finish(work.writer.folder))
     reports = [work.records[index].report for index in range(source.num_layers)]
     summary = Summary(
-        out=str(options.out),
+        out=str(conversion.options.out),
         rank=plan.rank,
         fitting_rank=plan.fitting_rank,
         bits_per_weight=plan.bits_per_weight,
@@ -135,62 +192,63 @@ def _finish(
         bytes_before=input_bytes(source),
         bytes_after=work.writer.total_size,
         seconds=round(work.seconds, 1),
-        layers=[linear for report in reports for linear in report.linears],
+        linears=[linear for report in reports for linear in report.linears],
     )
     if not published:
         verify(work.writer.folder)
         traces = [report.traces for report in reports]
         statistics = [report.statistics for report in reports]
-        write_documents(work.writer.folder, source, options, summary, traces, statistics)
+        write_documents(work.writer.folder, source, conversion.options, summary, traces, statistics)
     return summary
 
 
 def _check_budget(options: Options, source: Source, plan: ConversionPlan, device: torch.device) -> Budget:
-    """Refuse what does not fit; what an interrupted conversion left counts as free."""
+    """Predict memory and disk space, and raise if there is too little of either."""
     limit = options.max_memory or usable_memory()
     budget = predict(source, plan, options.recipe, options.calibration, limit, device=device.type)
     check_gpu(budget, device)
-    left = work_path(options.out).rglob("*")
     free = shutil.disk_usage(options.out.absolute().parent).free
-    check_budget(budget, limit, options.out, free + sum(path.stat().st_size for path in left))
+    check_budget(budget, limit, options.out, free + disk_bytes(work_path(options.out)))
     return budget
 
 
-def _check_source(work: WorkFolder, source: Source, plan: ConversionPlan, listener: Listener) -> None:
-    """Refuse a model that holds NaN, or one that is not the one that the work was begun with."""
+def disk_bytes(folder: Path) -> int:
+    """Return the bytes of all files below `folder`, which removing it would free; 0 if it does not exist.
+
+    A file with several hard links counts once: after a kill, the saved states and the activations share their files.
+    """
+    stats = (path.lstat() for path in folder.rglob("*") if not path.is_dir())
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+
+
+def _check_source(conversion: Conversion, work: WorkFolder) -> None:
+    """Raise if the model holds NaN or infinity, or differs from the one that the work folder was started with."""
     if work.manifest.source:
-        _refuse_changed(work, source)
+        _check_unchanged(conversion, work)
     else:
-        check_values(source, plan.head_source, listener.checked)
-        work.save(source=mark_files(source))
-    listener.quantizing()
+        check_values(conversion.source, conversion.plan.head_source, conversion.listener.checked)
+        work.save(source=mark_files(conversion.source))
+    conversion.listener.quantizing()
 
 
-def _refuse_changed(work: WorkFolder, source: Source) -> None:
-    file = changed_file(source, work.manifest.source)
+def _check_unchanged(conversion: Conversion, work: WorkFolder) -> None:
+    file = changed_file(conversion.source, work.manifest.source)
     if file is not None:
         raise WorkError(
-            f"{source.folder / file}: has changed since {work.path} was started: put the old file back, or add "
-            "--restart to discard the unfinished conversion"
+            f"{conversion.source.folder / file}: has changed since {work.path} was started: put the old file back, "
+            "or add --restart to discard the unfinished conversion"
         )
 
 
-def _quantize_layers(
-    work: WorkFolder,
-    source: Source,
-    plan: ConversionPlan,
-    recipe: Recipe,
-    listener: Listener,
-    options: Options,
-    processes: Processes,
-) -> None:
-    """All blocks that are not finished yet, each committed as soon as it is."""
+def _quantize_layers(conversion: Conversion, work: WorkFolder) -> None:
+    """Quantize every decoder layer that is not finished yet, and commit each one."""
+    source, recipe, listener = conversion.source, conversion.recipe, conversion.listener
     work.discard_damaged_layers()
     shards, done = Shards(source), work.records
     for record in done.values():
         work.writer.adopt_shard(record.shard.file, record.shard.sha256)
     restored = bool(done) and bool(done[max(done)].state)
-    processes.broadcast([restored, *(index in done for index in range(source.num_layers))])
+    conversion.processes.broadcast([restored, *(index in done for index in range(source.num_layers))])
     if restored:
         recipe.restore(work.load_state(max(done)))
     weights = sum(linear.weights for record in done.values() for linear in record.report.linears)
@@ -200,54 +258,42 @@ def _quantize_layers(
         if index in done:
             continue
         listener.layer_started(index)
-        tensors, report = _quantize_layer(index, source, plan, recipe, listener, options)
+        tensors, report = _quantize_layer(conversion, index)
         work.writer.write_shard(shards.layer_file(index), tensors)
         del tensors
-        _refuse_changed(work, source)
+        _check_unchanged(conversion, work)
         work.commit_layer(index, shards.layer_file(index), recipe.state(), report)
         listener.layer_done(index)
 
 
-def _quantize_layer(
-    index: int, source: Source, plan: ConversionPlan, recipe: Recipe, listener: Listener, options: Options
-) -> tuple[dict[str, Tensor], LayerReport]:
-    """Tensors of a block's shard, and what the report says of it."""
-    device = choose_device(options.device)
-    block = source.read(source.names_of_layer(index))
-    tensors, linears, traces = dict(block), [], {}
+def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tensor], LayerReport]:
+    """Return the tensors of a decoder layer's shard, and what is reported about the layer."""
+    source, plan, recipe = conversion.source, conversion.plan, conversion.recipe
+    stored = source.read(source.names_of_layer(index))
+    tensors, linears, traces = dict(stored), [], {}
     statistics: dict[str, dict[str, Any]] = {}
-    recipe.begin_layer(index, block)
+    recipe.begin_layer(index, stored)
     for _, names in source.groups_of_layer(index):
-        weights = {name: tensors.pop(f"{name}.weight").to(device) for name in names}
+        weights = {name: tensors.pop(f"{name}.weight").to(conversion.device) for name in names}
         result = recipe.quantize(weights, {name: plan.specs[name] for name in names})
         for name in names:
             tensors.update({f"{name}.{key}": value for key, value in result.tensors[name].items()})
             clip = plan.specs[name].clip if result.clip is None else result.clip
-            linears.append(LinearReport(name, block[f"{name}.weight"].numel(), result.errors[name], clip))
-            listener.quantized(linears[-1])
+            linears.append(LinearReport(name, stored[f"{name}.weight"].numel(), result.errors[name], clip))
+            conversion.listener.linear_quantized(linears[-1])
         traces[names[0]] = result.traces
-        for kind, table in group_statistics(weights, result).items() if options.report else ():
-            statistics.setdefault(kind, {}).update(table)
+        if conversion.options.report:
+            for kind, table in group_statistics(weights, result).items():
+                statistics.setdefault(kind, {}).update(table)
     tensors.update(recipe.end_layer())
     traces.update(recipe.layer_traces)
     return tensors, LayerReport(linears=linears, traces=traces, statistics=statistics)
 
 
 def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:
-    """What belongs to no block: as it is, but for the head."""
+    """Write the tensors outside the decoder layers: unchanged, except for the quantized head."""
     for file, names in Shards(source).rest():
         tensors = source.read([name for name in names if not plan.is_replaced(name)])
         if plan.head_source in names:
             tensors.update(quantized_head(source.read([plan.head_source])[plan.head_source]))
         writer.write_shard(file, tensors)
-
-
-def _provenance(options: Options, source: Source, calibration: dict[str, object]) -> Provenance:
-    return Provenance(
-        base_model=options.model if source.revision else source.folder.resolve().name,
-        revision=source.revision,
-        recipe=options.recipe,
-        seed=options.seed,
-        bwla_version=version("bwla"),
-        calibration=calibration,
-    )

@@ -258,7 +258,7 @@ def convert(
             if processes.process_rank:
                 follow(options, processes)
                 return
-            summary = run(options, ProgressListener(progress, interrupts), processes)
+            summary = run(options, ProgressListener(progress, interrupts), processes=processes)
     except BWLAError as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
@@ -289,7 +289,7 @@ def convert(
             "recipe paper reproduces the publication; for far better text: --recipe fast --calibration TEXT",
             soft_wrap=True,
         )
-    worst = max(summary.layers, key=lambda layer: layer.error)
+    worst = max(summary.linears, key=lambda linear: linear.error)
     typer.echo(
         f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in, "
         f"{describe_rank(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "

@@ -74,10 +74,10 @@ class ProgressListener(Listener):
     def layer_started(self, index: int) -> None:
         self._interrupts.layer_started(index)
 
-    def quantized(self, layer: LinearReport) -> None:
-        self._say(f"{layer.name}  relative error {layer.error:.4f}")
+    def linear_quantized(self, linear: LinearReport) -> None:
+        self._say(f"{linear.name}  relative error {linear.error:.4f}")
         if self._quantizing is not None:
-            self._progress.advance(self._quantizing, layer.weights)
+            self._progress.advance(self._quantizing, linear.weights)
 
     def layer_done(self, index: int) -> None:
         self._interrupts.layer_done()

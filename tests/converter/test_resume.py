@@ -119,7 +119,7 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     assert listener.done == list(range(layers, LAYERS))
     assert listener.notes == [f"{layers} layers"]
     assert contents(out) == contents(whole)
-    assert len(summary.layers) == 7 * LAYERS
+    assert len(summary.linears) == 7 * LAYERS
     assert not work_path(out).exists()
 
 

@@ -33,12 +33,15 @@ from pathlib import Path
 
 import torch
 from bwla_converter import pipeline
+from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.options import Calibration, Options
 from bwla_converter.quantize import fast, paper
 from bwla_converter.recipes import base as recipes
 from bwla_converter.recipes import fast as calibrated
+from bwla_converter.recipes.base import Recipe
 from bwla_converter.resume.fingerprint import code_version
 from bwla_converter.resume.work_folder import work_path
+from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import read_folder, read_tensors
 from torch import Tensor
@@ -60,6 +63,12 @@ class TouchUp(calibrated.FastRecipe):
         entries = read_folder(folder)
         names = [name for name in entries if name.endswith("weight_scale")]
         return {name: scale * 1.01 for name, scale in read_tensors(folder, entries, names).items()}
+
+
+def make_touch_up(options: Options, source: Source, store: ActivationStore) -> Recipe:
+    """Make the recipe "fast and a last step"."""
+    assert options.calibration is not None
+    return TouchUp(source, options.calibration, options.seed)
 
 
 def few_rounds() -> None:
@@ -156,11 +165,10 @@ def fork_convert(case: Case, options: Options, reason_file: Path, kill_at: int |
         return child
     try:
         code = CRASHED
-        if case.recipe == RECIPES[2]:
-            pipeline.make_recipe = lambda o, source, *_: TouchUp(source, o.calibration, o.seed)
+        touch_up = case.recipe == RECIPES[2]
         if kill_at is not None:
             kill_at_operation(kill_at)
-        pipeline.convert(options)
+        pipeline.convert(options, recipe_factory=make_touch_up if touch_up else None)
         code = DONE
     except BWLAError as error:
         reason_file.write_text(str(error))

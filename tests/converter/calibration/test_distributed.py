@@ -93,7 +93,7 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
         reports.append(json.loads((out / "bwla_report.json").read_text()))
         entries = read_folder(out)
         stored.append(read_tensors(out, entries, list(entries)))
-    one, two = ([layer["error"] for layer in report["layers"]] for report in reports)
+    one, two = ([layer["error"] for layer in report["linears"]] for report in reports)
     assert two == pytest.approx(one, rel=0.1)
     assert sum(two) == pytest.approx(sum(one), rel=0.02)
     assert stored[0].keys() == stored[1].keys()

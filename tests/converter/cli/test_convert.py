@@ -50,7 +50,7 @@ def test_a_rank_is_auto_or_a_number(rank: str, tmp_path: Path) -> None:
 
 
 def fails(error: Exception):
-    def convert(*_: object) -> None:
+    def convert(*_: object, **__: object) -> None:
         raise error
 
     return convert

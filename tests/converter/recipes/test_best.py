@@ -1,4 +1,4 @@
-"""Recipe `best` on a tiny model: each stage lowers what it is for, and what it returns is what it stores."""
+"""Recipe `best` on a tiny model: tuning and distillation reduce their losses and return what they store."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from bwla_converter.source.model import Source, open_source
 from bwla_converter.training import distill
 from bwla_converter.training.distill import DISTILLATION
 from bwla_converter.training.optimize import TuneOptions
-from bwla_converter.training.stages import sections
+from bwla_converter.training.stages import make_stages
 from bwla_kernels.format import LayerSpec, validate_layer
 from bwla_kernels.format.folder import check_folder
 from paths import EXAMPLE
@@ -58,27 +58,27 @@ def specs_of(source: Source, names: list[str]) -> dict[str, LayerSpec]:
 
 
 def run(recipe: BestRecipe, source: Source) -> tuple[dict[str, Tensor], PreTrainedModel, list[Tensor]]:
-    """All blocks: what would be stored, the quantized model, and the activations after each block."""
+    """Quantize all layers; return the stored tensors, the quantized model, and the hidden states after each layer."""
     stored: dict[str, Tensor] = {}
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
-    model.config.use_cache = False  # each block believes to be the first one
+    model.config.use_cache = False  # each layer was built as layer 0 of its own model
     hidden = []
     for index in range(source.num_layers):
         tensors = source.read(source.names_of_layer(index))
         recipe.begin_layer(index, tensors)
-        _, quantized = recipe.blocks
+        _, quantized = recipe.loop.layers
         for _, names in source.groups_of_layer(index):
             weights = {name: tensors[f"{name}.weight"] for name in names}
             result = recipe.quantize(weights, specs_of(source, names))
             for name in names:
                 stored |= {f"{name}.{key}": value for key, value in result.tensors[name].items()}
         stored |= recipe.end_layer()
-        hidden.append(recipe.hidden[torch.arange(len(recipe.ids))])
+        hidden.append(recipe.loop.hidden[torch.arange(len(recipe.loop.ids))])
         model.set_submodule(f"model.layers.{index}", quantized.layer)
     return stored, model, hidden
 
 
-def test_tuning_brings_blocks_closer_and_stores_what_it_carries_on(
+def test_tuning_reduces_the_loss_and_continues_with_what_is_stored(
     source: Source, calibration: Calibration
 ) -> None:
     tuned, plain = (
@@ -88,11 +88,12 @@ def test_tuning_brings_blocks_closer_and_stores_what_it_carries_on(
     stored, model, hidden = run(tuned, source)
     run(plain, source)
     every = torch.arange(6)
-    assert torch.equal(tuned.original_hidden[every], plain.original_hidden[every])
-    lost = [
-        float(relative_loss(recipe.hidden[every], recipe.original_hidden[every])) for recipe in (tuned, plain)
+    assert torch.equal(tuned.loop.original_hidden[every], plain.loop.original_hidden[every])
+    losses = [
+        float(relative_loss(recipe.loop.hidden[every], recipe.loop.original_hidden[every]))
+        for recipe in (tuned, plain)
     ]
-    assert lost[0] < lost[1]
+    assert losses[0] < losses[1]
     assert len(tuned.layer_traces["model.layers.1"]["tune"]) == 8
     for name, module in model.named_modules():
         if isinstance(module, BWLALinear):
@@ -104,9 +105,9 @@ def test_tuning_brings_blocks_closer_and_stores_what_it_carries_on(
     assert torch.equal(model.get_parameter(norm), stored[norm].float())
     assert not torch.equal(stored[norm], source.read([norm])[norm])
     with torch.no_grad():
-        found = model.model(tuned.ids).last_hidden_state
-        # A code at a rounding tie may differ with the order of sums.
-        torch.testing.assert_close(found, model.model.norm(hidden[-1]), rtol=0.05, atol=0.05)
+        outputs = model.model(tuned.loop.ids).last_hidden_state
+        # A code at a rounding tie may depend on the order of summation.
+        torch.testing.assert_close(outputs, model.model.norm(hidden[-1]), rtol=0.05, atol=0.05)
 
 
 def test_tuning_that_does_not_help_is_undone(
@@ -114,25 +115,27 @@ def test_tuning_that_does_not_help_is_undone(
 ) -> None:
     wild = replace(OPTIONS, tune=TuneOptions(epochs=2, scale_rate=3.0))
     plain = replace(OPTIONS, tune=replace(OPTIONS.tune, epochs=0))
-    (undone, _, hidden), (wanted, _, kept) = (
+    (undone, _, hidden), (expected, _, expected_hidden) = (
         run(BestRecipe(source, calibration, 0, options), source) for options in (wild, plain)
     )
-    assert "block 0: tuning did not bring it closer" in caplog.text
-    assert all(torch.equal(tensor, undone[name]) for name, tensor in wanted.items())
-    assert all(torch.equal(one, other) for one, other in zip(hidden, kept, strict=True))
+    assert "model.layers.0: tuning did not bring it closer" in caplog.text
+    assert all(torch.equal(tensor, undone[name]) for name, tensor in expected.items())
+    assert all(torch.equal(one, other) for one, other in zip(hidden, expected_hidden, strict=True))
 
 
-@pytest.mark.parametrize(("rate", "at_once", "epochs"), [(0.0, 2**28, 20), (3e-3, 2**28, 20), (3e-3, 1, 40)])
+@pytest.mark.parametrize(
+    ("rate", "max_weights", "epochs"), [(0.0, 2**28, 20), (3e-3, 2**28, 20), (3e-3, 1, 40)]
+)
 def test_distillation_lowers_the_divergence(
     source: Source,
     calibration: Calibration,
     monkeypatch: pytest.MonkeyPatch,
     rate: float,
-    at_once: int,
+    max_weights: int,
     epochs: int,
 ) -> None:
-    """With signs that stay, that all move, and that move block by block."""
-    monkeypatch.setattr(distill, "sections", lambda source: sections(source, at_once))
+    """With frozen signs, with all signs trained at once, and with one layer's signs trained per stage."""
+    monkeypatch.setattr(distill, "make_stages", lambda source: make_stages(source, max_weights))
     patient = replace(OPTIONS.distill, epochs=epochs, latent_rate=rate)
     untuned = replace(OPTIONS.tune, epochs=0)
     recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned, distill=patient))
@@ -141,11 +144,11 @@ def test_distillation_lowers_the_divergence(
     assert recipe.divergence[-1] < recipe.divergence[0]
     assert not any(name.endswith("rotation_left") for name in changed)
     packed = [name for name in changed if name.endswith("weight_packed")]
-    moved = [name for name in packed if not torch.equal(changed[name], stored[name])]
+    flipped = [name for name in packed if not torch.equal(changed[name], stored[name])]
     assert len(packed) == 14
-    assert bool(moved) == bool(rate)
+    assert bool(flipped) == bool(rate)
     if rate:
-        assert {name.split(".")[2] for name in moved} == {"0", "1"}
+        assert {name.split(".")[2] for name in flipped} == {"0", "1"}
     assert all(name in stored or name.endswith("norm.weight") for name in changed)
     assert "model.norm.weight" in changed
     for name, tensor in changed.items():
@@ -156,7 +159,7 @@ def test_distillation_lowers_the_divergence(
     assert all(torch.equal(tensor, shared[0]) for tensor in shared)
 
 
-def test_the_last_norm_is_fitted_to_the_blocks_as_they_are(source: Source, calibration: Calibration) -> None:
+def test_the_final_norm_is_fitted_to_the_quantized_layers(source: Source, calibration: Calibration) -> None:
     untuned = replace(OPTIONS.tune, epochs=0)
     recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned))
     _, model, hidden = run(recipe, source)
@@ -164,11 +167,11 @@ def test_the_last_norm_is_fitted_to_the_blocks_as_they_are(source: Source, calib
     name = "model.norm.weight"
     assert list(fitted) == [name]
     assert fitted[name].dtype == torch.bfloat16
-    wanted = model.model.norm(recipe.original_hidden[torch.arange(6)])
-    before = (model.model.norm(hidden[-1]) - wanted).norm()
+    original = model.model.norm(recipe.loop.original_hidden[torch.arange(6)])
+    before = (model.model.norm(hidden[-1]) - original).norm()
     model.load_state_dict(fitted, strict=False)
-    assert (model.model.norm(hidden[-1]) - wanted).norm() < before
-    recipe.options = replace(recipe.options, final_norm=False)
+    assert (model.model.norm(hidden[-1]) - original).norm() < before
+    recipe.options = replace(recipe.options, fast=replace(OPTIONS.fast, final_norm=False))
     assert recipe.fitted_norm() == {}
 
 
@@ -193,7 +196,7 @@ def test_same_seed_same_bytes(source: Source, calibration: Calibration) -> None:
 def test_the_whole_recipe_writes_a_checkpoint(
     source: Source, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the pipeline: tuned norms, distilled scales and chosen clips are in what transformers loads."""
+    """Through the pipeline: tuned norms, distilled scales and chosen clips are in the model that transformers loads."""
     options = Options(
         str(source.folder),
         tmp_path / "out",
@@ -203,7 +206,7 @@ def test_the_whole_recipe_writes_a_checkpoint(
         head_bits=8,
         calibration=calibration,
     )
-    # So little text is fitted down to the noise of its codes: leave something to gain.
+    # So little text would be fitted almost perfectly; leave an error that training can reduce.
     coarse = replace(OPTIONS.fast, sweeps=0, damping=0.5, target_damping=1.0)
     gentle = TuneOptions(
         epochs=12, batch=2, latent_rate=0.0, scale_rate=2e-3, low_rank_rate=2e-3, norm_rate=2e-3
@@ -215,7 +218,7 @@ def test_the_whole_recipe_writes_a_checkpoint(
     report = json.loads((options.out / "bwla_report.json").read_text())
     assert len(report["traces"]["model.layers.1"]["tune"]) == 12
     clips = {name: spec.clip for name, spec in check_folder(options.out).items()}
-    assert clips == {layer["name"]: layer["clip"] for layer in report["layers"]}
+    assert clips == {layer["name"]: layer["clip"] for layer in report["linears"]}
     assert min(clips.values()) < 1
     model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
     norms = [name for name, _ in model.named_parameters() if name.endswith("layernorm.weight")]
@@ -229,9 +232,9 @@ def calibration_ids(source: Source, calibration: Calibration) -> Tensor:
 
 
 def test_budgets_of_the_command_line() -> None:
-    """Epochs as asked; half of the minutes for all blocks together, half for distillation."""
+    """Half of the minutes go to the tuning of all layers together, half to distillation."""
     options = Options("model", Path("out"), tune_epochs=5, distill_epochs=0, minutes=60.0)
-    best = recipes.best_options(options, FastOptions(), blocks=10)
+    best = recipes.best_options(options, FastOptions(), num_layers=10)
     assert (best.tune.epochs, best.distill.epochs) == (5, 0)
     assert (best.tune.minutes, best.distill.minutes) == (3.0, 30.0)
     assert recipes.best_options(Options("model", Path("out")), FastOptions(), 10) == BestOptions()

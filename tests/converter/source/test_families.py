@@ -37,7 +37,7 @@ def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Pat
     write_words(folder)
     text = Calibration(str(folder / "text.txt"), num_samples=4, max_seq_length=16)
     summary = convert(Options(str(folder), out, rank=2, recipe="fast", calibration=text))
-    assert all(0.05 < layer.error < 1.0 for layer in summary.layers)
+    assert all(0.05 < layer.error < 1.0 for layer in summary.linears)
     ids = torch.randint(0, 96, (1, 24), generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits).all()
