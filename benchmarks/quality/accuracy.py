@@ -1,24 +1,25 @@
-"""What one bit costs, method by method, on the same model, text and seeds: our recipes, peers, ablations.
+"""Compare the perplexity of 1-bit methods on one model: the recipes of BWLA, other methods, and ablations.
 
     python -m benchmarks.quality.accuracy --quick
     python -m benchmarks.quality.accuracy --model FOLDER --calibration FILE --text FILE --out FILE
 
-d = ln(perplexity / perplexity of the original) on text that no method has seen. A method is converted once a seed, at
-6-bit activations, and its weights are then evaluated at 16, 8, 6 and 4 bits.
+d = ln(perplexity / perplexity of the original model) on a text that no method was calibrated on. Each method converts
+the model once for each seed, with 6-bit activations; the result is evaluated with 16, 8, 6 and 4-bit activations.
 """
 
+import argparse
 import gc
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from bwla_converter.common.bits import bits_per_weight
 from bwla_converter.evaluation.perplexity import perplexity, windows_of
 from bwla_converter.hf.modules import BWLALinear
@@ -62,9 +63,9 @@ class Method:
     """One row of the table.
 
     Attributes:
-        make: the recipe for a source, calibration and seed.
-        rank: rank of the low-rank part; None for the one that was asked for.
-        respec: change of a layer's spec.
+        make: returns the recipe for a source, calibration and seed.
+        rank: rank of the low-rank correction; None for that of `--rank`.
+        respec: changes a layer's spec.
         ablation: whether it is one of our recipes with a part left out or changed.
     """
 
@@ -75,26 +76,26 @@ class Method:
 
 
 class PaperInTheLoop(FastRecipe):
-    """`paper` sees no text; carrying it along lets its blocks be collected like all others'."""
+    """Recipe `paper`, which uses no calibration text, in the calibration loop that all methods share."""
 
     def group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
-        """By the weights alone."""
+        """Quantize an input group by its weights alone."""
         return quantize_group(weights, specs, seed=self.seed)
 
     def fitted_norm(self) -> dict[str, Tensor]:
-        """It knows no norms."""
+        """Return nothing: this recipe changes no norm."""
         return {}
 
 
 def fast_with(**changes: Any) -> Make:
-    """`fast` with other options."""
+    """Return a factory of recipe `fast` with changed options."""
     return lambda source, text, seed: FastRecipe(source, text, seed, replace(FastOptions(), **changes))
 
 
 def best_with(tune: Mapping[str, Any] | None = None, distill: Mapping[str, Any] | None = None) -> Make:
-    """`best` with other options of its blocks' tuning and of its distillation."""
+    """Return a factory of recipe `best` with changed options of its tuning and of its distillation."""
     usual = BestOptions()
     options = replace(
         usual, tune=replace(usual.tune, **(tune or {})), distill=replace(usual.distill, **(distill or {}))
@@ -128,7 +129,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Task:
-    """What all methods share."""
+    """The model, the texts and the rank, which all methods share."""
 
     source: Source
     windows: Tensor
@@ -136,19 +137,19 @@ class Task:
     rank: int
 
     def original(self) -> PreTrainedModel:
-        """The model as it was, float32."""
+        """Load the original model in float32."""
         return AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=torch.float32).eval()
 
 
 def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, float]:
-    """The quantized model in memory, and its all-in bits per quantized weight."""
+    """Return the quantized model and its bits per quantized weight, everything counted."""
     rank = task.rank if method.rank is None else method.rank
     plan = make_plan(task.source, rank, 6, 1.0, Provenance(base_model="benchmark", recipe="", seed=seed), 16)
     specs = {name: method.respec(spec) for name, spec in plan.specs.items()}
     recipe = method.make(task.source, task.calibration, seed)
     assert isinstance(recipe, FastRecipe)
     model = task.original()
-    model.config.use_cache = False  # each block that is put in believes to be the first one
+    model.config.use_cache = False  # the quantized layers all have index 0
     for index in range(task.source.num_layers):
         tensors = task.source.read(task.source.names_of_layer(index))
         recipe.begin_layer(index, tensors)
@@ -167,7 +168,7 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
 
 
 def distil(model: PreTrainedModel, recipe: BestRecipe) -> None:
-    """Distil a quantized model in place: stored linears again, with what changed."""
+    """Distil a quantized model in place and store its linears again."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, BWLALinear)}
     norms = {name: value.clone() for name, value in norm_weights(model).items()}
     changed = recipe.distill(model)
@@ -181,16 +182,18 @@ def distil(model: PreTrainedModel, recipe: BestRecipe) -> None:
 
 
 def method_bits(recipe: Recipe, specs: dict[str, LayerSpec]) -> float:
-    """All-in bits per quantized weight, as the method would store them."""
+    """Return the bits per quantized weight that the method would store, everything counted."""
     if not isinstance(recipe, PeerRecipe):
         return bits_per_weight(specs.values())
     weights = {name: spec.in_features * spec.out_features for name, spec in specs.items()}
-    of = recipe.true_bits if isinstance(recipe, DensePeer) else {n: recipe.bits(s) for n, s in specs.items()}
-    return sum(of[name] * weights[name] for name in specs) / sum(weights.values())
+    bits = (
+        recipe.true_bits if isinstance(recipe, DensePeer) else {n: recipe.bits(s) for n, s in specs.items()}
+    )
+    return sum(bits[name] * weights[name] for name in specs) / sum(weights.values())
 
 
 def at_abits(model: PreTrainedModel, abits: int) -> None:
-    """Let every quantized linear quantize its activations to `abits`, in place."""
+    """Make every quantized linear quantize its activations to `abits` bits, in place."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BWLALinear):
             stored = {key: value for key, value in module.stored().items() if key != "bias"}
@@ -203,25 +206,23 @@ def at_abits(model: PreTrainedModel, abits: int) -> None:
 
 
 def rows_of(out: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows that an earlier run with the same settings has written; they are not measured again.
+    """Return the rows that an earlier run with the same settings has written.
 
     Raises:
-        typer.BadParameter: the file is of a run with other settings.
+        ValueError: the file was written with other settings.
     """
     if out is None or not out.exists():
         return []
     data = json.loads(out.read_text(encoding="utf-8"))
     if any(data.get(key) != value for key, value in settings.items()):
-        raise typer.BadParameter(
-            f"{out} holds rows of other settings: choose another file", param_hint="--out"
-        )
+        raise ValueError(f"--out: {out} was written with other settings, choose another file")
     return list(data["rows"])
 
 
 def measure(
     task: Task, names: list[str], seeds: int, known: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each method, seed and activation width that is not among the `known` ones."""
+    """Yield a row for each method, seed and activation width that is not among the `known` rows."""
     done = {(row["method"], row["seed"]) for row in known}
     ppl_original = perplexity(task.original(), task.windows)
     for seed in range(seeds):
@@ -251,7 +252,7 @@ def measure(
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
-    """Mean and deviation of d over the seeds."""
+    """Return a table of the mean and standard deviation of d over the seeds."""
     table = Table(
         "method", "bits", *(f"d A{abits}" for abits in ABITS), "seconds", title="d = ln(ppl / original)"
     )
@@ -259,60 +260,104 @@ def summary(rows: list[dict[str, Any]]) -> Table:
         mine = [row for row in rows if row["method"] == name]
         cells = []
         for abits in ABITS:
-            found = [row["d"] for row in mine if row["abits"] == abits]
-            spread = f" ± {statistics.stdev(found):.4f}" if len(found) > 1 else ""
-            cells.append(f"{statistics.mean(found):.4f}{spread}" if found else "")
+            values = [row["d"] for row in mine if row["abits"] == abits]
+            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "")
         seconds = statistics.mean(row["seconds"] for row in mine)
         table.add_row(name, f"{mine[0]['bits_per_weight']:.3f}", *cells, f"{seconds:.0f}")
     return table
 
 
-def main(
-    model: Annotated[Path, typer.Option(help="Folder of the model.")] = ROOT / "examples/model",
-    calibration: Annotated[Path, typer.Option(help="Calibration text.")] = ROOT
-    / "examples/text/calibration.txt",
-    text: Annotated[Path, typer.Option(help="Text to evaluate on.")] = ROOT / "examples/text/heldout.txt",
-    methods: Annotated[
-        str, typer.Option(help=f"Comma-separated: {', '.join(METHODS)}; or all, main, ablations.")
-    ] = "all",
-    seeds: Annotated[int, typer.Option(help="Seeds 0, 1, ...")] = 3,
-    samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 256,
-    window: Annotated[int, typer.Option(help="Tokens of a window to evaluate on.")] = 512,
-    limit: Annotated[int, typer.Option(help="Windows to evaluate on, spread over the text.")] = 32,
-    rank: Annotated[int, typer.Option(help="Rank of the low-rank part.")] = 2,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed, 8 short windows: does it run?")] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="JSON file to write; a run that was stopped goes on.")
-    ] = None,
-) -> None:
-    """Convert by every method, evaluate, print the table."""
-    if quick:
-        seeds, samples, length, window, limit = 1, 8, 128, 128, 8
+def chosen_methods(selection: str) -> list[str]:
+    """Return the methods that `--methods` selects.
+
+    Raises:
+        ValueError: a name is not a method.
+    """
     groups = {
         "all": list(METHODS),
         "main": [name for name, method in METHODS.items() if not method.ablation],
         "ablations": [name for name, method in METHODS.items() if method.ablation],
     } | {name: [name] for name in METHODS}
-    chosen = groups.get(methods) or methods.split(";" if ";" in methods else ",")
-    for name in chosen:
-        if name not in METHODS:
-            raise typer.BadParameter(f"{name!r} is no method; separate names that hold a comma by ;")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False).input_ids[0]
-    windows = windows_of(ids, window)
-    windows = windows[torch.linspace(0, len(windows) - 1, min(limit, len(windows))).long()]
-    task = Task(open_source(str(model)), windows, Calibration(str(calibration), samples, length), rank)
+    names = groups.get(selection) or selection.split(";" if ";" in selection else ",")
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"expected methods, found {unknown[0]!r} (separate names that contain a comma by ;)")
+    return names
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    examples = ROOT / "examples"
+    add = parser.add_argument
+    add("--model", type=Path, default=examples / "model", help="folder of the model (examples/model)")
+    add("--calibration", type=Path, default=examples / "text" / "calibration.txt", help="calibration text")
+    add("--text", type=Path, default=examples / "text" / "heldout.txt", help="evaluation text")
+    add(
+        "--methods",
+        default="all",
+        help=f"all, main, ablations, or a comma-separated list of: {', '.join(METHODS)}",
+    )
+    add("--seeds", type=int, default=3, help="number of seeds: 0, 1, ... (3)")
+    add("--num-calibration-samples", type=int, default=128, help="calibration samples (128)")
+    add("--max-seq-length", type=int, default=256, help="tokens of a calibration sample (256)")
+    add("--window", type=int, default=512, help="tokens of an evaluation window (512)")
+    add("--limit", type=int, default=32, help="number of evaluation windows, spread over the text (32)")
+    add("--rank", type=int, default=2, help="rank of the low-rank correction (2)")
+    add("--quick", action="store_true", help="one seed and 8 short windows, to see whether it runs")
+    add(
+        "--out",
+        type=Path,
+        help="JSON file to write; the rows that it already contains are not measured again",
+    )
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.seeds, arguments.num_calibration_samples, arguments.max_seq_length = 1, 8, 128
+        arguments.window, arguments.limit = 128, 8
+    return arguments
+
+
+def evaluation_windows(arguments: argparse.Namespace) -> Tensor:
+    """Return the evaluation text's windows of token ids [B, T]."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    text = arguments.text.read_text(encoding="utf-8")
+    windows = windows_of(tokenizer(text, return_tensors="pt", verbose=False).input_ids[0], arguments.window)
+    count = min(arguments.limit, len(windows))
+    return windows[torch.linspace(0, len(windows) - 1, count).long()]
+
+
+def main() -> int:
+    """Convert with every method, evaluate and print the table; return the exit status."""
+    arguments = parse_arguments()
+    samples, length = arguments.num_calibration_samples, arguments.max_seq_length
+    windows = evaluation_windows(arguments)
+    settings = {
+        "samples": samples,
+        "length": length,
+        "window": arguments.window,
+        "windows": len(windows),
+        "rank": arguments.rank,
+    }
+    try:
+        methods = chosen_methods(arguments.methods)
+        rows = rows_of(arguments.out, settings)
+    except ValueError as error:
+        print(f"accuracy: {error}", file=sys.stderr)
+        return 2
+    calibration = Calibration(str(arguments.calibration), samples, length)
+    task = Task(open_source(str(arguments.model)), windows, calibration, arguments.rank)
     console = Console()
-    settings = {"samples": samples, "length": length, "window": window, "windows": len(windows), "rank": rank}
-    rows = rows_of(out, settings)
-    for row in measure(task, chosen, seeds, rows):
+    for row in measure(task, methods, arguments.seeds, rows):
         console.print(row, soft_wrap=True)
         rows.append(row)
-        if out is not None and row["abits"] == ABITS[-1]:  # a long run that is stopped keeps what it has
-            write_result(out, rows, **settings)
+        # Write after each method, so that an interrupted run can be continued.
+        if arguments.out is not None and row["abits"] == ABITS[-1]:
+            write_result(arguments.out, rows, **settings)
     console.print(summary(rows))
+    return 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())

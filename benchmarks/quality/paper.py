@@ -1,19 +1,21 @@
-"""One row of the paper's table with our code: convert, evaluate, set beside what the paper reports.
+"""Reproduce one row of the paper's table 1: convert, evaluate, and print our figures beside the paper's.
 
-    python -m benchmarks.quality.paper qwen3-8b-a6                       recipe paper, as published
+    python -m benchmarks.quality.paper qwen3-8b-a6                       # recipe paper, as published
     python -m benchmarks.quality.paper qwen3-8b-a6 --recipe best --calibration c4
-    python -m benchmarks.quality.paper qwen3-8b-a6 --model ./Qwen3-8B    weights that are at hand already
+    python -m benchmarks.quality.paper qwen3-8b-a6 --model ./Qwen3-8B    # a local folder
 
-Rows and settings are in paper.yaml. Calibrating on WikiText-2 flatters WikiText-2: run both and publish both.
+Rows and settings are in paper.yaml. Calibration on WikiText-2 flatters the perplexity on WikiText-2: publish results of
+both calibration texts.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -23,24 +25,33 @@ from benchmarks.common.record import ROOT, write_result
 TABLE = ROOT / "benchmarks/quality/paper.yaml"
 CONVERT = "from bwla_converter.cli.convert import main; main()"
 EVALUATE = "from bwla_converter.cli.evaluate import main; main()"
+SETTINGS = (
+    "model",
+    "recipe",
+    "calibration",
+    "num_calibration_samples",
+    "max_seq_length",
+    "text",
+    "window",
+    "tasks",
+)
+"""Settings of a row that the command line can replace."""
 
 
 def read_row(name: str) -> dict[str, Any]:
-    """The settings of a row, defaults filled in.
+    """Return the settings of a row of paper.yaml, with the defaults filled in.
 
     Raises:
-        typer.BadParameter: there is no such row.
+        ValueError: there is no such row.
     """
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     if name not in table["rows"]:
-        raise typer.BadParameter(
-            f"{name!r} is no row; there are {', '.join(table['rows'])}", param_hint="ROW"
-        )
+        raise ValueError(f"ROW: expected one of {', '.join(table['rows'])}, found {name!r}")
     return {**table["defaults"], **table["rows"][name]}
 
 
 def commands(row: dict[str, Any], out: Path, limit: int | None) -> tuple[list[str], list[str]]:
-    """How to convert and how to evaluate a row; results go to `out`."""
+    """Return the commands that convert and evaluate a row; their results go to the folder `out`."""
     bwla, figures = str(out / "model"), str(out / "figures.json")
     python = [sys.executable, "-c"]
     convert = [
@@ -55,8 +66,13 @@ def commands(row: dict[str, Any], out: Path, limit: int | None) -> tuple[list[st
         "--resume",
     ]
     if row["recipe"] != "paper":
-        convert += ["--calibration", row["calibration"], "--num-calibration-samples", str(row["samples"])]
-        convert += ["--max-seq-length", str(row["length"])]
+        convert += [
+            "--calibration",
+            row["calibration"],
+            "--num-calibration-samples",
+            str(row["num_calibration_samples"]),
+        ]
+        convert += ["--max-seq-length", str(row["max_seq_length"])]
     evaluate = [*python, EVALUATE, row["model"], bwla, "--text", row.get("text", "wikitext2")]
     evaluate += ["--window", str(row["window"]), "--out", figures]
     if row["tasks"]:
@@ -66,53 +82,62 @@ def commands(row: dict[str, Any], out: Path, limit: int | None) -> tuple[list[st
     return convert, evaluate
 
 
-def main(
-    name: Annotated[str, typer.Argument(metavar="ROW", help="A row of paper.yaml.")],
-    model: Annotated[str | None, typer.Option(help="Folder or Hub id in the place of the row's.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="Recipe in the place of the row's.")] = None,
-    calibration: Annotated[str | None, typer.Option(help="Text in the place of the row's.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Windows in the place of the row's.")] = None,
-    length: Annotated[int | None, typer.Option(help="Tokens a window in the place of the row's.")] = None,
-    text: Annotated[str | None, typer.Option(help="File to evaluate on in the place of WikiText-2.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens a window of the evaluation.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Tasks in the place of the row's; '' for none.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Windows and examples at most, for a trial.")] = None,
-    work: Annotated[Path, typer.Option(help="Where the converted model goes.")] = ROOT / ".paper",
-    out: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """Convert and evaluate one row."""
-    given = {
-        "model": model,
-        "recipe": recipe,
-        "calibration": calibration,
-        "samples": samples,
-        "length": length,
-    }
-    given |= {"text": text, "window": window, "tasks": tasks}
-    row = read_row(name) | {key: value for key, value in given.items() if value is not None}
-    folder = work / f"{name}-{row['recipe']}"
+def show(name: str, row: Mapping[str, Any], results: Mapping[str, Mapping[str, float]]) -> None:
+    """Print our figures beside those of the paper."""
+    sides = ("original", "bwla")
+    table = Table("figure", "original", "ours", "paper", title=f"{name}, recipe {row['recipe']}")
+    figures = [f"{results['perplexity'][side]:.2f}" for side in sides]
+    table.add_row("perplexity", *figures, str(row["paper_ppl"]))
+    scores = [figures for key, figures in results.items() if key.endswith(" acc")]
+    if scores:
+        means = [100 * sum(score[side] for score in scores) / len(scores) for side in sides]
+        table.add_row("mean accuracy", *(f"{mean:.2f}" for mean in means), str(row["paper_tasks"]))
+    Console().print(table)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("row", metavar="ROW", help="a row of paper.yaml")
+    settings = parser.add_argument_group("settings that replace those of the row").add_argument
+    settings("--model", help="folder or Hub id")
+    settings("--recipe", help="recipe")
+    settings("--calibration", help="calibration text")
+    settings("--num-calibration-samples", type=int, help="calibration samples")
+    settings("--max-seq-length", type=int, help="tokens of a calibration sample")
+    settings("--text", help="evaluation text (wikitext2)")
+    settings("--window", type=int, help="tokens of an evaluation window")
+    settings("--tasks", help="zero-shot tasks; '' for none")
+    add("--limit", type=int, help="largest number of evaluation windows and examples, for a trial")
+    add("--work", type=Path, default=ROOT / ".paper", help="folder of the converted models (.paper)")
+    add("--out", type=Path, help="JSON file to write")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Convert and evaluate one row; return the exit status."""
+    arguments = parse_arguments()
+    given = {key: value for key, value in vars(arguments).items() if key in SETTINGS and value is not None}
+    try:
+        row = read_row(arguments.row) | given
+    except ValueError as error:
+        print(f"paper: {error}", file=sys.stderr)
+        return 2
+    folder = arguments.work / f"{arguments.row}-{row['recipe']}"
     folder.mkdir(parents=True, exist_ok=True)
-    convert, evaluate = commands(row, folder, limit)
+    convert, evaluate = commands(row, folder, arguments.limit)
     if not (folder / "model").exists():
         subprocess.run(convert, check=True)
     subprocess.run(evaluate, check=True)
     results = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["results"]
-    table = Table("figure", "original", "ours", "paper", title=f"{name}, recipe {row['recipe']}")
-    scores = {key: figures for key, figures in results.items() if key.endswith(" acc")}
-    table.add_row(
-        "perplexity",
-        *(f"{results['perplexity'][side]:.2f}" for side in ("original", "bwla")),
-        str(row["paper_ppl"]),
-    )
-    if scores:
-        means = (
-            100 * sum(each[side] for each in scores.values()) / len(scores) for side in ("original", "bwla")
-        )
-        table.add_row("mean accuracy", *(f"{mean:.2f}" for mean in means), str(row["paper_tasks"]))
-    Console().print(table)
-    if out is not None:
-        write_result(out, [{"row": name, **row, "results": results}])
+    show(arguments.row, row, results)
+    if arguments.out is not None:
+        write_result(arguments.out, [{"row": arguments.row, **row, "results": results}])
+    return 0
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    sys.exit(main())
