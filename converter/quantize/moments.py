@@ -1,6 +1,7 @@
-"""What a group's inputs look like: H = E[x x^T], the metric in which errors of its weights cost output error.
+"""Second moments of an input group's inputs, which give the Hessian of its output error.
 
-For an output y = W x, E||dW x||^2 = tr(dW H dW^T): the Hessian of GPTQ (arXiv 2210.17323) and OBS, up to a factor.
+For an output y = W x, E||dW x||^2 = tr(dW H dW^T) with H = E[x x^T]: up to a factor, the Hessian of OBS and of GPTQ
+(arXiv 2210.17323).
 """
 
 from dataclasses import dataclass
@@ -13,14 +14,14 @@ from torch import Tensor
 
 @dataclass
 class Moments:
-    """Running second moments of a stream of inputs, float32 on one device.
+    """Gram matrices of an input group's inputs, accumulated batch by batch, float32 on one device.
 
     Attributes:
-        gram: sum of x_hat x_hat^T [K, K], over the inputs that the quantized blocks produce.
-        cross_gram: sum of x x_hat^T [K, K] with the original model's inputs x; None where they are not followed.
-        residual_cross_gram: sum of (h - h_hat) x_hat^T [N, K], with h and h_hat the residual stream that the output is
-            added to, in the original model and in the quantized one; None where it is not followed.
-        count: tokens.
+        gram: sum of x_hat x_hat^T [K, K] over the inputs x_hat in the quantized model.
+        cross_gram: sum of x x_hat^T [K, K] with the inputs x in the original model; None if they are not recorded.
+        residual_cross_gram: sum of (h - h_hat) x_hat^T [N, K], where h and h_hat are the residual stream of the
+            original and of the quantized model to which the output is added; None if it is not recorded.
+        count: number of tokens.
     """
 
     gram: Tensor
@@ -30,12 +31,12 @@ class Moments:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device, cross_gram: bool) -> "Moments":
-        """Nothing seen yet."""
+        """Return the moments of no inputs, of `width` K; with `cross_gram`, those of the original are recorded too."""
         gram = torch.zeros(width, width, device=device)
         return cls(gram, torch.zeros_like(gram) if cross_gram else None)
 
     def add(self, x_hat: Tensor, x: Tensor | None = None) -> None:
-        """Count a batch of inputs [M, K], and the original model's at the same places."""
+        """Add a batch of inputs [..., K] and the original model's inputs for the same tokens."""
         x_hat = x_hat.flatten(0, -2).float()
         self.gram.addmm_(x_hat.mT, x_hat)
         if self.cross_gram is not None and x is not None:
@@ -43,30 +44,30 @@ class Moments:
         self.count += len(x_hat)
 
     def add_residual(self, x_hat: Tensor, stream_hat: Tensor, stream: Tensor) -> None:
-        """Count how far the stream [M, N] has come from the original's at the inputs of the last `add`."""
-        gap = (stream.float() - stream_hat.float()).flatten(0, -2)
-        found = gap.mT @ x_hat.flatten(0, -2).float()
+        """Add the error of the residual stream [..., N] for the tokens of the last `add`."""
+        error = (stream.float() - stream_hat.float()).flatten(0, -2)
+        batch = error.mT @ x_hat.flatten(0, -2).float()
         self.residual_cross_gram = (
-            found if self.residual_cross_gram is None else self.residual_cross_gram.add_(found)
+            batch if self.residual_cross_gram is None else self.residual_cross_gram.add_(batch)
         )
 
     def hessian(self, damping: float) -> Tensor:
-        """E[x_hat x_hat^T] with `damping` times its mean diagonal added to the diagonal.
+        """Return E[x_hat x_hat^T], float32 [K, K], with `damping` times the mean of its diagonal added to the diagonal.
 
         Raises:
-            SourceError: no input was seen, or one was not finite.
+            SourceError: there were no inputs, all were zero, or one was not finite.
         """
         mean = self.gram / max(self.count, 1)
         level = mean.diagonal().mean()
         if self.count == 0 or not bool(torch.isfinite(level)) or level <= 0:
             raise SourceError(
-                f"calibration: expected finite inputs that are not all zero, found {self.count} tokens with a "
-                f"mean square of {float(level):g}: the model overflows in this dtype, or the text is empty"
+                f"calibration: expected finite, nonzero inputs, found {self.count} tokens with a mean square of "
+                f"{float(level):g}: either the model overflows in its dtype or the calibration text is empty"
             )
         return mean + damping * level * torch.eye(len(mean), device=mean.device)
 
 
 def rotate_hessian(hessian: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """H in the rotated basis, float32 [K, K]."""
+    """Return H in the rotated basis, float32 [K, K]."""
     half = rotate(hessian, left, right)
     return rotate(half.mT.contiguous(), left, right)

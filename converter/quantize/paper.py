@@ -1,8 +1,8 @@
-"""Recipe `paper`: one input group by OKT, PSP, signs and scales, from its weights alone (arXiv 2605.00422).
+"""Recipe `paper` for one input group: OKT, PSP, signs and scales, from the weights alone (BWLA, arXiv 2605.00422).
 
-No calibration data, no Hessian, no tuning. The order is the paper's: learn the rotation, take out the
-low-rank part, row and column scales, sign. What is stored is rounded before what depends on it is computed:
-signs and scales see the residual of the bfloat16 low-rank factors, errors are measured on the stored tensors.
+It needs no calibration data. The steps are the paper's, in its order: rotation, low-rank correction, row and column
+scales, signs. Each stored tensor is rounded before the next step uses it: signs and scales are fitted to the residual
+of the bfloat16 low-rank factors, and errors are measured on the stored tensors.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """What the recipe leaves open.
+    """Hyperparameters of the `paper` recipe.
 
     Attributes:
-        okt_rounds, psp_rounds: the paper's 40 and 20.
+        okt_rounds: rounds of OKT, 40 in the paper.
+        psp_rounds: rounds of PSP, 20 in the paper.
         scale_rounds: alternations of row and column scales.
-        start: start of the rotation.
-        unbiased: rescale the rows so that the signs keep all of the weight instead of its least-squares
-            share. The weight's distance grows and the model's loss falls (`binarize` says why).
-        row_mean: spend one rank on the row means of the residual (the paper's row centring) instead of one
-            more direction of the low-rank part. Off: a free direction removes several times as much error.
+        start: initial rotation.
+        row_mean: use one rank for the row means of the residual (the paper's row centering). Off by default, because a
+            free direction of the low-rank correction removes several times as much error.
+        unbiased: rescale the rows so that the binarized weight is an unbiased estimate instead of the least-squares
+            one. This increases the weight error and decreases the model's loss, see `binarize`.
     """
 
     okt_rounds: int = 40
@@ -55,38 +56,38 @@ def quantize_group(
     seed: int = 0,
     options: PaperOptions | None = None,
 ) -> GroupResult:
-    """Quantize the linears that read one input.
+    """Quantize the linears of one input group.
 
-    Holds two copies of the group's weights in float32 beside the weights themselves, and work space.
+    Holds two float32 copies of the group's weights in addition to the weights, and temporary buffers.
 
     Args:
-        weights: module name -> W [N_i, K], any float dtype, one device. The order of the names matters.
-        specs: module name -> what to make of it; one input side (K, rotation sizes, rank, bits, clip).
-        biases: module name -> bias [N_i], for what is to be among the results, as it is. A linear with a bias
-            that is not given is done without: the bias stays with the caller.
-        seed: with the names, seeds everything random: the same call gives the same bytes.
+        weights: module name -> W [N_i, K], any float dtype, all on one device. The order of the names matters.
+        specs: module name -> spec; all must have the same input transform (K, rotation sizes, rank, bits, clip).
+        biases: module name -> bias [N_i] to include unchanged in the result. Linears without an entry here get no
+            bias in the result, even if their spec has one.
+        seed: seed of all randomness, together with the names: the same call gives the same bytes.
         options: None for the defaults.
 
     Raises:
-        SourceError: weights, biases and specs do not fit together, a value is not finite, or the rank is
-            larger than the group; before any work.
+        SourceError: weights, biases and specs do not fit together, a value is not finite, or the rank exceeds the
+            group's size. Raised before quantization starts.
     """
     options = options or PaperOptions()
     biases = biases or {}
-    side = check_group(weights, biases, specs)
+    spec = check_group(weights, biases, specs)
     generator = group_generator(seed, weights)
     rotation = learn_rotation(
         list(weights.values()),
-        (side.rotation_groups, side.n1, side.n2),
+        (spec.rotation_groups, spec.n1, spec.n2),
         rounds=options.okt_rounds,
         generator=generator,
         start=options.start,
     )
     rotated = _rotate_rows(list(weights.values()), rotation)
     shared = {"rotation_left": rotation.left, "rotation_right": rotation.right}
-    b, a, psp_trace = _low_rank(rotated, side.rank, generator, options)
+    b, a, psp_trace = _low_rank(rotated, spec.rank, generator, options)
     low_rank_b, residual = b.to(torch.bfloat16), rotated
-    if side.rank:
+    if spec.rank:
         shared["low_rank_a"] = rotate_back(a, rotation.left, rotation.right).to(torch.bfloat16)
         stored_a = rotate(shared["low_rank_a"], rotation.left, rotation.right)
         residual = torch.addmm(rotated, low_rank_b.float(), stored_a, alpha=-1.0)
@@ -103,7 +104,7 @@ def quantize_group(
 
 
 def _rotate_rows(weights: list[Tensor], rotation: Rotation) -> Tensor:
-    """The pooled rows in the rotated basis, float32 [sum of N_i, K]."""
+    """Rotate the rows of all weights, float32 [sum of N_i, K]."""
     rows = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=torch.float32)
     parts = (part for weight in weights for part in split_rows(weight))
     in_one_buffer((rotate(part.float(), rotation.left, rotation.right) for part in parts), rows.view(-1))
@@ -113,10 +114,10 @@ def _rotate_rows(weights: list[Tensor], rotation: Rotation) -> Tensor:
 def _low_rank(
     rotated: Tensor, rank: int, generator: torch.Generator, options: PaperOptions
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """The factors b [N, r], a [r, K] in the rotated basis, float32, and the trace."""
-    means = int(options.row_mean and rank > 0)
-    low = proximal_low_rank(rotated, rank - means, rounds=options.psp_rounds, generator=generator)
-    if not means:
-        return low.b, low.a, low.trace
-    mean = rotated.mean(1, keepdim=True) - low.b @ low.a.mean(1, keepdim=True)
-    return torch.cat([low.b, mean], 1), torch.cat([low.a, torch.ones_like(rotated[:1])]), low.trace
+    """Return the factors b [N, r] and a [r, K] in the rotated basis, float32, and the trace of PSP."""
+    mean_rank = int(options.row_mean and rank > 0)
+    fitted = proximal_low_rank(rotated, rank - mean_rank, rounds=options.psp_rounds, generator=generator)
+    if not mean_rank:
+        return fitted.b, fitted.a, fitted.trace
+    mean = rotated.mean(1, keepdim=True) - fitted.b @ fitted.a.mean(1, keepdim=True)
+    return torch.cat([fitted.b, mean], 1), torch.cat([fitted.a, torch.ones_like(rotated[:1])]), fitted.trace

@@ -218,11 +218,11 @@ def test_bad_groups_are_refused_before_work() -> None:
         quantize_group(narrow, specs)
     with pytest.raises(SourceError, match=r"k_proj\.weight: expected dtype .*, found int8"):
         quantize_group({**weights, "layers.0.k_proj": torch.zeros(16, WIDTH, dtype=torch.int8)}, specs)
-    with pytest.raises(SourceError, match=r"k_proj: expected the input side of its group"):
+    with pytest.raises(SourceError, match=r"k_proj: expected the same input transform as"):
         quantize_group(weights, {**specs, "layers.0.k_proj": replace(specs["layers.0.k_proj"], rank=1)})
     with pytest.raises(SourceError, match="expected a rank of at most 81, found 82"):
         quantize_group(weights, specs_of(weights, rank=82))
-    with pytest.raises(SourceError, match=r"o_proj: expected a weight and a spec"):
+    with pytest.raises(SourceError, match=r"o_proj: expected both a weight and a spec"):
         quantize_group(weights, {**specs, "layers.0.o_proj": specs["layers.0.q_proj"]})
     with pytest.raises(SourceError, match=r"k_proj\.bias: expected shape \[16\], found \[15\]"):
         quantize_group(weights, specs, biases={"layers.0.k_proj": torch.zeros(15)})
