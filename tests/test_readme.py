@@ -6,6 +6,7 @@ some are to be filled in). Commands that CI runs anyway are listed in `COVERED`.
 
 import ast
 import collections
+import itertools
 import json
 import os
 import re
@@ -59,9 +60,21 @@ class Block:
         return f"{self.file.relative_to(ROOT)}:{self.line}"
 
     @property
+    def commands(self) -> list[list[str]]:
+        """The commands of a shell block, split into words, without the environment variables before them."""
+        found = []
+        for line in self.text.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+            lexer.whitespace_split = True
+            for separator, words in itertools.groupby(lexer, key=lambda word: word.strip("&|;") == ""):
+                command = list(itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words))
+                if command and not separator:
+                    found.append(command)
+        return found
+
+    @property
     def covered(self) -> bool:
-        commands = [shlex.split(line, comments=True) for line in self.text.splitlines()]
-        return all(" ".join(words) in COVERED for words in commands if words)
+        return self.language == "sh" and all(" ".join(words) in COVERED for words in self.commands)
 
 
 def tokens_of(file: Path) -> list[Token]:
@@ -82,6 +95,7 @@ BLOCKS = [block for file in DOCUMENTS for block in blocks_of(file)]
 RUN = [
     block for block in BLOCKS if block.language in ("sh", "python") and not block.reason and not block.covered
 ]
+COMMANDS = [(block, words) for block in BLOCKS if block.language == "sh" for words in block.commands]
 
 
 @pytest.fixture(scope="module")
@@ -126,25 +140,10 @@ def test_blocks_are_run_or_say_why_not(capsys: pytest.CaptureFixture[str]) -> No
     assert counts["run here"] >= 10
 
 
-def commands() -> list[tuple[Block, list[str]]]:
-    """Every command of every shell block, split into words, without environment variables before it."""
-    found = []
-    for block in BLOCKS:
-        if block.language == "sh":
-            for line in block.text.replace("\\\n", " ").splitlines():
-                for command in re.split(r"&&|\|\|?|;", line.partition(" #")[0]):
-                    words = shlex.split(command, comments=True)
-                    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                        words.pop(0)
-                    if words:
-                        found.append((block, words))
-    return found
-
-
 def test_scripts_and_modules_in_commands_exist() -> None:
     packages = {"bwla_kernels": "kernels", "bwla_converter": "converter"}
     checked = 0
-    for block, words in commands():
+    for block, words in COMMANDS:
         if Path(words[0]).name in ("python", "bash", "sh") and len(words) > 1:
             if words[1] == "-m" and words[2] != "pytest":
                 first, *rest = words[2].split(".")
@@ -177,7 +176,7 @@ def options() -> dict[str, set[str]]:
 
 
 def test_options_in_commands_exist(options: dict[str, set[str]]) -> None:
-    used = [(block, words[0], word) for block, words in commands() if words[0] in TOOLS for word in words]
+    used = [(block, words[0], word) for block, words in COMMANDS if words[0] in TOOLS for word in words]
     assert [word for _, _, word in used if word.startswith("--")]
     unknown = [
         f"{block.title}: {tool} {word}"
