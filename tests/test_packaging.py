@@ -69,7 +69,7 @@ def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"bwla_kernels", "bwla_converter", "bwla_vllm"}
     assert "bwla_kernels/format/layer.py" in names
-    assert "bwla_converter/report/template.html" in names
+    assert "bwla_converter/report/templates/page.html" in names
     assert not [name for name in names if "test" in name]
 
 

@@ -1,1 +1,1 @@
-"""What is reported of a conversion: JSON, the HTML page and the model card."""
+"""The report of a conversion: JSON, an HTML page and the model card."""

@@ -1,11 +1,32 @@
-"""Charts as inline SVG: lines over an axis, two histograms in one panel, a stacked bar. Colours come from the page."""
+"""Line charts, drawn by matplotlib and rewritten to small inline SVG that takes its colours from the page.
 
-import math
-from collections.abc import Mapping, Sequence
+Only artists with a `gid` are kept: matplotlib writes it as the id of a group, and it becomes the element's CSS class.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
+from itertools import chain
+from xml.etree import ElementTree
 
-TICKS = 5
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+COLOURS = 8
+"""Number of colours that the page defines: classes `k0`... for lines, `b0`... for areas."""
+
+WIDTH, HEIGHT = 980, 300
+SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "bwla",
+    "path.simplify": True,
+    "axes.unicode_minus": False,
+}
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @dataclass(frozen=True)
@@ -13,11 +34,11 @@ class Series:
     """One line of a chart.
 
     Attributes:
-        label: told on hovering over a point.
-        colour: number of the page's colour, see `legend`.
+        label: shown as a tooltip.
+        colour: index of a colour of the page, see `COLOURS`.
         points: (x, y).
-        faint: drawn thin and dashed: what things were like before.
-        dots: whether the points are marked.
+        faint: draw the line thin and dashed; used for values before the conversion.
+        dots: mark the points.
     """
 
     label: str
@@ -27,159 +48,94 @@ class Series:
     dots: bool = True
 
 
-def nice_ticks(low: float, high: float, count: int = TICKS) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, about `count` of them."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * 0.999)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten around `low` > 0 and `high`; powers of ten alone over three decades."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1,) if last - first > 3 else (1, 2, 5)
-    every = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    below = max((tick for tick in every if tick <= low * 1.0001), default=every[0])
-    above = min((tick for tick in every if tick >= high * 0.9999), default=every[-1])
-    return [tick for tick in every if below <= tick <= above]
-
-
-def number(value: float) -> str:
-    """A tick's label."""
-    if value and (abs(value) >= 10000 or abs(value) < 0.001):
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:,.4g}"
-
-
-def line_chart(
-    series: Sequence[Series],
-    x_label: str,
-    y_label: str,
-    *,
-    log: bool = False,
-    size: tuple[int, int] = (980, 300),
-    whole_x: bool = True,
-) -> str:
-    """Lines with axes, grid and a tooltip at every point.
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, log: bool = False) -> Markup:
+    """Draw lines over a grid, with a tooltip for each line and each marked point, as an SVG element.
 
     Args:
-        series: at least one with points.
-        x_label, y_label: what the axes are.
-        log: a logarithmic y axis; values must be positive.
-        size: of the drawing; the page scales it.
-        whole_x: ticks on the x axis at whole numbers only.
+        series: the lines; together they have at least one point.
+        x_label, y_label: titles of the axes; x values are integers.
+        log: use a logarithmic y axis; all y values must be positive.
     """
-    width, height = size
-    left, right, top, bottom = 62, width - 14, 12, height - 42
-    xs = [x for one in series for x, _ in one.points]
-    ys = [y for one in series for _, y in one.points]
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    y_ticks = log_ticks(min(ys), max(ys)) if log else nice_ticks(min(ys), max(ys))
-    y_low, y_high = y_ticks[0], y_ticks[-1] if y_ticks[-1] > y_ticks[0] else y_ticks[0] * 2
+    with rc_context(SETTINGS):
+        figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72)  # 1 unit of the SVG is 1 pixel
+        axes = figure.add_axes((62 / WIDTH, 42 / HEIGHT, (WIDTH - 76) / WIDTH, (HEIGHT - 54) / HEIGHT))
+        for index, line in enumerate(series):
+            x, y = zip(*line.points, strict=True)
+            marker = "o" if line.dots else ""
+            axes.plot(x, y, marker=marker, gid=f"line-{index}", clip_on=False)
+        _format_axes(axes, x_label, y_label, log)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return Markup(ElementTree.tostring(_rewrite(file.getvalue(), series, x_label), encoding="unicode"))
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        share = math.log(y / y_low) / math.log(y_high / y_low) if log else (y - y_low) / (y_high - y_low)
-        return left + 8 + (x - x_low) / (x_high - x_low) * (right - left - 16), bottom - share * (
-            bottom - top
-        )
 
-    parts = []
-    for tick in y_ticks:
-        y = at(x_low, tick)[1]
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text class="tick end" x="{left - 6}" y="{y + 4:.1f}">{number(tick)}</text>')
-    x_ticks = [tick for tick in nice_ticks(x_low, x_high, 12) if x_low <= tick <= x_high]
-    for tick in (tick for tick in x_ticks if not whole_x or tick == int(tick)):
-        x = at(tick, y_low)[0]
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{bottom + 17}">{number(tick)}</text>')
-    for one in series:
-        places = [at(x, y) for x, y in one.points]
-        line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
-        faint = " faint" if one.faint else ""
-        parts.append(
-            f'<path class="line k{one.colour}{faint}" d="M{line}"><title>{escape(one.label)}</title></path>'
-        )
-        if one.dots:
-            parts += (
-                f'<circle class="dot k{one.colour}{faint}" cx="{x:.1f}" cy="{y:.1f}" r="3">'
-                f"<title>{escape(one.label)}, {escape(x_label)} {number(here[0])}: {here[1]:.4g}</title></circle>"
-                for (x, y), here in zip(places, one.points, strict=True)
+def _format_axes(axes: Axes, x_label: str, y_label: str, log: bool) -> None:
+    """Set scales, ticks and labels, and give a `gid` to everything that `_rewrite` keeps."""
+    axes.margins(x=0.01, y=0.06)
+    if log:
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high > 1000 * low else (1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+    axes.set_xlabel(x_label, gid="axis", fontsize=12)
+    axes.set_ylabel(y_label, gid="axis", fontsize=12)
+    axes.grid(axis="y", gid="grid", clip_on=False)
+    for label in chain(axes.get_xticklabels(), axes.get_yticklabels()):
+        label.set(gid="tick", fontsize=11)
+
+
+def _rewrite(svg: bytes, series: Sequence[Series], x_label: str) -> ElementTree.Element:
+    """Reduce matplotlib's SVG to paths, circles and texts that are styled by the page's CSS classes."""
+    root = ElementTree.Element("svg", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img")
+    for group in ElementTree.fromstring(svg).iter(f"{SVG}g"):
+        name = group.get("id", "")
+        if name == "grid":
+            root.extend(
+                _element("path", "grid", d=_short(path.get("d"))) for path in group.iter(f"{SVG}path")
             )
-    parts.append(
-        f'<text class="axis mid" x="{(left + right) / 2:.0f}" y="{height - 6}">{escape(x_label)}</text>'
-    )
-    middle = (top + bottom) / 2
-    parts.append(
-        f'<text class="axis mid" transform="translate(14 {middle:.0f}) rotate(-90)">{escape(y_label)}</text>'
-    )
-    return _svg(width, height, parts)
+        elif name in ("tick", "axis"):
+            root.extend(_text(text, name) for text in group.iter(f"{SVG}text"))
+        elif name.startswith("line-"):
+            root.extend(_line(group, series[int(name.removeprefix("line-"))], x_label))
+    return root
 
 
-def histogram_panel(
-    before: Sequence[float], after: Sequence[float], span: float, title: str, *, log: bool = False
-) -> str:
-    """Two histograms over [-span, span], the first filled, the second as a line.
-
-    Args:
-        before, after: shares per bin, the same bins.
-        span: reach of the bins, in root mean squares.
-        title: above the panel.
-        log: a logarithmic y axis, for tails.
-    """
-    width, height, left, right, top, bottom = 230, 150, 6, 224, 24, 128
-    floor = 1e-6
-    highest = max([*before, *after, floor])
-
-    def level(value: float) -> float:
-        share = (
-            math.log10(max(value, floor) / floor) / math.log10(highest / floor) if log else value / highest
-        )
-        return round(bottom - share * (bottom - top), 1)
-
-    def steps(values: Sequence[float]) -> str:
-        bin_width = (right - left) / len(values)
-        return "".join(
-            f"L{left + index * bin_width:.0f} {y:g}L{left + (index + 1) * bin_width:.0f} {y:g}"
-            for index, y in enumerate(map(level, values))
+def _line(group: ElementTree.Element, series: Series, x_label: str) -> Iterator[ElementTree.Element]:
+    classes = f"k{series.colour}{' faint' if series.faint else ''}"
+    path = group.find(f"{SVG}path")
+    if path is not None:
+        yield _element("path", f"line {classes}", series.label, d=_short(path.get("d")))
+    for dot, (x, y) in zip(
+        group.iter(f"{SVG}use"), series.points, strict=False
+    ):  # no dots unless `series.dots`
+        tooltip = f"{series.label}, {x_label} {x:g}: {y:.4g}"
+        yield _element(
+            "circle", f"dot {classes}", tooltip, cx=_short(dot.get("x")), cy=_short(dot.get("y")), r="3"
         )
 
-    parts = [f'<text class="title" x="{left}" y="15">{escape(title)}</text>']
-    for tick in (-span, -span / 2, 0, span / 2, span):
-        x = left + (tick + span) / (2 * span) * (right - left)
-        anchor = "start" if tick == -span else "end" if tick == span else "mid"
-        parts.append(f'<path class="grid" d="M{x:.0f} {top}V{bottom}"/>')
-        parts.append(f'<text class="tick {anchor}" x="{x:.0f}" y="{bottom + 15}">{number(tick)}</text>')
-    parts.append(f'<path class="before" d="M{left} {bottom}{steps(before)}L{right} {bottom}Z"/>')
-    parts.append(f'<path class="after" d="M{left} {bottom}{steps(after)}L{right} {bottom}"/>')
-    parts.append(f'<path class="base" d="M{left} {bottom}H{right}"/>')
-    return _svg(width, height, parts)
+
+def _text(text: ElementTree.Element, name: str) -> ElementTree.Element:
+    """Keep place, rotation and alignment; the font comes from the page."""
+    style, rotation = text.get("style", ""), text.get("transform", "")
+    anchor = next((word for word in ("middle", "end") if f"text-anchor: {word}" in style), "start")
+    place = {"x": _short(text.get("x")), "y": _short(text.get("y"))}
+    if not rotation.startswith("rotate(-0 "):
+        place["transform"] = _short(rotation)
+    element = _element("text", f"{name} {anchor}", **place)
+    element.text = text.text
+    return element
 
 
-def stacked_bar(parts: Mapping[str, float], total: float, colours: Mapping[str, int]) -> str:
-    """A bar whose whole width stands for `total`; parts of nothing are left out."""
-    shown = {name: value for name, value in parts.items() if value > 0}
-    cells = "".join(
-        f'<i class="b{colours[name]}" style="width:{100 * value / total:.3f}%" title="{escape(name)}"></i>'
-        for name, value in shown.items()
-    )
-    return f'<div class="bar">{cells}</div>'
+def _element(tag: str, classes: str, tooltip: str = "", **attributes: str) -> ElementTree.Element:
+    element = ElementTree.Element(tag, {"class": classes, **attributes})
+    if tooltip:
+        ElementTree.SubElement(element, "title").text = tooltip
+    return element
 
 
-def legend(labels: Mapping[str, int]) -> str:
-    """Names of colours; the page defines as many as `COLOURS`."""
-    items = "".join(
-        f'<span><i class="b{colour}"></i>{escape(label)}</span>' for label, colour in labels.items()
-    )
-    return f'<p class="legend">{items}</p>'
-
-
-COLOURS = 8
-"""Colours that the page defines, `k0`... for lines and `b0`... for areas."""
-
-
-def _svg(width: int, height: int, parts: Sequence[str]) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
+def _short(value: str | None) -> str:
+    """Round the numbers of an attribute to one decimal and drop needless space."""
+    rounded = re.sub(r"-?\d+\.\d+", lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), value or "")
+    return re.sub(r"\s*([MLHVZ])\s*", r"\1", rounded.strip())

@@ -1,4 +1,4 @@
-"""The data of a conversion's report: what was done, what it cost, what came of it. `report_page` draws it."""
+"""The report of a conversion as plain data: its inputs, cost and results. Written as JSON, and as a page by `page`."""
 
 import json
 import logging
@@ -13,17 +13,17 @@ import torch
 from bwla_converter.checkpoint.contents import Contents, split_bytes
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.versions import versions
-from bwla_converter.report.samples import UNASKED, make_samples, samples_problem
+from bwla_converter.report.samples import DEFAULT_SAMPLES, make_samples, samples_problem
 from bwla_converter.source.model import Source
 
 REPORT_FILE = "bwla_report.json"
 PAGE_FILE = "bwla_report.html"
 TRAINING_SPLITS = {"wikitext2": "WikiText-2", "wikitext": "WikiText-2", "wiki.train": "WikiText-2"}
-"""What marks calibration text as the training split of a data set that perplexity is usually measured on."""
+"""Parts of a name that mark the training split of a dataset which is commonly used to measure perplexity."""
 
 
 def peak_memory() -> dict[str, int]:
-    """Largest memory of this process so far, in bytes: resident on the CPU, and allocated on a GPU that was used."""
+    """Return the peak memory of this process in bytes: resident, and allocated on GPUs if any was used."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -32,13 +32,13 @@ def peak_memory() -> dict[str, int]:
 
 
 def calibration_warning(calibration: Mapping[str, object]) -> str | None:
-    """A sentence where the calibration text is the training split of a usual evaluation set; else None."""
+    """Return a warning if the calibration text is the training split of a common evaluation dataset; else None."""
     source = str(calibration.get("source", "")).lower()
     for mark, name in TRAINING_SPLITS.items():
         if mark in source:
             return (
-                f"The calibration text is the training split of {name}: perplexity on {name}'s test split is "
-                "flattered by that. Judge this model on other text too."
+                f"The calibration text is the training split of {name}: the perplexity on {name}'s test split "
+                "is therefore optimistic. Evaluate this model on other text too."
             )
     return None
 
@@ -50,15 +50,15 @@ def build_report(
     contents: Contents,
     source: Source,
 ) -> dict[str, Any]:
-    """Everything about a conversion, as plain JSON data.
+    """Return the report as plain JSON data.
 
     Args:
-        summary: figures of the whole and of each layer, see `pipeline.Summary`.
-        traces: first linear of a group -> name of an objective -> its values.
-        statistics: "weights": linear -> `statistics.Change`; "activations": first linear of a group -> the same;
-            as plain data; either may be missing.
-        contents: what was written.
-        source: what was read.
+        summary: the fields of `options.Summary`.
+        traces: first linear of an input group -> name of an objective -> its value after each round.
+        statistics: "weights": linear -> `statistics.Change`; "activations": first linear of an input group -> the
+            same; as plain data; either may be missing.
+        contents: the checkpoint that was written.
+        source: the model that was read.
     """
     provenance = contents.format.provenance.model_dump()
     linears = contents.specs.keys()
@@ -78,29 +78,29 @@ def build_report(
     }
 
 
-def add_samples(report: Mapping[str, Any], model: Path, bwla: Path, wanted: int | None) -> dict[str, Any]:
-    """`report` with completions of both models, or with the reason why there are none.
+def add_samples(report: Mapping[str, Any], model: Path, bwla: Path, count: int | None) -> dict[str, Any]:
+    """Return `report` with sample completions of both models, or with the reason why there are none.
 
     Args:
-        report: what `build_report` gave.
+        report: from `build_report`.
         model: folder of the original.
         bwla: folder of the complete checkpoint.
-        wanted: prompts; None for a few where the model is small.
+        count: number of prompts; None for a few if the model is small.
     """
-    problem = samples_problem(model, report["bytes_before"], wanted)
+    problem = samples_problem(model, report["bytes_before"], count)
     if problem is not None:
         return {**report, "samples": [], "no_samples": problem}
     try:
-        samples = make_samples(model, bwla, UNASKED if wanted is None else wanted)
-    except Exception as cause:  # of any library below; an hour's work is not lost for want of an impression
+        samples = make_samples(model, bwla, DEFAULT_SAMPLES if count is None else count)
+    except Exception as cause:  # of any library; a failure here must not lose an hour of work
         reason = " ".join(str(cause).split()) or type(cause).__name__
-        logging.getLogger(__name__).warning("no samples of text: %s", reason)
-        return {**report, "samples": [], "no_samples": f"making them failed ({reason:.200})"}
+        logging.getLogger(__name__).warning("no sample completions: %s", reason)
+        return {**report, "samples": [], "no_samples": f"generating them failed ({reason:.200})"}
     return {**report, "samples": [asdict(sample) for sample in samples], "no_samples": None}
 
 
 def report_json(report: Mapping[str, Any]) -> str:
-    """JSON with a line for each entry of the first two levels: short to scroll, small on disk."""
+    """Format the report as JSON with one line per entry of the first two levels."""
 
     def compact(value: object) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -118,10 +118,12 @@ def report_json(report: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, report: Mapping[str, Any], page: bool = True) -> None:
-    """Write the report's data and, unless it is not wanted, its page into `folder`."""
-    from bwla_converter.report.page import render_page
+    """Write the report's data and, if `page` is set, its HTML page into `folder`."""
+    texts = {REPORT_FILE: report_json(report)}
+    if page:
+        from bwla_converter.report.page import render_page  # imports matplotlib
 
-    texts = {REPORT_FILE: report_json(report), **({PAGE_FILE: render_page(report)} if page else {})}
+        texts[PAGE_FILE] = render_page(report)
     for file, text in texts.items():
         with whole_file(folder / file) as partial:
             partial.write_text(text, encoding="utf-8")

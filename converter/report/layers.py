@@ -1,124 +1,149 @@
-"""The parts of the report's page that show layers: panels by kind of layer, and every layer block by block."""
+"""Histogram panels of weights and activations, by kind of linear and for every decoder layer."""
 
+import math
 import re
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from bwla_converter.checkpoint.contents import kind_of
-from bwla_converter.report.charts import histogram_panel
 
-_BLOCK = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"\.(\d+)\.")
+
+LEFT, RIGHT, TOP, BOTTOM = 6, 224, 24, 128
+"""Where a panel's drawing of 230 x 150 has its histograms; the macro `panel` knows them too."""
+
+SMALLEST_SHARE = 1e-6
+"""Lower end of a panel's logarithmic axis."""
+
+WEIGHT_FIGURES = (
+    ("kurtosis", "kurtosis", 2),
+    ("bimodality", "bimodality", 3),
+    ("binarization error", "binarization_error", 3),
+)
+ACTIVATION_FIGURES = (
+    ("max / rms", "peak", 1),
+    ("99 % of tokens below", "peak_p99", 1),
+    ("kurtosis", "kurtosis", 1),
+    ("bimodality", "bimodality", 3),
+)
+"""Label, attribute of `statistics.Distribution` and digits of the figures below a panel."""
 
 
-def block_of(name: str) -> int:
-    """Number of the decoder block that a linear belongs to; 0 where its name has none."""
-    found = _BLOCK.search(name)
-    return int(found[1]) if found else 0
+@dataclass(frozen=True)
+class Panel:
+    """Two histograms in one drawing, with figures below it.
+
+    Attributes:
+        title: of the drawing.
+        change: the distributions before and after, see `statistics.Change`, as plain data.
+        before, after: outlines of the two histograms, as SVG path commands.
+        ticks: x, label and alignment of the ticks.
+        figures: label, name and digits of each figure to show.
+    """
+
+    title: str
+    change: Mapping[str, Any]
+    before: str
+    after: str
+    ticks: Sequence[Mapping[str, Any]]
+    figures: Sequence[tuple[str, str, int]]
 
 
-def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Kind of layer, in order of appearance -> its names, by block."""
+@dataclass(frozen=True)
+class DecoderLayer:
+    """A decoder layer's linears, as the report has them, and their panels."""
+
+    index: int
+    linears: Sequence[Mapping[str, Any]]
+    panels: Sequence[Panel]
+
+    @property
+    def mean_error(self) -> float:
+        """Mean relative error of the linears."""
+        return sum(float(linear["error"]) for linear in self.linears) / len(self.linears)
+
+
+def layer_of(name: str) -> int:
+    """Return the index of the decoder layer that a linear belongs to; 0 if its name has none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else 0
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Group names of linears by their kind, in order of appearance; each list is sorted by decoder layer."""
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(kind_of(name), []).append(name)
-    return {kind: sorted(members, key=block_of) for kind, members in groups.items()}
+    return {kind: sorted(members, key=layer_of) for kind, members in groups.items()}
 
 
-def weight_panels(changes: Mapping[str, Any], groups: Mapping[str, list[str]]) -> str:
-    """A panel for each kind of layer."""
-    panels = "".join(
-        _panel(_mean([changes[name] for name in names]), f"{kind} ({len(names)})", _weight_caption)
-        for kind, names in groups.items()
-    )
-    return f'<div class="panels">{panels}</div>'
+def weight_panel(title: str, changes: Sequence[Mapping[str, Any]]) -> Panel:
+    """Return the panel of the mean of some weights' distributions."""
+    change = _mean(changes)
+    sides = _outlines(change, log=False)
+    return Panel(title, change, *sides, _ticks(change["before"]["span"]), WEIGHT_FIGURES)
 
 
-def activation_panels(changes: Mapping[str, Any], groups: Mapping[str, list[str]]) -> str:
-    """A panel for each kind of input, named by the first linear that reads it."""
-    panels = "".join(
-        _panel(
-            _mean([changes[name] for name in names]),
-            f"input of {kind} ({len(names)})",
-            _activation_caption,
-            log=True,
-        )
-        for kind, names in groups.items()
-    )
-    return f'<div class="panels">{panels}</div>'
+def activation_panel(title: str, changes: Sequence[Mapping[str, Any]]) -> Panel:
+    """Return the panel of the mean of some inputs' distributions, on a logarithmic scale that shows the tails."""
+    change = _mean(changes)
+    sides = _outlines(change, log=True)
+    return Panel(f"input of {title}", change, *sides, _ticks(change["before"]["span"]), ACTIVATION_FIGURES)
 
 
-def layer_details(report: Mapping[str, Any]) -> str:
-    """Every layer in a fold for each block."""
+def decoder_layers(report: Mapping[str, Any]) -> list[DecoderLayer]:
+    """Return all decoder layers with their linears; each linear gets its `change`, or None."""
     weights = report["statistics"].get("weights", {})
     inputs = report["statistics"].get("activations", {})
-    blocks: dict[int, list[Mapping[str, Any]]] = {}
-    for layer in report["layers"]:
-        blocks.setdefault(block_of(layer["name"]), []).append(layer)
-    return "".join(
-        f"<details><summary>Block {block}<small>mean error "
-        f"{sum(layer['error'] for layer in layers) / len(layers):.3f}, {len(layers)} layers</small></summary>"
-        f"{_table(layers, weights)}{_block_panels(layers, weights, inputs)}</details>"
-        for block, layers in sorted(blocks.items())
-    )
-
-
-def _table(layers: Iterable[Mapping[str, Any]], weights: Mapping[str, Any]) -> str:
-    rows = []
-    for layer in layers:
-        cells = [escape(layer["name"]), f"{layer['weights']:,}", f"{layer['error']:.4f}"]
-        change = weights.get(layer["name"])
-        if change:
-            cells += [_arrow(change, "kurtosis"), _arrow(change, "bimodality", 3)]
-            cells.append(_arrow(change, "binarization_error", 3))
-        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
-    titles = ["layer", "weights", "relative error"]
-    titles += ["kurtosis", "bimodality", "lost by signs"] if weights else []
-    head = "".join(f"<th>{title}</th>" for title in titles)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def _block_panels(
-    layers: Iterable[Mapping[str, Any]], weights: Mapping[str, Any], inputs: Mapping[str, Any]
-) -> str:
-    panels = []
-    for layer in layers:
-        name = layer["name"]
+    linears: dict[int, list[Mapping[str, Any]]] = {}
+    panels: dict[int, list[Panel]] = {}
+    for linear in report["linears"]:
+        name, index = linear["name"], layer_of(linear["name"])
+        linears.setdefault(index, []).append({**linear, "change": weights.get(name)})
+        shown = panels.setdefault(index, [])
         if name in inputs:
-            panels.append(_panel(inputs[name], f"input of {kind_of(name)}", _activation_caption, log=True))
+            shown.append(activation_panel(kind_of(name), [inputs[name]]))
         if name in weights:
-            panels.append(_panel(weights[name], kind_of(name), _weight_caption))
-    return f'<div class="panels">{"".join(panels)}</div>' if panels else ""
+            shown.append(weight_panel(kind_of(name), [weights[name]]))
+    return [DecoderLayer(index, linears[index], panels[index]) for index in sorted(linears)]
 
 
-def _panel(change: Mapping[str, Any], title: str, caption: Any, log: bool = False) -> str:
-    before, after = change["before"], change["after"]
-    drawing = histogram_panel(before["histogram"], after["histogram"], before["span"], title, log=log)
-    return f"<figure>{drawing}<figcaption>{caption(change)}</figcaption></figure>"
+def _outlines(change: Mapping[str, Any], log: bool) -> tuple[str, str]:
+    """Return the outlines of both histograms; the highest bin of the two reaches the top of the drawing."""
+    histograms = [change[side]["histogram"] for side in ("before", "after")]
+    highest = max(SMALLEST_SHARE, *map(max, histograms))
+
+    def height(share: float) -> float:
+        if log:
+            return math.log(max(share, SMALLEST_SHARE) / SMALLEST_SHARE) / math.log(highest / SMALLEST_SHARE)
+        return share / highest
+
+    def outline(shares: Sequence[float]) -> str:
+        width = (RIGHT - LEFT) / len(shares)
+        return "".join(
+            f"V{BOTTOM - height(share) * (BOTTOM - TOP):.1f}H{LEFT + (index + 1) * width:.1f}".replace(
+                ".0", ""
+            )
+            for index, share in enumerate(shares)
+        )
+
+    before, after = map(outline, histograms)
+    return before, after
 
 
-def _weight_caption(change: Mapping[str, Any]) -> str:
-    return (
-        f"kurtosis {_arrow(change, 'kurtosis')}<br>bimodality {_arrow(change, 'bimodality', 3)}<br>"
-        f"lost by signs {_arrow(change, 'binarization_error', 3)}"
-    )
+def _ticks(span: float) -> list[dict[str, Any]]:
+    """Return the ticks of a panel over [-span, span]."""
+    quarter = (RIGHT - LEFT) / 4
+    anchors = ("start", "middle", "middle", "middle", "end")
+    return [
+        {"x": f"{LEFT + index * quarter:g}", "label": f"{span * (index / 2 - 1):g}", "anchor": anchor}
+        for index, anchor in enumerate(anchors)
+    ]
 
 
-def _activation_caption(change: Mapping[str, Any]) -> str:
-    return (
-        f"max / rms {_arrow(change, 'peak', 1)}<br>99 % of tokens below {_arrow(change, 'peak_p99', 1)}<br>"
-        f"kurtosis {_arrow(change, 'kurtosis', 1)}<br>bimodality {_arrow(change, 'bimodality', 3)}"
-    )
-
-
-def _arrow(change: Mapping[str, Any], figure: str, digits: int = 2) -> str:
-    before, after = change["before"][figure], change["after"][figure]
-    return f"{before:,.{digits}f} → <b>{after:,.{digits}f}</b>"
-
-
-def _mean(changes: list[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The mean of several changes, figure by figure and bin by bin."""
+def _mean(changes: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the mean of several changes, figure by figure and bin by bin."""
 
     def mean(values: list[Any]) -> Any:
         if isinstance(values[0], list):

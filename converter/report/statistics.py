@@ -1,13 +1,13 @@
-"""How rows of weights and of activations are distributed, before and after a layer's rotation and column scale.
+"""Distributions of the rows of weights and activations, before and after rotation and column scale.
 
-A row of a weight is what one row scale and its signs stand for; a row of activations is one token. Both are
-described in units of their own root mean square, by the same figures:
+A row of a weight shares one row scale; a row of activations is one token. Rows are described in units of their own
+root mean square, by these figures:
 
 - kurtosis m4 / m2^2 of the values around their mean: 3 for a Gaussian, 1 for two equal peaks, large for outliers;
 - Sarle's bimodality coefficient (skewness^2 + 1) / kurtosis with its sample correction, as SAS defines it: 1/3 for
   a Gaussian, 5/9 for a uniform distribution, 1 for two values;
-- binarization error 1 - mean(|w|)^2 / mean(w^2): the share of the power that signs and the best scale lose;
-- peak max|x| / rms: what a quantizer's largest code must reach.
+- binarization error 1 - mean(|w|)^2 / mean(w^2): the share of the power that signs with the best scale lose;
+- peak max|x| / rms: the range that a quantizer has to cover.
 """
 
 from collections.abc import Iterable
@@ -21,19 +21,19 @@ from torch import Tensor
 BINS = 64
 WEIGHT_SPAN = 4.0
 ACTIVATION_SPAN = 8.0
-"""Histograms reach from minus to plus this many root mean squares."""
+"""Histograms cover plus and minus this many root mean squares."""
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """Rows in units of their own root mean square; rows without variance count in the histogram only.
+    """Distribution of rows in units of their own root mean square; constant rows count in the histogram only.
 
     Attributes:
-        kurtosis, bimodality, binarization_error, peak: means over the rows; 0 where no row varies.
-        peak_p99: the peak that one row in a hundred exceeds.
-        span: the histogram's reach.
-        histogram: share of all values in each of `BINS` equal bins over [-span, span].
-        outside: share of the values beyond it.
+        kurtosis, bimodality, binarization_error, peak: means over the rows; 0 if all rows are constant.
+        peak_p99: 99th percentile of the rows' peaks.
+        span: the histogram covers [-span, span].
+        histogram: share of all values in each of `BINS` equal bins.
+        outside: share of the values outside the histogram.
     """
 
     kurtosis: float
@@ -48,19 +48,19 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Change:
-    """The same rows before and after."""
+    """Distributions of the same rows before and after rotation and column scale."""
 
     before: Distribution
     after: Distribution
 
 
 def row_figures(rows: Tensor) -> Tensor:
-    """Kurtosis, bimodality coefficient, binarization error and peak of each row that varies.
+    """Return kurtosis, bimodality coefficient, binarization error and peak of each row that is not constant.
 
     Args:
         rows: float32 [N, K], K at least 4.
 
-    Returns: float64 [rows that vary, 4].
+    Returns: float64 [number of such rows, 4].
     """
     values = rows.double()
     rows_vary = values.std(1) > 0
@@ -78,19 +78,19 @@ def row_figures(rows: Tensor) -> Tensor:
 
 
 def describe(rows: Iterable[Tensor], span: float) -> Distribution:
-    """Figures and histogram of the rows of all `rows`, each [N_i, K] of any float dtype."""
-    figures, counts, total = [], torch.zeros(BINS, dtype=torch.float64), 0
+    """Describe the rows of all matrices [N_i, K] in `rows`, of any float dtype."""
+    parts, counts, total = [], torch.zeros(BINS, dtype=torch.float64), 0
     for part in rows:
         values = part.float()
-        figures.append(row_figures(values).cpu())
+        parts.append(row_figures(values).cpu())
         unit = values / values.square().mean(1, keepdim=True).sqrt().clamp_min(
             torch.finfo(torch.float32).tiny
         )
         counts += torch.histc(unit, BINS, -span, span).double().cpu()
         total += unit.numel()
-    found = torch.cat(figures)
-    kurtosis, bimodality, error, peak = found.mean(0).tolist() if len(found) else [0.0] * 4
-    p99 = float(found[:, 3].quantile(0.99)) if len(found) else 0.0
+    figures = torch.cat(parts)
+    kurtosis, bimodality, error, peak = figures.mean(0).tolist() if len(figures) else [0.0] * 4
+    p99 = float(figures[:, 3].quantile(0.99)) if len(figures) else 0.0
     shares = (counts / max(total, 1)).tolist()
     return Distribution(
         kurtosis=round(kurtosis, 5),
@@ -105,27 +105,27 @@ def describe(rows: Iterable[Tensor], span: float) -> Distribution:
 
 
 def weight_statistics(weight: Tensor, left: Tensor, right: Tensor, column_scale: Tensor) -> Change:
-    """A weight [N, K] as it was, and as its signs see it: rotated and divided by the column scale.
+    """Describe a weight [N, K], and what is binarized: the weight rotated and divided by the column scale.
 
     Args:
         weight: any float dtype.
-        left, right: the layer's rotation, see `bwla_kernels.reference.rotate`.
+        left, right: the rotation's factors, see `bwla_kernels.reference.rotate`.
         column_scale: [K].
     """
     rows = sample_rows(weight)
     left, right, column_scale = (each.to(rows.device) for each in (left, right, column_scale))
-    seen = (rotate(part.float(), left, right) / column_scale for part in split_rows(rows))
-    return Change(describe(split_rows(rows), WEIGHT_SPAN), describe(seen, WEIGHT_SPAN))
+    binarized = (rotate(part.float(), left, right) / column_scale for part in split_rows(rows))
+    return Change(describe(split_rows(rows), WEIGHT_SPAN), describe(binarized, WEIGHT_SPAN))
 
 
 def activation_statistics(x: Tensor, left: Tensor, right: Tensor, column_scale: Tensor) -> Change:
-    """A group's inputs [..., K] as they come, and as they are quantized: rotated, times the column scale.
+    """Describe the inputs [..., K] of an input group, and what is quantized: rotated and times the column scale.
 
     Args:
-        x: any float dtype; evenly spaced tokens are looked at.
+        x: any float dtype; evenly spaced tokens are sampled.
         left, right, column_scale: as in `weight_statistics`.
     """
     rows = sample_rows(x.reshape(-1, x.shape[-1]))
     left, right, column_scale = (each.to(rows.device) for each in (left, right, column_scale))
-    seen = (rotate(part.float(), left, right) * column_scale for part in split_rows(rows))
-    return Change(describe(split_rows(rows), ACTIVATION_SPAN), describe(seen, ACTIVATION_SPAN))
+    quantized = (rotate(part.float(), left, right) * column_scale for part in split_rows(rows))
+    return Change(describe(split_rows(rows), ACTIVATION_SPAN), describe(quantized, ACTIVATION_SPAN))

@@ -1,4 +1,4 @@
-"""What a finished checkpoint holds beside its tensors: report, model card, and last the hashes of all that."""
+"""Write the documents of a finished checkpoint: report, model card and, last, the hashes of all files."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -10,7 +10,7 @@ from bwla_converter.checkpoint.integrity import write_hashes
 from bwla_converter.options import Options, Summary
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.report.data import add_samples, build_report, write_report
-from bwla_converter.report.model_card import model_card, source_metadata, write_card
+from bwla_converter.report.model_card import LOCAL_FOLDER, model_card, source_metadata, write_card
 from bwla_converter.report.statistics import activation_statistics, weight_statistics
 from bwla_converter.source.model import Source
 from torch import Tensor
@@ -19,18 +19,18 @@ STATISTICS = ("weights", "activations")
 
 
 def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict[str, dict[str, Any]]:
-    """How a group's weights and inputs were distributed, and are after its rotation, as the report has it.
+    """Return the distributions of an input group's weights and inputs before and after quantization, as plain data.
 
     Args:
         weights: name of each linear -> its original weight [N_i, K].
-        result: what was made of them.
+        result: the group's quantization.
     """
     table: dict[str, dict[str, Any]] = {kind: {} for kind in STATISTICS}
     for name, weight in weights.items():
-        table["weights"][name] = asdict(weight_statistics(weight, *_basis(result.tensors[name])))
+        table["weights"][name] = asdict(weight_statistics(weight, *_transform(result.tensors[name])))
     if result.inputs is not None:
         first = next(iter(weights))
-        change = activation_statistics(result.inputs, *_basis(result.tensors[first]))
+        change = activation_statistics(result.inputs, *_transform(result.tensors[first]))
         table["activations"][first] = asdict(change)
     return table
 
@@ -65,10 +65,11 @@ def write_documents(
     if options.report:
         report = add_samples(report, source.folder, folder, options.text_samples)
     write_report(folder, report, page=options.report)
-    place = {"place": options.hub_repo} if options.hub_repo else {}
-    write_card(folder, model_card(contents, source_metadata(source.folder), **place))
+    card = model_card(contents, source_metadata(source.folder), options.hub_repo or LOCAL_FOLDER)
+    write_card(folder, card)
     write_hashes(folder)
 
 
-def _basis(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _transform(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the rotation's factors and the column scale."""
     return tensors["rotation_left"], tensors["rotation_right"], tensors["column_scale"]

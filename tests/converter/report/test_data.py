@@ -1,4 +1,4 @@
-"""The report of a conversion: its figures add up, its page is whole, safe and free of the network."""
+"""The report of a conversion: its figures add up, its page is complete, escaped and self-contained."""
 
 import json
 import shutil
@@ -10,13 +10,13 @@ from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.report.data import PAGE_FILE, REPORT_FILE, add_samples, calibration_warning, report_json
-from bwla_converter.report.page import duration, render_page, size
+from bwla_converter.report.page import render_page
 from bwla_converter.report.samples import PROMPTS, complete, samples_problem
 from paths import EXAMPLES
 
 
 class Checker(HTMLParser):
-    """Counts elements, and notes what does not close or what refers elsewhere."""
+    """Counts elements, and records unclosed elements and links."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,11 +62,11 @@ def test_bits_and_bytes_add_up(report: dict, example_bwla: Path) -> None:
     )
 
 
-def test_every_layer_has_its_statistics(report: dict) -> None:
+def test_every_linear_has_its_statistics(report: dict) -> None:
     weights = report["statistics"]["weights"]
-    assert list(weights) == [layer["name"] for layer in report["layers"]]
+    assert list(weights) == [linear["name"] for linear in report["linears"]]
     for change in weights.values():
-        # The rotation makes them more two-peaked than they are.
+        # The rotation makes the rows more bimodal.
         assert change["after"]["bimodality"] > change["before"]["bimodality"]
         assert change["after"]["binarization_error"] < change["before"]["binarization_error"]
     assert report["statistics"]["activations"] == {}
@@ -74,7 +74,7 @@ def test_every_layer_has_its_statistics(report: dict) -> None:
     assert report["versions"]["torch"]
 
 
-def test_recipes_that_see_text_tell_of_activations(make_model, tmp_path: Path) -> None:
+def test_recipes_with_calibration_text_report_activations(make_model, tmp_path: Path) -> None:
     model, out = make_model(vocab_size=2048), tmp_path / "out"
     for path in (EXAMPLES / "model").glob("tokenizer*"):
         shutil.copyfile(path, model / path.name)
@@ -92,15 +92,15 @@ def test_recipes_that_see_text_tell_of_activations(make_model, tmp_path: Path) -
     assert len(report["samples"]) == 1
 
 
-def test_the_page_is_whole_and_shows_every_layer(report: dict, example_bwla: Path) -> None:
+def test_the_page_is_complete_and_shows_every_linear(report: dict, example_bwla: Path) -> None:
     page = (example_bwla / PAGE_FILE).read_text()
     checker = check_page(page)
     assert checker.counts["details"] == 4
-    # A panel for each of 7 kinds and each of 28 layers, and charts of errors, objective and two figures.
+    # A panel for each of 7 kinds and each of 28 linears, and charts of errors, objective and two figures.
     assert checker.counts["svg"] == 7 + 28 + 4
-    for layer in report["layers"]:
-        assert f"<td>{layer['name']}</td>" in page
-        assert f"{layer['error']:.4f}" in page
+    for linear in report["linears"]:
+        assert f"<td>{linear['name']}</td>" in page
+        assert f"{linear['error']:.4f}" in page
 
 
 def test_samples_are_greedy_continuations_of_both_or_a_reason(report: dict, example_bwla: Path) -> None:
@@ -113,9 +113,9 @@ def test_samples_are_greedy_continuations_of_both_or_a_reason(report: dict, exam
 
 def test_samples_that_fail_do_not_stop_a_conversion(report: dict, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = add_samples(report, tmp_path, tmp_path, 1)
-    assert found["samples"] == []
-    assert found["no_samples"].startswith("making them failed")
+    result = add_samples(report, tmp_path, tmp_path, 1)
+    assert result["samples"] == []
+    assert result["no_samples"].startswith("generating them failed")
 
 
 def test_what_comes_from_outside_is_escaped(report: dict) -> None:
@@ -130,23 +130,25 @@ def test_a_report_without_statistics_still_has_a_page(report: dict) -> None:
     page = render_page({**report, "statistics": {}, "traces": {}})
     check_page(page)
     assert "Weights before and after" not in page
-    assert "Error of each layer" in page
+    assert "Error of each linear" in page
 
 
-def test_no_report_wanted(make_model, tmp_path: Path) -> None:
+def test_without_report(make_model, tmp_path: Path) -> None:
     convert(Options(str(make_model()), tmp_path / "out", report=False))
     assert not (tmp_path / "out" / PAGE_FILE).exists()
     assert "bwla_report.html" not in (tmp_path / "out" / "README.md").read_text()
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
     assert report["statistics"] == {"weights": {}, "activations": {}}
-    assert len(report["layers"]) == 14
+    assert len(report["linears"]) == 14
 
 
 @pytest.mark.parametrize(
     ("source", "warned"),
     [("wikitext2", True), ("wiki.train.raw", True), ("c4", False), ("novels.txt", False), (None, False)],
 )
-def test_calibrating_on_the_evaluation_sets_training_split_is_told(source: str | None, warned: bool) -> None:
+def test_calibrating_on_the_training_split_of_an_evaluation_set_gives_a_warning(
+    source: str | None, warned: bool
+) -> None:
     warning = calibration_warning({"source": source} if source else {})
     assert (warning is not None) == warned
     if warning:
@@ -159,19 +161,9 @@ def test_the_json_reads_back_and_is_short(report: dict) -> None:
     assert len(text.splitlines()) < 250
 
 
-def test_figures_in_words() -> None:
-    assert [size(value) for value in (12, 3_400, 5.6e6, 61.2e9)] == [
-        "12 bytes",
-        "3.4 kB",
-        "5.6 MB",
-        "61.2 GB",
-    ]
-    assert [duration(value) for value in (8.44, 300, 23423)] == ["8.4 s", "5 min", "6 h 30 min"]
-
-
 def test_samples_are_made_where_that_is_cheap_or_asked_for(tmp_path: Path) -> None:
     assert samples_problem(EXAMPLES / "model", 10**6, None) is None
     assert samples_problem(EXAMPLES / "model", 10**10, 2) is None
     assert "--samples-of-text" in str(samples_problem(EXAMPLES / "model", 10**10, None))
-    assert samples_problem(EXAMPLES / "model", 10**6, 0) == "not asked for"
+    assert samples_problem(EXAMPLES / "model", 10**6, 0) == "not requested"
     assert samples_problem(tmp_path, 10**6, 3) == "the model has no tokenizer"

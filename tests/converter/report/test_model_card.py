@@ -136,5 +136,5 @@ def test_figures_of_another_kind_are_refused(out: Path, evaluation: Path, conten
 
 def test_a_card_without_the_place_for_figures(out: Path, evaluation: Path) -> None:
     (out / CARD_FILE).write_text("my own card")
-    with pytest.raises(FormatError, match="put the two lines where the figures are to be"):
+    with pytest.raises(FormatError, match="add the two lines where the results should go"):
         add_evaluation(out, evaluation)

@@ -1,0 +1,22 @@
+"""The jinja2 environment of the report's page and of the model card."""
+
+import functools
+
+from bwla_converter.common.durations import duration
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from rich.filesize import decimal
+
+
+@functools.cache
+def environment() -> Environment:
+    """Return the environment with this package's templates; those of HTML escape what they are given."""
+    templates = Environment(
+        loader=PackageLoader("bwla_converter.report"),
+        autoescape=select_autoescape(["html"], default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    templates.filters.update(decimal=decimal, duration=duration)
+    return templates
