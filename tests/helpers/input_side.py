@@ -3,7 +3,9 @@
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton.prepare_input import PreparedInput, split_rotations
+from bwla_kernels.format.layer import INPUT_TRANSFORM
+from bwla_kernels.triton.prepare_input import QuantizedInput, split_rotations
+from random_tensors import random_layer
 from torch import Tensor
 
 NORM_BOUND = 2.0**-16
@@ -11,22 +13,9 @@ NORM_BOUND = 2.0**-16
 
 
 def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """Random orthogonal rotations, scales around 1, a random low-rank A; with the split rotations."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def orthogonal(n: int) -> Tensor:
-        return torch.linalg.qr(
-            torch.randn(spec.rotation_groups, n, n, generator=generator, dtype=torch.float64)
-        )[0].float()
-
-    tensors = {
-        "rotation_left": orthogonal(spec.n1),
-        "rotation_right": orthogonal(spec.n2),
-        "column_scale": torch.rand(spec.in_features, generator=generator) + 0.5,
-    }
-    if spec.rank:
-        tensors["low_rank_a"] = torch.randn(spec.rank, spec.in_features, generator=generator).bfloat16()
-    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    """Return the input transform of a random layer on `device`, with the split rotations."""
+    layer = random_layer(spec, seed)
+    tensors = {name: layer[name].to(device) for name in INPUT_TRANSFORM if name in layer}
     tensors["left_split"], tensors["right_split"] = split_rotations(
         tensors["rotation_left"], tensors["rotation_right"]
     )
@@ -45,7 +34,7 @@ def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: i
     return x.to(dtype).to(device)
 
 
-def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+def assert_close_to(prepared: QuantizedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
     """Check every output against float64 on the same input."""
     m, blocks = x.shape[0], spec.rotation_groups
     exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
@@ -81,7 +70,7 @@ def assert_close_to(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tenso
 
 
 def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
-    """Bit by bit, as `PreparedInput.planes` describes it."""
+    """Bit by bit, as `QuantizedInput.planes` describes it."""
     chunks = -(-spec.group_width // chunk)
     out = torch.zeros(q.shape[0], spec.bits, spec.rotation_groups * chunks, chunk // 8, dtype=torch.uint8)
     for g in range(spec.rotation_groups):
@@ -103,7 +92,7 @@ def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     return (scaled.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
 
 
-def assert_fused(prepared: PreparedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
+def assert_fused(prepared: QuantizedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
     """Fused inputs may differ from torch's by one rounding of an element (exp, rsqrt): a few codes by one."""
     wanted = reference.prepare_input(x, tensors, spec)
     difference = (prepared.q.int() - wanted.q.int()).abs()

@@ -10,20 +10,13 @@ from bwla_converter.quantize import okt
 from bwla_converter.quantize.okt import Mixture, learn_rotation
 from bwla_kernels.errors import SourceError
 from bwla_kernels.reference import rotate
+from random_tensors import make_generator, normal
 from torch import Tensor
 
 SIZES = (2, 8, 12)
 WIDTH = 192
 SLACK = 1e-6
 """What rounding to float32 may add to an objective of about 1."""
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
 
 
 def student(rows: int, columns: int, seed: int = 1) -> Tensor:
@@ -45,7 +38,7 @@ def binarization_error(weight: Tensor) -> float:
 def planted(rows: int, n1: int, n2: int, noise: float = 0.2) -> Tensor:
     """Rows with two clear peaks, hidden by a random Kronecker rotation."""
     peaks = torch.where(normal(rows, n1 * n2, seed=5) > 0, 1.0, -1.0) + noise * normal(rows, n1 * n2, seed=6)
-    left, right = (okt.random_orthogonal(1, n, generator(7 + n)).float() for n in (n1, n2))
+    left, right = (okt.random_orthogonal(1, n, make_generator(7 + n)).float() for n in (n1, n2))
     return rotate(peaks, left, right)
 
 
@@ -56,7 +49,7 @@ def rotate_all(weights: list[Tensor], rotation: okt.Rotation) -> Tensor:
 @pytest.mark.parametrize("ceiling", [okt.VARIANCE_CEILING, 1.0])
 @pytest.mark.parametrize("start", ["random", "identity"])
 def test_every_half_step_lowers_the_objective(ceiling: float, start: okt.Start) -> None:
-    state = okt.start_state(group(), SIZES, generator(), start, ceiling)
+    state = okt.start_state(group(), SIZES, make_generator(), start, ceiling)
     values = [okt.objective(state)]
     for _ in range(10):
         for step in (okt.mixture_step, okt.left_step, okt.right_step):
@@ -67,21 +60,21 @@ def test_every_half_step_lowers_the_objective(ceiling: float, start: okt.Start) 
 
 
 def test_the_trace_is_the_objective_after_each_round() -> None:
-    state = okt.start_state(group(), SIZES, generator())
+    state = okt.start_state(group(), SIZES, make_generator())
     values = [okt.objective(state)]
     for _ in range(3):
         state = okt.right_step(okt.left_step(okt.mixture_step(state)))
         values.append(okt.objective(state))
     heard: list[tuple[int, float]] = []
     rotation = learn_rotation(
-        group(), SIZES, rounds=3, generator=generator(), on_round=lambda *pair: heard.append(pair)
+        group(), SIZES, rounds=3, generator=make_generator(), on_round=lambda *pair: heard.append(pair)
     )
     assert rotation.trace == values
     assert heard == list(enumerate(values))
 
 
 def test_the_state_holds_the_unit_rows_rotated_as_the_kernels_rotate_them() -> None:
-    state = okt.start_state(group(), SIZES, generator())
+    state = okt.start_state(group(), SIZES, make_generator())
     for _ in range(5):
         state = okt.right_step(okt.left_step(okt.mixture_step(state)))
     unit = torch.cat([w / w.square().mean(1, keepdim=True).sqrt() for w in group()])
@@ -125,7 +118,7 @@ def test_variance_stays_within_its_bounds() -> None:
 
 def test_rotations_are_orthogonal_and_keep_the_product() -> None:
     weights = group()
-    rotation = learn_rotation(weights, SIZES, generator=generator())
+    rotation = learn_rotation(weights, SIZES, generator=make_generator())
     for factor in (rotation.left, rotation.right):
         gram = factor.mT @ factor
         torch.testing.assert_close(gram, torch.eye(gram.shape[-1]).expand_as(gram), atol=2**-10, rtol=0)
@@ -137,15 +130,17 @@ def test_rotations_are_orthogonal_and_keep_the_product() -> None:
 
 def test_planted_peaks_are_found() -> None:
     weight = planted(64, 4, 8)
-    found = learn_rotation([weight], (1, 4, 8), generator=generator())
+    found = learn_rotation([weight], (1, 4, 8), generator=make_generator())
     assert binarization_error(weight) > 0.3
     assert binarization_error(rotate_all([weight], found)) < 0.05
 
 
 def test_heavy_tails_are_cured() -> None:
     weight = student(96, 384)
-    found = rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=generator()))
-    by_chance = rotate_all([weight], learn_rotation([weight], (1, 16, 24), rounds=0, generator=generator()))
+    found = rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=make_generator()))
+    by_chance = rotate_all(
+        [weight], learn_rotation([weight], (1, 16, 24), rounds=0, generator=make_generator())
+    )
     assert binarization_error(weight) > 0.45
     assert binarization_error(found) < binarization_error(by_chance) - 0.02
 
@@ -154,7 +149,7 @@ def test_the_ceiling_keeps_the_peaks_apart() -> None:
     weight = normal(96, 384)
     errors = [
         binarization_error(
-            rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=generator(), ceiling=c))
+            rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=make_generator(), ceiling=c))
         )
         for c in (okt.VARIANCE_CEILING, 1.0)
     ]
@@ -162,36 +157,36 @@ def test_the_ceiling_keeps_the_peaks_apart() -> None:
 
 
 def test_members_share_one_rotation_learned_from_their_pooled_rows() -> None:
-    apart = learn_rotation(group(), SIZES, rounds=5, generator=generator())
-    pooled = learn_rotation([torch.cat(group())], SIZES, rounds=5, generator=generator())
+    apart = learn_rotation(group(), SIZES, rounds=5, generator=make_generator())
+    pooled = learn_rotation([torch.cat(group())], SIZES, rounds=5, generator=make_generator())
     torch.testing.assert_close(apart.left, pooled.left, atol=1e-4, rtol=0)
     assert apart.trace == pytest.approx(pooled.trace, abs=1e-6)
 
 
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    whole = learn_rotation(group(), SIZES, rounds=5, generator=make_generator())
     monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 7 * WIDTH)
-    chunked = learn_rotation(group(), SIZES, rounds=5, generator=generator())
+    chunked = learn_rotation(group(), SIZES, rounds=5, generator=make_generator())
     torch.testing.assert_close(whole.right, chunked.right, atol=1e-4, rtol=0)
 
 
 def test_rows_of_zeros_change_nothing() -> None:
-    plain = learn_rotation(group(), SIZES, rounds=5, generator=generator())
-    padded = learn_rotation([*group(), torch.zeros(3, WIDTH)], SIZES, rounds=5, generator=generator())
+    plain = learn_rotation(group(), SIZES, rounds=5, generator=make_generator())
+    padded = learn_rotation([*group(), torch.zeros(3, WIDTH)], SIZES, rounds=5, generator=make_generator())
     torch.testing.assert_close(plain.left, padded.left, atol=1e-4, rtol=0)
     assert plain.trace == pytest.approx(padded.trace, abs=1e-6)
 
 
 def test_a_weight_of_zeros_keeps_its_start() -> None:
     rotation = learn_rotation(
-        [torch.zeros(4, 32)], (1, 4, 8), rounds=2, generator=generator(), start="identity"
+        [torch.zeros(4, 32)], (1, 4, 8), rounds=2, generator=make_generator(), start="identity"
     )
     torch.testing.assert_close(rotation.left, torch.eye(4).unsqueeze(0))
     assert rotation.trace == [0.0, 0.0, 0.0]
 
 
 def test_a_factor_of_order_one_is_a_sign() -> None:
-    rotation = learn_rotation([normal(20, 32)], (1, 1, 32), rounds=3, generator=generator())
+    rotation = learn_rotation([normal(20, 32)], (1, 1, 32), rounds=3, generator=make_generator())
     assert rotation.left.abs().item() == pytest.approx(1.0)
 
 
@@ -199,7 +194,7 @@ def test_the_seed_decides_and_the_weights_stay() -> None:
     weights = group()
     kept = [weight.clone() for weight in weights]
     first, again, other = (
-        learn_rotation(weights, SIZES, rounds=3, generator=generator(s)) for s in (0, 0, 1)
+        learn_rotation(weights, SIZES, rounds=3, generator=make_generator(s)) for s in (0, 0, 1)
     )
     assert torch.equal(first.left, again.left)
     assert torch.equal(first.right, again.right)
@@ -212,8 +207,8 @@ def test_bad_weights_are_refused() -> None:
     spoiled = normal(4, WIDTH)
     spoiled[1, 2] = math.nan
     with pytest.raises(SourceError, match=r"weight 1 of the input group: expected finite values"):
-        learn_rotation([normal(4, WIDTH), spoiled], SIZES, generator=generator())
+        learn_rotation([normal(4, WIDTH), spoiled], SIZES, generator=make_generator())
     with pytest.raises(
         SourceError, match=r"weight 0 of the input group: expected shape \[N, 192\].*found \(4, 191\)"
     ):
-        learn_rotation([normal(4, 191)], SIZES, generator=generator())
+        learn_rotation([normal(4, 191)], SIZES, generator=make_generator())

@@ -9,17 +9,10 @@ from bwla_converter.common import tensors
 from bwla_converter.quantize import okt, psp
 from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.errors import SourceError
+from random_tensors import make_generator, normal
 from torch import Tensor
 
 SLACK = 1e-6
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed))
 
 
 def planted(rank: int = 3, rows: int = 60, columns: int = 96) -> tuple[Tensor, Tensor]:
@@ -39,7 +32,7 @@ def row_errors(found: Tensor, true: Tensor) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 4])
 def test_every_half_step_lowers_the_objective(rank: int, ceiling: float) -> None:
     weight = normal(60, 96) * torch.logspace(-3, 3, 60).unsqueeze(1)
-    state = psp.start_state(weight, rank, generator(), ceiling)
+    state = psp.start_state(weight, rank, make_generator(), ceiling)
     values = [psp.objective(state)]
     for _ in range(12):
         for step in (psp.mixture_step, psp.low_rank_step):
@@ -51,7 +44,7 @@ def test_every_half_step_lowers_the_objective(rank: int, ceiling: float) -> None
 
 def test_a_planted_low_rank_part_is_found() -> None:
     weight, low = planted()
-    found = proximal_low_rank(weight, 3, generator=generator())
+    found = proximal_low_rank(weight, 3, generator=make_generator())
     assert row_errors(found.b @ found.a, low).median() < 0.25
     rest = weight - found.b @ found.a
     two_peaked = 1 - rest.abs().mean(1).square() / rest.square().mean(1)
@@ -63,7 +56,7 @@ def test_a_planted_low_rank_part_is_found() -> None:
 def test_the_step_is_the_whitened_truncated_svd_of_the_target() -> None:
     """Run to convergence, the subspace iteration gives what an exact SVD gives."""
     weight, _ = planted()
-    state = psp.mixture_step(psp.start_state(weight, 3, generator()))
+    state = psp.mixture_step(psp.start_state(weight, 3, make_generator()))
     mixture = state.mixtures[0]
     root = mixture.variance.sqrt().unsqueeze(1)
     unit = weight / weight.square().mean(1, keepdim=True).sqrt()
@@ -93,7 +86,7 @@ def test_shapes_trace_and_progress() -> None:
     weight, _ = planted()
     heard: list[tuple[int, float]] = []
     found = proximal_low_rank(
-        weight, 2, rounds=5, generator=generator(), on_round=lambda *pair: heard.append(pair)
+        weight, 2, rounds=5, generator=make_generator(), on_round=lambda *pair: heard.append(pair)
     )
     assert (found.b.shape, found.a.shape) == ((60, 2), (2, 96))
     assert heard == list(enumerate(found.trace))
@@ -102,37 +95,39 @@ def test_shapes_trace_and_progress() -> None:
 
 
 def test_rank_zero_is_empty() -> None:
-    found = proximal_low_rank(normal(5, 32), 0, generator=generator())
+    found = proximal_low_rank(normal(5, 32), 0, generator=make_generator())
     assert (found.b.shape, found.a.shape, found.trace) == ((5, 0), (0, 32), [])
 
 
 def test_full_rank_works() -> None:
-    found = proximal_low_rank(normal(4, 32), 4, rounds=3, generator=generator())
+    found = proximal_low_rank(normal(4, 32), 4, rounds=3, generator=make_generator())
     assert torch.isfinite(found.b @ found.a).all()
 
 
 def test_zero_rows_stay_zero_and_change_nothing() -> None:
     weight, _ = planted()
-    plain = proximal_low_rank(weight, 3, rounds=5, generator=generator())
-    padded = proximal_low_rank(torch.cat([weight, torch.zeros(2, 96)]), 3, rounds=5, generator=generator())
+    plain = proximal_low_rank(weight, 3, rounds=5, generator=make_generator())
+    padded = proximal_low_rank(
+        torch.cat([weight, torch.zeros(2, 96)]), 3, rounds=5, generator=make_generator()
+    )
     assert (padded.b[60:] == 0).all()
     assert padded.trace == pytest.approx(plain.trace, abs=1e-6)
-    zeros = proximal_low_rank(torch.zeros(4, 32), 2, rounds=2, generator=generator())
+    zeros = proximal_low_rank(torch.zeros(4, 32), 2, rounds=2, generator=make_generator())
     assert torch.equal(zeros.b @ zeros.a, torch.zeros(4, 32))
 
 
 def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _ = planted()
-    whole = proximal_low_rank(weight, 3, rounds=5, generator=generator())
+    whole = proximal_low_rank(weight, 3, rounds=5, generator=make_generator())
     monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 7 * 96)
-    chunked = proximal_low_rank(weight, 3, rounds=5, generator=generator())
+    chunked = proximal_low_rank(weight, 3, rounds=5, generator=make_generator())
     assert row_errors(chunked.b @ chunked.a, whole.b @ whole.a).max() < 1e-3
 
 
 def test_the_seed_decides_and_the_weight_stays() -> None:
     weight, _ = planted()
     kept = weight.clone()
-    first, again = (proximal_low_rank(weight, 3, rounds=3, generator=generator()) for _ in range(2))
+    first, again = (proximal_low_rank(weight, 3, rounds=3, generator=make_generator()) for _ in range(2))
     assert torch.equal(first.a, again.a)
     assert torch.equal(first.b, again.b)
     assert torch.equal(weight, kept)
@@ -140,8 +135,8 @@ def test_the_seed_decides_and_the_weight_stays() -> None:
 
 def test_bad_input_is_refused() -> None:
     with pytest.raises(SourceError, match=r"found shape \(5, 32\) and rank 6"):
-        proximal_low_rank(normal(5, 32), 6, generator=generator())
+        proximal_low_rank(normal(5, 32), 6, generator=make_generator())
     spoiled = normal(5, 32)
     spoiled[0, 0] = math.inf
     with pytest.raises(SourceError, match="finite"):
-        proximal_low_rank(spoiled, 2, generator=generator())
+        proximal_low_rank(spoiled, 2, generator=make_generator())

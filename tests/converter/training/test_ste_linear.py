@@ -1,22 +1,23 @@
-"""A tunable linear computes the definition, and gradients reach everything that may move."""
+"""A trainable linear agrees with the reference implementation, and every trained parameter gets a gradient."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.training import ste_linear as tunable
+from bwla_converter.training import ste_linear
 from bwla_converter.training.ste_linear import (
     LATENT_RANGE,
     InputTransform,
     SignProduct,
     STELinear,
-    agreeing,
+    latent_with_signs,
     product_dtype,
     sign_product,
     straight_through_codes,
 )
 from bwla_kernels import reference
-from bwla_kernels.format import LayerSpec, pack_signs, to_storage_dtype, unpack_signs, validate_layer
+from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs, validate_layer
+from random_tensors import random_layer
 from torch import Tensor
 
 SPEC = LayerSpec(24, 64, 2, 4, 8, rank=3)
@@ -28,41 +29,27 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture
-def stored(generator: torch.Generator) -> dict[str, Tensor]:
-    def orthogonal(size: int) -> Tensor:
-        return torch.linalg.qr(torch.randn(2, size, size, generator=generator)).Q.contiguous()
-
-    tensors = {
-        "weight_packed": pack_signs(
-            torch.randint(0, 2, (24, 64), generator=generator).to(torch.int8) * 2 - 1
-        ),
-        "weight_scale": torch.rand(24, generator=generator) + 0.5,
-        "rotation_left": orthogonal(4),
-        "rotation_right": orthogonal(8),
-        "column_scale": torch.rand(64, generator=generator) + 0.5,
-        "low_rank_a": torch.randn(3, 64, generator=generator),
-        "low_rank_b": torch.randn(24, 3, generator=generator),
-    }
-    return to_storage_dtype(tensors, SPEC)
+def stored() -> dict[str, Tensor]:
+    return random_layer(SPEC, seed=3)
 
 
 @pytest.mark.parametrize("bits", [2, 6, 8, 16])
-@pytest.mark.parametrize("moving", [False, True])
-def test_forward_is_the_definition(
-    stored: dict[str, Tensor], generator: torch.Generator, bits: int, moving: bool
+@pytest.mark.parametrize("trained", [False, True])
+def test_forward_agrees_with_the_reference(
+    stored: dict[str, Tensor], generator: torch.Generator, bits: int, trained: bool
 ) -> None:
     spec = replace(SPEC, bits=bits)
     bias = torch.randn(24, generator=generator)
-    latent = torch.randn(24, 64, generator=generator) if moving else None
+    latent = torch.randn(24, 64, generator=generator) if trained else None
     linear = STELinear(InputTransform(stored, spec), stored, spec, bias, latent)
     x = torch.randn(2, 5, 64, generator=generator)
     x[0, 0] = 0.0
-    wanted = reference.linear(x, {**stored, "bias": bias}, replace(spec, bias=True))
+    expected = reference.linear(x, {**stored, "bias": bias}, replace(spec, bias=True))
     with torch.no_grad():
-        torch.testing.assert_close(linear(x), wanted, rtol=1e-4, atol=1e-4)
-    linear.side.forget()
+        torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    linear.input_transform.clear_cache()
     training = linear(x)
-    error = (training.detach() - wanted).norm() / wanted.norm()
+    error = (training.detach() - expected).norm() / expected.norm()
     assert float(error) < 4 * torch.finfo(product_dtype(x.device)).eps
 
 
@@ -77,29 +64,35 @@ def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: 
 
 
 def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: torch.Generator) -> None:
-    side = InputTransform(stored, SPEC)
-    linear = STELinear(side, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
+    input_transform = InputTransform(stored, SPEC)
+    linear = STELinear(input_transform, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
     linear(torch.randn(7, 64, generator=generator)).square().mean().backward()
     grads = {name: parameter.grad for name, parameter in linear.named_parameters()}
-    assert set(grads) == {"latent", "log_scale", "low_rank_b", "side.log_column", "side.low_rank_a"}
+    assert set(grads) == {
+        "latent",
+        "log_scale",
+        "low_rank_b",
+        "input_transform.log_column_scale",
+        "input_transform.low_rank_a",
+    }
     assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads.values())
 
 
 def test_scales_have_the_true_gradient(
     stored: dict[str, Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without activation rounding all but the signs is smooth: compare with finite differences."""
+    """Without rounding of activations, everything but the signs is smooth: compare with finite differences."""
     spec = replace(SPEC, bits=16)
-    monkeypatch.setattr(tunable, "product_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(ste_linear, "product_dtype", lambda device: torch.float32)
     linear = STELinear(InputTransform(stored, spec), stored, spec)
     x = torch.randn(4, 64, generator=generator)
 
     def loss() -> Tensor:
-        linear.side.forget()
+        linear.input_transform.clear_cache()
         return linear(x).square().mean()
 
     loss().backward()
-    for parameter in (linear.log_scale, linear.side.log_column):
+    for parameter in (linear.log_scale, linear.input_transform.log_column_scale):
         direction = torch.randn(parameter.shape, generator=generator)
         assert parameter.grad is not None
         slope = float((parameter.grad * direction).sum())
@@ -112,7 +105,7 @@ def test_scales_have_the_true_gradient(
         assert (up - down) / 2e-3 == pytest.approx(slope, rel=2e-2)
 
 
-def test_fixed_signs_are_a_linear_map(generator: torch.Generator) -> None:
+def test_frozen_signs_are_a_linear_map(generator: torch.Generator) -> None:
     signs = torch.randint(0, 2, (6, 8), generator=generator).to(torch.int8) * 2 - 1
     x = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: SignProduct.apply(t, signs, torch.float64), (x,))
@@ -125,33 +118,33 @@ def test_products_that_are_trained_have_the_gradients_of_a_matrix_product(
 ) -> None:
     x = torch.randn(shape, generator=generator, requires_grad=True)
     latent = torch.randn(24, 64, generator=generator, requires_grad=True)
-    above = torch.randn(*shape[:-1], 24, generator=generator)
-    (sign_product(x, latent) * above).sum().backward()
+    output_gradient = torch.randn(*shape[:-1], 24, generator=generator)
+    (sign_product(x, latent) * output_gradient).sum().backward()
     signs = torch.where(latent.detach() >= 0, 1.0, -1.0)
-    wanted_x = above @ signs
-    wanted_latent = above.flatten(0, -2).mT @ x.detach().flatten(0, -2)
+    expected_x = output_gradient @ signs
+    expected_latent = output_gradient.flatten(0, -2).mT @ x.detach().flatten(0, -2)
     bound = 4 * torch.finfo(product_dtype(x.device)).eps
-    for found, wanted in ((x.grad, wanted_x), (latent.grad, wanted_latent)):
-        assert found is not None
-        assert found.dtype == torch.float32
-        outside = (latent.detach().abs() > LATENT_RANGE) if found is latent.grad else torch.zeros(1)
-        difference = torch.where(outside.bool(), 0.0, found - wanted)
-        assert float(difference.norm() / wanted.norm()) < bound
+    for gradient, expected in ((x.grad, expected_x), (latent.grad, expected_latent)):
+        assert gradient is not None
+        assert gradient.dtype == torch.float32
+        outside = (latent.detach().abs() > LATENT_RANGE) if gradient is latent.grad else torch.zeros(1)
+        difference = torch.where(outside.bool(), 0.0, gradient - expected)
+        assert float(difference.norm() / expected.norm()) < bound
 
 
 def test_latents_are_not_pushed_out_of_their_range() -> None:
     latent = torch.tensor([3.0, 3.0, -3.0, -3.0, 1.0], requires_grad=True)
     product = SignProduct.apply(torch.ones(1, 1), latent.unsqueeze(1), torch.float32)
     (product * torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0])).sum().backward()
-    # A descent step goes against the gradient: outwards is where gradient and latent differ in sign.
+    # A step is opposite to the gradient, so it leads outwards where gradient and latent differ in sign.
     assert latent.grad is not None
     assert latent.grad.tolist() == [1.0, 0.0, 0.0, -1.0, 1.0]
 
 
-def test_latents_start_with_the_signs_that_were_chosen(generator: torch.Generator) -> None:
+def test_latents_start_with_the_given_signs(generator: torch.Generator) -> None:
     latent = 3.0 * torch.randn(10, 32, generator=generator)
     signs = torch.randint(0, 2, (10, 32), generator=generator).to(torch.int8) * 2 - 1
-    start = agreeing(latent, signs)
+    start = latent_with_signs(latent, signs)
     assert torch.equal(start.sign(), signs.float())
     assert float(start.abs().max()) <= LATENT_RANGE
     agree = (latent.sign() == signs) & (latent.abs() > 0.1) & (latent.abs() < LATENT_RANGE)
@@ -170,28 +163,30 @@ def test_a_weight_as_latent_is_the_weight_in_other_units(
     # x W^T = (x_hat * columns) (latent * scales)^T + x (B A)^T, with x_hat the rotated x.
     x = torch.randn(5, 64, generator=generator)
     x_hat = reference.rotate(x, *basis) * columns
-    found = x_hat @ (latent * stored["weight_scale"].float().unsqueeze(1)).mT
-    found += x @ (stored["low_rank_b"].float() @ stored["low_rank_a"].float()).mT
-    torch.testing.assert_close(found, x @ weight.mT, rtol=1e-2, atol=1e-1)  # rotations are stored in 16 bits
+    outputs = x_hat @ (latent * stored["weight_scale"].float().unsqueeze(1)).mT
+    outputs += x @ (stored["low_rank_b"].float() @ stored["low_rank_a"].float()).mT
+    torch.testing.assert_close(
+        outputs, x @ weight.mT, rtol=1e-2, atol=1e-1
+    )  # rotations are stored in 16 bits
 
 
-def test_signs_that_are_freed_and_fixed_again_are_the_same(
+def test_signs_that_are_unfrozen_and_frozen_again_are_the_same(
     stored: dict[str, Tensor], generator: torch.Generator
 ) -> None:
     linear = STELinear(InputTransform(stored, SPEC), stored, SPEC)
     signs = linear.signs
     assert signs is not None
-    linear.free_signs(torch.randn(24, 64, generator=generator))
+    linear.unfreeze_signs(torch.randn(24, 64, generator=generator))
     assert linear.signs is None
     assert {name for name, _ in linear.named_parameters()} >= {"latent"}
     assert linear.latent is not None
     with torch.no_grad():
         linear.latent[0, 0] *= -1.0
-    fixed = linear.fix_signs()
+    frozen = linear.freeze_signs()
     assert linear.latent is None
-    assert fixed.dtype == torch.int8
-    assert (fixed != signs).nonzero().tolist() == [[0, 0]]
-    assert torch.equal(unpack_signs(linear.stored()["weight_packed"]), fixed)
+    assert frozen.dtype == torch.int8
+    assert (frozen != signs).nonzero().tolist() == [[0, 0]]
+    assert torch.equal(unpack_signs(linear.stored()["weight_packed"]), frozen)
 
 
 def test_codes_of_zeros_are_zeros() -> None:
@@ -202,11 +197,11 @@ def test_codes_of_zeros_are_zeros() -> None:
     assert torch.equal(x_hat.grad, torch.ones(2, 64))
 
 
-def test_members_share_one_computation_of_their_input(stored: dict[str, Tensor]) -> None:
-    side = InputTransform(stored, SPEC)
+def test_linears_of_a_group_share_the_transformed_input(stored: dict[str, Tensor]) -> None:
+    input_transform = InputTransform(stored, SPEC)
     x = torch.ones(1, 64)
-    first = side(x)
-    assert side(x) is first
-    assert side(x.clone()) is not first
-    side.forget()
-    assert side(x) is not first
+    first = input_transform(x)
+    assert input_transform(x) is first
+    assert input_transform(x.clone()) is not first
+    input_transform.clear_cache()
+    assert input_transform(x) is not first
