@@ -41,6 +41,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
         if config["repo_url"]:
             kind = "tree" if (root / path).is_dir() else "blob"
             return f"[{text}]({config['repo_url'].rstrip('/')}/{kind}/main/{path}{anchor})"
-        return text if text.startswith("`") else f"{text} (`{path}`)"
+        name = text.strip("`")
+        return f"`{path}`" if path.endswith(name.rstrip("/")) else f"{text} (`{path}`)"
 
     return LINK.sub(rewrite, markdown)

@@ -108,6 +108,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, example_bwla: Path) -> P
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", RUN, ids=lambda block: block.title)
 def test_the_block_runs(block: Block, workspace: Path) -> None:
     command = {"sh": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}[block.language]

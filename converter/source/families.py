@@ -1,6 +1,6 @@
 """Where a model family keeps its linears: one description a family, no code path of its own.
 
-docs/developer/adding-a-model-family.md says how to add one; the end-to-end tests and README's table run over every entry.
+docs/developer/adding-a-model-family.md says how to add one; the end-to-end tests and the table of supported models cover every entry.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,13 +40,13 @@ class Family:
         name: what the family is called.
         architecture: its class in config.json's `architectures`.
         model_type: transformers' name of its configuration.
-        models: models of this architecture that people know, for README.
+        models: well-known models of this architecture, for the documentation.
         groups: input groups of a decoder block, in execution order.
         blocks: module path of the decoder blocks.
         scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
         own_head: whether vLLM can give this architecture a head apart from its embedding; where it cannot, a tied
             head stays as it is.
-        note: what else is worth knowing, for README.
+        note: special properties, for the documentation.
     """
 
     name: str
@@ -97,8 +97,8 @@ FAMILIES = (
         _SANDWICHED_DECODER,
         scaled_embedding=True,
         own_head=False,
-        note="the head is the embedding and stays as it is: vLLM has no place for another. In transformers add "
-        '`attn_implementation="eager"`: its default leaves the soft cap out',
+        note="the head is tied to the embedding and stays unquantized, because vLLM's class has no separate head. In "
+        'transformers, pass `attn_implementation="eager"`; the default ignores the soft cap',
     ),
     Family(
         "Gemma 3",
@@ -107,7 +107,7 @@ FAMILIES = (
         "Gemma 3, text only (270M, 1B)",
         _SANDWICHED_DECODER,
         scaled_embedding=True,
-        note="the larger ones with images (`Gemma3ForConditionalGeneration`) are refused",
+        note="the multimodal sizes (`Gemma3ForConditionalGeneration`) are not supported",
     ),
     Family(
         "Phi-3",
@@ -115,7 +115,7 @@ FAMILIES = (
         "phi3",
         "Phi-3, Phi-3.5 mini, Phi-4, Phi-4 mini",
         _MERGED_DECODER,
-        note="q, k, v are one linear, and gate, up, as in the checkpoint",
+        note="q, k and v are one linear, and so are gate and up, as in the checkpoint",
     ),
 )
 
@@ -136,12 +136,12 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
     supported = ", ".join(f"{family.architecture} ({family.models})" for family in FAMILIES)
     raise SourceError(
         f"{source}: found the architecture {', '.join(map(str, names)) or 'none'}, expected one of {supported}: "
-        f"choose such a model, or add the family, which is a few lines in converter/families.py ({GUIDE} says how)"
+        f"use a supported model, or add the family to converter/source/families.py ({GUIDE} describes how)"
     )
 
 
 def family_table() -> str:
-    """The supported families as a Markdown table, for README."""
-    head = "| family | models | `architectures` in config.json | to know |\n|---|---|---|---|\n"
+    """Return the supported families as a Markdown table, for the documentation."""
+    head = "| family | models | `architectures` in config.json | notes |\n|---|---|---|---|\n"
     rows = (f"| {f.name} | {f.models} | `{f.architecture}` | {f.note} |" for f in FAMILIES)
     return head + "\n".join(rows)
