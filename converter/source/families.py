@@ -1,6 +1,7 @@
 """Where a model family keeps its linears: one description a family, no code path of its own.
 
-docs/developer/adding-a-model-family.md says how to add one; the end-to-end tests and the table of supported models cover every entry.
+docs/developer/adding-a-model-family.md describes how to add one. The end-to-end tests and the table of supported models
+cover every entry.
 """
 
 from collections.abc import Iterator, Mapping

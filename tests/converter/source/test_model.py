@@ -80,7 +80,7 @@ def test_a_truncated_file(make_model, keep: int) -> None:
 def test_an_unknown_architecture(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", architectures=["MambaForCausalLM"])
-    refused(folder, "found the architecture MambaForCausalLM", "Qwen3ForCausalLM", "converter/families.py")
+    refused(folder, "found the architecture MambaForCausalLM", "Qwen3ForCausalLM", "converter/source/families.py")
     refused(folder, GUIDE)
     assert (ROOT / GUIDE).is_file()
 
