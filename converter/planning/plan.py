@@ -1,10 +1,17 @@
-"""What a conversion will do, settled from headers alone: a spec for every linear, the rank, the sizes on disk."""
+"""Plan a conversion from the model's headers: a spec for every linear, the rank, the head, the sizes on disk."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from bwla_converter.common.bits import auto_rank, bits_per_weight, fitting_rank, stored_bits, weights_of
+from bwla_converter.common.bits import (
+    auto_rank,
+    bits_per_weight,
+    largest_fitting_rank,
+    num_weights,
+    stored_bits,
+)
+from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
@@ -14,19 +21,20 @@ from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
 
 LARGE_HEAD = 2**26
-"""Weights from which a tied head is worth a tensor of its own."""
+"""Size in weights from which a tied head gets an 8-bit tensor of its own by default."""
 
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Everything about the output that is known before a weight is read.
+    """Everything about the output that follows from the model's headers and the options.
 
     Attributes:
         specs: spec of every linear to quantize, by module path, in execution order.
-        rank: rank of the low-rank correction, the same everywhere.
-        fitting_rank: the rank that the bits would allow where it was chosen (see `ledger.auto_rank`), else `rank`.
-        format: the `quantization_config` to be written.
-        head_source: name of the tensor that the 8-bit head is made from; None where the head stays as it is.
+        rank: rank of the low-rank correction, the same for all linears.
+        fitting_rank: the largest rank within the bit budget where the rank was chosen automatically (see
+            `bits.auto_rank`), else `rank`.
+        format: the `quantization_config` of the output.
+        head_source: name of the tensor that the 8-bit head is made from; None where the head stays unquantized.
     """
 
     specs: Mapping[str, LayerSpec]
@@ -37,18 +45,18 @@ class ConversionPlan:
 
     @property
     def weights(self) -> int:
-        """Weights to quantize."""
-        return sum(map(weights_of, self.specs.values()))
+        """Number of weights to quantize."""
+        return sum(map(num_weights, self.specs.values()))
 
     @property
     def bits_per_weight(self) -> float:
-        """All-in stored bits per quantized weight."""
+        """Stored bits per quantized weight, everything counted."""
         return bits_per_weight(self.specs.values())
 
     def output_bytes(self, source: Source) -> int:
-        """Bytes of the output's tensors: quantized linears, the 8-bit head, everything else as it is."""
+        """Return the size of the output's tensors: quantized linears, the 8-bit head, and all others unchanged."""
         kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
-        kept_bytes = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in kept)
+        kept_bytes = sum(map(entry_bytes, kept))
         head_bytes = 0
         if self.head_source is not None:
             rows, columns = source.entries[self.head_source].shape
@@ -56,38 +64,36 @@ class ConversionPlan:
         return kept_bytes + head_bytes + sum(map(stored_bits, self.specs.values())) // 8
 
     def is_replaced(self, name: str) -> bool:
-        """Whether the source's tensor called `name` is not copied, because its quantized form is written."""
+        """Return whether the output has a quantized form of the source's tensor `name` instead of a copy."""
         return name.removesuffix(".weight") in self.specs or (
             self.head_source is not None and name == HEAD_WEIGHT
         )
 
 
 def input_bytes(source: Source) -> int:
-    """Bytes of the source's tensors."""
-    return sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in source.entries.values())
+    """Return the size of the source's tensors."""
+    return sum(map(entry_bytes, source.entries.values()))
 
 
 def choose_head(source: Source, bits: int | None) -> str | None:
-    """Name of the tensor to make an 8-bit head from, or None to leave the head as it is.
+    """Return the name of the tensor to make an 8-bit head from, or None to leave the head as it is.
 
     Args:
         source: the model.
-        bits: 8, 16, or None to choose: 8 for a head of its own, and for a tied one that is large. A tied head
-            in 8 bits is one more tensor on disk, but is read in every step instead of the larger embedding.
+        bits: 8, 16, or None to choose: 8 for an untied head, and for a large tied one. A tied head in 8 bits is one
+            more tensor on disk, but is read in every step instead of the larger embedding.
 
     Raises:
-        SourceError: bits other than these, or a head of its own where vLLM's model has no place for one.
+        SourceError: `bits` is none of these, or asks for a head that vLLM does not support for the model's family.
     """
     if bits not in (None, 8, 16):
-        raise SourceError(
-            f"the head can have 8 or 16 bits, found {bits}: choose --lm-head-bits 8, 16 or auto"
-        )
+        raise SourceError(f"--lm-head-bits: expected 8, 16 or auto, found {bits}")
     family = source.family
     if not family.own_head and not (source.tied_head and bits != 8):
-        found = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
+        option = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
         raise SourceError(
-            f"{source.folder}: vLLM reads the head of {family.architecture} from its embedding, so it can only be "
-            f"tied and stays as it is, found {found}: choose --lm-head-bits auto and a tied model"
+            f"{source.folder}: vLLM always uses the embedding as the head of {family.architecture}, so it has to be "
+            f"tied and unquantized, found {option}: use --lm-head-bits auto and a tied model"
         )
     if not family.own_head:
         return None
@@ -106,19 +112,20 @@ def make_plan(
     provenance: Provenance,
     head_bits: int | None = None,
 ) -> ConversionPlan:
-    """Choose rotations and rank for every linear of `source`.
+    """Choose rotation sizes and the rank for every linear of `source`.
 
     Args:
         source: the checked model.
-        rank: rank of the correction; None to choose one within 1.16 all-in bits per weight (`ledger.auto_rank`).
+        rank: rank of the low-rank correction; None for one within 1.16 bits per weight, everything counted
+            (`bits.auto_rank`).
         bits: activation bits, 2..8 or 16.
-        clip: activation clip in (0, 1]; None for 1, until the recipe chooses others (`with_clips`).
-        provenance: what is recorded of the conversion.
+        clip: clipping ratio of the activations in (0, 1]; None for 1 until the recipe chooses others (`with_clips`).
+        provenance: what the output records about the conversion.
         head_bits: bits of the head, see `choose_head`.
 
     Raises:
-        FormatError: bits, clip or rank out of range.
-        SourceError: a rank larger than a linear.
+        FormatError: `bits`, `clip` or `rank` is out of range.
+        SourceError: `rank` is larger than a linear, `head_bits` is not supported, or there is no linear to quantize.
     """
     clip = 1.0 if clip is None else clip
     specs: dict[str, LayerSpec] = {}
@@ -132,19 +139,21 @@ def make_plan(
                 specs[name] = LayerSpec(
                     out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias
                 )
-                # A block whose widths differ from the first one's gets an entry of its own.
+                # The entry by the linear's short name holds for all layers; one with another width gets its own.
                 if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
                     rotation[name] = sizes
     if not specs:
-        raise SourceError(f"{source.folder}: --ignore leaves no linear to quantize: ignore fewer")
-    fitting = fitting_rank(specs.values()) if rank is None else rank
+        raise SourceError(
+            f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"
+        )
+    fitting = largest_fitting_rank(specs.values()) if rank is None else rank
     if rank is None:
         rank = auto_rank(fitting)
     for name, spec in specs.items():
         if rank > min(spec.out_features, spec.in_features):
             raise SourceError(
-                f"{name}: rank {rank} is more than its {spec.out_features} x {spec.in_features} weight holds: "
-                "choose a smaller --rank, or auto"
+                f"{name}: expected a rank of at most {min(spec.out_features, spec.in_features)} for its "
+                f"{spec.out_features} x {spec.in_features} weight, found {rank}: choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
     head_source = choose_head(source, head_bits)
@@ -161,11 +170,11 @@ def make_plan(
 
 
 def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPlan:
-    """`plan` with the activation clips that the recipe chose.
+    """Return `plan` with the clipping ratios that the recipe chose.
 
     Args:
         plan: the plan.
-        clips: clip of every linear, by module path.
+        clips: clipping ratio of every linear, by module path.
     """
     if all(spec.clip == clips[name] for name, spec in plan.specs.items()):
         return plan

@@ -1,134 +1,127 @@
-"""The recipes as the pipeline sees them: told of each block, asked for each group, in execution order."""
+"""The interface between the pipeline and the recipes, and the choice of a recipe by its name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.options import Calibration, Options
-from bwla_converter.quantize import paper
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.recipes.best import BestOptions, BestRecipe
 from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.recipes.paper import PaperRecipe
+from bwla_converter.recipes.workload import ComputeEstimate, MemoryEstimate, Workload
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
-RECIPES = ("paper", "fast", "best")
-
 
 class Recipe(Protocol):
-    """How to quantize a model, block by block."""
+    """A way to quantize a model, one decoder layer after the other.
+
+    The pipeline calls `begin_layer`, `quantize` for each input group, and `end_layer`, for each layer in order, and
+    `finish` at the end.
+    """
+
+    needs_calibration: ClassVar[bool]
+    """Whether the recipe needs calibration data."""
 
     calibration: dict[str, object]
-    """What the report and the checkpoint say of the calibration data; empty without."""
+    """What the report and the checkpoint record about the calibration data; empty without."""
 
     layer_traces: dict[str, dict[str, list[float]]]
-    """Of the block that ended last: what was worked on -> name of an objective -> its values; for the report."""
+    """For the report, of the last layer: name of a module -> name of an objective -> its values over time."""
 
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """DecoderLayer `index` comes next; its stored tensors by their full names."""
+        """Prepare decoder layer `index`, given its stored tensors by their full names."""
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """One input group of the block."""
+        """Quantize an input group of the layer."""
 
     def end_layer(self) -> Mapping[str, Tensor]:
-        """All groups of the block were quantized; the stored tensors that changed since, by their full names."""
+        """Finish the layer; return the stored tensors that changed since, by their full names."""
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """What the next block needs of those before it; `restore` with it goes on as if never interrupted."""
+        """Return what the next layer needs of those before it."""
 
     def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
-        """Take up a `state`, in place of all blocks before."""
+        """Continue from a `state` of an earlier session; the result is the same as without the interruption."""
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """The checkpoint in `folder` is complete; the stored tensors to replace in it, by their full names."""
+        """Return the tensors to replace in the complete checkpoint in `folder`, by their full names."""
+
+    @staticmethod
+    def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:
+        """Yield the memory of each step that may need the most."""
+
+    @staticmethod
+    def compute_estimate(workload: Workload) -> ComputeEstimate:
+        """Estimate the work of the whole conversion."""
 
 
-class PaperRecipe:
-    """`paper`: from the weights alone."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.calibration: dict[str, object] = {}
-        self.layer_traces: dict[str, dict[str, list[float]]] = {}
-
-    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to prepare."""
-
-    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """By OKT, PSP, signs and scales."""
-        return paper.quantize_group(weights, specs, seed=self.seed)
-
-    def end_layer(self) -> Mapping[str, Tensor]:
-        """Nothing to carry on."""
-        return {}
-
-    def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """Nothing."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
-        """Nothing to take up."""
-
-    def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """Nothing to change."""
-        return {}
+RECIPES: Mapping[str, type[PaperRecipe] | type[FastRecipe] | type[BestRecipe]] = {
+    "paper": PaperRecipe,
+    "fast": FastRecipe,
+    "best": BestRecipe,
+}
 
 
 def make_recipe(options: Options, source: Source, store: ActivationStore | None = None) -> Recipe:
-    """The recipe that was asked for.
+    """Build the recipe that `options` name.
 
     Args:
-        options: of the conversion.
+        options: options of the conversion.
         source: the model.
-        store: says where the recipe keeps the hidden states of the text, and its device.
+        store: where the recipe keeps the samples' hidden states, and its device; None for in memory.
 
     Raises:
-        BWLAError: there is none of that name, or it needs calibration text and got none.
-        SourceError: the text cannot be used.
+        BWLAError: there is no such recipe, or it needs calibration data and `options` have none.
+        SourceError: the calibration data cannot be used.
     """
     check_recipe(options.recipe, options.calibration)
     if options.recipe == "paper":
         return PaperRecipe(options.seed)
     assert options.calibration is not None
-    groups = FastOptions(choose_clip=options.clip is None)
+    fast_options = FastOptions(choose_clip=options.clip is None)
     if options.recipe == "fast":
-        return FastRecipe(source, options.calibration, options.seed, groups, store)
-    best = best_options(options, groups, source.num_layers)
+        return FastRecipe(source, options.calibration, options.seed, fast_options, store)
+    best = best_options(options, fast_options, source.num_layers)
     return BestRecipe(source, options.calibration, options.seed, best, store)
 
 
-def best_options(options: Options, groups: FastOptions, blocks: int) -> BestOptions:
-    """What was asked of recipe `best`; what was not, as it is by default.
+def best_options(options: Options, fast_options: FastOptions, num_layers: int) -> BestOptions:
+    """Build `BestOptions`; options not given keep their defaults.
 
     Args:
-        options: of the conversion; half of its minutes are for the blocks' tuning, half for distillation.
-        groups: of the input groups.
-        blocks: of the model.
+        options: options of the conversion. Half of its minutes go to the tuning of the layers, half to distillation.
+        fast_options: how the input groups are quantized.
+        num_layers: decoder layers of the model.
     """
-    best = BestOptions(fast=groups)
+    best = BestOptions(fast=fast_options)
     tune, distill = best.tune, best.distill
     if options.tune_epochs is not None:
         tune = replace(tune, epochs=options.tune_epochs)
     if options.distill_epochs is not None:
         distill = replace(distill, epochs=options.distill_epochs)
     if options.minutes is not None:
-        tune = replace(tune, minutes=options.minutes / 2 / blocks)
+        tune = replace(tune, minutes=options.minutes / 2 / num_layers)
         distill = replace(distill, minutes=options.minutes / 2)
     return replace(best, tune=tune, distill=distill)
 
 
 def check_recipe(name: str, calibration: Calibration | None) -> None:
-    """What can be wrong with the choice itself, before the model is looked at.
+    """Check that the recipe exists and has the calibration data that it needs.
 
     Raises:
-        BWLAError: as `make_recipe`.
+        BWLAError: it does not.
     """
     if name not in RECIPES:
-        raise BWLAError(f"recipe {name!r} does not exist: the choice is {', '.join(RECIPES)}")
-    if name != "paper" and calibration is None:
-        raise BWLAError(f"recipe {name!r} needs text: give --calibration FILE, a folder, or wikitext2")
+        raise BWLAError(f"recipe {name!r} does not exist: choose one of {', '.join(RECIPES)}")
+    if RECIPES[name].needs_calibration and calibration is None:
+        raise BWLAError(
+            f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, or "
+            "wikitext2"
+        )

@@ -1,22 +1,38 @@
-"""Recipe `best`: `fast`, then each block tuned by gradients, then the scales of the whole model distilled."""
+"""Recipe `best`: `fast`, then every decoder layer tuned by gradients, then the whole model distilled.
+
+A layer is tuned on the hidden states that the quantized layers before it produce, towards the original model's hidden
+states after it. It thus also compensates the error of the layers before (error propagation mitigation; NanoQuant's
+ablation attributes most of the quality of one-bit models to it).
+"""
 
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from bwla_converter.calibration.activations import Activations, ActivationStore
+from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer
+from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, clipped_specs
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult, group_generator
-from bwla_converter.recipes.fast import FastRecipe, clipped
+from bwla_converter.recipes.fast import FastRecipe, closed_form
+from bwla_converter.recipes.workload import (
+    FLOAT_BYTES,
+    WORKSPACE_BYTES,
+    ComputeEstimate,
+    LayerShape,
+    MemoryEstimate,
+    Workload,
+)
 from bwla_converter.source.model import Source
-from bwla_converter.training.distill import DISTILLATION, distill
+from bwla_converter.source.names import EMBEDDING_WEIGHT
+from bwla_converter.training.distill import DISTILLATION, Distiller
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
-from bwla_converter.training.ste_linear import STELinear, forget_inputs, norm_weights, ste_group
+from bwla_converter.training.stages import make_stages
+from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
 from bwla_kernels.format import LayerSpec
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,51 +42,47 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BestOptions:
-    """What the recipe leaves open: of its groups, of each block's tuning, of the whole model's distillation."""
+    """Hyperparameters of the `best` recipe: of its groups, of the tuning of each layer, of the distillation."""
 
     fast: FastOptions = field(default_factory=FastOptions)
     tune: TuneOptions = field(default_factory=TuneOptions)
     distill: TuneOptions = DISTILLATION
 
 
-def relative_loss(found: Tensor, wanted: Tensor) -> Tensor:
-    """Mean over tokens of ||found - wanted||^2 / ||wanted||^2, for hidden states [..., hidden].
+def relative_loss(hidden: Tensor, original: Tensor) -> Tensor:
+    """Return the mean over tokens of ||hidden - original||^2 / ||original||^2, for hidden states [..., hidden].
 
-    Each token counts in units of itself, as it does for the norms that read it: without that, the few tokens whose
-    hidden states are hundreds of times larger than all others decide alone.
+    Dividing by each token's own norm corresponds to the norms that read the hidden states. Otherwise the few tokens
+    whose hidden states are hundreds of times larger than all others would dominate the loss.
     """
-    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
-
-
-NOT_BETTER = (
-    "%s: tuning did not bring it closer to the original, what recipe fast found stays; try more "
-    "--num-calibration-samples"
-)
+    return ((hidden - original).square().sum(-1) / original.square().sum(-1)).mean()
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A block's linears and norms, to be put back."""
+class LayerBackup:
+    """The linears and norm weights of a decoder layer, to undo its tuning."""
 
     linears: dict[str, nn.Module]
     norms: dict[str, Tensor]
 
     @classmethod
-    def of(cls, block: DecoderLayer, names: Iterable[str]) -> "Kept":
-        """What the block has now, its linears by their full names."""
-        norms = {name: value.clone() for name, value in norm_weights(block.layer).items()}
-        return cls({name: block.linear(name) for name in names}, norms)
+    def of(cls, layer: DecoderLayer, names: Iterable[str]) -> "LayerBackup":
+        """Back up the layer's norms and the linears of the given full names."""
+        norms = {name: value.clone() for name, value in norm_weights(layer.layer).items()}
+        return cls({name: layer.linear(name) for name in names}, norms)
 
-    def put_back(self, block: DecoderLayer) -> None:
-        """Give it back to the block."""
+    def restore(self, layer: DecoderLayer) -> None:
+        """Put the linears and norm weights back into the layer."""
         for name, linear in self.linears.items():
-            block.replace(name, linear)
-        for name, parameter in norm_weights(block.layer).items():
+            layer.replace(name, linear)
+        for name, parameter in norm_weights(layer.layer).items():
             parameter.data.copy_(self.norms[name])
 
 
-class BestRecipe(FastRecipe):
-    """`best`. Arguments as `FastRecipe`."""
+class BestRecipe:
+    """`best`. Arguments as in `FastRecipe`."""
+
+    needs_calibration = True
 
     def __init__(
         self,
@@ -80,108 +92,172 @@ class BestRecipe(FastRecipe):
         options: BestOptions | None = None,
         store: ActivationStore | None = None,
     ) -> None:
-        self.best = options or BestOptions()
-        super().__init__(
-            source, calibration, seed, replace(self.best.fast, keep_latents=self.best.tune.epochs > 0), store
+        self.seed, self.options = seed, options or BestOptions()
+        fast = replace(self.options.fast, keep_latents=self.options.tune.epochs > 0)
+        self.loop = CalibrationLoop(
+            source, calibration, seed, closed_form(seed, fast), store, fast.compensate_residual_stream
         )
-        self._results: list[tuple[GroupResult, Mapping[str, LayerSpec]]] = []
-        self._index = 0
+        self.calibration = self.loop.description
+        self.layer_traces: dict[str, dict[str, list[float]]] = {}
         self.divergence: list[float] = []
+        self._results: list[tuple[GroupResult, Mapping[str, LayerSpec]]] = []
 
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Build the block twice."""
-        self._index, self._results = index, []
-        super().begin_layer(index, tensors)
+        """Build the decoder layer."""
+        self._results = []
+        self.loop.begin_layer(index, tensors)
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """As `fast`; the result waits for the block's tuning."""
-        result = super().quantize(weights, specs)
-        self._results.append((result, clipped(specs, result.clip)))
+        """Quantize an input group as `fast` does; keep the result for the tuning of the layer."""
+        result = self.loop.quantize(weights, specs)
+        self._results.append((result, clipped_specs(specs, result.clip)))
         return result
 
     def end_layer(self) -> Mapping[str, Tensor]:
-        """Tune the block, then carry the text through both."""
-        original, quantized = self.blocks
-        with torch.no_grad():
-            self.original_hidden = self._through(original, self.original_hidden)
-            untuned = self._through(quantized, self.hidden)
+        """Tune the layer and return the tensors that changed; tuning that does not reduce the loss is undone."""
+        _, quantized = self.loop.layers
+        self.loop.advance_original()
+        outputs = self.loop.quantized_outputs()
         changed: dict[str, Tensor] = {}
-        if self.best.tune.epochs:
-            before = self._loss(untuned)
-            kept = Kept.of(quantized, [name for result, _ in self._results for name in result.tensors])
+        if self.options.tune.epochs:
+            loss = self._loss(outputs)
+            backup = LayerBackup.of(
+                quantized, [name for result, _ in self._results for name in result.tensors]
+            )
             changed = self._tune(quantized)
-            with torch.no_grad():
-                tuned = self._through(quantized, self.hidden)
-            if self._loss(tuned) < before:
-                untuned = tuned
+            tuned_outputs = self.loop.quantized_outputs()
+            if self._loss(tuned_outputs) < loss:
+                outputs = tuned_outputs
             else:
-                log.warning(NOT_BETTER, f"block {self._index}")
-                kept.put_back(quantized)
+                log.warning(
+                    "%s: tuning did not bring it closer to the original and is undone; try more "
+                    "--num-calibration-samples",
+                    quantized.prefix.removesuffix("."),
+                )
+                backup.restore(quantized)
                 changed = {}
-        self.hidden = untuned
-        self._blocks, self._results = None, []
+        self.loop.advance_quantized(outputs)
+        self._results = []
         return changed
 
-    def _loss(self, hidden: Activations) -> float:
-        """What the block's tuning lowers, over all of the text."""
-        parts = zip(hidden.split(1), self.original_hidden.split(1), strict=True)
-        return sum(float(relative_loss(found, wanted)) for found, wanted in parts) / len(hidden)
+    def state(self) -> Mapping[str, Tensor | StoredStates]:
+        """Return the samples' hidden states."""
+        return self.loop.state()
 
-    def _tune(self, block: DecoderLayer) -> dict[str, Tensor]:
-        """Tune the quantized block on the text; what is stored takes the tuned linears' places again."""
-        linears: dict[str, STELinear] = {}
-        for result, specs in self._results:
-            linears |= ste_group(block, result.tensors, specs, result.latents)
-        norms = norm_weights(block.layer)
-        for parameter in norms.values():
-            parameter.requires_grad_(True)
-
-        def loss_of(indices: Tensor) -> Tensor:
-            return relative_loss(block.run(self.hidden[indices]), self.original_hidden[indices])
-
-        trace = tune(
-            loss_of,
-            parameter_groups(linears.values(), norms.values(), self.best.tune),
-            len(self.hidden),
-            self.best.tune,
-            group_generator(self.seed, ["tune", *linears]),
-            lambda: forget_inputs(linears.values()),
-        )
-        self.layer_traces = {block.prefix.removesuffix("."): {"tune": trace}}
-        block.model.requires_grad_(False)
-        changed: dict[str, Tensor] = {}
-        for result, specs in self._results:
-            for name, before in result.tensors.items():
-                after = linears[name].stored()
-                quantized = BWLALinear.from_stored(name, specs[name], {**before, **after}, linears[name].bias)
-                block.replace(name, quantized)
-                changed |= {f"{name}.{key}": tensor for key, tensor in after.items()}
-        for name, parameter in norms.items():
-            full = f"{block.prefix}{name}"
-            changed[full] = parameter.detach().to(self.runner.source.entries[full].dtype, copy=True)
-            parameter.data.copy_(changed[full])  # as it is stored
-        return changed
+    def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
+        """Take the samples' hidden states from `state`."""
+        self.loop.restore(state)
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """Fit the last norm, then distil the logits over the whole model."""
-        if not self.best.distill.epochs:
+        """Fit the final norm, then distill the whole model."""
+        if not self.options.distill.epochs:
             return self.fitted_norm()
-        return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.runner.dtype))
+        return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.loop.runner.dtype))
+
+    def fitted_norm(self) -> dict[str, Tensor]:
+        """Return the fitted final norm's weight by its full name; nothing where the options leave it as it is."""
+        return self.loop.fit_final_norm() if self.options.fast.final_norm else {}
 
     def distill(self, model: PreTrainedModel) -> Mapping[str, Tensor]:
-        """The stored tensors of a whole quantized model that distillation changed; `model` is used up."""
-        changed, self.divergence = distill(
+        """Distill a quantized model, which is modified; return the stored tensors that changed."""
+        distiller = Distiller(
             model,
-            self.runner,
-            self.ids,
-            self.original_hidden,
-            self.best.distill,
-            self.seed,
+            self.loop.runner,
+            self.loop.ids,
+            self.loop.original_hidden,
+            self.options.distill,
             self.fitted_norm(),
         )
+        changed, self.divergence = distiller.run(self.seed)
         log.info(
             "distillation: divergence from the original %.4f -> %.4f nats",
             self.divergence[0],
             self.divergence[-1],
         )
         return changed
+
+    def _loss(self, outputs: Activations) -> float:
+        """Return the tuning loss over all samples."""
+        pairs = zip(outputs.split(1), self.loop.original_hidden.split(1), strict=True)
+        return sum(float(relative_loss(hidden, original)) for hidden, original in pairs) / len(outputs)
+
+    def _tune(self, layer: DecoderLayer) -> dict[str, Tensor]:
+        """Tune the quantized layer, put the results into it as they are stored, and return them."""
+        linears: dict[str, STELinear] = {}
+        for result, specs in self._results:
+            linears |= ste_group(layer, result.tensors, specs, result.latents)
+        norms = norm_weights(layer.layer)
+        for parameter in norms.values():
+            parameter.requires_grad_(True)
+
+        def loss_of(indices: Tensor) -> Tensor:
+            return relative_loss(layer.run(self.loop.hidden[indices]), self.loop.original_hidden[indices])
+
+        trace = tune(
+            loss_of,
+            parameter_groups(linears.values(), norms.values(), self.options.tune),
+            len(self.loop.hidden),
+            self.options.tune,
+            group_generator(self.seed, ["tune", *linears]),
+            lambda: clear_input_caches(linears.values()),
+        )
+        self.layer_traces = {layer.prefix.removesuffix("."): {"tune": trace}}
+        layer.model.requires_grad_(False)
+        changed: dict[str, Tensor] = {}
+        for result, specs in self._results:
+            for name, before in result.tensors.items():
+                after = linears[name].stored()
+                quantized = BWLALinear.from_stored(name, specs[name], {**before, **after}, linears[name].bias)
+                layer.replace(name, quantized)
+                changed |= {f"{name}.{key}": tensor for key, tensor in after.items()}
+        for name, parameter in norms.items():
+            full_name = f"{layer.prefix}{name}"
+            dtype = self.loop.runner.source.entries[full_name].dtype
+            changed[full_name] = parameter.detach().to(dtype, copy=True)
+            parameter.data.copy_(changed[full_name])  # rounded to the stored dtype
+        return changed
+
+    @staticmethod
+    def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:
+        """Yield the memory of `fast`'s steps, of the tuning of each layer, and of distillation."""
+        yield MemoryEstimate(_distillation_bytes(workload), "distillation")
+        yield from FastRecipe.memory_estimates(workload)
+        for layer in workload.distinct_layers():
+            num_bytes = layer.stored_bytes + _tuning_bytes(layer, workload) + WORKSPACE_BYTES
+            yield MemoryEstimate(num_bytes, f"layer {layer.index}, tuning")
+
+    @staticmethod
+    def compute_estimate(workload: Workload) -> ComputeEstimate:
+        """Estimate `fast`'s work, the tuning of all layers, and distillation."""
+        options = BestOptions()
+        head = math.prod(workload.source.entries[EMBEDDING_WEIGHT].shape)
+        tuning = options.tune.epochs * workload.weights
+        distillation = options.distill.epochs * (workload.weights + head)
+        flops = 16 * workload.tokens * (tuning + distillation)
+        return FastRecipe.compute_estimate(workload) + ComputeEstimate(flops)
+
+
+def _tuning_bytes(layer: LayerShape, workload: Workload) -> float:
+    """Return the memory of tuning a layer.
+
+    Counted are the original layer, the latent weights with gradients and Adam's two moments, and the activations that
+    the backward pass needs.
+    """
+    tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
+    activations = sum(group.rows + 4 * group.columns for _, group in layer.groups)
+    return float(FLOAT_BYTES * (6 * layer.weights + tokens * 2 * activations))
+
+
+def _distillation_bytes(workload: Workload) -> float:
+    """Return the memory of distillation.
+
+    Counted are the whole model with signs in int8, the embedding and both heads in float32, one stage's latent weights
+    with gradients and Adam's two moments, the activations of a batch that the backward pass needs, and six copies of
+    its logits.
+    """
+    tokens = workload.batch_tokens(DISTILLATION.batch)
+    stage_weights = max(stage.weights for stage in make_stages(workload.source))
+    vocab_size, hidden_size = workload.source.entries[EMBEDDING_WEIGHT].shape
+    activations = sum(spec.out_features + 2 * spec.in_features for spec in workload.specs.values())
+    trained = 3 * vocab_size * hidden_size + 4 * stage_weights
+    return float(workload.weights + FLOAT_BYTES * (trained + tokens * (activations + 6 * vocab_size)))

@@ -1,43 +1,53 @@
-"""Recipe `fast` as the pipeline sees it: calibration text runs through the model, block by block."""
+"""Recipe `fast`: every input group is quantized in closed form for the inputs that calibration samples give it."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
-from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
-from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
-from bwla_converter.calibration.text import calibration_samples
-from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
-from bwla_converter.hf.modules import BWLALinear
+from bwla_converter.calibration.activations import ActivationStore, StoredStates
+from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, QuantizeGroup
 from bwla_converter.options import Calibration
 from bwla_converter.quantize import fast
-from bwla_converter.quantize.final_norm import fit_norm
+from bwla_converter.quantize.gptq_binary import row_chunk_elements
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
+from bwla_converter.recipes.workload import (
+    FLOAT_BYTES,
+    WORKSPACE_BYTES,
+    ComputeEstimate,
+    GroupShape,
+    LayerShape,
+    MemoryEstimate,
+    Workload,
+    okt_compute,
+)
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
-WINDOWS_AT_ONCE = 4
 
+def closed_form(seed: int, options: fast.FastOptions) -> QuantizeGroup:
+    """Return the function by which `fast` and `best` quantize an input group."""
 
-def clipped(specs: Mapping[str, LayerSpec], clip: float | None) -> dict[str, LayerSpec]:
-    """`specs` with the clip that was chosen, if one was."""
-    return {name: spec if clip is None else replace(spec, clip=clip) for name, spec in specs.items()}
+    def quantize_group(
+        weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
+    ) -> GroupResult:
+        return fast.quantize_group(weights, specs, moments, inputs=inputs, seed=seed, options=options)
+
+    return quantize_group
 
 
 class FastRecipe:
-    """`fast`: calibration text is carried through the original and the quantized blocks side by side.
+    """`fast`.
 
     Args:
         source: the model.
-        calibration: the text.
-        seed: of the windows and of everything random.
-        options: of the groups.
-        store: keeps the hidden states; None for memory.
+        calibration: the calibration data.
+        seed: seed of the choice of samples and of everything random.
+        options: hyperparameters; None for the defaults.
+        store: where the hidden states are kept; None for in memory.
     """
+
+    needs_calibration = True
 
     def __init__(
         self,
@@ -47,110 +57,81 @@ class FastRecipe:
         options: fast.FastOptions | None = None,
         store: ActivationStore | None = None,
     ) -> None:
-        self.seed, self.options = seed, options or fast.FastOptions()
-        self.ids, digest = calibration_samples(calibration, source.folder, seed)
-        self.calibration: dict[str, object] = {
-            "source": Path(calibration.source).name,
-            "sha256": digest,
-            "samples": calibration.num_samples,
-            "length": calibration.max_seq_length,
-        }
-        self.store = store or ActivationStore()
-        self.ids = self.ids[self.store.processes.samples_of(len(self.ids))]
-        self.runner = LayerRunner(source, self.store.device)
-        self.hidden = self.original_hidden = self.store.empty()
-        self.layer_traces: dict[str, dict[str, list[float]]] = {}
-        self._blocks: tuple[DecoderLayer, DecoderLayer] | None = None
-
-    @property
-    def blocks(self) -> tuple[DecoderLayer, DecoderLayer]:
-        """The current block as it was, and as it is quantized so far."""
-        assert self._blocks is not None
-        return self._blocks
-
-    @torch.no_grad()
-    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Build the block twice; the first one begins with the text's embeddings."""
-        if index == 0:
-            parts = map(self.runner.embed, self.ids.split(WINDOWS_AT_ONCE))
-            shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
-            self.hidden = self.original_hidden = self.store.keep(shape, parts)
-        self._blocks = (self.runner.layer(index, tensors), self.runner.layer(index, tensors))
-
-    @torch.no_grad()
-    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """In the metric of the group's inputs; the quantized linears take their places in the block."""
-        moments, inputs = self._moments(next(iter(weights)), next(iter(specs.values())).in_features)
-        # One rank decides, so that all go on with the same tensors.
-        own = self.group(weights, specs, moments, inputs) if self.store.processes.process_rank == 0 else None
-        shared = self.store.processes.broadcast_group(own, specs, self.store.device)
-        result = replace(shared, inputs=inputs)
-        specs = clipped(specs, result.clip)
-        for name, tensors in result.tensors.items():
-            _, quantized = self.blocks
-            bias = getattr(quantized.linear(name), "bias", None)
-            quantized.replace(name, BWLALinear.from_stored(name, specs[name], tensors, bias))
-        return result
-
-    def group(
-        self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
-    ) -> GroupResult:
-        """What is made of an input group; the rest of the recipe does not care how."""
-        return fast.quantize_group(
-            weights, specs, moments, inputs=inputs, seed=self.seed, options=self.options
+        self.options = options or fast.FastOptions()
+        quantize_group = closed_form(seed, self.options)
+        self.loop = CalibrationLoop(
+            source, calibration, seed, quantize_group, store, self.options.compensate_residual_stream
         )
+        self.calibration = self.loop.description
+        self.layer_traces: dict[str, dict[str, list[float]]] = {}
 
-    @torch.no_grad()
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Build the decoder layer."""
+        self.loop.begin_layer(index, tensors)
+
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """Quantize an input group for its inputs."""
+        return self.loop.quantize(weights, specs)
+
     def end_layer(self) -> Mapping[str, Tensor]:
-        """Carry the text through both."""
-        original, quantized = self.blocks
-        self.original_hidden = self._through(original, self.original_hidden)
-        self.hidden = self._through(quantized, self.hidden)
-        self._blocks = None
+        """Run the samples through the layer; return no further changes."""
+        self.loop.end_layer()
         return {}
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """The text as both models have it after the blocks so far."""
-        return {"original_hidden": self.original_hidden.stored(), "hidden": self.hidden.stored()}
+        """Return the samples' hidden states."""
+        return self.loop.state()
 
     def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
-        """Take up the text where it was."""
-        self.original_hidden = self.store.take(state.get("original_hidden"))
-        self.hidden = self.store.take(state.get("hidden"))
+        """Take the samples' hidden states from `state`."""
+        self.loop.restore(state)
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """The last norm, fitted to what the blocks have become."""
+        """Return the final norm, fitted to the quantized layers."""
         return self.fitted_norm()
 
     def fitted_norm(self) -> dict[str, Tensor]:
-        """The last norm's weight by its full name, see `final_norm`; of several processes each looks at its own windows."""
-        if not self.options.final_norm:
-            return {}
-        pairs = zip(
-            self.original_hidden.split(WINDOWS_AT_ONCE), self.hidden.split(WINDOWS_AT_ONCE), strict=True
-        )
-        name = f"{FINAL_NORM}.weight"
-        weight = fit_norm(self.runner.final_norm(), pairs)
-        return {name: weight.to("cpu", self.runner.source.entries[name].dtype)}
+        """Return the fitted final norm's weight by its full name; nothing where the options leave it as it is."""
+        return self.loop.fit_final_norm() if self.options.final_norm else {}
 
-    def _moments(self, name: str, width: int) -> tuple[Moments, Tensor]:
-        """Of the inputs of the linear called `name`, and some of these inputs [M, width] for the report."""
-        original, quantized = self.blocks
-        moments = Moments.zeros(width, self.store.device, cross_gram=True)
-        pairs = zip(
-            self.hidden.split(WINDOWS_AT_ONCE), self.original_hidden.split(WINDOWS_AT_ONCE), strict=True
-        )
-        limit, seen = SAMPLE_ELEMENTS * WINDOWS_AT_ONCE // len(self.hidden), []
-        reader = self.runner.source.family.group_of(name).stream if self.options.compensate_residual_stream else None
-        for here, there in pairs:
-            inputs, stream_hat = quantized.inputs_and_stream(name, reader, here)
-            wanted, stream = original.inputs_and_stream(name, reader, there)
-            moments.add(inputs, wanted)
-            if stream is not None and stream_hat is not None:
-                moments.add_residual(inputs, stream_hat, stream)
-            seen.append(sample_rows(inputs.reshape(-1, width), limit).clone())
-        self.store.processes.sum_moments(moments)
-        return moments, torch.cat(seen)
+    @staticmethod
+    def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:
+        """Yield the memory of quantizing each group and of collecting its moments.
 
-    def _through(self, block: DecoderLayer, hidden: Activations) -> Activations:
-        return hidden.map(block.run, WINDOWS_AT_ONCE)
+        Both hold the layer as stored, the original in float32, and the quantized layer's linears that are still
+        unquantized.
+        """
+        for layer in workload.distinct_layers():
+            for number, (label, group) in enumerate(layer.groups):
+                unquantized = sum(other.weights for _, other in layer.groups[number:])
+                held = layer.stored_bytes + FLOAT_BYTES * (layer.weights + unquantized) + WORKSPACE_BYTES
+                step = f"layer {layer.index}, {label}"
+                yield MemoryEstimate(held + _quantize_group_bytes(group, workload.device), step)
+                yield MemoryEstimate(held + _moments_bytes(layer, group, workload), f"{step}, its inputs")
+
+    @staticmethod
+    def compute_estimate(workload: Workload) -> ComputeEstimate:
+        """Estimate OKT, the choice of signs, the moments, and the samples' way through both models."""
+        options, tokens, total = fast.FastOptions(), workload.tokens, ComputeEstimate()
+        for group in workload.groups():
+            total += okt_compute(group, options.okt_rounds)
+            flops = 4 * options.passes * group.rows * group.square + 8 * group.columns**3
+            flops += 4 * tokens * group.square + 2 * 5 * tokens * group.weights
+            total += ComputeEstimate(flops, options.passes * 530 * group.weights)
+        return total
+
+
+def _quantize_group_bytes(group: GroupShape, device: str) -> float:
+    """Return the memory of the largest step of `fast.quantize_group`, the moments included."""
+    target = 7 * group.weights + 7 * group.square  # cholesky_solve in float64
+    inverse = 3 * group.weights + 11 * group.square  # inverse_cholesky in float64
+    at_once = min(group.weights, row_chunk_elements(device))
+    signs = 5 * group.weights + 15 * at_once + 4 * group.square  # GPTQ and coordinate descent
+    return float(FLOAT_BYTES * max(target, inverse, signs))
+
+
+def _moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> float:
+    """Return the memory of the activations of one batch in a layer, and of the moments of a group's inputs."""
+    tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
+    widths = sum(other.rows for _, other in layer.groups) + 4 * layer.groups[0][1].columns
+    return float(FLOAT_BYTES * (tokens * (widths + 2 * group.columns) + 2 * group.square))

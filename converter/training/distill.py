@@ -1,16 +1,16 @@
-"""Distillation: the whole quantized model learns the original's next-token distributions.
+"""Distillation: train the whole quantized model on the original's next-token distributions (KL divergence).
 
-Row and column scales, norms and low-rank factors learn all the time; signs in sections of as many blocks as
-`sections.SIGNS_AT_ONCE` allows, one section after the other, so that a large model needs latent weights and their
-optimizer's state of one section only. All sections together see the text as often as the options say.
+Row and column scales, norms and low-rank factors are trained throughout. Signs are trained in stages of as many
+decoder layers as `stages.MAX_STAGE_WEIGHTS` allows, one stage after the other, so that only one stage's latent weights
+and optimizer state are in memory. All stages together use the samples as often as the options say.
 
-A sign moves when its gradient has pushed the same way for long: its latent weight starts at what the original weight
-would be here, but nowhere nearer to zero than `tunable.SMALLEST_LATENT`, and the steps are small. NanoQuant's ablation
-found signs better left alone here; so it is with latent weights that come from the blocks' tuning, many of which are
-next to zero, or with large steps (measured: divergence three times as large instead of half).
+A sign flips when its gradient has kept the same direction for many steps: its latent weight starts at the rotated
+original weight, but not closer to zero than `ste_linear.MIN_LATENT`, and the learning rate is small. NanoQuant's
+ablation found it better not to train signs here. We measured the same (three times the divergence instead of half)
+with latent weights taken from the tuning of the layers, many of which are close to zero, and with a large rate.
 
-The original itself is not loaded: its last hidden states are at hand after the last block, and its norm and head
-give its logits; its weights are read a linear at a time where latent weights begin.
+The original model itself is not loaded: its hidden states after the last layer are known from calibration, and its
+final norm and head turn them into logits. Its weights are read one linear at a time to initialize latent weights.
 """
 
 import copy
@@ -23,8 +23,8 @@ from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
 from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
-from bwla_converter.training.stages import sections, split_budget
-from bwla_converter.training.ste_linear import InputTransform, STELinear, forget_inputs, norm_weights
+from bwla_converter.training.stages import Stage, make_stages, split_budget
+from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
 from bwla_kernels.format.head import HEAD_MODULE
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,95 +34,130 @@ log = logging.getLogger(__name__)
 DISTILLATION = TuneOptions(
     epochs=4, batch=2, latent_rate=3e-3, scale_rate=1e-3, low_rank_rate=3e-3, norm_rate=1e-3, momentum=0.8
 )
-"""How the whole model is distilled; at a latent rate of 0 all signs stay as they are."""
+"""Default hyperparameters of distillation; with a latent rate of 0 no signs are trained."""
 
 
-def distill(
-    model: PreTrainedModel,
-    runner: LayerRunner,
-    ids: Tensor,
-    original_hidden: Activations,
-    options: TuneOptions,
-    seed: int,
-    start: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], list[float]]:
+class Distiller:
     """Train a quantized model as a whole.
 
     Args:
-        model: the model, its quantized linears `BWLALinear`; changed in place.
-        runner: of the original; gives its head.
-        ids: token ids of the calibration windows [S, T].
-        original_hidden: the original's hidden states after its last block [S, T, hidden].
-        options: see there; no latent weights at a latent rate of 0.
-        seed: orders the windows.
-        start: stored tensors, by their full names, to start from instead of the model's.
-
-    Returns: the stored tensors that changed, by their full names, and the mean divergence before, in each epoch of
-        each section, and after, in nats; those of `start` alone where it did not fall.
+        model: the quantized model, with `BWLALinear` modules; changed in place.
+        runner: runner of the original model, for its final norm, head and weights.
+        ids: token ids of the calibration samples [S, T].
+        original_hidden: the original's hidden states after its last layer [S, T, hidden].
+        options: hyperparameters.
+        initial: stored tensors, by their full names, that replace the model's before training.
     """
-    model = model.to(runner.device).eval()
-    model.requires_grad_(False)
-    logits_of = original_logits(model, runner)
-    model.load_state_dict(start, strict=False)
-    linears = make_tunable(model, runner)
-    norms = norm_weights(model)
-    for parameter in norms.values():
-        parameter.requires_grad_(True)
 
-    def loss_of(indices: Tensor) -> Tensor:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        runner: LayerRunner,
+        ids: Tensor,
+        original_hidden: Activations,
+        options: TuneOptions,
+        initial: Mapping[str, Tensor],
+    ) -> None:
+        self.model = model.to(runner.device).eval()
+        self.runner, self.ids, self.original_hidden, self.options = runner, ids, original_hidden, options
+        self.initial = initial
+        model.requires_grad_(False)
+        self.logits_of = original_logits(model, runner)
+        model.load_state_dict(initial, strict=False)
+        self.linears = make_trainable(model, runner)
+        self.norms = norm_weights(model)
+        for parameter in self.norms.values():
+            parameter.requires_grad_(True)
+
+    def loss(self, indices: Tensor) -> Tensor:
+        """Return the mean KL divergence from the original in nats per token, over the samples of the given indices."""
         with torch.no_grad():
-            wanted = nn.functional.log_softmax(logits_of(original_hidden[indices]), -1)
-        found = nn.functional.log_softmax(model(ids[indices], use_cache=False).logits.float(), -1)
-        return (wanted.exp() * (wanted - found)).sum(-1).mean()
+            original = nn.functional.log_softmax(self.logits_of(self.original_hidden[indices]), -1)
+        logits = self.model(self.ids[indices], use_cache=False).logits
+        quantized = nn.functional.log_softmax(logits.float(), -1)
+        return (original.exp() * (original - quantized)).sum(-1).mean()
 
     @torch.no_grad()
-    def divergence() -> float:
-        parts = torch.arange(len(ids)).split(options.batch)
-        total = sum(float(loss_of(part)) * len(part) for part in parts)
-        forget_inputs(linears.values())
-        return total / len(ids)
+    def divergence(self) -> float:
+        """Return the mean KL divergence over all samples."""
+        parts = torch.arange(len(self.ids)).split(self.options.batch)
+        total = sum(float(self.loss(part)) * len(part) for part in parts)
+        clear_input_caches(self.linears.values())
+        return total / len(self.ids)
 
-    generator = torch.Generator().manual_seed(seed)
-    trace = [divergence()]
-    parts = [blocks for blocks, _ in sections(runner.source)] if options.latent_rate else [[]]
-    for blocks, share in zip(parts, split_budget(options, len(ids), len(parts)), strict=True):
-        moving = [name for index in blocks for name in runner.source.linears_of_layer(index)]
-        before = {name: free_signs(linears[name], f"{name}.weight", runner) for name in moving}
-        groups = parameter_groups(linears.values(), norms.values(), share)
-        trace += tune(loss_of, groups, len(ids), share, generator, lambda: forget_inputs(linears.values()))
-        moved = sum(int((linears[name].fix_signs() != signs).sum()) for name, signs in before.items())
-        if moving:
-            share_moved = 100 * moved / sum(signs.numel() for signs in before.values())
-            log.info("distillation: blocks %d-%d, %.2f %% of signs moved", blocks[0], blocks[-1], share_moved)
-    trace.append(divergence())
-    if trace[-1] >= trace[0]:
+    def run(self, seed: int) -> tuple[dict[str, Tensor], list[float]]:
+        """Train all stages; a distillation that does not reduce the divergence is discarded.
+
+        Args:
+            seed: seed of the order of the samples.
+
+        Returns: the stored tensors that changed, by their full names (`initial` alone where training is discarded),
+            and the mean divergence in nats: before, in each epoch of each stage, and after.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        trace = [self.divergence()]
+        stages = make_stages(self.runner.source) if self.options.latent_rate else [Stage()]
+        budgets = split_budget(self.options, len(self.ids), len(stages))
+        for stage, options in zip(stages, budgets, strict=True):
+            trace += self.run_stage(stage, options, generator)
+        trace.append(self.divergence())
+        if trace[-1] < trace[0]:
+            return self.changed_tensors(), trace
         log.warning(
-            "distillation did not bring the model closer to the original: it stays as it was; try more "
+            "distillation did not bring the model closer to the original and is rolled back: try more "
             "--num-calibration-samples"
         )
-        return dict(start), trace
-    changed = {
-        f"{name}.{key}": value for name, linear in linears.items() for key, value in linear.stored().items()
-    }
-    dtypes = {name: runner.source.entries[name].dtype for name in norms}
-    changed |= {name: parameter.detach().to(dtypes[name], copy=True) for name, parameter in norms.items()}
-    return changed, trace
+        return dict(self.initial), trace
 
+    def run_stage(self, stage: Stage, options: TuneOptions, generator: torch.Generator) -> list[float]:
+        """Train with the signs of one stage's layers unfrozen; return the mean loss of each epoch."""
+        names = [name for index in stage.layers for name in self.runner.source.linears_of_layer(index)]
+        before = {name: self.unfreeze_signs(name) for name in names}
+        groups = parameter_groups(self.linears.values(), self.norms.values(), options)
+        trace = tune(
+            self.loss,
+            groups,
+            len(self.ids),
+            options,
+            generator,
+            lambda: clear_input_caches(self.linears.values()),
+        )
+        flipped = sum(
+            int((self.linears[name].freeze_signs() != signs).sum()) for name, signs in before.items()
+        )
+        if names:
+            percent = 100 * flipped / sum(signs.numel() for signs in before.values())
+            first, last = stage.layers[0], stage.layers[-1]
+            log.info("distillation: layers %d-%d, %.2f %% of signs flipped", first, last, percent)
+        return trace
 
-def free_signs(linear: STELinear, weight: str, runner: LayerRunner) -> Tensor:
-    """Let the signs of a linear move, from the original's weight of that name; returns what they are, int8 [N, K]."""
-    assert linear.signs is not None
-    signs = linear.signs
-    linear.free_signs(linear.original_latent(runner.source.read([weight])[weight].to(runner.device)))
-    return signs
+    def unfreeze_signs(self, name: str) -> Tensor:
+        """Train a linear's signs, starting from the original weight; return the current signs, int8 [N, K]."""
+        linear, weight = self.linears[name], f"{name}.weight"
+        assert linear.signs is not None
+        signs = linear.signs
+        original = self.runner.source.read([weight])[weight].to(self.runner.device)
+        linear.unfreeze_signs(linear.original_latent(original))
+        return signs
+
+    def changed_tensors(self) -> dict[str, Tensor]:
+        """Return all trained tensors as they are stored, by their full names."""
+        changed = {
+            f"{name}.{key}": value
+            for name, linear in self.linears.items()
+            for key, value in linear.stored().items()
+        }
+        for name, parameter in self.norms.items():
+            changed[name] = parameter.detach().to(self.runner.source.entries[name].dtype, copy=True)
+        return changed
 
 
 def original_logits(model: PreTrainedModel, runner: LayerRunner) -> Callable[[Tensor], Tensor]:
-    """From the original's last hidden states [..., hidden] to its logits [..., V], float32.
+    """Return the function from the original's last hidden states [..., hidden] to its logits [..., V], float32.
 
     Args:
-        model: the quantized model as it was stored: its last norm is the original's.
-        runner: of the original.
+        model: the quantized model as stored: its final norm is still the original's.
+        runner: runner of the original model.
     """
     norm = copy.deepcopy(model.get_submodule(FINAL_NORM))
     name = EMBEDDING_WEIGHT if runner.source.tied_head else HEAD_WEIGHT
@@ -136,18 +171,18 @@ def original_logits(model: PreTrainedModel, runner: LayerRunner) -> Callable[[Te
     return logits_of
 
 
-def make_tunable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
-    """Replace, in place, every BWLA linear by a tunable one with fixed signs, and an 8-bit head by a dense one."""
+def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
+    """Replace, in place, every BWLA linear by a trainable one with frozen signs, and dequantize an 8-bit head."""
     linears: dict[str, STELinear] = {}
     for index in range(runner.source.num_layers):
         for _, names in runner.source.groups_of_layer(index):
             modules = {name: model.get_submodule(name) for name in names}
-            side: InputTransform | None = None
+            input_transform: InputTransform | None = None
             for name, module in modules.items():
                 assert isinstance(module, BWLALinear)
                 stored = module.stored()
-                side = side or InputTransform(stored, module.spec)
-                linears[name] = STELinear(side, stored, module.spec, stored.get("bias"))
+                input_transform = input_transform or InputTransform(stored, module.spec)
+                linears[name] = STELinear(input_transform, stored, module.spec, stored.get("bias"))
                 model.set_submodule(name, linears[name])
     head = model.get_submodule(HEAD_MODULE)
     if isinstance(head, BWLAHead):

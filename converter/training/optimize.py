@@ -1,9 +1,7 @@
-"""Tuning a quantized block by gradients: its outputs on the quantized model's inputs shall be the original's.
+"""Gradient-based training of quantized layers: learning rates, schedule and training loop.
 
-The block sees the activations that the already quantized blocks produce and is pulled towards what the original
-model has at that place, so it also makes good what was lost before it (error propagation; that this is where most
-of the quality of one-bit models comes from is NanoQuant's ablation). Signs move through latent weights (`tunable`);
-scales, low-rank factors and norms move freely; rotations stay.
+Signs are trained through latent weights (`ste_linear`), scales, low-rank factors and norms directly; rotations stay
+fixed.
 """
 
 import math
@@ -19,17 +17,17 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """How a block is tuned.
+    """Hyperparameters of a training run.
 
     Attributes:
-        epochs: passes over the calibration windows; 0 leaves the block as it is.
-        batch: windows a step.
-        latent_rate, scale_rate, low_rank_rate, norm_rate: Adam's steps, of latent weights in units of their row's
-            scale, of log scales, of low-rank factors and norms in units of their root mean square.
-        momentum: share of its running mean that Adam keeps of a gradient, each step.
-        warm_up: share of the work in which the rates rise; they then fall to zero along a cosine.
-        max_steps: fewer steps than the epochs have; None for all of them.
-        minutes: time to stop after. The result then depends on the machine's speed; None for no limit.
+        epochs: passes over the calibration samples; 0 for no training.
+        batch: samples per step.
+        latent_rate, scale_rate, low_rank_rate, norm_rate: Adam's learning rates: of latent weights in units of their
+            row's scale, of the logarithms of scales, of low-rank factors and norms relative to their root mean square.
+        momentum: Adam's beta_1.
+        warm_up: share of the training in which the rates rise linearly; they then fall to zero along a cosine.
+        max_steps: upper limit of the number of steps; None for no limit.
+        minutes: time limit; the result then depends on the machine's speed. None for no limit.
     """
 
     epochs: int = 3
@@ -44,7 +42,7 @@ class TuneOptions:
     minutes: float | None = None
 
     def steps(self, count: int) -> int:
-        """Adam's steps on `count` windows, unless the minutes end them."""
+        """Return the number of steps on `count` samples, the time limit aside."""
         steps = self.epochs * math.ceil(count / self.batch)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
@@ -52,16 +50,16 @@ class TuneOptions:
 def parameter_groups(
     linears: Iterable[STELinear], norms: Iterable[nn.Parameter], options: TuneOptions
 ) -> list[dict[str, Any]]:
-    """Adam's groups: every kind of parameter with its rate; what members share comes once."""
+    """Return Adam's parameter groups, each with its learning rate; parameters that linears share occur once."""
     latents: list[Tensor] = []
     scales: dict[int, Tensor] = {}
     factors: dict[int, Tensor] = {}
     for linear in linears:
         if linear.latent is not None:
             latents.append(linear.latent)
-        for scale in (linear.log_scale, linear.side.log_column):
+        for scale in (linear.log_scale, linear.input_transform.log_column_scale):
             scales[id(scale)] = scale
-        for factor in (linear.low_rank_b, linear.side.low_rank_a):
+        for factor in (linear.low_rank_b, linear.input_transform.low_rank_a):
             if factor is not None:
                 factors[id(factor)] = factor
     return [
@@ -77,7 +75,10 @@ def _rms(tensor: Tensor) -> float:
 
 
 def rate_factor(done: float, warm_up: float) -> float:
-    """Share of the full rate after a share of the work: a linear warm-up, then half a cosine down to zero."""
+    """Return the factor of the learning rates when a share `done` of the training is done.
+
+    It rises linearly to 1 during the warm-up and then falls to 0 along half a cosine.
+    """
     if done < warm_up:
         return done / warm_up
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (done - warm_up) / (1.0 - warm_up)))
@@ -91,26 +92,26 @@ def tune(
     generator: torch.Generator,
     after_step: Callable[[], None] = lambda: None,
 ) -> list[float]:
-    """Adam over random batches of windows.
+    """Minimize a loss by Adam over random batches of samples.
 
     Args:
-        loss_of: indices of windows -> loss to lower.
-        groups: from `parameter_groups`.
-        count: windows.
-        options: see there.
-        generator: orders the windows.
+        loss_of: indices of samples -> their loss.
+        groups: parameter groups, see `parameter_groups`.
+        count: number of samples.
+        options: hyperparameters.
+        generator: random generator of the batches.
         after_step: called after each step.
 
-    Returns: mean loss of each epoch, as it was on the way; the last one may be cut short by the budget.
+    Returns: the mean loss of each epoch, measured while training. A limit may cut the last epoch short.
     """
-    # The gradient of one sign is far below Adam's usual epsilon, which would keep it from moving at all.
+    # Adam's usual epsilon is far above the gradient of a single sign and would keep it from moving.
     adam = torch.optim.Adam(groups, betas=(options.momentum, 0.95), eps=1e-15, fused=True)
-    full = [group["lr"] for group in adam.param_groups]
+    rates = [group["lr"] for group in adam.param_groups]
     steps = options.steps(count)
     trace: list[float] = []
     step, started = 0, time.monotonic()
     while step < steps:
-        total, seen = 0.0, 0
+        total, samples = 0.0, 0
         for indices in torch.randperm(count, generator=generator).split(options.batch):
             done = (step + 1) / (steps + 1)
             if options.minutes is not None:
@@ -119,7 +120,7 @@ def tune(
                 steps = step
             if step >= steps:
                 break
-            for group, rate in zip(adam.param_groups, full, strict=True):
+            for group, rate in zip(adam.param_groups, rates, strict=True):
                 group["lr"] = rate * rate_factor(done, options.warm_up)
             adam.zero_grad(set_to_none=True)
             loss = loss_of(indices)
@@ -127,8 +128,8 @@ def tune(
             adam.step()
             after_step()
             total += float(loss.detach()) * len(indices)
-            seen += len(indices)
+            samples += len(indices)
             step += 1
-        if seen:
-            trace.append(total / seen)
+        if samples:
+            trace.append(total / samples)
     return trace

@@ -1,9 +1,9 @@
-"""A quantized linear that gradients flow through: straight-through signs and codes, everything else as it is.
+"""A quantized linear that can be trained, by straight-through estimators of the signs and of the activation codes.
 
-The forward pass computes what `bwla_kernels.reference` defines, in float32 (in training, products with signs are in
-bfloat16 where that is fast). Backwards, rounding of activations and the sign of a weight count as the identity
-(straight-through estimator, arXiv 1308.3432), the latter only within LATENT_RANGE. Scales are trained as logarithms,
-so they stay positive.
+The forward pass agrees with `bwla_kernels.reference` in float32 (while training, products with signs are computed in
+bfloat16 where that is fast). In the backward pass, the rounding of activations and the sign of a weight count as the
+identity (straight-through estimator, arXiv 1308.3432), the latter only within LATENT_RANGE. Scales are trained as
+logarithms, so that they stay positive.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,15 +18,18 @@ from bwla_kernels.reference import rotate
 from torch import Tensor, nn
 
 LATENT_RANGE = 2.0
-"""Latent weights, in units of their row's scale, get no gradient that would push them further out than this."""
+"""Latent weights, in units of their row's scale, get no gradient that would push them beyond this magnitude."""
+
+MIN_LATENT = 0.05
+"""Initial magnitude of a latent weight where the quantizer chose the sign that the weight itself does not have."""
 
 
 class InputTransform(nn.Module):
-    """What the members of an input group share; computed once for one input.
+    """Input transform that the linears of an input group share; its result for the last input is cached.
 
     Args:
-        tensors: a member's tensors as the format stores them.
-        spec: its layer.
+        tensors: stored tensors of one of the linears.
+        spec: its spec.
     """
 
     left: Tensor
@@ -37,108 +40,109 @@ class InputTransform(nn.Module):
         self.spec, tensors = spec, to_compute_dtype(tensors)
         self.register_buffer("left", tensors["rotation_left"])
         self.register_buffer("right", tensors["rotation_right"])
-        self.log_column = nn.Parameter(tensors["column_scale"].log())
+        self.log_column_scale = nn.Parameter(tensors["column_scale"].log())
         self.low_rank_a = nn.Parameter(tensors["low_rank_a"].float()) if spec.rank else None
-        self._last: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
+        self._cache: tuple[Tensor, tuple[Tensor, Tensor | None]] | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [..., K] -> what the codes stand for [..., K], and u [..., r] (None at rank 0)."""
-        if self._last is not None and self._last[0] is x:
-            return self._last[1]
-        x_hat = rotate(x, self.left, self.right) * self.log_column.exp()
+        """Return the dequantized codes of x [..., K] and x A^T [..., r] (None at rank 0)."""
+        if self._cache is not None and self._cache[0] is x:
+            return self._cache[1]
+        x_hat = rotate(x, self.left, self.right) * self.log_column_scale.exp()
         u = x.float() @ self.low_rank_a.mT if self.low_rank_a is not None else None
         result = (straight_through_codes(x_hat, self.spec), u)
-        self._last = (x, result)
+        self._cache = (x, result)
         return result
 
-    def forget(self) -> None:
-        """Let go of the last input and its graph."""
-        self._last = None
+    def clear_cache(self) -> None:
+        """Release the last input and its autograd graph."""
+        self._cache = None
 
 
 def straight_through_codes(x_hat: Tensor, spec: LayerSpec) -> Tensor:
-    """x_hat [..., K] rounded as `reference.quantize` does, with the gradient of the identity."""
+    """Round x_hat [..., K] as `reference.quantize` does, with the gradient of the identity."""
     if spec.bits == UNQUANTIZED_BITS:
         return x_hat
     q_max = (1 << (spec.bits - 1)) - 1
-    cells = x_hat.detach().unflatten(-1, (spec.rotation_groups, -1))
-    scale = (cells.abs().amax(-1, keepdim=True) * (spec.clip / q_max)).clamp_min(
+    groups = x_hat.detach().unflatten(-1, (spec.rotation_groups, -1))
+    scale = (groups.abs().amax(-1, keepdim=True) * (spec.clip / q_max)).clamp_min(
         torch.finfo(torch.float32).tiny
     )
-    rounded = torch.round(cells / scale).clamp(-q_max, q_max) * scale
+    rounded = torch.round(groups / scale).clamp(-q_max, q_max) * scale
     result: Tensor = x_hat + (rounded.flatten(-2) - x_hat).detach()
     return result
 
 
-@cache  # asked for every product
+@cache  # called for every product
 def product_dtype(device: torch.device) -> torch.dtype:
-    """What products with signs are computed in while training: bfloat16 where the processor multiplies it natively.
+    """Return the dtype of products with signs while training: bfloat16 where the processor supports it natively.
 
-    Signs are exact in it, and codes of up to 8 bits but for their scale; it is about four times as fast as float32.
+    Signs are exact in bfloat16, and so are codes of up to 8 bits apart from their scale. It is about four times as
+    fast as float32.
     """
     native = device.type == "cuda"
     if device.type == "cpu":
-        found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 class SignProduct(torch.autograd.Function):
-    """x S^T, where S is the sign (0 counts as +1) of int8 signs or of latent weights [N, K].
+    """Compute x S^T, where S [N, K] are the signs (0 counts as +1) of int8 signs or of float latent weights.
 
-    A latent weight gets the sign's gradient, unless that would push it further out of LATENT_RANGE. Neither the
-    float copy of S nor, for fixed signs, x stays for the backward pass.
+    A latent weight gets the sign's gradient, unless a step would push it further out of LATENT_RANGE. To save memory,
+    the backward pass keeps neither the float copy of S nor, for fixed signs, x.
     """
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, source: Tensor, dtype: torch.dtype
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weights: Tensor, dtype: torch.dtype
     ) -> Tensor:
         rows = x.flatten(0, -2).to(dtype)
-        ctx.save_for_backward(source, rows if source.is_floating_point() else source)
+        ctx.save_for_backward(weights, rows if weights.is_floating_point() else weights)
         ctx.dtype, ctx.shape = dtype, x.shape[:-1]  # type: ignore[attr-defined]
-        result: Tensor = (rows @ _signs(source, dtype).mT).to(x.dtype).unflatten(0, x.shape[:-1])
+        result: Tensor = (rows @ _signs(weights, dtype).mT).to(x.dtype).unflatten(0, x.shape[:-1])
         return result
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, None]:
-        source, rows = ctx.saved_tensors  # type: ignore[attr-defined]
-        above = gradient.flatten(0, -2).to(ctx.dtype)  # type: ignore[attr-defined]
-        inputs = above @ _signs(source, ctx.dtype)  # type: ignore[attr-defined]
-        of_x = inputs.to(gradient.dtype).unflatten(0, ctx.shape)  # type: ignore[attr-defined]
+        weights, rows = ctx.saved_tensors  # type: ignore[attr-defined]
+        output_gradient = gradient.flatten(0, -2).to(ctx.dtype)  # type: ignore[attr-defined]
+        of_rows = output_gradient @ _signs(weights, ctx.dtype)  # type: ignore[attr-defined]
+        of_x = of_rows.to(gradient.dtype).unflatten(0, ctx.shape)  # type: ignore[attr-defined]
         if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             return of_x, None, None
-        of_latent = (above.mT @ rows).to(source.dtype)
-        free = (source.abs() <= LATENT_RANGE).logical_or_(of_latent * source >= 0)
-        return of_x, of_latent.mul_(free.view(torch.int8)), None
+        of_latent = (output_gradient.mT @ rows).to(weights.dtype)
+        kept = (weights.abs() <= LATENT_RANGE).logical_or_(of_latent * weights >= 0)
+        return of_x, of_latent.mul_(kept.view(torch.int8)), None
 
 
-def _signs(source: Tensor, dtype: torch.dtype) -> Tensor:
-    if source.is_floating_point():
-        # By way of bytes: on a CPU torch converts booleans, and chooses between numbers, an element at a time.
-        source = (source >= 0).view(torch.int8).mul(2).sub_(1)
-    return source.to(dtype)
+def _signs(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    if weights.is_floating_point():
+        # Through int8: on a CPU, torch.where and the conversion of booleans are not vectorized.
+        weights = (weights >= 0).view(torch.int8).mul(2).sub_(1)
+    return weights.to(dtype)
 
 
-def sign_product(x: Tensor, source: Tensor) -> Tensor:
-    """x [..., K] times the signs of `source` [N, K]: [..., N]; in the dtype of x where no gradient is recorded."""
+def sign_product(x: Tensor, weights: Tensor) -> Tensor:
+    """Multiply x [..., K] by the signs of `weights` [N, K]: [..., N], in x's dtype where no gradient is recorded."""
     dtype = product_dtype(x.device) if torch.is_grad_enabled() else x.dtype
     function: Any = SignProduct.apply  # untyped in torch
-    result: Tensor = function(x, source, dtype)
+    result: Tensor = function(x, weights, dtype)
     return result
 
 
 class STELinear(nn.Module):
-    """One member of an input group.
+    """A trainable quantized linear.
 
     Args:
-        side: its group's input side.
-        tensors: its tensors as the format stores them.
-        spec: the layer.
+        input_transform: the input transform, shared with the other linears of the input group.
+        tensors: the linear's stored tensors.
+        spec: its spec.
         bias: [N], not trained.
-        latent: float32 [N, K], what the signs are the signs of, in units of the row's scale; None fixes the signs.
+        latent: float32 [N, K]. Latent weights (straight-through) divided by the row scale; None freezes the signs.
     """
 
     signs: Tensor | None
@@ -146,26 +150,26 @@ class STELinear(nn.Module):
 
     def __init__(
         self,
-        side: InputTransform,
+        input_transform: InputTransform,
         tensors: Mapping[str, Tensor],
         spec: LayerSpec,
         bias: Tensor | None = None,
         latent: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.side, self.spec = side, spec
+        self.input_transform, self.spec = input_transform, spec
         self.register_buffer("signs", unpack_signs(tensors["weight_packed"]))
         self.latent: nn.Parameter | None = None
         if latent is not None:
-            self.free_signs(latent)
+            self.unfreeze_signs(latent)
         self.register_buffer("bias", bias)
         self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
-        x_hat, u = self.side(x)
-        y: Tensor = sign_product(x_hat, self._source) * self.log_scale.exp()
+        """Return the outputs [..., N] for x [..., K], in the dtype of x."""
+        x_hat, u = self.input_transform(x)
+        y: Tensor = sign_product(x_hat, self._sign_weights) * self.log_scale.exp()
         if u is not None and self.low_rank_b is not None:
             y = y + u @ self.low_rank_b.mT
         if self.bias is not None:
@@ -173,20 +177,20 @@ class STELinear(nn.Module):
         return y.to(x.dtype)
 
     @property
-    def _source(self) -> Tensor:
-        """What the signs are the signs of: latent weights, or the signs themselves where they are fixed."""
-        source = self.signs if self.latent is None else self.latent
-        assert source is not None
-        return source
+    def _sign_weights(self) -> Tensor:
+        """The tensor whose signs are used: the latent weights, or the signs themselves where they are frozen."""
+        weights = self.signs if self.latent is None else self.latent
+        assert weights is not None
+        return weights
 
-    def free_signs(self, latent: Tensor) -> None:
-        """From now on the signs, which were fixed, follow a latent weight [N, K] in units of the row's scale."""
+    def unfreeze_signs(self, latent: Tensor) -> None:
+        """Train the signs through latent weights, initialized from `latent` [N, K] in units of the row scale."""
         assert self.signs is not None
-        self.latent, self.signs = nn.Parameter(agreeing(latent, self.signs)), None
+        self.latent, self.signs = nn.Parameter(latent_with_signs(latent, self.signs)), None
 
     @torch.no_grad()
-    def fix_signs(self) -> Tensor:
-        """From now on the signs stay as they are, int8 [N, K]; the latent weight is let go."""
+    def freeze_signs(self) -> Tensor:
+        """Keep the current signs, release the latent weights, and return the signs, int8 [N, K]."""
         assert self.latent is not None
         signs = _signs(self.latent, torch.int8)
         self.latent, self.signs = None, signs
@@ -194,67 +198,68 @@ class STELinear(nn.Module):
 
     @torch.no_grad()
     def original_latent(self, weight: Tensor) -> Tensor:
-        """A weight [N, K] as `free_signs` takes it: rotated, without the low-rank part, in units of the scales."""
-        column = self.side.log_column.exp()
-        rotated = rotate(weight.float(), self.side.left, self.side.right) / column
-        if self.low_rank_b is not None and self.side.low_rank_a is not None:
-            low_rank_a = rotate(self.side.low_rank_a, self.side.left, self.side.right) / column
+        """Turn an original weight [N, K] into latent weights: rotate, subtract the low-rank part, divide by scales."""
+        column = self.input_transform.log_column_scale.exp()
+        rotated = rotate(weight.float(), self.input_transform.left, self.input_transform.right) / column
+        if self.low_rank_b is not None and self.input_transform.low_rank_a is not None:
+            low_rank_a = (
+                rotate(self.input_transform.low_rank_a, self.input_transform.left, self.input_transform.right)
+                / column
+            )
             rotated -= self.low_rank_b @ low_rank_a
         return rotated / self.log_scale.exp().unsqueeze(1)
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """What tuning may have changed, as the format stores it, without names' prefix."""
-        found = {
-            "weight_packed": pack_signs(_signs(self._source, torch.int8)),
+        """Return the trained tensors as the format stores them, by their names inside the linear."""
+        tensors = {
+            "weight_packed": pack_signs(_signs(self._sign_weights, torch.int8)),
             "weight_scale": self.log_scale.exp().to(SCALE_DTYPE),
-            "column_scale": self.side.log_column.exp().to(SCALE_DTYPE),
+            "column_scale": self.input_transform.log_column_scale.exp().to(SCALE_DTYPE),
         }
-        if self.low_rank_b is not None and self.side.low_rank_a is not None:
-            found["low_rank_a"] = self.side.low_rank_a.bfloat16()
-            found["low_rank_b"] = self.low_rank_b.bfloat16()
-        return {key: value.clone() for key, value in found.items()}
+        if self.low_rank_b is not None and self.input_transform.low_rank_a is not None:
+            tensors["low_rank_a"] = self.input_transform.low_rank_a.bfloat16()
+            tensors["low_rank_b"] = self.low_rank_b.bfloat16()
+        return {key: value.clone() for key, value in tensors.items()}
 
 
-SMALLEST_LATENT = 0.05
-"""Where error feedback chose the sign that the weight itself does not have, the latent starts just past zero."""
-
-
-def agreeing(latent: Tensor, signs: Tensor) -> Tensor:
-    """`latent` with the signs that were chosen: its magnitude where it agrees, a small one where it does not."""
-    here = latent * signs
-    return torch.where(here > SMALLEST_LATENT, here, SMALLEST_LATENT).clamp_max(LATENT_RANGE) * signs
+def latent_with_signs(latent: Tensor, signs: Tensor) -> Tensor:
+    """Return `latent` with the given signs, its magnitude replaced by MIN_LATENT where it had the other sign."""
+    magnitude = latent * signs
+    return torch.where(magnitude > MIN_LATENT, magnitude, MIN_LATENT).clamp_max(LATENT_RANGE) * signs
 
 
 def ste_group(
-    block: DecoderLayer,
+    layer: DecoderLayer,
     tensors: Mapping[str, Mapping[str, Tensor]],
     specs: Mapping[str, LayerSpec],
     latents: Mapping[str, Tensor],
 ) -> dict[str, STELinear]:
-    """Put tunable linears in the places of an input group's; biases stay as they are.
+    """Replace the linears of an input group by trainable ones; their biases are kept.
 
     Args:
-        block: the block, changed in place.
-        tensors, specs: of the group's members, by name.
-        latents: of those whose signs may move.
+        layer: the decoder layer, changed in place.
+        tensors, specs: stored tensors and specs of the group's linears, by name.
+        latents: latent weights of those whose signs are trained.
+
+    Returns: the trainable linears by name.
     """
     first = next(iter(tensors))
-    side = InputTransform(tensors[first], specs[first])
-    members = {}
+    input_transform = InputTransform(tensors[first], specs[first])
+    linears = {}
     for name, stored in tensors.items():
-        bias = getattr(block.linear(name), "bias", None)
-        members[name] = STELinear(side, stored, specs[name], bias, latents.get(name))
-        block.replace(name, members[name])
-    return members
+        bias = getattr(layer.linear(name), "bias", None)
+        linears[name] = STELinear(input_transform, stored, specs[name], bias, latents.get(name))
+        layer.replace(name, linears[name])
+    return linears
 
 
 def norm_weights(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights of a module's norms by their names in it."""
+    """Return the weights of the norms in a module, by their names inside it."""
     return {name: value for name, value in module.named_parameters() if name.endswith("norm.weight")}
 
 
-def forget_inputs(linears: Iterable[STELinear]) -> None:
-    """Let go of the inputs that groups keep for their members."""
+def clear_input_caches(linears: Iterable[STELinear]) -> None:
+    """Release the inputs that the linears' input transforms have cached."""
     for linear in linears:
-        linear.side.forget()
+        linear.input_transform.clear_cache()

@@ -207,8 +207,8 @@ def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> Non
     [
         ({"bits": 9}, "activation bits must be 2..8 or 16, found 9"),
         ({"clip": 0.0}, "clip must lie in"),
-        ({"rank": 65}, "rank 65 is more than its 64 x 64 weight holds"),
-        ({"head_bits": 4}, "the head can have 8 or 16 bits, found 4"),
+        ({"rank": 65}, "expected a rank of at most 64 for its 64 x 64 weight, found 65"),
+        ({"head_bits": 4}, "--lm-head-bits: expected 8, 16 or auto, found 4"),
         ({"recipe": "magic"}, "recipe 'magic' does not exist"),
     ],
 )

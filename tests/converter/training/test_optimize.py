@@ -1,4 +1,4 @@
-"""The tuner lowers what it is given, keeps to its budget, and repeats itself for a seed."""
+"""Training lowers the loss, keeps to its limits, and is reproducible for a seed."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ OPTIONS = TuneOptions(epochs=6, batch=2)
 
 
 def fit(options: TuneOptions, seed: int = 0) -> tuple[list[float], Tensor, int]:
-    """Move a vector to the mean of eight points; the trace, where it ends, and the number of steps."""
+    """Fit a vector to the mean of eight points; return the trace, the vector, and the number of steps."""
     points = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     parameter = nn.Parameter(torch.full((3,), 4.0))
     steps: list[None] = []

@@ -1,18 +1,22 @@
-"""Sections hold every block once, and together do the work that was asked for."""
+"""Stages contain every layer once, and together do the requested amount of training."""
 
 import pytest
 from bwla_converter.source.model import open_source
 from bwla_converter.training.optimize import TuneOptions
-from bwla_converter.training.stages import sections, split_budget
+from bwla_converter.training.stages import Stage, make_stages, split_budget
 
 
-def test_sections_hold_every_block_once(make_model) -> None:
+def test_stages_contain_every_layer_once(make_model) -> None:
     source = open_source(str(make_model("Qwen3", num_hidden_layers=5)))
-    [(blocks, weights)] = sections(source)
-    assert blocks == [0, 1, 2, 3, 4]
-    one = weights // 5
-    assert sections(source, 2 * one) == [([0, 1], 2 * one), ([2, 3], 2 * one), ([4], one)]
-    assert sections(source, 1) == [([index], one) for index in range(5)]
+    [stage] = make_stages(source)
+    assert stage.layers == (0, 1, 2, 3, 4)
+    weights = stage.weights // 5
+    assert make_stages(source, 2 * weights) == [
+        Stage((0, 1), 2 * weights),
+        Stage((2, 3), 2 * weights),
+        Stage((4,), weights),
+    ]
+    assert make_stages(source, 1) == [Stage((index,), weights) for index in range(5)]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])

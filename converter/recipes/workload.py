@@ -1,0 +1,138 @@
+"""The shapes that a recipe's memory and compute estimates depend on, and the form that the estimates have."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from bwla_converter.common.bits import num_weights
+from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.options import Calibration
+from bwla_converter.source.model import Source
+from bwla_kernels.format import LayerSpec
+
+FLOAT_BYTES = 4
+
+WORKSPACE_BYTES = 160e6
+"""Memory for what is processed in pieces: chunks of rows, statistics, files being written."""
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """An input group's pooled weight: rows N of all its linears, columns K."""
+
+    rows: int
+    columns: int
+
+    @property
+    def weights(self) -> int:
+        """N * K."""
+        return self.rows * self.columns
+
+    @property
+    def square(self) -> int:
+        """K * K, the elements of a Hessian."""
+        return self.columns**2
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer.
+
+    Attributes:
+        index: its number.
+        stored_bytes: size of its tensors in the checkpoint.
+        weights: elements of all its tensors.
+        groups: its input groups, in execution order, each with the name of its first linear inside the layer.
+    """
+
+    index: int
+    stored_bytes: int
+    weights: int
+    groups: tuple[tuple[str, GroupShape], ...]
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory that a conversion allocates in one of its steps, hidden states of the samples not included."""
+
+    num_bytes: float
+    step: str
+
+
+@dataclass(frozen=True)
+class ComputeEstimate:
+    """Work of a conversion: floating-point operations of matrix products, and bytes that element-wise work moves."""
+
+    flops: float = 0.0
+    bytes_moved: float = 0.0
+
+    def __add__(self, other: "ComputeEstimate") -> "ComputeEstimate":
+        return ComputeEstimate(self.flops + other.flops, self.bytes_moved + other.bytes_moved)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A conversion, as far as its cost depends on it.
+
+    Attributes:
+        source: the model.
+        specs: the spec of every linear to quantize.
+        rank: rank of the low-rank correction.
+        calibration: the calibration data; None for a recipe that uses none.
+        device: type of the device that computes.
+    """
+
+    source: Source
+    specs: Mapping[str, LayerSpec]
+    rank: int
+    calibration: Calibration | None
+    device: str = "cpu"
+
+    @property
+    def weights(self) -> int:
+        """Weights to quantize."""
+        return sum(map(num_weights, self.specs.values()))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all calibration samples."""
+        return self.calibration.num_samples * self.calibration.max_seq_length if self.calibration else 0
+
+    def batch_tokens(self, batch: int) -> int:
+        """Return the tokens of `batch` calibration samples, or of all where there are fewer."""
+        if self.calibration is None:
+            return 0
+        return min(batch, self.calibration.num_samples) * self.calibration.max_seq_length
+
+    def layer(self, index: int) -> LayerShape:
+        """Return the shape of decoder layer `index`."""
+        groups = []
+        for _, names in self.source.groups_of_layer(index):
+            specs = [self.specs[name] for name in names]
+            shape = GroupShape(sum(spec.out_features for spec in specs), specs[0].in_features)
+            groups.append((names[0].rpartition(".")[2], shape))
+        entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
+        weights = sum(math.prod(entry.shape) for entry in entries)
+        return LayerShape(index, sum(map(entry_bytes, entries)), weights, tuple(groups))
+
+    def distinct_layers(self) -> Iterator[LayerShape]:
+        """Yield the first layer of each shape; others with the same shape need the same memory."""
+        known = set()
+        for index in range(self.source.num_layers):
+            layer = self.layer(index)
+            if layer.groups not in known:
+                known.add(layer.groups)
+                yield layer
+
+    def groups(self) -> Iterator[GroupShape]:
+        """Yield the input groups of all layers."""
+        for index in range(self.source.num_layers):
+            for _, group in self.layer(index).groups:
+                yield group
+
+
+def okt_compute(group: GroupShape, rounds: int) -> ComputeEstimate:
+    """Estimate the work of learning the rotation of an input group."""
+    rotation_width = 2 * math.isqrt(group.columns)  # n1 + n2 of a single rotation group
+    flops = 8 * rounds * group.weights * rotation_width / 2
+    return ComputeEstimate(flops, 24 * FLOAT_BYTES * rounds * group.weights)
