@@ -27,7 +27,7 @@ class Options:
     """Options of a conversion, the same as those of `bwla-convert`.
 
     Every option can change the tensors of the result, except `out`, `overwrite`, `resume`, `restart`, `max_memory` and
-    the reporting options `report`, `text_samples` and `hub_repo`. Equal options, software and hardware give equal results.
+    the reporting options `report`, `text_samples` and `hub_repo`. On one machine, equal options give equal tensors.
 
     Attributes:
         model: a folder with a Hugging Face model, or the id of one on the Hub, like "Qwen/Qwen3-8B".

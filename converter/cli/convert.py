@@ -2,22 +2,35 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from bwla_converter.cli.arguments import with_panels
+from bwla_converter.cli.convert_options import (
+    CalibrationText,
+    Machine,
+    ModelAndOutput,
+    Quantization,
+    Reporting,
+    Resume,
+    Training,
+)
+from bwla_converter.cli.errors import errors_reported
 from bwla_converter.cli.interrupt import Interrupts, handled
 from bwla_converter.common.versions import bug_report_line
-from bwla_kernels.errors import BWLAError
+from bwla_converter.options import Calibration, Options
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
+
+if TYPE_CHECKING:
+    from bwla_converter.options import Summary
 
 EXAMPLES = """
 Examples:
 
   bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla
 
-  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --num-calibration-samples 128
+  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
 
@@ -26,293 +39,149 @@ Examples:
   vllm serve ./qwen3-8b-bwla --quantization bwla
 """
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         typer.echo(bug_report_line())
         raise typer.Exit
 
 
-def parse_auto(text: str, option: str) -> int | None:
-    """'auto' -> None, a number -> itself.
-
-    Raises:
-        typer.BadParameter: neither.
-    """
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise typer.BadParameter(f"expected auto or a number like 16, found {text!r}", param_hint=option)
-    return int(text)
-
-
-def parse_clip(text: str) -> float | None:
-    """'auto' -> None, a number -> itself.
-
-    Raises:
-        typer.BadParameter: neither.
-    """
-    try:
-        return None if text == "auto" else float(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected auto or a number like 0.9, found {text!r}", param_hint="--clip"
-        ) from None
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size like 12GB.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    from bwla_converter.planning.budget import parse_size
-
-    try:
-        return parse_size(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"expected a size like 12GB or 800MiB, found {text!r}", param_hint="--max-memory"
-        ) from None
-
-
 @app.command(epilog=EXAMPLES)
+@with_panels
 def convert(
-    model: Annotated[str, typer.Argument(help="A folder with a Hugging Face model, or a Hub id.")],
-    out: Annotated[Path, typer.Argument(help="The folder to create; it appears whole or not at all.")],
-    recipe: Annotated[
-        str,
-        typer.Option(
-            help="paper: OKT + PSP as published, without calibration data. fast: by the inputs that text gives. "
-            "best: fast, then tuned by gradients (hours instead of minutes)."
-        ),
-    ] = "paper",
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text for recipe fast: a .txt or .jsonl file, a folder of them, wikitext2 or c4."),
-    ] = None,
-    num_calibration_samples: Annotated[int, typer.Option(help="Number of calibration samples.", min=1)] = 128,
-    max_seq_length: Annotated[
-        int, typer.Option(help="Length of a calibration sample in tokens.", min=2)
-    ] = 2048,
-    rank: Annotated[
-        str,
-        typer.Option(
-            help="Rank of the low-rank correction: a number, or auto (the largest within 1.16 all-in bits a weight "
-            "that fills at least half of its last 16 columns, which a GPU reads whole)."
-        ),
-    ] = "auto",
-    abits: Annotated[
-        int, typer.Option(help="Activation bits: 2 to 8, or 16 to leave activations as they are.")
-    ] = 6,
-    clip: Annotated[
-        str,
-        typer.Option(
-            help="Share of the largest activation that the largest code stands for: a number up to 1, or auto "
-            "(chosen for each input group up to 4 activation bits where the recipe sees text, else 1)."
-        ),
-    ] = "auto",
-    tune_epochs: Annotated[
-        int | None, typer.Option(help="Recipe best: passes over the text for each block; 0 for none.", min=0)
-    ] = None,
-    distill_epochs: Annotated[
-        int | None,
-        typer.Option(help="Recipe best: passes over the text for the whole model; 0 for none.", min=0),
-    ] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(
-            help="Recipe best: time for tuning and distillation together. The result then depends on the machine.",
-            min=0.1,
-        ),
-    ] = None,
-    lm_head_bits: Annotated[
-        str,
-        typer.Option(
-            help="Bits of the language-model head: 8, 16 (as it is) or auto (8 where it is untied or large)."
-        ),
-    ] = "auto",
-    seed: Annotated[
-        int, typer.Option(help="Seed of everything random; the same seed gives the same bytes.")
-    ] = 0,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A linear to leave as it is: its name, the end of it, or re:PATTERN; may be repeated."
-        ),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT if it is a model already.")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="Go on where an interrupted conversion to OUT stopped (its blocks are in OUT.work), with the same "
-            "result to the bit, or say why that cannot be; start where there is none.",
-        ),
-    ] = False,
-    restart: Annotated[
-        bool,
-        typer.Option("--restart", help="Discard what an interrupted conversion to OUT left in OUT.work."),
-    ] = False,
-    no_report: Annotated[
-        bool, typer.Option("--no-report", help="Leave out bwla_report.html and the statistics that it shows.")
-    ] = False,
-    samples_of_text: Annotated[
-        int | None,
-        typer.Option(
-            help="Prompts that original and result continue for the report; both are run whole on the CPU. "
-            "Default: 3 where the model is below 0.25 GB, else none.",
-            min=0,
-            max=8,
-        ),
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the result to this repository, owner/name.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make that repository a private one if it is new.")
-    ] = False,
-    device: Annotated[
-        str, typer.Option(help="Where to compute: cpu, cuda, or auto (a GPU where there is one).")
-    ] = "auto",
-    gpus: Annotated[
-        int,
-        typer.Option(
-            help="Processes that share out the calibration text, each on a GPU (recipe fast).", min=1
-        ),
-    ] = 1,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory to get by with, like 12GB; calibration goes to disk where it does not fit. "
-            "Default: what is free."
-        ),
-    ] = None,
-    dummy: Annotated[
-        bool,
-        typer.Option(
-            "--dummy", help="Write random weights; MODEL needs a config.json only (to measure speed)."
-        ),
-    ] = False,
+    target: ModelAndOutput,
+    quantization: Quantization,
+    text: CalibrationText,
+    training: Training,
+    resuming: Resume,
+    machine: Machine,
+    reporting: Reporting,
     _version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit."),
     ] = False,
 ) -> None:
-    """Convert a language model to 1-bit weights and few-bit activations, served by vLLM."""
-    console = Console(stderr=True)
-    # Imported here, so that --help and --version answer at once.
-    from bwla_converter.calibration.distributed import join_processes, leave_processes, start_processes
-    from bwla_converter.checkpoint.dummy import write_dummy
-    from bwla_converter.checkpoint.hub import check_push, push
-    from bwla_converter.cli.progress import ProgressListener
-    from bwla_converter.common.bits import describe_rank
-    from bwla_converter.common.devices import choose_device
-    from bwla_converter.options import Calibration, Options
-    from bwla_converter.pipeline import convert as run
-    from bwla_converter.pipeline import follow
-
+    """Convert a language model to 1-bit weights and low-bit activations, to be served by vLLM."""
+    head_bits = quantization.lm_head_bits
+    calibration = Calibration(text.calibration or "", text.num_calibration_samples, text.max_seq_length)
     options = Options(
-        model,
-        out,
-        recipe=recipe,
-        rank=parse_auto(rank, "--rank"),
-        bits=abits,
-        clip=parse_clip(clip),
-        tune_epochs=tune_epochs,
-        distill_epochs=distill_epochs,
-        minutes=minutes,
-        seed=seed,
-        overwrite=overwrite,
-        ignore=tuple(ignore or ()),
-        head_bits=parse_auto(lm_head_bits, "--lm-head-bits"),
-        calibration=None
-        if calibration is None
-        else Calibration(calibration, num_calibration_samples, max_seq_length),
-        resume=resume,
-        restart=restart,
-        device=device,
-        max_memory=None if max_memory is None else parse_bytes(max_memory),
-        report=not no_report,
-        text_samples=samples_of_text,
-        hub_repo=push_to_hub,
+        target.model,
+        target.out,
+        recipe=quantization.recipe,
+        rank=quantization.rank,
+        bits=quantization.abits,
+        clip=quantization.clip,
+        seed=quantization.seed,
+        overwrite=target.overwrite,
+        head_bits=None if head_bits == "auto" else int(head_bits),
+        ignore=tuple(quantization.ignore or ()),
+        calibration=calibration if text.calibration is not None else None,
+        tune_epochs=training.tune_epochs,
+        distill_epochs=training.distill_epochs,
+        minutes=training.minutes,
+        resume=resuming.resume,
+        restart=resuming.restart,
+        device=machine.device,
+        max_memory=machine.max_memory,
+        report=not reporting.no_report,
+        text_samples=reporting.samples_of_text,
+        hub_repo=reporting.push_to_hub,
     )
+    console = Console(stderr=True)
+    if reporting.push_to_hub is not None:
+        _check_push(console, reporting.push_to_hub)
+    if target.dummy:
+        _write_dummy(console, options)
+        return
+    summary = _convert(console, options, machine.gpus)
+    if summary is None:
+        return
+    if options.recipe == "paper":
+        console.print(
+            "recipe paper reproduces the publication; for a much more accurate model: --recipe fast --calibration TEXT",
+            soft_wrap=True,
+        )
+    typer.echo(_describe(summary))
+    if reporting.push_to_hub is not None:
+        _push(console, options.out, reporting.push_to_hub, reporting.private)
+
+
+# Below, torch and transformers are imported where they are used, so that --help and --version answer at once.
+
+
+def _check_push(console: Console, repo: str) -> None:
+    """Check before the conversion that the result can be uploaded."""
+    from bwla_converter.checkpoint.hub import check_push
+
+    with errors_reported(console):
+        check_push(repo)
+
+
+def _push(console: Console, out: Path, repo: str, private: bool) -> None:
+    from bwla_converter.checkpoint.hub import push
+
+    with errors_reported(console):
+        typer.echo(f"pushed to {push(out, repo, private or None)}")
+
+
+def _write_dummy(console: Console, options: Options) -> None:
+    from bwla_converter.checkpoint.dummy import write_dummy
+    from bwla_converter.common.bits import describe_rank
+
+    with errors_reported(console, lambda: f"{options.out} was not written"):
+        plan = write_dummy(options)
+    typer.echo(
+        f"{options.out}: random weights, {describe_rank(plan.rank, plan.fitting_rank)}, "
+        f"{plan.bits_per_weight:.3f} bits per weight, everything counted"
+    )
+
+
+def _convert(console: Console, options: Options, gpus: int) -> "Summary | None":
+    """Run the conversion with progress bars; return None in every process but the first."""
+    from bwla_converter.calibration.distributed import join_processes, leave_processes, start_processes
+    from bwla_converter.cli.progress import ProgressListener
+    from bwla_converter.common.devices import choose_device
+    from bwla_converter.pipeline import convert, follow
+
     interrupts = Interrupts(lambda line: console.print(line, soft_wrap=True))
     try:
-        if push_to_hub is not None:
-            check_push(push_to_hub)
-        if dummy:
-            plan = write_dummy(options)
-            typer.echo(
-                f"{out}: random weights, {describe_rank(plan.rank, plan.fitting_rank)}, "
-                f"{plan.bits_per_weight:.3f} bits per weight all-in"
-            )
-            return
-        start_processes(gpus)
-        processes = join_processes(recipe, choose_device(device), num_calibration_samples)
-        with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:
-            if processes.process_rank:
-                follow(options, processes)
-                return
-            summary = run(options, ProgressListener(progress, interrupts), processes=processes)
-    except BWLAError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        console.print(f"interrupted: {escape(str(out))} was not written; {_way_on(out)}", soft_wrap=True)
-        raise typer.Exit(interrupts.exit_code) from None
-    except OSError as error:
-        console.print(
-            f"[bold red]error:[/] {escape(str(error))}: {escape(str(out))} was not written; {_way_on(out)}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
-    except (MemoryError, RuntimeError) as error:
-        from bwla_converter.common.devices import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        console.print(
-            f"[bold red]error:[/] out of memory ({escape(' '.join(str(error).split())[:200])}): {escape(str(out))} "
-            f"was not written; free some memory, or use a larger machine; {_way_on(out)}",
-            soft_wrap=True,
-        )
-        raise typer.Exit(1) from None
+        with errors_reported(console, lambda: _how_to_continue(options.out), lambda: interrupts.exit_code):
+            start_processes(gpus)
+            num_samples = options.calibration.num_samples if options.calibration else 0
+            processes = join_processes(options.recipe, choose_device(options.device), num_samples)
+            with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:
+                if processes.process_rank:
+                    follow(options, processes)
+                    return None
+                return convert(options, ProgressListener(progress, interrupts), processes=processes)
     finally:
         leave_processes()
-    if recipe == "paper":
-        console.print(
-            "recipe paper reproduces the publication; for far better text: --recipe fast --calibration TEXT",
-            soft_wrap=True,
-        )
-    worst = max(summary.linears, key=lambda linear: linear.error)
-    typer.echo(
-        f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight all-in, "
-        f"{describe_rank(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
-        f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
-        f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), worst layer {worst.name} "
-        f"(relative error {worst.error:.3f}), {summary.seconds:.1f} s"
-    )
-    if push_to_hub is not None:
-        try:
-            typer.echo(f"pushed to {push(out, push_to_hub, private or None)}")
-        except BWLAError as error:
-            console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
 
 
-def _way_on(out: Path) -> str:
-    """What can be done after an interruption, for the console."""
+def _how_to_continue(out: Path) -> str:
+    """Say what an interrupted conversion has left, and how to continue it."""
     from bwla_converter.resume.work_folder import work_path
 
     work = work_path(out)
     if not work.exists():
-        return "nothing was finished yet: start again"
-    return f"what is finished is in {escape(str(work))}: give the same command with --resume to go on"
+        return f"{out} was not written, and no layer is finished yet: start again"
+    return f"{out} was not written; the finished layers are in {work}: add --resume to the same command to continue"
+
+
+def _describe(summary: "Summary") -> str:
+    """Describe the result in one line."""
+    from bwla_converter.common.bits import describe_rank
+
+    worst = max(summary.linears, key=lambda linear: linear.error)
+    return (
+        f"{summary.out}: {summary.bits_per_weight:.3f} bits per quantized weight, everything counted, "
+        f"{describe_rank(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
+        f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
+        f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), largest relative error {worst.error:.3f} "
+        f"({worst.name}), {summary.seconds:.1f} s"
+    )
 
 
 def main() -> None:

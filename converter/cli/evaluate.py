@@ -1,21 +1,21 @@
-"""`bwla-eval`: perplexity and lm-eval tasks of an original and its BWLA version, side by side."""
+"""`bwla-eval`: compare a BWLA checkpoint with the original by perplexity and lm-eval tasks."""
 
 import json
 import math
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from bwla_kernels.errors import BWLAError, SourceError
+from bwla_converter.cli.errors import errors_reported
+from bwla_kernels.errors import SourceError
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 EXAMPLES = """
 Examples:
 
-  bwla-eval Qwen/Qwen3-8B ./qwen3-8b-bwla                       WikiText-2 as the papers measure it
+  bwla-eval Qwen/Qwen3-8B ./qwen3-8b-bwla
 
   bwla-eval ./model ./model-bwla --text novel.txt --window 512
 
@@ -26,34 +26,38 @@ Examples:
 
 _FIVE = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge")
 TASK_SETS = {"paper-5": _FIVE, "paper-7": (*_FIVE, "boolq", "openbookqa")}
-"""Names for the zero-shot tasks that papers of this field report together."""
+"""Sets of zero-shot tasks that papers on quantization report together."""
+
+
+Row = dict[str, float]
+"""A result of the original and of the BWLA checkpoint, under "original" and "bwla"."""
 
 
 class Backend(StrEnum):
-    """What can run tasks; lm-eval's names."""
+    """lm-eval's names of the backends that can run tasks."""
 
     TRANSFORMERS = "hf"
     VLLM = "vllm"
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
 def task_names(tasks: str) -> list[str]:
-    """Names by commas; a name of TASK_SETS stands for its tasks."""
+    """Split comma-separated task names, and replace each name of `TASK_SETS` by its tasks."""
     return [task for name in tasks.split(",") for task in TASK_SETS.get(name, (name,))]
 
 
 def task_scores(
     folder: Path, tasks: list[str], limit: int | None, backend: Backend = Backend.TRANSFORMERS
 ) -> dict[str, float]:
-    """Scores of lm-eval tasks, by "task metric".
+    """Return the scores of lm-eval tasks, by task and metric, like "piqa acc".
 
     Args:
-        folder: an original or a BWLA checkpoint.
-        tasks: lm-eval's names.
-        limit: examples of each task at most.
-        backend: in vLLM our plugin loads the checkpoint, in transformers our quantizer.
+        folder: an original model or a BWLA checkpoint.
+        tasks: lm-eval's names of the tasks.
+        limit: maximum number of examples of each task.
+        backend: runs the model. A BWLA checkpoint is loaded by our plugin in vLLM, by our quantizer in transformers.
 
     Raises:
         SourceError: lm-eval is not installed.
@@ -65,25 +69,25 @@ def task_scores(
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
     from bwla_converter.common.devices import choose_device
 
-    found = lm_eval.simple_evaluate(
+    results = lm_eval.simple_evaluate(
         model=str(backend),
         model_args={"pretrained": str(folder)},
         tasks=tasks,
         limit=limit,
-        # lm-eval's default is a GPU, whether there is one or not; vLLM chooses for itself.
+        # lm-eval uses a GPU by default even if there is none; vLLM chooses the device itself.
         device=choose_device("auto").type if backend == Backend.TRANSFORMERS else None,
-        confirm_run_unsafe_code="humaneval" in tasks,  # it runs what the model writes
+        confirm_run_unsafe_code="humaneval" in tasks,  # it executes code that the model writes
     )
     return {
         f"{task} {metric.partition(',')[0]}": float(value)
-        for task, metrics in found["results"].items()
+        for task, metrics in results["results"].items()
         for metric, value in metrics.items()
         if metric.startswith(("acc", "exact_match", "pass")) and "stderr" not in metric
     }
 
 
-def show(rows: dict[str, dict[str, float]]) -> None:
-    """A table with a row for each figure."""
+def show(rows: dict[str, Row]) -> None:
+    """Print a table with a row for each result."""
     table = Table("", "original", "BWLA", "ratio", title="lower perplexity and higher scores are better")
     for name, row in rows.items():
         ratio = row["bwla"] / row["original"] if row["original"] else math.nan
@@ -93,60 +97,93 @@ def show(rows: dict[str, dict[str, float]]) -> None:
 
 @app.command(epilog=EXAMPLES)
 def evaluate(
-    original: Annotated[str, typer.Argument(help="The original: a folder or a Hub id.")],
-    bwla: Annotated[Path, typer.Argument(help="The folder that bwla-convert wrote from it.")],
+    original: Annotated[
+        str,
+        typer.Argument(help="The original model: a folder or the id of one on the Hub.", metavar="ORIGINAL"),
+    ],
+    bwla: Annotated[
+        Path, typer.Argument(help="The folder that bwla-convert wrote from it.", metavar="CHECKPOINT")
+    ],
     text: Annotated[
-        str, typer.Option(help="A text file, or wikitext2: its test split in one piece.")
+        str,
+        typer.Option(
+            help="A text file, or wikitext2 for the test split of WikiText-2.", rich_help_panel="Perplexity"
+        ),
     ] = "wikitext2",
-    window: Annotated[int, typer.Option(help="Tokens of a window; the papers use 2048.", min=2)] = 2048,
-    limit: Annotated[
-        int | None, typer.Option(help="Use at most so many windows, and examples of a task.")
-    ] = None,
+    window: Annotated[
+        int,
+        typer.Option(help="Sequence length in tokens; papers use 2048.", min=2, rich_help_panel="Perplexity"),
+    ] = 2048,
     tasks: Annotated[
         str,
         typer.Option(
-            help="lm-eval tasks by commas: piqa,mmlu,gsm8k,humaneval (which runs what the model writes), or a set: "
-            + ", ".join(TASK_SETS)
+            help="Comma-separated lm-eval tasks, like piqa,mmlu,gsm8k,humaneval (which executes code that the model "
+            f"writes), or a set of them: {', '.join(TASK_SETS)}.",
+            rich_help_panel="Tasks",
         ),
     ] = "",
     backend: Annotated[
-        Backend, typer.Option(help="lm-eval's back end: hf (transformers) or vllm.")
+        Backend,
+        typer.Option(help="What runs the tasks: hf (transformers) or vllm.", rich_help_panel="Tasks"),
     ] = Backend.TRANSFORMERS,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Maximum number of sequences, and of examples of each task.", min=1)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results to this JSON file.")] = None,
 ) -> None:
-    """Compare an original with its BWLA version on the same text and tasks."""
+    """Compare a BWLA checkpoint with the original model on the same text and tasks."""
+    console = Console(stderr=True)
+    with errors_reported(console):
+        rows = _perplexity(original, bwla, text, window, limit)
+        if tasks:
+            rows |= _scores(original, bwla, task_names(tasks), limit, backend)
+        _warn_of_training_text(console, bwla, text)
+        show(rows)
+        if out is not None:
+            settings = {
+                "original": original,
+                "bwla": str(bwla),
+                "text": text,
+                "window": window,
+                "limit": limit,
+            }
+            out.write_text(json.dumps({**settings, "results": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _perplexity(original: str, bwla: Path, text: str, window: int, limit: int | None) -> dict[str, Row]:
     from bwla_converter.calibration.text import dataset_text
     from bwla_converter.evaluation.perplexity import compare_texts
-    from bwla_converter.report.data import calibration_warning
     from bwla_converter.source.model import locate
 
-    console = Console(stderr=True)
-    rows: dict[str, dict[str, Any]] = {}
-    try:
-        folder, _ = locate(original)
-        if text == "wikitext2":
-            content = dataset_text("wikitext2-test")
-        elif Path(text).is_file():
-            content = Path(text).read_text(encoding="utf-8")
-        else:
-            raise SourceError(f"--text {text}: expected a file or wikitext2, found neither: check the path")
-        found = compare_texts(folder, bwla, content, window, limit)
-        rows["perplexity"] = {"original": found.original, "bwla": found.bwla}
-        if tasks:
-            names = task_names(tasks)
-            before, after = (task_scores(each, names, limit, backend) for each in (folder, bwla))
-            rows |= {name: {"original": before[name], "bwla": after[name]} for name in before}
-    except BWLAError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
+    folder, _ = locate(original)
+    if text == "wikitext2":
+        content = dataset_text("wikitext2-test")
+    elif Path(text).is_file():
+        content = Path(text).read_text(encoding="utf-8")
+    else:
+        raise SourceError(f"--text {text}: expected a file or wikitext2, found neither: check the path")
+    result = compare_texts(folder, bwla, content, window, limit)
+    return {"perplexity": {"original": result.original, "bwla": result.bwla}}
+
+
+def _scores(
+    original: str, bwla: Path, tasks: list[str], limit: int | None, backend: Backend
+) -> dict[str, Row]:
+    from bwla_converter.source.model import locate
+
+    folder, _ = locate(original)
+    before, after = (task_scores(model, tasks, limit, backend) for model in (folder, bwla))
+    return {name: {"original": before[name], "bwla": after[name]} for name in before}
+
+
+def _warn_of_training_text(console: Console, bwla: Path, text: str) -> None:
+    """Print a note if the model was calibrated on the training split of the text that it is evaluated on."""
+    from bwla_converter.report.data import calibration_warning
+
     config = json.loads((bwla / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     warning = calibration_warning(config["provenance"]["calibration"])
     if text == "wikitext2" and warning is not None:
         console.print(f"[bold]note:[/] {warning}", soft_wrap=True)
-    show(rows)
-    if out is not None:
-        given = {"original": original, "bwla": str(bwla), "text": text, "window": window, "limit": limit}
-        out.write_text(json.dumps({**given, "results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,12 +1,13 @@
-"""`bwla-inspect`: what is in a checkpoint, whether it is intact, and ways out of it."""
+"""`bwla-inspect`: show what a checkpoint contains, check that it is intact, and export it."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from bwla_kernels.errors import BWLAError
+from bwla_converter.cli.arguments import Panel, Private, PushToHub, with_panels
+from bwla_converter.cli.errors import errors_reported
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 Examples:
 
-  bwla-inspect ./qwen3-8b-bwla                               what is in it, and is it intact
+  bwla-inspect ./qwen3-8b-bwla
 
   bwla-inspect ./qwen3-8b-bwla --layers
 
@@ -28,95 +29,134 @@ Examples:
 """
 
 WIDTH = 110
-"""Columns that the table of layers needs; a narrower terminal wraps it, which beats cutting numbers off."""
+"""Minimum width of the tables: a narrower terminal wraps the lines instead of cutting off numbers."""
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
 
-@app.command(epilog=EXAMPLES)
-def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that bwla-convert wrote.")],
-    layers: Annotated[bool, typer.Option("--layers", help="A row for every layer, not one a kind.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+@dataclass(frozen=True)
+class Display(Panel):
+    """What is shown and checked."""
+
+    title = "What is shown and checked"
+
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show a row for every linear layer instead of one for each kind.")
+    ] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False
     no_hashes: Annotated[
-        bool, typer.Option("--no-hashes", help="Do not read the files through to compare their hashes.")
-    ] = False,
+        bool, typer.Option("--no-hashes", help="Do not read the files to compare their hashes.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Dequantization(Panel):
+    """The dequantized model."""
+
+    title = "Dequantized model"
+
     dequantize: Annotated[
         Path | None,
         typer.Option(
-            help="Write a plain model with dense weights to this folder; it quantizes no activations."
+            help="Write a model with dequantized weights to this folder. Its activations are not quantized.",
         ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of that model: bfloat16, float16 or float32.")] = "bfloat16",
+    ] = None
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="Data type of its weights.")
+    ] = "bfloat16"
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the folder of --dequantize if it is a model already.")
-    ] = False,
+    ] = False
+
+
+@dataclass(frozen=True)
+class Publishing(Panel):
+    """The model card and the upload."""
+
+    title = "Publishing"
+
     evaluation: Annotated[
-        Path | None, typer.Option(help="Put the figures of this bwla-eval --out file into the model card.")
-    ] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(help="Upload the checkpoint to this repository, owner/name.")
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="Make that repository a private one if it is new.")
-    ] = False,
+        Path | None,
+        typer.Option(help="Add the results of this file, written by bwla-eval --out, to the model card."),
+    ] = None
+    push_to_hub: PushToHub = None
+    private: Private = False
+
+
+@app.command(epilog=EXAMPLES)
+@with_panels
+def inspect(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder that bwla-convert wrote.", metavar="CHECKPOINT")
+    ],
+    display: Display,
+    dequantization: Dequantization,
+    publishing: Publishing,
 ) -> None:
-    """Look into a BWLA checkpoint. Exit status 1: it is not a complete one, or not as it was written."""
+    """Inspect a BWLA checkpoint. The exit code is 1 if it is incomplete or was changed after it was written."""
+    console = Console(stderr=True)
+    with errors_reported(console):
+        _show_checked(checkpoint, display)
+        if dequantization.dequantize is not None:
+            _dequantize(console, checkpoint, dequantization.dequantize, dequantization)
+        if publishing.evaluation is not None:
+            from bwla_converter.report.model_card import add_evaluation
+
+            add_evaluation(checkpoint, publishing.evaluation)
+        if publishing.push_to_hub is not None:
+            from bwla_converter.checkpoint.hub import push
+
+            url = push(checkpoint, publishing.push_to_hub, publishing.private or None)
+            console.print(f"pushed to {url}", soft_wrap=True)
+
+
+def _show_checked(checkpoint: Path, display: Display) -> None:
+    """Print the contents and the state of a checkpoint.
+
+    Raises:
+        typer.Exit: its files are not as they were written.
+    """
     from bwla_converter.checkpoint.contents import read_contents
     from bwla_converter.checkpoint.integrity import check_hashes
 
-    console = Console(stderr=True)
-    try:
-        contents = read_contents(checkpoint)
-        verdict = None if no_hashes else check_hashes(checkpoint)
-        if as_json:
-            typer.echo(json.dumps(facts(contents, verdict, not no_hashes), indent=1))
-        else:
-            show(Console(width=max(Console().width, WIDTH)), contents, verdict, not no_hashes, layers)
-        if verdict is not None and not verdict.intact:
-            raise typer.Exit(1)
-        _ways_out(console, checkpoint, dequantize, dtype, overwrite, evaluation)
-        if push_to_hub is not None:
-            from bwla_converter.checkpoint.hub import push
-
-            console.print(f"pushed to {push(checkpoint, push_to_hub, private or None)}", soft_wrap=True)
-    except BWLAError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except OSError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
+    contents = read_contents(checkpoint)
+    verdict = None if display.no_hashes else check_hashes(checkpoint)
+    if display.as_json:
+        typer.echo(json.dumps(facts(contents, verdict, not display.no_hashes), indent=1))
+    else:
+        console = Console(width=max(Console().width, WIDTH))
+        show(console, contents, verdict, not display.no_hashes, display.layers)
+    if verdict is not None and not verdict.intact:
+        raise typer.Exit(1)
 
 
-def _ways_out(
-    console: Console,
-    checkpoint: Path,
-    dequantize: Path | None,
-    dtype: str,
-    overwrite: bool,
-    evaluation: Path | None,
-) -> None:
-    if dequantize is not None:
-        from bwla_converter.checkpoint.dequantize import write_dequantized
+def _dequantize(console: Console, checkpoint: Path, folder: Path, settings: Dequantization) -> None:
+    from bwla_converter.checkpoint.dequantize import write_dequantized
 
-        with console.status("making weights dense") as status:
-            done = write_dequantized(
-                checkpoint, dequantize, dtype, overwrite, lambda name: status.update(f"dense: {name}")
-            )
-        console.print(
-            f"{escape(str(dequantize))}: {done.linears} linears made dense, {done.bytes:,} bytes in {dtype}; "
-            "its activations are not quantized, so its outputs are those of --abits 16",
-            soft_wrap=True,
-            highlight=False,
+    with console.status("dequantizing") as status:
+        done = write_dequantized(
+            checkpoint,
+            folder,
+            settings.dtype,
+            settings.overwrite,
+            lambda name: status.update(f"dequantizing {name}"),
         )
-    if evaluation is not None:
-        from bwla_converter.report.model_card import add_evaluation
-
-        add_evaluation(checkpoint, evaluation)
+    console.print(
+        f"{escape(str(folder))}: {done.linears} linears dequantized, {done.bytes:,} bytes in {settings.dtype}; "
+        "activations are not quantized, so the outputs are those of --abits 16",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def facts(contents: "Contents", verdict: "Verdict | None", hashed: bool) -> dict[str, Any]:
-    """Everything that is shown, as plain data."""
+    """Return everything that is shown, as plain data.
+
+    Args:
+        contents: the contents of the checkpoint.
+        verdict: the result of comparing the hashes; None if they were not compared or are not stored.
+        hashed: whether they were to be compared.
+    """
     from bwla_converter.checkpoint.contents import layer_row
 
     return {
@@ -138,23 +178,23 @@ def facts(contents: "Contents", verdict: "Verdict | None", hashed: bool) -> dict
 def show(
     console: Console, contents: "Contents", verdict: "Verdict | None", hashed: bool, every: bool
 ) -> None:
-    """Tables for people."""
+    """Print the contents as tables; `every` shows a row for every linear instead of one for each kind."""
     data = facts(contents, verdict, hashed)
     provenance = contents.format.provenance
     console.print(_layer_table(data["layers"], every))
     console.print(_size_table(data))
-    made = {
+    origin = {
         "base model": provenance.base_model + (f" at {provenance.revision}" if provenance.revision else ""),
         "recipe": f"{provenance.recipe}, seed {provenance.seed}",
         "calibration": ", ".join(f"{key} {value}" for key, value in provenance.calibration.items()) or "none",
         "activations": "not quantized" if contents.format.bits == 16 else f"{contents.format.bits} bits",
-        "head": "8 bits" if contents.format.lm_head is not None else "as it was",
+        "head": "8 bits" if contents.format.lm_head is not None else "unquantized",
         "made with": f"bwla {provenance.bwla_version}",
     }
-    for key, value in made.items():
+    for key, value in origin.items():
         console.print(f"{key:<12} {escape(value)}", highlight=False, soft_wrap=True)
     if verdict is None:
-        reason = "no bwla_hashes.json, so the files cannot be compared" if hashed else "not checked"
+        reason = "no bwla_hashes.json, so the hashes cannot be compared" if hashed else "not checked"
         console.print(f"{'integrity':<12} {reason}", highlight=False, soft_wrap=True)
     else:
         colour = "green" if verdict.intact else "bold red"
@@ -167,19 +207,19 @@ def _layer_table(rows: list[dict[str, Any]], every: bool) -> Table:
     from bwla_converter.checkpoint.contents import kind_of
 
     table = Table(title="quantized linears")
-    table.add_column("layer", no_wrap=True)
+    table.add_column("linear", no_wrap=True)
     for title in ("count", "N x K", "rotation", "rank", "bits / weight", "bytes"):
         table.add_column(title, justify="right", no_wrap=True)
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         name = row["name"] if every else kind_of(row["name"])
-        groups.setdefault((name, *row["shape"], *row["rotation"], row["rank"]), []).append(row)
-    for (name, n, k, blocks, n1, n2, rank), members in groups.items():
+        kinds.setdefault((name, *row["shape"], *row["rotation"], row["rank"]), []).append(row)
+    for (name, n, k, rotation_groups, n1, n2, rank), members in kinds.items():
         table.add_row(
             name,
             str(len(members)),
             f"{n} x {k}",
-            f"{blocks} x ({n1} x {n2})",
+            f"{rotation_groups} x ({n1} x {n2})",
             str(rank),
             f"{members[0]['bits_per_weight']:.3f}",
             f"{sum(row['bytes'] for row in members):,}",
@@ -188,7 +228,7 @@ def _layer_table(rows: list[dict[str, Any]], every: bool) -> Table:
 
 
 def _size_table(data: dict[str, Any]) -> Table:
-    table = Table(title=f"{data['bits_per_weight']:.4f} bits per quantized weight, all-in")
+    table = Table(title=f"{data['bits_per_weight']:.4f} bits per quantized weight")
     for title in ("what", "bits / weight", "bytes"):
         table.add_column(title, justify="left" if title == "what" else "right")
     for part, bits in data["bits"].items():

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first lets the block at hand be finished and kept, the second stops at once."""
+"""Ctrl-C and SIGTERM: the first signal lets the current decoder layer be finished, the second stops at once."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,47 +7,53 @@ from types import FrameType
 
 
 class Interrupts:
-    """What the signals so far ask for.
+    """Keeps track of the signals received so far.
 
     Attributes:
-        signal: the last one that came, 0 for none.
+        signal: the last signal received, 0 if there was none.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, print_line: Callable[[str], None]) -> None:
         self.signal = 0
-        self._say = say
-        self._block: int | None = None
+        self._print_line = print_line
+        self._layer: int | None = None
 
     @property
     def exit_code(self) -> int:
-        """What a runner expects of a process that ended so: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code of a process ended by the signal: 130 for Ctrl-C, 143 for SIGTERM."""
         return 128 + (self.signal or signal.SIGINT)
 
     def layer_started(self, index: int) -> None:
-        """From here on there is something worth finishing."""
-        self._block = index
+        """Decoder layer `index` is being quantized, so a signal waits until it is finished."""
+        self._layer = index
 
     def layer_done(self) -> None:
-        """The block is safe.
+        """The decoder layer is finished and on disk.
 
         Raises:
-            KeyboardInterrupt: a signal has waited for this.
+            KeyboardInterrupt: a signal was received in the meantime.
         """
-        self._block = None
+        self._layer = None
         if self.signal:
             raise KeyboardInterrupt
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
-        """The signals' handler."""
+        """Handle a signal.
+
+        Raises:
+            KeyboardInterrupt: it is the second one, or no decoder layer is being quantized.
+        """
         again, self.signal = bool(self.signal), number
-        if again or self._block is None:
+        if again or self._layer is None:
             raise KeyboardInterrupt
-        self._say(f"block {self._block} is being finished and kept; once more stops at once, without it")
+        self._print_line(
+            f"finishing layer {self._layer} before stopping; interrupt again to stop at once and lose it"
+        )
 
 
 @contextmanager
 def handled(interrupts: Interrupts) -> Iterator[None]:
-    """Let `interrupts` have Ctrl-C and SIGTERM while the body runs."""
+    """Install `interrupts` as the handler of Ctrl-C and SIGTERM while the body runs."""
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, interrupts.handle) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""The converter's progress on a terminal: two bars with an ETA, and a line for every layer's error."""
+"""Progress of a conversion on a terminal: two bars with an ETA, and a line with the error of every linear."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ from rich.progress import (
 
 
 class ProgressListener(Listener):
-    """Shows checking and quantizing as bars, and stops after a block where `interrupts` say so."""
+    """Shows the checks and the quantization as bars, and stops after a decoder layer if `interrupts` got a signal."""
 
     def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
         self._progress, self._interrupts = progress, interrupts
@@ -31,7 +31,7 @@ class ProgressListener(Listener):
 
     @staticmethod
     def columns() -> tuple[ProgressColumn, ...]:
-        """Columns for the `Progress` that this listener draws on."""
+        """Return the columns of the `Progress` that is passed to this listener."""
         return (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -43,8 +43,9 @@ class ProgressListener(Listener):
 
     def planned(self, source: Source, plan: ConversionPlan) -> None:
         self._say(
-            f"{source.family.architecture}, {source.num_layers} blocks, {plan.weights:,} weights to quantize; "
-            f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight all-in"
+            f"{source.family.architecture}, {source.num_layers} layers, {plan.weights:,} weights to quantize; "
+            f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight, "
+            "everything counted"
         )
         self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
@@ -52,14 +53,14 @@ class ProgressListener(Listener):
     def budgeted(self, budget: Budget) -> None:
         self._say(str(budget))
 
-    def resumed(self, blocks: int, weights: int, notes: Sequence[str]) -> None:
+    def resumed(self, layers: int, weights: int, notes: Sequence[str]) -> None:
         for note in notes:
-            self._say(f"{note}: done again")
-        self._say(f"resumed: {blocks} blocks are done already")
+            self._say(f"{note}: it will be quantized again")
+        self._say(f"resumed: {layers} layers are finished already")
         if self._checking is not None:
             self._progress.update(self._checking, visible=False)
         if self._quantizing is not None:
-            # What is left decides the ETA.
+            # The ETA depends on the remaining weights only.
             total = self._progress.tasks[self._quantizing].total or 0
             self._progress.update(self._quantizing, total=total - weights)
 

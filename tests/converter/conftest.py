@@ -1,6 +1,7 @@
-"""One thread, and editors for the files of a model."""
+"""Settings for all tests of the converter, and editors for the files of a model."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+# On GitHub Actions typer colors its output even if it is captured.
+os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits for the first, longer still where other work runs beside."""
+    """Use one thread: for tiny tensors a second one only costs time, most of all on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -20,7 +24,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; None deletes one."""
+    """Change keys of a JSON file; None deletes a key."""
     data = json.loads(path.read_text())
     for key, value in changes.items():
         data.pop(key, None) if value is None else data.update({key: value})
@@ -38,7 +42,7 @@ def edit_tensor(path: Path, name: str, change: Callable[[torch.Tensor], torch.Te
 
 @pytest.fixture
 def edit() -> Any:
-    """The two editors above, as `edit.json(...)` and `edit.tensor(...)`."""
+    """Return the two functions above as `edit.json(...)` and `edit.tensor(...)`."""
 
     class Editors:
         json = staticmethod(edit_json)

@@ -1,4 +1,4 @@
-"""Processes that are interrupted and killed for real; `tests/robustness/kill_resume.py` is the long run of this."""
+"""Conversions that are interrupted or killed; `tests/robustness/kill_resume.py` also does long runs."""
 
 import signal
 import subprocess
@@ -10,25 +10,25 @@ from bwla_converter.resume.work_folder import MANIFEST, work_path
 from paths import ROOT
 
 
-def test_ctrl_c_finishes_the_block_and_says_how_to_go_on(make_model, tmp_path: Path) -> None:
+def test_ctrl_c_finishes_the_layer_and_says_how_to_continue(make_model, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "bwla_converter", str(make_model()), str(out), "--rank", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    said = ""
-    while "q_proj  relative error" not in said:
+    output = ""
+    while "q_proj  relative error" not in output:
         line = process.stderr.readline()
-        assert line, said
-        said += line
+        assert line, output
+        output += line
     process.send_signal(signal.SIGINT)
-    said += process.stderr.read()
-    assert process.wait() == 130, said
-    assert "block 0 is being finished and kept" in said
-    assert "was not written; what is finished is in" in said
-    assert "give the same command with --resume to go on" in said
+    output += process.stderr.read()
+    assert process.wait() == 130, output
+    assert "finishing layer 0 before stopping" in output
+    assert "was not written; the finished layers are in" in output
+    assert "add --resume to the same command to continue" in output
     assert list(read_manifest(work_path(out) / MANIFEST).layers) == ["0"]
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
-    assert "resumed: 1 blocks are done already" in done.stderr
+    assert "resumed: 1 layers are finished already" in done.stderr
     assert (out / "config.json").is_file()
     assert not work_path(out).exists()
 

@@ -1,20 +1,122 @@
 """`bwla-convert` as a user types it."""
 
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from bwla_converter.cli.convert import app
+from bwla_converter.options import Calibration, Options
+from bwla_kernels.errors import BWLAError
 from typer.testing import CliRunner
 
-run = CliRunner().invoke
+run = partial(CliRunner().invoke, env={"COLUMNS": "160"})
+"""Run a command on a terminal so wide that no message is wrapped."""
 
 
-def test_help_has_examples() -> None:
+def test_help_has_panels_and_examples() -> None:
     result = run(app, ["--help"])
     assert result.exit_code == 0
+    titles = [line.split("─")[1].strip() for line in result.output.splitlines() if line.startswith("╭─")]
+    assert titles == [
+        "Arguments",
+        "Options",
+        "Model and output",
+        "Quantization",
+        "Calibration (recipes fast and best)",
+        "Training (recipe best)",
+        "Resume",
+        "Machine",
+        "Reporting and publishing",
+    ]
     assert "bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla" in result.output
     assert "--rank" in result.output
+
+
+@pytest.mark.parametrize("command", ["convert", "evaluate", "inspect"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        f"import sys; from bwla_converter.cli.{command} import app; app(['--help'], standalone_mode=False);"
+        "print(sorted({'torch', 'transformers', 'safetensors'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("option", ["--samples", "--length"])
+def test_the_old_names_of_options_lead_to_the_new_ones(option: str) -> None:
+    result = run(app, ["model", "out", option, "64"])
+    assert result.exit_code == 2
+    assert "now called --num-calibration-samples and --max-seq-length" in result.output
+    assert "--samples " not in run(app, ["--help"]).output
+
+
+@pytest.mark.parametrize(
+    ("flags", "choices"),
+    [
+        (["--recipe", "magic"], ("paper", "fast", "best")),
+        (["--lm-head-bits", "4"], ("auto", "8", "16")),
+        (["--device", "tpu"], ("auto", "cpu", "cuda")),
+    ],
+)
+def test_choices_are_checked(flags: list[str], choices: tuple[str, ...]) -> None:
+    result = run(app, ["model", "out", *flags])
+    assert result.exit_code == 2
+    assert f"Invalid value for '{flags[0]}'" in result.output
+    assert all(choice in result.output for choice in choices)
+
+
+def test_every_option_reaches_the_conversion(tmp_path: Path, monkeypatch) -> None:
+    received: list[Options] = []
+
+    def convert(options: Options, *_: object, **__: object) -> None:
+        received.append(options)
+        raise BWLAError("enough")
+
+    monkeypatch.setattr("bwla_converter.pipeline.convert", convert)
+    flags = (
+        "--recipe best --rank 3 --abits 4 --clip 0.9 --lm-head-bits 8 --ignore a --ignore b --seed 5 --overwrite "
+        "--calibration text --num-calibration-samples 7 --max-seq-length 9 --tune-epochs 1 --distill-epochs 2 "
+        "--minutes 3 --resume --restart --device cpu --max-memory 1GB --no-report --samples-of-text 4"
+    )
+    result = run(app, ["model", str(tmp_path / "out"), *flags.split()])
+    assert "error: enough" in result.output
+    assert received == [
+        Options(
+            "model",
+            tmp_path / "out",
+            recipe="best",
+            rank=3,
+            bits=4,
+            clip=0.9,
+            seed=5,
+            overwrite=True,
+            head_bits=8,
+            ignore=("a", "b"),
+            calibration=Calibration("text", 7, 9),
+            tune_epochs=1,
+            distill_epochs=2,
+            minutes=3.0,
+            resume=True,
+            restart=True,
+            device="cpu",
+            max_memory=10**9,
+            report=False,
+            text_samples=4,
+        )
+    ]
+
+
+def test_without_options_the_defaults_are_those_of_python(tmp_path: Path, monkeypatch) -> None:
+    received: list[Options] = []
+    monkeypatch.setattr("bwla_converter.pipeline.convert", lambda options, *_, **__: received.append(options))
+    for flags in ([], ["--recipe", "fast", "--calibration", "text"]):
+        run(app, ["model", str(tmp_path / "out"), *flags])
+    plain = Options("model", tmp_path / "out")
+    assert received == [plain, replace(plain, recipe="fast", calibration=Calibration("text"))]
 
 
 def test_version_names_what_matters() -> None:
@@ -27,8 +129,8 @@ def test_version_names_what_matters() -> None:
 def test_a_conversion_ends_with_a_summary(make_model, tmp_path: Path) -> None:
     result = run(app, [str(make_model()), str(tmp_path / "out"), "--rank", "1", "--abits", "8"])
     assert result.exit_code == 0, result.output
-    assert "bits per quantized weight all-in, rank 1, " in result.output
-    assert "for far better text: --recipe fast --calibration TEXT" in result.output
+    assert "bits per quantized weight, everything counted, rank 1, " in result.output
+    assert "for a much more accurate model: --recipe fast --calibration TEXT" in result.output
     assert "model.layers.1.mlp.down_proj  relative error" in result.output
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -56,7 +158,7 @@ def fails(error: Exception):
     return convert
 
 
-def test_out_of_memory_is_one_sentence_that_says_how_to_go_on(
+def test_out_of_memory_is_one_sentence_that_says_how_to_continue(
     make_model, tmp_path: Path, monkeypatch
 ) -> None:
     try:
@@ -66,7 +168,7 @@ def test_out_of_memory_is_one_sentence_that_says_how_to_go_on(
     result = run(app, [str(make_model()), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "error: out of memory" in result.output
-    assert "nothing was finished yet" in result.output
+    assert "no layer is finished yet" in result.output
     assert "Traceback" not in result.output
 
 

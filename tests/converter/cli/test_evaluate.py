@@ -1,4 +1,4 @@
-"""`bwla-eval` on the example: figures from the same function as everywhere, and errors in a sentence."""
+"""`bwla-eval` on the example model: results, files and error messages."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_sets_of_tasks() -> None:
     assert len(set(task_names("paper-7"))) == 7
 
 
-def test_a_back_end_that_does_not_exist() -> None:
+def test_a_backend_that_does_not_exist() -> None:
     done = run("model", "bwla", "--tasks", "piqa", "--backend", "onnx")
     assert done.exit_code == 2
     assert "vllm" in done.stderr
@@ -62,16 +62,16 @@ def test_a_back_end_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize(("backend", "device"), [("hf", "cpu"), ("vllm", None)])
 def test_tasks_run_on_a_device_that_is_here(monkeypatch: pytest.MonkeyPatch, backend: str, device) -> None:
-    """lm-eval's transformers back end takes a GPU for granted; tried with the real one by hand."""
-    asked: dict[str, object] = {}
+    """lm-eval's transformers backend assumes a GPU; lm-eval itself was tried by hand."""
+    arguments: dict[str, object] = {}
 
     def simple_evaluate(**options: object) -> dict[str, object]:
-        asked.update(options)
+        arguments.update(options)
         return {"results": {"piqa": {"acc,none": 0.5, "acc_stderr,none": 0.1, "alias": "piqa"}}}
 
     monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = eval_cli.task_scores(Path("model"), ["piqa"], 7, eval_cli.Backend(backend))
-    assert found == {"piqa acc": 0.5}
-    assert (asked["model"], asked["device"], asked["limit"]) == (backend, device, 7)
-    assert asked["model_args"] == {"pretrained": "model"}
+    scores = eval_cli.task_scores(Path("model"), ["piqa"], 7, eval_cli.Backend(backend))
+    assert scores == {"piqa acc": 0.5}
+    assert (arguments["model"], arguments["device"], arguments["limit"]) == (backend, device, 7)
+    assert arguments["model_args"] == {"pretrained": "model"}

@@ -23,7 +23,7 @@ def test_a_checkpoint_in_tables(example_bwla: Path) -> None:
     done = run(example_bwla)
     assert done.exit_code == 0, done.output
     report = json.loads((example_bwla / "bwla_report.json").read_text())
-    assert f"{report['bits_per_weight']:.4f} bits per quantized weight, all-in" in done.stdout
+    assert f"{report['bits_per_weight']:.4f} bits per quantized weight" in done.stdout
     assert f"{report['bytes_after']:,}" in done.stdout
     assert "intact:" in done.stdout
     assert "recipe       paper, seed 0" in done.stdout
@@ -60,19 +60,19 @@ def test_damage_is_exit_status_1(copy: Path) -> None:
     data = json.loads(run(copy, "--json").stdout)
     assert data["integrity"]["changed"] == [shard.name]
     assert run(copy, "--no-hashes").exit_code == 0
-    # And nothing is made of it.
+    # A damaged checkpoint is not exported.
     assert run(copy, "--dequantize", copy.parent / "dense").exit_code == 1
     assert not (copy.parent / "dense").exists()
 
 
-def test_a_checkpoint_without_hashes_is_told(copy: Path) -> None:
+def test_a_checkpoint_without_hashes_is_shown_as_such(copy: Path) -> None:
     (copy / "bwla_hashes.json").unlink()
     done = run(copy)
     assert done.exit_code == 0
     assert "no bwla_hashes.json" in done.stdout
 
 
-def test_what_is_no_checkpoint_is_an_error_in_words(tmp_path: Path) -> None:
+def test_a_folder_without_a_checkpoint_is_an_error_message(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.exit_code == 1
     assert "error:" in done.stderr
@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_is_an_error_in_words(tmp_path: Path) -> None:
 def test_a_plain_model_is_written(copy: Path) -> None:
     done = run(copy, "--dequantize", copy.parent / "dense", "--dtype", "float32")
     assert done.exit_code == 0, done.output
-    assert "28 linears made dense" in done.stderr
+    assert "28 linears dequantized" in done.stderr
     assert "activations are not quantized" in done.stderr
     assert (copy.parent / "dense" / "config.json").is_file()
     again = run(copy, "--dequantize", copy.parent / "dense")
