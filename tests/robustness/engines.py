@@ -1,4 +1,4 @@
-"""Damaged checkpoints in real vLLM engines, in this process: what comes out after the front process said yes."""
+"""Start vLLM engines in this process on damaged checkpoints, and compare their output with the undamaged one."""
 
 import contextlib
 import gc
@@ -27,10 +27,10 @@ VOCABULARY = 256
 
 
 def first_token(folder: Path, name: str) -> float:
-    """Start an engine; the log probability of the likeliest token after a prompt."""
+    """Start an engine; return the log probability of the most likely token after a prompt."""
     from vllm import LLM, ModelRegistry, SamplingParams
 
-    # A registered class is inspected in this process; a lazy name, in one of its own for half a minute.
+    # vLLM inspects a registered class in this process, a lazy name in a subprocess that takes half a minute.
     if hasattr(ModelRegistry.models[name], "load_model_cls"):
         ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
     engine = LLM(
@@ -44,12 +44,12 @@ def first_token(folder: Path, name: str) -> float:
 
 
 def judge_engine(folder: Path, name: str, must_refuse: bool) -> tuple[str, str]:
-    """As `fuzz.judge`, for a whole engine."""
+    """Serve a damaged checkpoint; return the outcome and the message, as `fuzz.judge` does."""
     try:
         with quiet():
             value = first_token(folder, name)
     except StartError as error:
-        return ("refused", str(error)) if "\n" not in str(error) else ("CRASH: no sentence", str(error))
+        return ("refused", str(error)) if "\n" not in str(error) else ("CRASH: no message", str(error))
     except HOST_ERRORS as error:
         return "refused by its host", f"{type(error).__name__}: {error}"
     except Exception as error:
@@ -58,11 +58,11 @@ def judge_engine(folder: Path, name: str, must_refuse: bool) -> tuple[str, str]:
         gc.collect()
     if value != value:
         return "SILENT: not finite", ""
-    return ("SILENT: damage not seen", "") if must_refuse else ("serves", "")
+    return ("SILENT: damage not detected", "") if must_refuse else ("serves", "")
 
 
 def run_engines(count: int, seed: int, work: Path, on_case: Callable[[Case], None]) -> list[Case]:
-    """`count` damaged checkpoints, one engine after the other."""
+    """Start an engine on each of `count` damaged checkpoints; return the outcomes."""
     os.environ.update(SETTINGS)
     source = write_model(work / "served", "Qwen3", shards=3, lively=True, vocab_size=VOCABULARY)
     origin = work / "served-bwla"

@@ -1,12 +1,13 @@
-"""Damaged model folders against everything that reads one: no crash without a message, no silent load of wrong data.
+"""Give damaged model folders to everything that reads them: none may crash without a message or load wrong data.
 
     python -m tests.robustness.fuzz --count 1000 --out benchmarks/results/fuzz.json
 
-Three readers are asked in turn: the converter's pre-flight, the plugin's checks before and while loading (those of
-`process_weights_after_loading`, without an engine; `--engines N` starts real ones too), and transformers. What a
-reader lets through is compared with the undamaged folder. A changed value that is as valid as the old one (a flipped
-sign bit, another norm epsilon) is counted as `other valid data`; of a checkpoint, `bwla-inspect`'s hashes must then
-tell. Seeded: one seed, one list of mutations.
+There are three readers: the converter's checks before a conversion, the plugin's checks before and during loading
+(those of `process_weights_after_loading`, without an engine; `--engines N` also starts N engines), and transformers.
+What a reader accepts is compared with the undamaged folder. A changed value that is as valid as the original one (a
+flipped sign bit, a different norm epsilon) is counted as `other valid data`; in a checkpoint, the hashes that
+`bwla-inspect` checks must then differ. The same seed gives the same mutations: they are plain functions of a seeded
+generator rather than hypothesis strategies, which promise no reproducible sequence across versions.
 """
 
 import argparse
@@ -54,18 +55,18 @@ from bwla_vllm.errors import StartError
 from tests.robustness.mutations import MAY_PASS, MUST_REFUSE, Mutation
 
 HOST_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError)
-"""What transformers and vLLM raise on purpose before they ask us; anything else counts as a crash."""
+"""Errors that transformers and vLLM raise on purpose before they call our code; any other one counts as a crash."""
 
 LIMIT_S = 180
-"""Seconds for one reader and folder; they take less than one."""
+"""Time limit of one reader on one folder, in seconds; usually it takes less than one."""
 
 OUR_CODE = tuple(Path(package.__file__).parent for package in (bwla_converter, bwla_kernels, bwla_vllm))
-"""An error that passed through one of these without becoming a sentence is ours."""
+"""Folders of our code: an unexpected error whose traceback passes through one of them is ours."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One damaged folder and what a reader made of it."""
+    """One damaged folder, and the outcome of reading it."""
 
     number: int
     reader: str
@@ -76,7 +77,7 @@ class Case:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """A number for the bytes of each tensor."""
+    """Return a hash of each tensor's shape, dtype and bytes."""
     return {
         name: hash((tuple(tensor.shape), tensor.dtype, raw_bytes(tensor))) for name, tensor in tensors.items()
     }
@@ -92,14 +93,14 @@ def finite(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def read_as_source(folder: Path) -> dict[str, Tensor]:
-    """What a conversion would read."""
+    """Return the tensors that a conversion would read."""
     source = open_source(str(folder))
     check_values(source)
     return source.read(list(source.entries))
 
 
 def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
-    """What vLLM would load; None where it would not ask the plugin."""
+    """Return the tensors that vLLM would load, or None if it would not use the plugin."""
     hf_config = AutoConfig.from_pretrained(folder)
     stored = getattr(hf_config, "quantization_config", None)
     if not isinstance(stored, dict) or stored.get("quant_method") != "bwla":
@@ -125,22 +126,22 @@ def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
     return tensors
 
 
-def _refuse_unequal_copies(architecture: str, blocks: int, tensors: Mapping[str, Tensor]) -> None:
-    """As `BWLALinearMethod` does where vLLM fuses the members of a group."""
+def _refuse_unequal_copies(architecture: str, num_layers: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise as `BWLALinearMethod` does where vLLM fuses the members of an input group."""
     family = next(family for family in FAMILIES if family.architecture == architecture)
-    for index in range(blocks):
+    for index in range(num_layers):
         for group in family.groups:
             names = [f"{family.layer_name(index)}.{member}" for member in group.members]
             for key in INPUT_TRANSFORM:
                 copies = [tensors[f"{name}.{key}"] for name in names if f"{name}.{key}" in tensors]
                 if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
                     raise StartError(
-                        f"{names[0]}.{key}: expected identical copies in its group, found others"
+                        f"{names[0]}.{key}: expected identical copies in its input group, found different ones"
                     )
 
 
 def read_as_transformers(folder: Path) -> dict[str, Tensor] | None:
-    """What transformers loads; None where it does not see that this is a BWLA checkpoint."""
+    """Return what transformers loads, or None if it does not recognize a BWLA checkpoint."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     if not any(isinstance(module, hf.BWLALinear) for module in model.modules()):
         return None
@@ -155,7 +156,7 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor] | None]] = {
 
 
 def make_folders(work: Path) -> dict[str, list[Path]]:
-    """Undamaged folders for each reader: models of two families, and the checkpoints made of them."""
+    """Return the undamaged folders of each reader: models of two families, and their converted checkpoints."""
     sources = [
         write_model(work / "qwen3", "Qwen3", shards=3, lively=True),
         write_model(work / "gemma2", "Gemma 2", lively=True),
@@ -173,7 +174,7 @@ class HangError(Exception):
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Raise `HangError` in the body after `LIMIT_S` seconds."""
+    """Raise `HangError` in the body of the with statement after `LIMIT_S` seconds."""
 
     def stop(number: int, frame: object) -> None:
         raise HangError(f"no answer within {LIMIT_S} s")
@@ -189,7 +190,7 @@ def limited() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the readers' progress bars and warnings."""
+    """Suppress the readers' progress bars and warnings."""
     with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
         yield
 
@@ -197,16 +198,16 @@ def quiet() -> Iterator[None]:
 def judge(
     read: Callable[[Path], dict[str, Tensor] | None], folder: Path, good: Mapping[str, int], must_refuse: bool
 ) -> tuple[str, str]:
-    """Ask a reader; returns the outcome and the message that it gave."""
+    """Read a damaged folder; return the outcome and the reader's message."""
     try:
         with quiet(), limited():
-            found = read(folder)
+            tensors = read(folder)
     except HangError as error:
         return "CRASH: hangs", str(error)
     except (BWLAError, StartError) as error:
         text = str(error)
         listed = text.count("\n") == 0 or "problem(s):" in text
-        return ("refused", text) if text and listed else ("CRASH: no sentence", repr(error))
+        return ("refused", text) if text and listed else ("CRASH: no message", repr(error))
     except HOST_ERRORS as error:
         return (
             ("refused by its host", f"{type(error).__name__}: {error}")
@@ -219,18 +220,18 @@ def judge(
         kind = "CRASH" if ours else "crash of its host"
         place = Path(frames[-1].filename)
         return kind, f"{type(error).__name__}: {error} ({place.parent.name}/{place.name}:{frames[-1].lineno})"
-    if found is None:
-        return "not asked", ""
-    if not finite(found):
+    if tensors is None:
+        return "not used", ""
+    if not finite(tensors):
         return "SILENT: not finite", ""
-    now = digest(found)
+    now = digest(tensors)
     if must_refuse:
-        return ("SILENT: wrong data", "") if now != good else ("SILENT: damage not seen", "")
+        return ("SILENT: wrong data", "") if now != good else ("SILENT: damage not detected", "")
     return ("other valid data", "") if now != good else ("same data", "")
 
 
 def run(count: int, seed: int, work: Path, on_case: Callable[[Case], None] = lambda case: None) -> list[Case]:
-    """`count` mutations, spread over readers and kinds of damage."""
+    """Try `count` mutations, spread over the readers and the kinds of damage; return the outcomes."""
     with quiet():
         folders = make_folders(work)
         good = {
@@ -254,15 +255,15 @@ def run(count: int, seed: int, work: Path, on_case: Callable[[Case], None] = lam
         if what is None:
             continue
         outcome, message = judge(READERS[reader], damaged, good[reader, origin], mutate in MUST_REFUSE)
-        if reader != "converter" and outcome in ("other valid data", "same data", "not asked"):
-            outcome += ", hashes tell" if not check_intact(damaged) else ", HASHES DO NOT TELL"
+        if reader != "converter" and outcome in ("other valid data", "same data", "not used"):
+            outcome += ", hashes differ" if not check_intact(damaged) else ", HASHES ARE EQUAL"
         cases.append(Case(number, reader, mutate.__name__, f"{origin.name}: {what}", outcome, message[:300]))
         on_case(cases[-1])
     return cases
 
 
 def check_intact(folder: Path) -> bool:
-    """Whether `bwla-inspect` would call the folder intact."""
+    """Return whether `bwla-inspect` would call the folder intact."""
     try:
         verdict = check_hashes(folder)
     except BWLAError:
@@ -271,13 +272,13 @@ def check_intact(folder: Path) -> bool:
 
 
 def is_failure(case: Case) -> bool:
-    """A crash without a sentence of ours, a silent load, or a change that even the hashes do not show."""
-    unseen = "HASHES DO NOT TELL" in case.outcome and not case.outcome.startswith("same data")
-    return case.outcome.startswith(("CRASH", "SILENT")) or unseen
+    """Return whether a reader crashed, loaded damaged data, or even the hashes do not show the change."""
+    undetected = "HASHES ARE EQUAL" in case.outcome and not case.outcome.startswith("same data")
+    return case.outcome.startswith(("CRASH", "SILENT")) or undetected
 
 
 def summary(cases: list[Case]) -> list[dict[str, Any]]:
-    """Counts by reader and outcome."""
+    """Return the number of cases by reader and outcome."""
     counts = Counter((case.reader, case.outcome) for case in cases)
     return [
         {"reader": reader, "outcome": outcome, "count": n} for (reader, outcome), n in sorted(counts.items())
@@ -285,30 +286,32 @@ def summary(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Command line; returns 1 where a case failed."""
+    """Run the command line; return 1 if a case failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--engines", type=int, default=0, help="damaged checkpoints to start vLLM on")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--count", type=int, default=1000, help="number of mutations (1000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the mutations (0)")
+    parser.add_argument(
+        "--engines", type=int, default=0, help="number of damaged checkpoints to start vLLM with (0)"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     torch.set_num_threads(1)
     started = time.monotonic()
 
-    def tell(case: Case) -> None:
+    def show(case: Case) -> None:
         if is_failure(case) or case.outcome == "crash of its host":
             print(asdict(case), flush=True)
         elif case.number % 100 == 0:
             print(f"{case.number} ({time.monotonic() - started:.0f} s)", flush=True)
 
     with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as work:
-        cases = run(options.count, options.seed, Path(work), tell)
+        cases = run(options.count, options.seed, Path(work), show)
         if options.engines:
             from tests.robustness.engines import run_engines
 
-            cases += run_engines(options.engines, options.seed, Path(work), tell)
+            cases += run_engines(options.engines, options.seed, Path(work), show)
     rows = summary(cases)
     for row in rows:
         print(f"{row['reader']:13} {row['count']:5}  {row['outcome']}")

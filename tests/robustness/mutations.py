@@ -1,8 +1,8 @@
-"""Ways to damage a model folder, each with what must come of it.
+"""Mutations that damage a model folder.
 
-A mutation is a function of a folder and a generator of random numbers; it returns what it did, or None where the
-folder has nothing to damage in that way. `MUST_REFUSE` are those after which no loader may go on; after the others
-(single bits, values) a loader may find nothing wrong, because another valid model is what it was given.
+A mutation is a function of a folder and a random number generator; it returns a description of what it changed, or
+None if the folder contains nothing that it can damage. Every reader must refuse a folder after a mutation in
+`MUST_REFUSE`. After one in `MAY_PASS` (single bits, values) the folder may be another valid model.
 """
 
 import json
@@ -58,7 +58,7 @@ def flip(path: Path, rng: random.Random, first: int, last: int) -> str:
 
 
 def header(path: Path) -> tuple[int, bytes, bytes]:
-    """Length, header and data of a safetensors file."""
+    """Return the header's length, the header and the data of a safetensors file."""
     raw = path.read_bytes()
     size = struct.unpack("<Q", raw[:8])[0]
     return size, raw[8 : 8 + size], raw[8 + size :]
@@ -105,7 +105,7 @@ def change_quantization_value(folder: Path, rng: random.Random) -> str | None:
 
 
 def exchange_equal_tensors(folder: Path, rng: random.Random) -> str | None:
-    """Two tensors of one shape and dtype change places."""
+    """Exchange two tensors of the same shape and dtype."""
     path = rng.choice(shards(folder))
     tensors = load_file(path)
     pairs = [
@@ -124,7 +124,7 @@ def exchange_equal_tensors(folder: Path, rng: random.Random) -> str | None:
 
 def extra_key_in_config(folder: Path, rng: random.Random) -> str:
     edit(folder / "config.json", lambda config: config.__setitem__("surprise", rng.choice(VALUES)))
-    return "config.json: one key more"
+    return "config.json: an unknown key"
 
 
 def truncate(folder: Path, rng: random.Random) -> str:
@@ -183,10 +183,10 @@ def offsets(folder: Path, rng: random.Random) -> str:
 
 
 def swap_shards(folder: Path, rng: random.Random) -> str | None:
-    found = shards(folder)
-    if len(found) < 2:
+    paths = shards(folder)
+    if len(paths) < 2:
         return None
-    a, b = rng.sample(found, 2)
+    a, b = rng.sample(paths, 2)
     first, second = a.read_bytes(), b.read_bytes()
     a.write_bytes(second)
     b.write_bytes(first)
@@ -239,7 +239,7 @@ def reshape(folder: Path, rng: random.Random) -> str:
         lambda t: t.unsqueeze(0),
         lambda t: t.reshape(-1, 1, 1),
     ]
-    return _change_tensor(folder, rng, "of another shape", rng.choice(changes))
+    return _change_tensor(folder, rng, "with another shape", rng.choice(changes))
 
 
 def retype(folder: Path, rng: random.Random) -> str:
@@ -260,7 +260,7 @@ def not_a_number(folder: Path, rng: random.Random) -> str | None:
 
 
 def invalid_values(folder: Path, rng: random.Random) -> str | None:
-    """A scale that is not positive, or a rotation that is none."""
+    """Make a scale negative, or a rotation not orthogonal."""
     path = rng.choice(shards(folder))
     kinds = ("weight_scale", "column_scale", "rotation_left", "rotation_right")
     names = [name for name in load_file(path) if name.endswith(kinds)]
@@ -273,7 +273,7 @@ def invalid_values(folder: Path, rng: random.Random) -> str | None:
         tensors[name] = tensor * 1.01 if "rotation" in name else tensor * -1.0
 
     edit_tensors(path, spoil)
-    return f"{path.name}: {name} of invalid values"
+    return f"{path.name}: {name} with invalid values"
 
 
 def index_elsewhere(folder: Path, rng: random.Random) -> str | None:
@@ -312,12 +312,12 @@ def another_size(folder: Path, rng: random.Random) -> str:
 
 
 def another_depth(folder: Path, rng: random.Random) -> str:
-    # Of 10^9 blocks transformers makes lists for hours before it asks anybody; the converter refuses them first.
+    # Not 10^9: transformers would build lists for hours before it calls our code (the converter refuses at once).
     depth = rng.choice([0, 1, 3, 10**5, -1])
     types = ["full_attention"] * min(max(depth, 0), 10)
     change = {"num_hidden_layers": depth, "layer_types": rng.choice([None, types])}
     edit(folder / "config.json", lambda config: config.update(change))
-    return f"config.json: {depth} blocks"
+    return f"config.json: {depth} layers"
 
 
 def another_architecture(folder: Path, rng: random.Random) -> str:
@@ -330,7 +330,7 @@ def another_architecture(folder: Path, rng: random.Random) -> str:
 
 
 def another_quantization(folder: Path, rng: random.Random) -> str:
-    """Of a model: that it is quantized by somebody else. Of a checkpoint: a version, rank or rotation not its own."""
+    """Declare a model as quantized by another method, or change the version, rank or rotation of a checkpoint."""
     table = read(folder / "config.json").get("quantization_config")
     if not table:
         other = {"quant_method": rng.choice(["gptq", "awq", "bitsandbytes", "bwla", "fp9", None])}

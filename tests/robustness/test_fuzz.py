@@ -1,4 +1,4 @@
-"""A short run of the fuzz script: no crash without a sentence, no silent load, and it can find what it looks for."""
+"""A short fuzz run: no reader crashes or loads damaged data, and the judge recognizes readers that do."""
 
 from pathlib import Path
 
@@ -22,23 +22,23 @@ def test_every_kind_of_damage_on_every_reader(tmp_path: Path) -> None:
     assert {case.reader for case in cases} == {"converter", "plugin", "transformers"}
     assert sum(case.outcome == "refused" for case in cases) > COUNT // 2
     hosts = [case for case in cases if case.outcome == "crash of its host"]
-    # transformers reads config.json before it asks us, and trips over one that is no object.
+    # transformers reads config.json before it calls our code, and crashes if that is not an object.
     assert {case.mutation for case in hosts} <= {"config_of_another_kind", "change_config_value"}
 
 
 @pytest.mark.parametrize(
-    ("found", "outcome"),
+    ("tensors", "outcome"),
     [
-        ({"a": torch.ones(2)}, "SILENT: damage not seen"),
+        ({"a": torch.ones(2)}, "SILENT: damage not detected"),
         ({"a": torch.zeros(2)}, "SILENT: wrong data"),
         ({"a": torch.full((2,), float("nan"))}, "SILENT: not finite"),
     ],
 )
-def test_a_reader_that_lets_damage_through_is_caught(found, outcome: str, tmp_path: Path) -> None:
+def test_a_reader_that_lets_damage_through_is_caught(tensors, outcome: str, tmp_path: Path) -> None:
     from tests.robustness.fuzz import digest
 
     good = digest({"a": torch.ones(2)})
-    assert judge(lambda folder: found, tmp_path, good, must_refuse=True)[0] == outcome
+    assert judge(lambda folder: tensors, tmp_path, good, must_refuse=True)[0] == outcome
     assert is_failure(Case(0, "", "", "", outcome))
 
 
