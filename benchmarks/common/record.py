@@ -1,4 +1,4 @@
-"""What every benchmark writes: its rows, with the command, machine, versions and commit that produced them."""
+"""Result files: the rows of a benchmark, with the command, machine, versions and commit that produced them."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def _memory_gib() -> float:
 
 
 def _gpu() -> dict[str, str]:
-    """The first GPU's name; nothing where torch sees none."""
+    """Return the first GPU's name; nothing if torch finds no GPU."""
     import torch
 
     return {"gpu": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
@@ -54,22 +54,22 @@ def _command() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def write_result(out: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> None:
-    """Write a result file: `{"rows": [...], ...}` with its provenance.
+    """Write a result file `{"rows": [...], ...}` with its provenance.
 
     Args:
-        out: the JSON file, usually under benchmarks/results/.
-        rows: one mapping a measurement.
-        facts: whatever else belongs to the run.
+        out: the JSON file, usually in benchmarks/results/.
+        rows: one mapping for each measurement.
+        facts: further entries that describe the run.
     """
     result = {
         "command": _command(),

@@ -1,4 +1,4 @@
-"""`vllm serve` as a context manager: start on a free loopback port, wait for health, end with nothing left."""
+"""`vllm serve` as a context manager: starts on a free loopback port, waits for health, stops all processes."""
 
 import os
 import signal
@@ -21,11 +21,11 @@ CPU_ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
-"""A small KV cache, and nothing asked of the network."""
+"""A small KV cache, and no network access."""
 
 
 class ServerError(Exception):
-    """The server did not start; the message ends with its last lines."""
+    """Raised if the server does not start; the message ends with the last lines of its log."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Server:
     """A running server.
 
     Attributes:
-        url: base of the OpenAI-compatible API, ends in /v1.
-        model: the name that requests must give.
-        log: file with everything that the server printed.
-        pid: of the server's first process, whose children are the others.
+        url: base URL of the OpenAI-compatible API, ends with /v1.
+        model: model name for requests.
+        log: file with the server's output.
+        pid: id of the server's parent process.
     """
 
     url: str
@@ -46,7 +46,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A loopback port that nobody listens on now."""
+    """Return a loopback port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -62,7 +62,7 @@ def _healthy(root: str) -> bool:
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server's whole process group: engine and workers outlive a parent that is merely killed."""
+    """Stop the server's process group; killing the parent alone would leave the engine and workers running."""
     for step in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, step)
@@ -87,17 +87,17 @@ def serve(
     environment: Mapping[str, str] | None = None,
     health_seconds: float = HEALTH_SECONDS,
 ) -> Iterator[Server]:
-    """Serve a checkpoint for the length of a with-block.
+    """Serve a checkpoint while the body of the with statement runs.
 
     Args:
-        model: the checkpoint's folder, also the name to ask for.
-        log: where the server's output goes.
+        model: folder of the checkpoint, also the model name for requests.
+        log: file for the server's output.
         arguments: further arguments of `vllm serve`.
-        environment: variables beside those of this process and `CPU_ENVIRONMENT`.
-        health_seconds: how long the server may take to start.
+        environment: environment variables besides those of this process and `CPU_ENVIRONMENT`.
+        health_seconds: seconds that the server may take to start.
 
     Raises:
-        ServerError: the server ended, or was not healthy in time.
+        ServerError: the server ended, or was not healthy within `health_seconds`.
     """
     port = free_port()
     root = f"http://127.0.0.1:{port}"

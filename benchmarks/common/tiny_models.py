@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, written as Hugging Face folders, for tests and the fuzz run."""
+"""Tiny random models of every supported family, written as Hugging Face folders, for tests."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,17 +28,17 @@ OWN_SIZES: Mapping[str, dict[str, Any]] = {
     },
     "phi3": {"pad_token_id": 0},
 }
-"""What a family needs besides, by transformers' model type."""
+"""Further settings of a family, by transformers' model type."""
 
 
 def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any) -> PreTrainedModel:
-    """A random float32 model of the family of that name.
+    """Return a random float32 model of a family.
 
     Args:
         family: a name in `FAMILIES`.
-        lively: draw weights so large that each one matters to the logits, instead of transformers' own.
-        seed: of the weights.
-        config: changes of the tiny configuration.
+        lively: draw weights that are large enough for each one to matter to the logits, unlike transformers' own.
+        seed: seed of the weights.
+        config: changes to the tiny configuration.
     """
     entry = next(entry for entry in FAMILIES if entry.name == family)
     torch.manual_seed(seed)
@@ -47,7 +47,7 @@ def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Biases start at zero; random ones would not survive being dropped unseen.
+            # transformers initializes biases with zeros, with which a lost bias would not be noticed.
             if name.endswith("bias"):
                 parameter.normal_()
             elif lively and parameter.dim() == 1:
@@ -60,7 +60,7 @@ def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any)
 def write_model(
     folder: Path, family: str = "Qwen3", shards: int = 1, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> Path:
-    """Write `build_model(family, **options)` into `folder`, in about `shards` files; returns the folder."""
+    """Write `build_model(family, **options)` to `folder` in about `shards` files; return the folder."""
     model = build_model(family, **options).to(dtype)
     sizes = [parameter.numel() * parameter.element_size() for parameter in model.parameters()]
     limit = max(*sizes, sum(sizes) // shards) if shards > 1 else "1GB"

@@ -1,12 +1,12 @@
-"""Peak memory of a conversion beside its prediction: a random model is written and converted in a process of its own.
+"""Compare the peak memory of a conversion with its prediction, on a random model in a separate process.
 
     python -m benchmarks.conversion.memory --out benchmarks/results/convert_memory.json
     python -m benchmarks.conversion.memory --recipe fast --shape 1.7b --layers 2 --quick \\
         --out benchmarks/results/convert_memory_fast.json
 
-Two limits must hold: the peak is within 20 % of what `planning.budget` predicts, and, for recipe paper, below a
-quarter of the model's bytes plus 1 GB. Blocks are converted one after the other, so the peak of a few layers is that
-of all. `--quick` has the recipe do fewer rounds of the same steps on the same tensors: the peak is that of a step.
+The peak must be within 20 % of what `planning.budget` predicts and, for recipe paper, below a quarter of the model's
+bytes plus 1 GB. Layers are converted one after the other, so a few of them have the same peak as all. `--quick`
+reduces the rounds of the recipe's steps, which does not change the peak.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TOLERANCE = 0.2
 
 
 def write_random_model(folder: Path, layers: int, shape: str) -> int:
-    """Write a random Qwen3 model of bfloat16 weights, one shard a block; returns the tensors' bytes."""
+    """Write a random bfloat16 Qwen3 model with one shard for each layer; return the tensors' bytes."""
     sizes = SHAPES[shape]
     config = AutoConfig.for_model(
         "qwen3",
@@ -83,7 +83,7 @@ def write_random_model(folder: Path, layers: int, shape: str) -> int:
     return total
 
 
-def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int, quick: bool) -> None:
+def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     """Convert in this process and print the prediction, the peak and the seconds as JSON."""
     from bwla_converter.listener import Listener
     from bwla_converter.options import Calibration, Options
@@ -92,7 +92,7 @@ def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int,
     from bwla_converter.quantize import fast, gptq_binary, paper
     from bwla_converter.recipes import base as recipes
 
-    if quick:
+    if arguments.quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
         recipes.FastOptions = few  # type: ignore[attr-defined,assignment,misc]
         gptq_binary.INITIAL_SCALE_FACTORS = (1.0, 1.3)
@@ -104,15 +104,21 @@ def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int,
         def budgeted(self, budget: Budget) -> None:
             predicted.append(budget)
 
-    text = Calibration(str(EXAMPLE / "text" / "calibration.txt"), windows, length)
+    text = Calibration(
+        str(EXAMPLE / "text" / "calibration.txt"), arguments.num_calibration_samples, arguments.max_seq_length
+    )
     started = time.monotonic()
     options = Options(
-        str(model), out, recipe=recipe, calibration=None if recipe == "paper" else text, text_samples=0
+        str(model),
+        out,
+        recipe=arguments.recipe,
+        calibration=None if arguments.recipe == "paper" else text,
+        text_samples=0,
     )
     summary = convert(options, Notes())
     result = {
         "predicted_bytes": round(predicted[0].memory),
-        "predicted_moment": predicted[0].moment,
+        "predicted_moment": predicted[0].step,
         "base_bytes": round(predicted[0].base),
         "predicted_seconds": round(predicted[0].seconds),
         "seconds": round(time.monotonic() - started, 1),
@@ -125,23 +131,24 @@ def convert_here(model: Path, out: Path, recipe: str, windows: int, length: int,
 
 
 def main() -> int:
-    """Command line; returns 1 where a limit does not hold."""
+    """Run the command line; return 1 if a limit is exceeded."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", default="paper")
-    parser.add_argument("--shape", choices=SHAPES, default="1.2b")
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--windows", type=int, default=4, help="of calibration text")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a window")
+    parser.add_argument("--recipe", default="paper", help="recipe (paper)")
+    parser.add_argument("--shape", choices=SHAPES, default="1.2b", help="shape of the model (1.2b)")
+    parser.add_argument("--layers", type=int, default=24, help="number of decoder layers (24)")
+    parser.add_argument("--num-calibration-samples", type=int, default=4, help="calibration samples (4)")
+    parser.add_argument(
+        "--max-seq-length", type=int, default=128, help="tokens of a calibration sample (128)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds of the same steps")
     parser.add_argument("--work", type=Path, help="folder for the model (a temporary one)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--here", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    settings = (arguments.recipe, arguments.windows, arguments.length, arguments.quick)
     if arguments.here:
-        convert_here(*arguments.here, *settings)
+        convert_here(*arguments.here, arguments)
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         model, out = Path(work) / "model", Path(work) / "out"
@@ -156,29 +163,29 @@ def main() -> int:
             str(out),
         ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        measured = json.loads(done.stdout.strip().splitlines()[-1])
     limit = size // 4 + 10**9 if arguments.recipe == "paper" and not arguments.quick else None
-    ratio = found["peak_bytes"] / found["predicted_bytes"]
+    ratio = measured["peak_bytes"] / measured["predicted_bytes"]
     print(
-        f"model {size / 1e9:.2f} GB, peak memory {found['peak_bytes'] / 1e9:.2f} GB, predicted "
-        f"{found['predicted_bytes'] / 1e9:.2f} GB ({found['predicted_moment']}): {ratio:.2f} of it, "
-        f"{found['seconds']:.0f} s" + (f", limit {limit / 1e9:.2f} GB" if limit else "")
+        f"model {size / 1e9:.2f} GB, peak memory {measured['peak_bytes'] / 1e9:.2f} GB, predicted "
+        f"{measured['predicted_bytes'] / 1e9:.2f} GB ({measured['predicted_moment']}): {ratio:.2f} of it, "
+        f"{measured['seconds']:.0f} s" + (f", limit {limit / 1e9:.2f} GB" if limit else "")
     )
     row = {
         "recipe": arguments.recipe,
         "shape": SHAPES[arguments.shape],
         "layers": arguments.layers,
-        "windows": arguments.windows,
-        "length": arguments.length,
+        "windows": arguments.num_calibration_samples,
+        "length": arguments.max_seq_length,
         "quick": arguments.quick,
         "model_bytes": size,
         "limit_bytes": limit,
         "peak_over_predicted": round(ratio, 3),
-        **found,
+        **measured,
     }
     if arguments.out:
         write_result(arguments.out, [row])
-    return int(abs(ratio - 1) > TOLERANCE or (limit is not None and found["peak_bytes"] > limit))
+    return int(abs(ratio - 1) > TOLERANCE or (limit is not None and measured["peak_bytes"] > limit))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""One BWLA layer on this machine's CPU against bf16, side by side in one process.
+"""Time one BWLA layer and bf16 on this machine's CPU, side by side in one process.
 
     python -m benchmarks.kernels.cpu_layer --quick
     python -m benchmarks.kernels.cpu_layer --models 8b,32b --tokens 1,128 --out benchmarks/results/cpu_layer.json
 
-Per shape and number of tokens M, in turn, again and again: a plain read of memory, the whole BWLA layer, its matmul
-alone (the library's function: no rotation, no low-rank part, no torch), vLLM's own bf16 linear (oneDNN, prepacked)
-and torch's. Every call takes the next of several copies of the weights, together larger than the last-level cache;
-calls shorter than four milliseconds are timed in runs of so many that they take as long. Figures are medians;
-"share of read" is the median of each round's ratio, since memory here changes its speed from second to second.
+For each shape and number of tokens M, these are timed in turn for many rounds: a plain read of memory, the whole BWLA
+layer, its GEMM alone (the library's function: no rotation, no low-rank correction, no torch), vLLM's bf16 linear
+(oneDNN, prepacked) and torch's. Each call uses the next of several copies of the weights, which together exceed the
+last-level cache; calls below four milliseconds are timed in runs that take that long. Figures are medians; "share of
+read" is the median of the ratios within each round, since the speed of memory varies from second to second.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor
 from benchmarks.common.record import write_result
 
 Step = Callable[[int], object]
-"""One timed call; its argument counts the rounds."""
+"""A timed call; its argument is the number of the call."""
 
 RANK = 16
 RUN_SECONDS = 4e-3
@@ -65,18 +65,18 @@ SHAPES: dict[str, list[tuple[int, int, int]]] = {
         (5120, 25600, SHARDED_ROTATION_GROUPS),
     ],
 }
-"""qkv, o, gate_up and down of the Qwen3 models, as vLLM fuses them: N, K, rotation blocks wished for."""
+"""qkv, o, gate_up and down of the Qwen3 models, as vLLM fuses them: N, K, preferred number of rotation groups."""
 QUICK = [(10240, 5120, 1), (4096, 12288, SHARDED_ROTATION_GROUPS)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result; times in microseconds."""
+    """One row of the result; times in microseconds."""
 
     n: int
     k: int
     m: int
-    blocks: int
+    rotation_groups: int
     bwla_us: float
     bwla_matmul_us: float
     vllm_bf16_us: float
@@ -88,15 +88,15 @@ class Row:
 
 
 def last_level_cache() -> int:
-    """Bytes of the largest cache that Linux names; 64 MiB where it names none."""
+    """Return the bytes of the largest cache that Linux reports; 64 MiB if it reports none."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     units = {"K": 2**10, "M": 2**20}
-    found = [int(text[:-1]) * units[text[-1]] for path in sizes if (text := path.read_text().strip())]
-    return max(found, default=64 << 20)
+    caches = [int(text[:-1]) * units[text[-1]] for path in sizes if (text := path.read_text().strip())]
+    return max(caches, default=64 << 20)
 
 
 def copies(tensor: Tensor, cold: int) -> list[Tensor]:
-    """So many copies of a tensor, on huge pages like the kernel's own, that together they exceed `cold` bytes."""
+    """Return copies of a tensor, on huge pages as the kernel uses, that together exceed `cold` bytes."""
     count = max(2, -(-cold // tensor.nbytes))
     return [
         kernel.empty_huge(tensor.nbytes).view(tensor.dtype).view(tensor.shape).copy_(tensor)
@@ -105,7 +105,7 @@ def copies(tensor: Tensor, cold: int) -> list[Tensor]:
 
 
 class Weights:
-    """One shape's weights in every form: copies of the packed layer, of vLLM's linear, of torch's matrix."""
+    """Copies of one shape's weights for each method: the packed layer, vLLM's linear, torch's matrix."""
 
     def __init__(self, spec: LayerSpec, cold: int, peers: bool = True) -> None:
         self.spec, self.bare = spec, replace(spec, rank=0)
@@ -128,7 +128,7 @@ class Weights:
             self.vllm.append(layer)
 
     def steps(self, x: Tensor) -> tuple[Step, Step, Step, Step]:
-        """The whole BWLA layer, its matmul alone (no low-rank part), vLLM's bf16 linear, torch's."""
+        """Return the calls: the BWLA layer, its GEMM alone (no low-rank correction), vLLM's bf16 linear, torch's."""
         prepared = reference.prepare_input(x, self.stored, self.bare)
         out = torch.empty(len(x), self.spec.out_features, dtype=x.dtype)
         library, threads = load(), torch.get_num_threads()
@@ -143,11 +143,11 @@ class Weights:
             1.0,
         )
         sizes, function = ctypes.addressof(struct), library.handle.bwla_binary_matmul
-        given = (prepared.q.data_ptr(), prepared.scale.data_ptr(), None, len(x))
-        # Made beforehand: the weights that a call streams push Python's own objects out of the caches, so that
-        # making the arguments in the call would add 4 to 9 us to it.
+        arguments = (prepared.q.data_ptr(), prepared.scale.data_ptr(), None, len(x))
+        # The arguments are prepared here: the weights that a call streams evict Python's objects from the caches, so
+        # that preparing them in the call would add 4 to 9 us.
         calls = [
-            (sizes, packed.data_ptr(), *given, out.data_ptr(), kernel.DTYPES[x.dtype], threads)
+            (sizes, packed.data_ptr(), *arguments, out.data_ptr(), kernel.DTYPES[x.dtype], threads)
             for packed in self.alone
         ]
 
@@ -156,7 +156,7 @@ class Weights:
 
         def matmul(i: int) -> object:
             function(*calls[i % len(calls)])
-            return struct, prepared, out  # `calls` holds their addresses: they must live as long as this
+            return struct, prepared, out  # keeps them alive: `calls` contains their addresses
 
         def vllm(i: int) -> Tensor:
             chosen = self.vllm[i % len(self.vllm)]
@@ -167,67 +167,69 @@ class Weights:
 
 
 def read_step(cold: int) -> Step:
-    """A plain read of `cold` bytes by all of torch's threads."""
+    """Return a step that reads `cold` bytes with all of torch's threads."""
     data = kernel.empty_huge(4 * cold).zero_().view(torch.float32).view(4, -1)
     return lambda i: data[i % 4].sum()
 
 
 def short_read_step(size: int, cold: int) -> Step:
-    """A plain read of `size` bytes by all of torch's threads, of another piece of `cold` bytes each time."""
+    """Return a step that reads `size` bytes with all of torch's threads, each time another part of `cold` bytes."""
     pieces = kernel.empty_huge(cold).zero_().view(torch.float32).split(size // 4)[: cold // size]
     return lambda i: pieces[i % len(pieces)].sum()
 
 
 def calls_in_a_row(step: Step) -> int:
-    """How many calls take `RUN_SECONDS`."""
-    step(0)  # code, threads, lazy packing
+    """Return the number of calls that take `RUN_SECONDS`."""
+    step(0)  # warm-up: code, threads, lazy packing
     started = time.perf_counter()
     step(1)
     return max(1, min(64, math.ceil(RUN_SECONDS / (time.perf_counter() - started))))
 
 
 def time_in_turn(steps: Sequence[Step], budget: float, least: int = 5) -> list[list[float]]:
-    """Microseconds of a call of each step, in turn until `budget` seconds are over, `least` rounds or more."""
+    """Time the steps in turn for `budget` seconds and at least `least` rounds; return microseconds per call."""
     counts = [calls_in_a_row(step) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     begun, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - begun < budget:
-        for step, count, found in zip(steps, counts, times, strict=True):
+        for step, count, samples in zip(steps, counts, times, strict=True):
             started = time.perf_counter()
             for i in range(rounds * count, (rounds + 1) * count):
                 step(i)
-            found.append(1e6 * (time.perf_counter() - started) / count)
+            samples.append(1e6 * (time.perf_counter() - started) / count)
         rounds += 1
     return times
 
 
 def measure(shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], budget: float) -> Iterator[Row]:
-    """A row for every shape and number of tokens."""
+    """Yield a row for each shape and number of tokens."""
     cold = 3 * last_level_cache()
     read = read_step(cold)
-    for n, k, wished in shapes:
-        blocks, n1, n2 = choose_rotation(k, wished)
-        weights = Weights(LayerSpec(n, k, blocks, n1, n2, rank=RANK), cold)
+    for n, k, preferred in shapes:
+        groups, n1, n2 = choose_rotation(k, preferred)
+        weights = Weights(LayerSpec(n, k, groups, n1, n2, rank=RANK), cold)
         for m in tokens:
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
-            found = time_in_turn((read, *weights.steps(x)), budget)
-            read_us, *times = (statistics.median(one) for one in found)
+            samples = time_in_turn((read, *weights.steps(x)), budget)
+            read_us, *times = (statistics.median(step) for step in samples)
             packed = n * k / 8
-            share = statistics.median(packed / cold * a / b for a, b in zip(found[0], found[2], strict=True))
+            share = statistics.median(
+                packed / cold * a / b for a, b in zip(samples[0], samples[2], strict=True)
+            )
             speeds = (packed / times[1] / 1e3, cold / read_us / 1e3, share, 2 * m * n * k / times[0] / 1e3)
-            yield Row(n, k, m, blocks, *times, *speeds)
+            yield Row(n, k, m, groups, *times, *speeds)
 
 
 def measure_reads(shapes: Sequence[tuple[int, int, int]], budget: float) -> Iterator[dict[str, float]]:
-    """The matmul alone at one token, in turn with reads alone: nothing else takes its tables from the caches.
+    """Time the GEMM at one token in turn with plain reads; nothing else evicts its tables from the caches.
 
-    `read_share` is against a long read, `short_read_share` against one of as many bytes, which has to start the
-    threads and the memory as often as the matmul has.
+    `read_share` is relative to a long read, `short_read_share` to a read of as many bytes as the weight, which pays
+    for starting threads and memory as often as the GEMM does.
     """
     cold = 3 * last_level_cache()
     read = read_step(cold)
-    for n, k, wished in shapes:
-        weights = Weights(LayerSpec(n, k, *choose_rotation(k, wished), rank=RANK), cold, peers=False)
+    for n, k, preferred in shapes:
+        weights = Weights(LayerSpec(n, k, *choose_rotation(k, preferred), rank=RANK), cold, peers=False)
         matmul = weights.steps(torch.randn(1, k).bfloat16())[1]
         short_read = short_read_step(n * k // 8, cold)
         reads, times, shorts = time_in_turn((read, matmul, short_read), budget)
@@ -268,24 +270,26 @@ def show(rows: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default=",".join(SHAPES), help=f"Qwen3 shapes ({','.join(SHAPES)})")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="values of M (1,4,16,128,512)")
     parser.add_argument("--seconds", type=float, default=4.0, help="time for one shape and M (4)")
-    parser.add_argument("--quick", action="store_true", help="two shapes, in under a minute")
-    parser.add_argument("--reads", action="store_true", help="only the matmul at M = 1 against plain reads")
+    parser.add_argument("--quick", action="store_true", help="two shapes, less than a minute")
+    parser.add_argument(
+        "--reads", action="store_true", help="compare only the GEMM at M = 1 with plain reads"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     if unknown := set(arguments.models.split(",")) - set(SHAPES):
         parser.error(f"--models: expected some of {', '.join(SHAPES)}, found {', '.join(sorted(unknown))}")
     shapes = QUICK if arguments.quick else [s for name in arguments.models.split(",") for s in SHAPES[name]]
     if arguments.reads:
-        found = list(measure_reads(shapes, arguments.seconds))
+        reads = list(measure_reads(shapes, arguments.seconds))
         if arguments.out:
-            write_result(arguments.out, found, threads=torch.get_num_threads())
+            write_result(arguments.out, reads, threads=torch.get_num_threads())
         return 0
     rows = []
     for row in measure(

@@ -1,4 +1,4 @@
-"""Time a vLLM engine in a process of its own, so that nothing of one engine is left for the next.
+"""Time a vLLM engine in a separate process, so that engines do not affect each other.
 
 python -m benchmarks.serving.engines JOB.json ANSWER.json      (serve.py and gpu_serve.py call this)
 """
@@ -28,20 +28,22 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 8192}
 SLOW_SECONDS = 15.0
-"""A prompt that takes longer is timed once."""
+"""A prompt that takes longer than this is timed only once."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to start and what to time.
+    """An engine to start, and what to time.
 
     Attributes:
-        folder: a model or a config alone.
-        batches: requests at a time, for decode.
-        prefills: prompt lengths, one request each; with `prefill_batches`, so many requests at a time.
+        folder: folder of a model, or of a config alone.
+        batches: numbers of concurrent requests for decode.
+        prefills: prompt lengths for prefill.
+        prefill_batches: numbers of concurrent requests for prefill.
+        repeats: repetitions of each measurement, of which the median is taken.
         engine: further arguments of `vllm.LLM`.
-        environment: variables of the process.
-        long_answer: tokens by which the longer of two answers exceeds the shorter one: decode is their difference.
+        environment: further environment variables of the process.
+        long_answer: difference in tokens of the two answers whose difference in time gives the decode speed.
     """
 
     folder: str
@@ -55,7 +57,7 @@ class Job:
 
 
 def write_config(folder: Path, shape: str) -> None:
-    """A folder with the config.json of one of `SHAPES`, and nothing else."""
+    """Write a folder that contains only the config.json of one of `SHAPES`."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(
@@ -65,7 +67,7 @@ def write_config(folder: Path, shape: str) -> None:
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -106,17 +108,17 @@ def measure(job: Job) -> dict[str, Any]:
     for batch in job.prefill_batches:
         for length in job.prefills:
             times = [seconds(batch, length, 1)]
-            if times[0] < SLOW_SECONDS:  # otherwise what the first call does besides is nothing to it
+            if times[0] < SLOW_SECONDS:  # for slow prompts the overhead of the first call does not matter
                 times = [seconds(batch, length, 1) for _ in range(job.repeats)]
             prefill[f"{batch}x{length}"] = batch * length / statistics.median(times)
     return {"decode": decode, "prefill": prefill, "start_s": start_s, "resident_bytes": resident_bytes()}
 
 
 def run_job(job: Job, timeout: float | None = None) -> dict[str, Any]:
-    """`measure` in a process of its own.
+    """Run `measure` in a separate process.
 
     Raises:
-        RuntimeError: the engine failed; quotes the end of what it printed.
+        RuntimeError: the engine failed; the message ends with the last lines of its output.
         subprocess.TimeoutExpired: it took longer than `timeout` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,13 +1,14 @@
-"""Serve many clients at once, and check every answer.
+"""Serve many concurrent clients with vLLM and check every answer.
 
     python -m benchmarks.serving.load --out benchmarks/results/load.json
     python -m benchmarks.serving.load --models FOLDER --requests 200
 
-Behind `vllm serve` with its default settings (prefix caching, chunked prefill, --max-num-seqs): the converted
-example, and random weights of Qwen3-0.6B's shape. 1,000 requests from 32 OpenAI clients: whole and streamed, short
-and long, some closed half-way, some malformed. Each prompt is asked alone before and after. An answer under load
-that is not token for token the one alone is scored again alone: how far below the likeliest token was each of its
-tokens, at most (rounding ties, see tests/vllm/test_example.py), beside the same for answers to other prompts.
+`vllm serve` runs with its default settings (prefix caching, chunked prefill, --max-num-seqs) and serves the converted
+example, then random weights of Qwen3-0.6B's shape. 32 OpenAI clients send 1,000 requests: complete and streamed, short
+and long, some cancelled half-way, some malformed. Each prompt is also sent alone, before and after. If an answer under
+load differs from the answer alone, it is scored alone: the largest gap in log probability between a token of the
+answer and the most likely token (rounding ties, see tests/vllm/test_example.py), compared with the same gap for answers
+to other prompts.
 """
 
 import argparse
@@ -45,11 +46,11 @@ EXAMPLE = ROOT / "examples" / "model"
 TEXT = ROOT / "examples" / "text" / "heldout.txt"
 TEMPLATE = ROOT / "examples" / "clients" / "plain_chat.jinja"
 CONTROLS = 40
-"""Answers that are scored after a prompt that is not theirs."""
+"""Number of answers that are scored after the wrong prompt, for comparison."""
 
 SAMPLE_SECONDS = 1.0
 START_SECONDS = 1800
-"""A server that is slow to start on a busy machine is no failure of what is measured here."""
+"""Generous, because a slow start on a busy machine is not a failure of what is tested."""
 
 
 def convert(source: Path, out: Path, *options: str | Path) -> None:
@@ -59,7 +60,7 @@ def convert(source: Path, out: Path, *options: str | Path) -> None:
 
 
 def make_dummy(out: Path) -> None:
-    """Random weights of Qwen3-0.6B's shape with the example's tokenizer and vocabulary."""
+    """Write random weights of Qwen3-0.6B's shape with the example's tokenizer and vocabulary."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
@@ -74,7 +75,7 @@ def make_dummy(out: Path) -> None:
 
 
 def resident_bytes(pid: int) -> dict[str, int]:
-    """Resident memory of a process and its descendants, by name."""
+    """Return the resident memory of a process and its descendants, by name."""
     found: dict[str, int] = {}
     for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
         try:
@@ -85,7 +86,7 @@ def resident_bytes(pid: int) -> dict[str, int]:
 
 
 def memory_facts(samples: list[tuple[int, dict[str, int]]], requests: int) -> dict[str, Any]:
-    """How memory went, from (requests done, bytes by process): a fifth of the run is left to warm up."""
+    """Summarize samples of (finished requests, bytes by process); the first fifth of the run is warm-up."""
     steady = [sample for sample in samples if sample[0] >= 0.2 * requests]
     late = [sample for sample in samples if sample[0] >= 0.6 * requests]
     first, last = steady[0][1], steady[-1][1]
@@ -102,13 +103,13 @@ def memory_facts(samples: list[tuple[int, dict[str, int]]], requests: int) -> di
 
 
 def slope(points: list[tuple[float, float]]) -> float:
-    """Least-squares slope of y over x."""
+    """Return the least-squares slope of y over x."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     return statistics.linear_regression(xs, ys).slope
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """vLLM's Prometheus metrics, summed over labels."""
+    """Return vLLM's Prometheus metrics, summed over labels."""
     with urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics", timeout=10) as answer:
         lines = answer.read().decode().splitlines()
     found: dict[str, float] = {}
@@ -120,7 +121,7 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 async def alone(server: Server, pool: list[Prompt]) -> list[Answer]:
-    """Every prompt of the pool, one after the other."""
+    """Send every prompt of the pool, one after the other."""
     async with AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
         return [await send(client, server.model, prompt, "whole") for prompt in pool]
 
@@ -128,7 +129,7 @@ async def alone(server: Server, pool: list[Prompt]) -> list[Answer]:
 async def together(
     server: Server, pool: list[Prompt], plan: list[Request], clients: int
 ) -> tuple[list[Answer], list[tuple[int, dict[str, int]]]]:
-    """The plan, by so many clients at once; also (requests done, bytes by process) over the run."""
+    """Send the plan's requests from `clients` concurrent clients; also return the memory over time."""
     answers: list[Answer | None] = [None] * len(plan)
     waiting = iter(range(len(plan)))
     memory: list[tuple[int, dict[str, int]]] = []
@@ -155,7 +156,7 @@ async def together(
 
 
 async def worst_gap(client: AsyncOpenAI, model: str, prompt: list[int], answer: list[int]) -> float:
-    """Largest distance of a token of `answer`, after `prompt`, from the likeliest one, in log probability (nats)."""
+    """Return the largest gap in log probability (nats) between a token of `answer` and the most likely one."""
     reply = await client.completions.create(
         model=model, prompt=[*prompt, *answer], max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
     )
@@ -170,12 +171,12 @@ async def worst_gap(client: AsyncOpenAI, model: str, prompt: list[int], answer: 
 async def judge(
     server: Server, plan: list[Request], answers: list[Answer], references: list[Answer]
 ) -> dict[str, Any]:
-    """Compare what came back under load with what came back alone."""
+    """Compare the answers under load with the answers alone."""
     others: dict[tuple[int, ...], set[int]] = {}
     for index, reference in enumerate(references):
         others.setdefault(tuple(reference.tokens), set()).add(index)
     counts = dict.fromkeys(("compared", "identical", "mixed_up", "rescored"), 0)
-    gaps, controls, odd = [], [], []
+    gaps, controls, different = [], [], []
     async with AsyncOpenAI(base_url=server.url, api_key="none") as client:
         for request, answer in zip(plan, answers, strict=True):
             if request.kind == "malformed" or answer.error:
@@ -194,7 +195,7 @@ async def judge(
                 )
                 gap = await worst_gap(client, server.model, reference.prompt_tokens, answer.tokens)
                 gaps.append(gap)
-                odd.append({"prompt": request.index, "kind": request.kind, "gap": round(gap, 4)})
+                different.append({"prompt": request.index, "kind": request.kind, "gap": round(gap, 4)})
         rng = random.Random(0)
         for _ in range(CONTROLS):
             mine, other = rng.sample(range(len(references)), 2)
@@ -206,18 +207,18 @@ async def judge(
         "largest_gap_of_rescored_nats": max(gaps, default=0.0),
         "median_gap_of_wrong_prompts_nats": statistics.median(controls),
         "smallest_gap_of_wrong_prompts_nats": min(controls),
-        "widest": sorted(odd, key=lambda one: -one["gap"])[:5],
+        "widest": sorted(different, key=lambda row: -row["gap"])[:5],
     }
 
 
 def quantile(values: list[float], share: float) -> float:
-    """The value that `share` of all are not above."""
+    """Return the value that a share of the values does not exceed."""
     ordered = sorted(values)
     return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
 
 
 def times(answers: list[Answer], plan: list[Request]) -> dict[str, Any]:
-    """p50 and p99 of the well-formed requests that ran to their end."""
+    """Return p50 and p99 of the well-formed requests that were not cancelled."""
     good = [a for a, r in zip(answers, plan, strict=True) if r.kind in ("whole", "stream") and not a.error]
     first = [answer.first for answer in good if answer.first is not None]
     return {
@@ -232,14 +233,14 @@ def times(answers: list[Answer], plan: list[Request]) -> dict[str, Any]:
 
 
 async def run(server: Server, name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything for one model."""
+    """Run the whole test on one served model; return its row."""
     pool = make_pool(TEXT.read_text(encoding="utf-8"), options.prompts, options.longest, options.seed)
     plan = make_plan(options.requests, len(pool), options.seed)
     before = await alone(server, pool)
     started = time.perf_counter()
     answers, memory = await together(server, pool, plan, options.clients)
     seconds = time.perf_counter() - started
-    await asyncio.sleep(2)  # a closed stream is noticed at the engine's next step
+    await asyncio.sleep(2)  # the engine notices a closed stream at its next step
     after_load = metrics(server)
     after = await alone(server, pool)
     failed = [a.error for a in answers if a.error] + [a.error for a in (*before, *after) if a.error]
@@ -266,24 +267,26 @@ async def run(server: Server, name: str, options: argparse.Namespace) -> dict[st
 
 
 def passed(row: dict[str, Any]) -> bool:
-    """Whether nothing was lost, mixed up or left running."""
-    telling = row["largest_gap_of_rescored_nats"] < row["smallest_gap_of_wrong_prompts_nats"]
-    return not row["failed"] and not row["mixed_up"] and telling and row["left_running"] == 0 and row["alive"]
+    """Return whether no answer was lost or given to the wrong request, and no request is left running."""
+    separated = row["largest_gap_of_rescored_nats"] < row["smallest_gap_of_wrong_prompts_nats"]
+    return (
+        not row["failed"] and not row["mixed_up"] and separated and row["left_running"] == 0 and row["alive"]
+    )
 
 
 def main() -> int:
-    """Command line; returns 1 if an answer was lost or wrong."""
+    """Run the command line; return 1 if an answer was lost or wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="example,dummy", help="example, dummy or folders (example,dummy)")
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--prompts", type=int, default=80, help="different prompts (80)")
+    parser.add_argument("--requests", type=int, default=1000, help="number of requests (1000)")
+    parser.add_argument("--clients", type=int, default=32, help="number of concurrent clients (32)")
+    parser.add_argument("--prompts", type=int, default=80, help="number of different prompts (80)")
     parser.add_argument("--longest", type=int, default=250, help="words of the longest prompt (250)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--serve", default="", help="further arguments of vllm serve, in one string")
-    parser.add_argument("--log", type=Path, help="where the last server's output goes")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and of their order (0)")
+    parser.add_argument("--serve", default="", help="further arguments of vllm serve, as one string")
+    parser.add_argument("--log", type=Path, help="file for the output of the last server")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
     rows = []
@@ -312,7 +315,7 @@ def main() -> int:
 
 
 async def alone_once(server: Server) -> list[int]:
-    """The tokens of one more answer."""
+    """Send one more prompt; return the tokens of the answer."""
     (answer,) = await alone(server, [Prompt("The end", False, 4)])
     return answer.tokens
 

@@ -1,6 +1,6 @@
-"""The requests of load.py: a pool of prompts, a plan that mixes them, and how each kind is sent.
+"""The requests of load.py: a pool of prompts, a plan that mixes them, and a function that sends one.
 
-Every prompt of the pool is another piece of text, so an answer that reached the wrong client shows.
+The prompts are all different, so that an answer that reaches the wrong client is recognized.
 """
 
 import random
@@ -20,20 +20,20 @@ SHARES: tuple[tuple[Kind, float], ...] = (
     ("malformed", 0.1),
 )
 REQUEST_SECONDS = 300
-"""A request that takes longer counts as lost."""
+"""Time limit of a request: one that takes longer counts as lost."""
 
 EXTRA = {"return_token_ids": True}
-"""vLLM's own field: an answer brings the token ids of prompt and completion."""
+"""An extension of vLLM: the answer contains the token ids of prompt and completion."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
+    """A prompt.
 
     Attributes:
-        text: what is asked.
-        chat: by /chat/completions; otherwise by /completions.
-        max_tokens: most tokens of the answer.
+        text: the text.
+        chat: whether it is sent to /chat/completions, else to /completions.
+        max_tokens: maximum number of tokens of the answer.
     """
 
     text: str
@@ -43,7 +43,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the run: a prompt of the pool, or the number of a malformed case."""
+    """A request: `index` of a prompt of the pool, or of a malformed case."""
 
     kind: Kind
     index: int
@@ -51,14 +51,15 @@ class Request:
 
 @dataclass
 class Answer:
-    """What came back.
+    """An answer.
 
     Attributes:
-        status: HTTP status, 0 where the connection itself failed.
-        tokens, prompt_tokens: ids.
-        finish: why the answer ended; "" for a cancelled one.
-        seconds: until the last byte; `first`: until the first token of a stream.
-        error: what went wrong, where something did.
+        status: HTTP status, 0 if the connection failed.
+        tokens, prompt_tokens: token ids.
+        finish: the finish reason; "" for a cancelled request.
+        seconds: time until the last byte.
+        first: time until the first token of a stream.
+        error: description of an error, "" without one.
     """
 
     status: int = 200
@@ -72,7 +73,7 @@ class Answer:
 
 
 def make_pool(text: str, size: int, longest: int, seed: int) -> list[Prompt]:
-    """`size` different pieces of `text`, 3 to `longest` words long (short ones more often), 4 to 48 tokens wanted."""
+    """Return `size` different pieces of `text` of 3 to `longest` words, mostly short; answers are 4 to 48 tokens."""
     rng, words = random.Random(seed), text.split()
     pool = []
     for index in range(size):
@@ -83,7 +84,7 @@ def make_pool(text: str, size: int, longest: int, seed: int) -> list[Prompt]:
 
 
 def make_plan(count: int, pool: int, seed: int) -> list[Request]:
-    """`count` requests in a random order, in the shares of `SHARES`."""
+    """Return `count` requests in random order, with the shares of `SHARES`."""
     rng = random.Random(seed)
     plan = []
     for kind, share in SHARES:
@@ -103,11 +104,11 @@ MALFORMED: tuple[tuple[str, dict[str, Any] | str, int], ...] = (
     ("token id out of range", {"prompt": [2**31 - 1]}, 400),
     ("messages of a wrong type", {"messages": "hello"}, 400),
 )
-"""Name, body (the model's name is added where it names none), and the status that it deserves."""
+"""Name, body (the model's name is added if it is missing), and the expected HTTP status."""
 
 
 async def send_malformed(client: AsyncOpenAI, model: str, case: int) -> Answer:
-    """Post a body that no client library would; `error` is set unless the answer refuses it properly."""
+    """Post a malformed body; `error` is set unless it is refused with the expected status."""
     name, body, wanted = MALFORMED[case]
     path = "chat/completions" if isinstance(body, dict) and "messages" in body else "completions"
     content: dict[str, Any] = (
@@ -130,7 +131,7 @@ async def send_malformed(client: AsyncOpenAI, model: str, case: int) -> Answer:
 
 
 async def send(client: AsyncOpenAI, model: str, prompt: Prompt, kind: Kind) -> Answer:
-    """Ask greedily: at once, as a stream, or as a stream that is closed after half of its tokens."""
+    """Send a prompt with greedy decoding: complete, streamed, or streamed and closed after half of the tokens."""
     answer, started = Answer(), time.perf_counter()
     options = {"model": model, "max_tokens": prompt.max_tokens, "temperature": 0, "extra_body": EXTRA}
     if prompt.chat:
@@ -154,14 +155,14 @@ async def send(client: AsyncOpenAI, model: str, prompt: Prompt, kind: Kind) -> A
                     break
     except APIStatusError as error:
         answer.status, answer.error = error.status_code, str(error)[:300]
-    except Exception as error:  # a lost connection, a timeout: the run goes on and counts it
+    except Exception as error:  # a lost connection or a timeout is counted and does not end the run
         answer.status, answer.error = 0, f"{type(error).__name__}: {error}"[:300]
     answer.seconds = time.perf_counter() - started
     return answer
 
 
 def _add(answer: Answer, event: Any, chat: bool) -> None:
-    """Add a whole answer, or a piece of one."""
+    """Add a complete answer or an event of a stream to `answer`."""
     for choice in event.choices:
         if chat:
             part = getattr(choice, "delta", None) or getattr(choice, "message", None)
@@ -170,6 +171,6 @@ def _add(answer: Answer, event: Any, chat: bool) -> None:
             answer.text += choice.text
         answer.tokens += getattr(choice, "token_ids", None) or []
         answer.finish = choice.finish_reason or answer.finish
-        # /completions names the prompt in the choice, /chat/completions beside the choices.
+        # /completions returns the prompt's ids in the choice, /chat/completions next to the choices.
         ids = getattr(choice, "prompt_token_ids", None) or getattr(event, "prompt_token_ids", None)
         answer.prompt_tokens = ids or answer.prompt_tokens

@@ -1,14 +1,14 @@
-"""Tokens per second in vLLM on this machine's CPU: bf16 against BWLA at the shapes of real models.
+"""Measure tokens per second of bf16 and BWLA in vLLM on this machine's CPU, at the shapes of real models.
 
     python -m benchmarks.serving.serve --models 0.6b,1.7b,8b --out benchmarks/results/serve.json
     python -m benchmarks.serving.serve --models 32b --no-bf16 --batches 1 --out benchmarks/results/serve_32b.json
 
-Weights are random (speed does not depend on them): vLLM's dummy loader for bf16, a checkpoint written by
-`bwla-convert --dummy` for BWLA. Each engine runs in a process of its own; decode is the slope between two
-answer lengths, so that prefill and start-up cancel; prefill is one long prompt with one answer token.
+The weights are random, since speed does not depend on them: vLLM's dummy loader for bf16, a checkpoint written by
+`bwla-convert --dummy` for BWLA. Each engine runs in a separate process. Decode is the slope between two answer
+lengths, which cancels prefill and start-up; prefill is one long prompt with one answer token.
 
-Resident memory has a bound: 1.15 times the checkpoint, the KV cache, and what vLLM itself takes, which is measured as
-what the bf16 engine holds beyond its weights and its KV cache.
+Resident memory must not exceed 1.15 times the checkpoint, plus the KV cache, plus vLLM's own memory, which is what the
+bf16 engine uses besides its weights and its KV cache.
 """
 
 import argparse
@@ -24,12 +24,12 @@ from benchmarks.serving.engines import SHAPES, Job, run_job, write_config
 
 PREFILL = 256
 KV_BYTES = 320 << 20
-"""KV cache of one request of 1,024 tokens at the largest shape, and room to round it up to blocks."""
+"""KV cache of one request of 1,024 tokens at the largest shape, rounded up to whole cache blocks."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 def job(folder: Path, load_format: str, batches: list[int]) -> Job:
-    """The same engine for both."""
+    """Return the job of an engine, with the same settings for bf16 and BWLA."""
     engine = {
         "load_format": load_format,
         "max_model_len": 1024,
@@ -39,7 +39,7 @@ def job(folder: Path, load_format: str, batches: list[int]) -> Job:
 
 
 def weight_bytes(folder: Path) -> int:
-    """bfloat16 bytes of the weights that vLLM makes for a config: decoder, embedding and head."""
+    """Return the bytes of a config's bfloat16 weights: decoder, embedding and head."""
     config = json.loads((folder / "config.json").read_text())
     hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     attention = config["head_dim"] * 2 * (heads + config["num_key_value_heads"])
@@ -48,13 +48,13 @@ def weight_bytes(folder: Path) -> int:
 
 
 def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int) -> dict[str, int]:
-    """vLLM's own memory, and the most that BWLA may take of it all."""
+    """Return the KV cache, vLLM's own memory, and the bound of BWLA's resident memory, in bytes."""
     own = bf16_resident - bf16_weights - kv
     return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
 
 
 def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, Any]]:
-    """All rows of one model shape."""
+    """Measure one model shape; return its rows."""
     with tempfile.TemporaryDirectory() as work:
         plain, bwla = Path(work) / "plain", Path(work) / "bwla"
         write_config(plain, shape)
@@ -94,14 +94,16 @@ def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, A
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="0.6b,1.7b", help=f"shapes, of {', '.join(SHAPES)} (0.6b,1.7b)")
-    parser.add_argument("--batches", default="1,8", help="requests at a time (1,8)")
+    parser.add_argument("--batches", default="1,8", help="numbers of concurrent requests (1,8)")
     parser.add_argument(
-        "--no-bf16", action="store_true", help="BWLA alone, for shapes that do not fit in bf16"
+        "--no-bf16",
+        action="store_true",
+        help="measure BWLA only, for shapes that do not fit into memory in bf16",
     )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
