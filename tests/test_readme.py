@@ -141,26 +141,37 @@ def test_blocks_are_run_or_say_why_not(capsys: pytest.CaptureFixture[str]) -> No
     assert counts["run here"] >= 10
 
 
-def test_scripts_and_modules_in_commands_exist() -> None:
-    packages = {"bwla_kernels": "kernels", "bwla_converter": "converter"}
-    checked = 0
-    for block, words in COMMANDS:
-        if Path(words[0]).name in ("python", "bash", "sh") and len(words) > 1:
-            if words[1] == "-m" and words[2] != "pytest":
-                first, *rest = words[2].split(".")
-                file = ROOT.joinpath(packages.get(first, first), *rest).with_suffix(".py")
-            elif not words[1].startswith("-"):
-                file = ROOT / words[1]
-            else:
-                continue
-            if first_is_ours(file):
-                assert file.exists(), f"{block.title}: {' '.join(words)}"
-                checked += 1
-    assert checked >= 20
+def script_of(words: list[str]) -> Path | None:
+    """The file in this repository that a command runs, if it runs one."""
+    if Path(words[0]).name not in ("python", "bash", "sh") or len(words) < 2:
+        return None
+    if words[1] != "-m":
+        path = words[1]
+    else:
+        packages = {"bwla_kernels": "kernels", "bwla_converter": "converter"}
+        first, *rest = words[2].split(".")
+        path = "/".join([packages.get(first, first), *rest]) + ".py"
+    return ROOT / path if "/" in path else None
 
 
-def first_is_ours(file: Path) -> bool:
-    return (ROOT / file.relative_to(ROOT).parts[0]).is_dir()
+SCRIPTS = [(block, words, file) for block, words in COMMANDS if (file := script_of(words)) is not None]
+
+
+def test_scripts_in_commands_exist() -> None:
+    assert len(SCRIPTS) >= 20
+    assert not [f"{block.title}: {' '.join(words)}" for block, words, file in SCRIPTS if not file.exists()]
+
+
+def test_options_of_scripts_in_commands_exist() -> None:
+    unknown = []
+    for block, words, file in SCRIPTS:
+        text = "".join(path.read_text(encoding="utf-8") for path in file.parent.glob("*.[ps][yh]"))
+        for word in words:
+            # An option is a string in the script or beside it, or the name of a parameter there.
+            parameter = word[2:].replace("-", "_")
+            if word.startswith("--") and not re.search(rf"{word}(?![\w-])|\b{parameter}:", text):
+                unknown.append(f"{block.title}: {' '.join(words)}")
+    assert not unknown
 
 
 @pytest.fixture(scope="module")
