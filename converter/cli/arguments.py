@@ -80,7 +80,7 @@ def _parameters_of(panel: type[Panel]) -> list[Parameter]:
             info = copy(info)
             info.rich_help_panel = panel.title
         default = Parameter.empty if field.default is MISSING else field.default
-        annotation = Annotated[kind, info]
+        annotation = Annotated[kind, info]  # type: ignore[valid-type]
         parameters.append(
             Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )

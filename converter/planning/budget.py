@@ -241,27 +241,4 @@ def usable_memory() -> float:
             free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
     except (OSError, ValueError):
         pass  # no control group, or one without a limit
-    return psutil.Process().memory_info().rss + USABLE_SHARE * free
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of `12GB`, `800MB`, `16GiB` or a plain number.
-
-    Raises:
-        ValueError: the text is none of these.
-    """
-    units = {
-        "KB": 1e3,
-        "MB": 1e6,
-        "GB": 1e9,
-        "TB": 1e12,
-        "KIB": 2**10,
-        "MIB": 2**20,
-        "GIB": 2**30,
-        "TIB": 2**40,
-    }
-    upper = text.strip().upper().replace(" ", "")
-    for unit in sorted(units, key=len, reverse=True):
-        if upper.endswith(unit):
-            return round(float(upper.removesuffix(unit)) * units[unit])
-    return int(upper)
+    return float(psutil.Process().memory_info().rss) + USABLE_SHARE * free

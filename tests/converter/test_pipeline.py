@@ -141,7 +141,7 @@ def test_an_existing_output_is_refused_and_untouched(make_model, tmp_path) -> No
     folder, out = make_model(), tmp_path / "out"
     convert(Options(str(folder), out))
     before = digests(out)
-    with pytest.raises(BWLAError, match="exists already: choose another output or add --overwrite"):
+    with pytest.raises(BWLAError, match="already exists: choose another output or add --overwrite"):
         convert(Options(str(folder), out, seed=1))
     assert digests(out) == before
     convert(Options(str(folder), out, seed=1, overwrite=True))

@@ -13,7 +13,7 @@ import torch
 from bwla_converter import pipeline
 from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
-from bwla_converter.pipeline import convert
+from bwla_converter.pipeline import RecipeFactory, convert
 from bwla_converter.quantize import paper
 from bwla_converter.recipes.base import PaperRecipe
 from bwla_converter.resume import fingerprint
@@ -90,32 +90,29 @@ def model(make_model) -> Path:
     return make_model(shards=2, num_hidden_layers=LAYERS)
 
 
-@pytest.fixture
-def stateful(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "make_recipe", lambda options, *_: StatefulPaper(options.seed))
+def make_stateful(options: Options, *_: object) -> StatefulPaper:
+    return StatefulPaper(options.seed)
 
 
-def interrupted(options: Options, layers: int) -> Options:
+def interrupted(options: Options, layers: int, recipe_factory: RecipeFactory | None = None) -> Options:
     """Interrupt a conversion after so many layers; return the options to resume it with."""
     with pytest.raises(KeyboardInterrupt):
-        convert(options, StopAfter(layers))
+        convert(options, StopAfter(layers), recipe_factory=recipe_factory)
     assert not options.out.exists()
     assert len(read_manifest(work_path(options.out) / MANIFEST).layers) == layers
     return replace(options, resume=True)
 
 
 @pytest.mark.parametrize("layers", [1, LAYERS])
-@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("factory", [None, make_stateful])
 def test_a_resumed_conversion_gives_the_same_bytes(
-    model: Path, tmp_path: Path, layers: int, with_state: bool, request: pytest.FixtureRequest
+    model: Path, tmp_path: Path, layers: int, factory: RecipeFactory | None
 ) -> None:
-    if with_state:
-        request.getfixturevalue("stateful")
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2))
-    again = interrupted(Options(str(model), out, rank=2), layers)
+    convert(Options(str(model), whole, rank=2), recipe_factory=factory)
+    again = interrupted(Options(str(model), out, rank=2), layers, factory)
     listener = StopAfter()
-    summary = convert(again, listener)
+    summary = convert(again, listener, recipe_factory=factory)
     assert listener.done == list(range(layers, LAYERS))
     assert listener.notes == [f"{layers} layers"]
     assert contents(out) == contents(whole)
@@ -152,7 +149,7 @@ def test_the_previous_model_is_kept_until_the_new_one_is_complete(model: Path, t
     with pytest.raises(KeyboardInterrupt):
         convert(options, StopAfter(1))
     assert contents(out) == before
-    with pytest.raises(BWLAError, match="exists already: choose another output or add --overwrite"):
+    with pytest.raises(BWLAError, match="already exists: choose another output or add --overwrite"):
         convert(replace(options, overwrite=False, resume=True))
     convert(replace(options, resume=True))
     assert contents(out) != before
@@ -274,24 +271,22 @@ def test_a_damaged_layer_alone_is_quantized_again(model: Path, tmp_path: Path, f
         ("checkpoint/model-00001-of-00004.safetensors", 0),
     ],
 )
-@pytest.mark.usefixtures("stateful")
 def test_with_a_state_all_layers_after_the_damage_are_quantized_again(
     model: Path, tmp_path: Path, file: str, first: int
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2))
-    again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
+    convert(Options(str(model), whole, rank=2), recipe_factory=make_stateful)
+    again, listener = interrupted(Options(str(model), out, rank=2), 2, make_stateful), StopAfter()
     (work_path(out) / file).unlink()
-    convert(again, listener)
+    convert(again, listener, recipe_factory=make_stateful)
     assert listener.done == list(range(first, LAYERS))
     assert "damaged or missing" in listener.notes[1]
     assert contents(out) == contents(whole)
 
 
-@pytest.mark.usefixtures("stateful")
 def test_no_more_than_two_states_are_kept(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    interrupted(Options(str(model), out, rank=2), LAYERS)
+    interrupted(Options(str(model), out, rank=2), LAYERS, make_stateful)
     states = sorted(path.name for path in (work_path(out) / "states").iterdir())
     assert states == ["after-00001.safetensors", "after-00002.safetensors"]
 

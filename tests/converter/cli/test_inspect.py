@@ -87,7 +87,7 @@ def test_a_plain_model_is_written(copy: Path) -> None:
     assert (copy.parent / "dense" / "config.json").is_file()
     again = run(copy, "--dequantize", copy.parent / "dense")
     assert again.exit_code == 1
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_figures_go_into_the_card(copy: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.planning import budget as budget_module
-from bwla_converter.planning.budget import BudgetError, MachineSpeed, check_budget, parse_size, predict, usable_memory
+from bwla_converter.planning.budget import BudgetError, MachineSpeed, check_budget, predict, usable_memory
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.model import Source, open_source
 from bwla_converter.training.stages import Stage
@@ -190,19 +190,6 @@ def test_hidden_states_on_disk_give_the_same_bytes(make_model, tmp_path: Path, m
     convert(replace(options, out=tmp_path / "disk", resume=True))
     for file in sorted((tmp_path / "memory").glob("*.safetensors")):
         assert file.read_bytes() == (tmp_path / "disk" / file.name).read_bytes(), file.name
-
-
-@pytest.mark.parametrize(
-    ("written", "bytes_"), [("12GB", 12e9), ("800 MiB", 800 * 2**20), ("1.5gb", 1.5e9), ("4096", 4096)]
-)
-def test_sizes(written: str, bytes_: float) -> None:
-    assert parse_size(written) == bytes_
-
-
-@pytest.mark.parametrize("written", ["much", "12XB", ""])
-def test_sizes_that_are_none(written: str) -> None:
-    with pytest.raises(ValueError, match=r".*"):
-        parse_size(written)
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,7 +194,7 @@ def test_same_seed_same_bytes(source: Source, calibration: Calibration) -> None:
 
 
 def test_the_whole_recipe_writes_a_checkpoint(
-    source: Source, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Source, calibration: Calibration, tmp_path: Path
 ) -> None:
     """Through the pipeline: tuned norms, distilled scales and chosen clips are in the model that transformers loads."""
     options = Options(
@@ -211,10 +211,8 @@ def test_the_whole_recipe_writes_a_checkpoint(
     gentle = TuneOptions(
         epochs=12, batch=2, latent_rate=0.0, scale_rate=2e-3, low_rank_rate=2e-3, norm_rate=2e-3
     )
-    monkeypatch.setattr(
-        recipes, "best_options", lambda *_: replace(OPTIONS, fast=coarse, tune=gentle, distill=gentle)
-    )
-    convert(options)
+    best = replace(OPTIONS, fast=coarse, tune=gentle, distill=gentle)
+    convert(options, recipe_factory=lambda _, model, store: BestRecipe(model, calibration, 0, best, store))
     report = json.loads((options.out / "bwla_report.json").read_text())
     assert len(report["traces"]["model.layers.1"]["tune"]) == 12
     clips = {name: spec.clip for name, spec in check_folder(options.out).items()}
