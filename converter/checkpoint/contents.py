@@ -1,12 +1,11 @@
 """What is in a BWLA checkpoint, told from its config and headers alone: layers, bits and bytes by what they are for."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bwla_converter.common.bits import bits_per_weight, stored_bits, weights_of
+from bwla_converter.common.bits import bits_per_weight, num_weights, stored_bits, tensor_bits
 from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
@@ -55,7 +54,7 @@ class Contents:
     @property
     def weights(self) -> int:
         """Weights that are quantized."""
-        return sum(map(weights_of, self.specs.values()))
+        return sum(map(num_weights, self.specs.values()))
 
 
 def kind_of(name: str) -> str:
@@ -64,13 +63,13 @@ def kind_of(name: str) -> str:
 
 
 def split_bits(specs: Iterable[LayerSpec]) -> dict[str, float]:
-    """All-in bits per quantized weight, by what the bits are for; the sum is `ledger.bits_per_weight`."""
+    """All-in bits per quantized weight, by what the bits are for; the sum is `bits.bits_per_weight`."""
     listed = list(specs)
-    weights = sum(map(weights_of, listed))
+    weights = sum(map(num_weights, listed))
     bits = dict.fromkeys(PARTS.values(), 0.0)
     for spec in listed:
         for key, want in tensor_specs(replace(spec, bias=False)).items():
-            bits[PARTS[key]] += 8 * math.prod(want.shape) * want.dtypes[0].itemsize / weights
+            bits[PARTS[key]] += tensor_bits(want) / weights
     return bits
 
 
@@ -124,7 +123,7 @@ def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
         "rotation": [spec.rotation_groups, spec.n1, spec.n2],
         "rank": spec.rank,
         "activation_bits": spec.bits,
-        "bits_per_weight": round(stored_bits(spec) / weights_of(spec), 4),
+        "bits_per_weight": round(stored_bits(spec) / num_weights(spec), 4),
         "bytes": stored_bits(spec) // 8,
     }
 

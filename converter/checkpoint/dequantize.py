@@ -11,7 +11,7 @@ import torch
 from bwla_converter.checkpoint.contents import Contents, dtype_name, read_contents
 from bwla_converter.checkpoint.layout import check_space
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
-from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.common.tensors import tensor_bytes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.folder import read_json, read_tensors
@@ -83,15 +83,15 @@ def write_dequantized(
 
 def dense_bytes(contents: Contents, dtype: torch.dtype) -> int:
     """Bytes of the plain model's tensors."""
-    total = sum(spec.out_features * spec.in_features * dtype.itemsize for spec in contents.specs.values())
+    total = sum(
+        tensor_bytes((spec.out_features, spec.in_features), dtype) for spec in contents.specs.values()
+    )
     for name, entry in contents.entries.items():
         module, _, key = name.rpartition(".")
         if module in contents.specs and key != "bias":
             continue
-        if name == f"{HEAD_MODULE}.weight_int8":
-            total += entry_bytes(entry) * dtype.itemsize
-        elif name != f"{HEAD_MODULE}.weight_scale":
-            total += entry_bytes(entry) // entry.dtype.itemsize * dtype.itemsize
+        if name != f"{HEAD_MODULE}.weight_scale":
+            total += tensor_bytes(entry.shape, dtype)
     return total
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.checkpoint.writer import OutputError
+from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 from bwla_kernels.format import tensor_specs, validate_layer
@@ -66,10 +67,7 @@ class Shards:
         self._rest: list[list[str]] = []
         size = SHARD_BYTES
         for name in source.names_outside_layers():
-            entry = source.entries[name]
-            bytes_ = entry.dtype.itemsize
-            for axis in entry.shape:
-                bytes_ *= axis
+            bytes_ = entry_bytes(source.entries[name])
             if size + bytes_ > SHARD_BYTES:
                 self._rest.append([])
                 size = 0

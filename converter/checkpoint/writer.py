@@ -1,7 +1,6 @@
 """The BWLA checkpoint being written: a temporary folder beside the output, renamed into place at the end."""
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
+from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import INDEX_FILE, read_headers
 from safetensors.torch import load_file, save_file
@@ -55,14 +55,13 @@ class CheckpointWriter:
         with whole_file(self.folder / file) as partial:
             save_file(owned, partial, metadata={"format": "pt"})
             partial.chmod(READABLE)  # safetensors writes for the owner alone; a server may be another user
-        self._enter(file, {name: tensor.numel() * tensor.element_size() for name, tensor in owned.items()})
+        self._enter(file, {name: tensor.nbytes for name, tensor in owned.items()})
         self.digests[file] = sha256_of(self.folder / file)
 
     def adopt_shard(self, file: str, digest: str) -> None:
         """Enter a shard that an earlier session wrote, of that SHA-256, into the index."""
         entries = read_headers(self.folder / file)
-        sizes = {name: math.prod(entry.shape) * entry.dtype.itemsize for name, entry in entries.items()}
-        self._enter(file, sizes)
+        self._enter(file, {name: entry_bytes(entry) for name, entry in entries.items()})
         self.digests[file] = digest
 
     def changed_shards(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -1,62 +1,65 @@
-"""The bits ledger: what a quantized weight costs when everything that is stored for it is counted."""
+"""Bits per weight, everything counted: all that is stored for a quantized linear, divided by its weights."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
+from bwla_converter.common.tensors import tensor_bytes
 from bwla_kernels.factorize import RANK_STEP
-from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
 
-AUTO_RANK_BITS = 1.16
-"""The paper's budget: all-in bits per quantized weight that `--rank auto` stays within."""
+AUTO_RANK_BITS_PER_WEIGHT = 1.16
+"""Bits per weight that `--rank auto` does not exceed, as in the paper."""
+
+
+def tensor_bits(tensor: TensorSpec) -> int:
+    """Return the size of a stored tensor in bits."""
+    return 8 * tensor_bytes(tensor.shape, tensor.dtypes[0])
 
 
 def stored_bits(spec: LayerSpec) -> int:
-    """Bits that a linear's tensors take on disk; its bias, which the original has too, is not counted."""
-    tensors = tensor_specs(replace(spec, bias=False)).values()
-    return sum(8 * math.prod(tensor.shape) * tensor.dtypes[0].itemsize for tensor in tensors)
+    """Return the size of a linear's stored tensors in bits, without its bias, which the original model has too."""
+    return sum(map(tensor_bits, tensor_specs(replace(spec, bias=False)).values()))
 
 
-def weights_of(spec: LayerSpec) -> int:
-    """Weights that a linear quantizes, N * K."""
+def num_weights(spec: LayerSpec) -> int:
+    """Return the number of weights of a linear, N * K."""
     return spec.out_features * spec.in_features
 
 
 def bits_per_weight(specs: Iterable[LayerSpec]) -> float:
-    """All-in stored bits per quantized weight."""
+    """Return the stored bits per quantized weight of all these linears together."""
     listed = list(specs)
-    return sum(map(stored_bits, listed)) / sum(map(weights_of, listed))
+    return sum(map(stored_bits, listed)) / sum(map(num_weights, listed))
 
 
-def fitting_rank(specs: Iterable[LayerSpec], budget: float = AUTO_RANK_BITS) -> int:
-    """The largest rank that keeps the whole model at or under `budget` bits per weight; 0 where 1 is too much."""
+def largest_fitting_rank(specs: Iterable[LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT) -> int:
+    """Return the largest rank with at most `budget` bits per weight over all linears; 0 if rank 1 exceeds it."""
     listed = [replace(spec, rank=0) for spec in specs]
-    room = budget * sum(map(weights_of, listed)) - sum(map(stored_bits, listed))
-    one = sum(stored_bits(replace(spec, rank=1)) - stored_bits(spec) for spec in listed)
-    widest = min(min(spec.out_features, spec.in_features) for spec in listed)
-    return max(0, min(int(room // one), widest))
+    free_bits = budget * sum(map(num_weights, listed)) - sum(map(stored_bits, listed))
+    bits_per_rank = sum(stored_bits(replace(spec, rank=1)) - stored_bits(spec) for spec in listed)
+    max_rank = min(min(spec.out_features, spec.in_features) for spec in listed)
+    return max(0, min(int(free_bits // bits_per_rank), max_rank))
 
 
 def auto_rank(fitting: int) -> int:
-    """Lower a rank that fits the bits to one that a GPU reads without much waste: 35 -> 32, 23 -> 16, 30 -> 30.
+    """Lower a rank that fits the budget to one that a GPU reads efficiently: 35 -> 32, 23 -> 16, 30 -> 30.
 
-    A kernel reads A [r, K] as it is stored, but B [N, r] in steps of 16 columns, padded, so 35 ranks cost the bytes
-    and the time of 48 columns. The ranks beyond the last full step are dropped where they fill less than half of
-    another one:
+    A kernel reads A [r, K] as it is stored but pads B [N, r] to a multiple of 16 columns, so rank 35 costs the bytes
+    and the time of 48 columns. The ranks beyond the last multiple of 16 are dropped if there are fewer than 8:
 
-    - Fewer than 8 of 16 columns cost, with N = K, more than 1.5 times the bytes of as many ranks in full steps (3.2
-      times for the 3 of 35), and they are the ranks that correct least.
-    - 8 or more stay: dropping 14 of Qwen3-14B's 30 would nearly halve its correction to save an almost full step.
-    - Up to 16 nothing is dropped. There is no step to fall back to but none, and within one step every rank costs
-      a kernel the same, so the largest that fits the bits is the best of them.
+    - For N = K, fewer than 8 of 16 columns read more than 1.5 times the bytes per rank of a full step (3.2 times for
+      the 3 of rank 35), and the last ranks correct the least.
+    - 8 or more are kept. Dropping 14 of Qwen3-14B's 30 ranks would nearly halve its correction and save an almost full
+      step.
+    - Ranks up to 16 are kept. All of them cost a kernel the same, so the largest that fits the budget is best.
     """
-    beyond = fitting % RANK_STEP
-    return fitting if fitting < RANK_STEP or 2 * beyond >= RANK_STEP else fitting - beyond
+    remainder = fitting % RANK_STEP
+    return fitting if fitting < RANK_STEP or 2 * remainder >= RANK_STEP else fitting - remainder
 
 
 def describe_rank(rank: int, fitting: int) -> str:
-    """`rank`, and why it is not the largest that `fitting` the bits would allow, in words for a summary."""
+    """Describe `rank` for a summary, and why it is less than `fitting`, the largest rank that fits the budget."""
     if rank == fitting:
         return f"rank {rank}"
     padded = -(-fitting // RANK_STEP) * RANK_STEP
-    return f"rank {rank} ({fitting} would fit the bits, but a GPU pays for {padded})"
+    return f"rank {rank} ({fitting} would fit, but a GPU would read {padded} columns)"

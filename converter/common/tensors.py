@@ -1,7 +1,7 @@
 """Tensor functions that are not specific to quantization: row chunks, exact sums, subspace iteration, sizes."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from bwla_kernels.format.files import Entry
@@ -100,6 +100,11 @@ def subspace_iteration(
     return leading
 
 
+def tensor_bytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    """Return the size in bytes of a tensor of this shape and dtype."""
+    return math.prod(shape) * dtype.itemsize
+
+
 def entry_bytes(entry: Entry) -> int:
-    """Return the size of one stored tensor in bytes."""
-    return math.prod(entry.shape) * entry.dtype.itemsize
+    """Return the size in bytes of a tensor in a checkpoint."""
+    return tensor_bytes(entry.shape, entry.dtype)

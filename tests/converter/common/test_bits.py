@@ -2,11 +2,11 @@
 
 import pytest
 from bwla_converter.common.bits import (
-    AUTO_RANK_BITS,
+    AUTO_RANK_BITS_PER_WEIGHT,
     auto_rank,
     bits_per_weight,
     describe_rank,
-    fitting_rank,
+    largest_fitting_rank,
     stored_bits,
 )
 from bwla_kernels.factorize import choose_rotation
@@ -27,22 +27,22 @@ def test_the_fitting_rank_is_the_largest_that_fits() -> None:
         LayerSpec(5632, 2048, 1, 32, 64),
         LayerSpec(2048, 5632, 8, 22, 32),
     ]
-    rank = fitting_rank(specs)
+    rank = largest_fitting_rank(specs)
     assert rank > 0
 
     def total(r: int) -> float:
         return bits_per_weight([LayerSpec(**{**spec.__dict__, "rank": r}) for spec in specs])
 
-    assert total(rank) <= AUTO_RANK_BITS < total(rank + 1)
+    assert total(rank) <= AUTO_RANK_BITS_PER_WEIGHT < total(rank + 1)
 
 
 def test_no_rank_where_even_rank_one_does_not_fit() -> None:
-    assert fitting_rank([LayerSpec(64, 64, 1, 8, 8)]) == 0
+    assert largest_fitting_rank([LayerSpec(64, 64, 1, 8, 8)]) == 0
 
 
 def test_the_fitting_rank_never_exceeds_a_layer() -> None:
     specs = [LayerSpec(8, 8192, 1, 64, 128), LayerSpec(8192, 8192, 1, 64, 128)]
-    assert fitting_rank(specs, budget=9.0) == 8
+    assert largest_fitting_rank(specs, budget=9.0) == 8
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def test_auto_rank_of_qwen3_32b() -> None:
     sizes = [(8192, 5120, 1), (1024, 5120, 1), (1024, 5120, 1), (5120, 8192, 8)]
     sizes += [(25600, 5120, 1), (25600, 5120, 1), (5120, 25600, 8)]
     specs = [LayerSpec(n, k, *choose_rotation(k, blocks)) for n, k, blocks in sizes]
-    assert fitting_rank(specs) == 35
+    assert largest_fitting_rank(specs) == 35
     assert auto_rank(35) == 32
 
 
 def test_the_choice_is_told_in_words() -> None:
-    assert describe_rank(32, 35) == "rank 32 (35 would fit the bits, but a GPU pays for 48)"
+    assert describe_rank(32, 35) == "rank 32 (35 would fit, but a GPU would read 48 columns)"
     assert describe_rank(5, 5) == "rank 5"
