@@ -128,11 +128,19 @@ class Training(Panel):
 
     tune_epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples to tune each decoder layer; 0 to skip this.", min=0),
+        typer.Option(
+            help="Passes over the samples to tune each decoder layer; 0 to skip tuning.",
+            min=0,
+            show_default="3",
+        ),
     ] = None
     distill_epochs: Annotated[
         int | None,
-        typer.Option(help="Passes over the samples to distill the whole model; 0 to skip this.", min=0),
+        typer.Option(
+            help="Passes over the samples to distill the whole model; 0 to skip distillation.",
+            min=0,
+            show_default="4",
+        ),
     ] = None
     minutes: Annotated[
         float | None,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from bwla_converter.cli.convert import app
 from bwla_converter.options import Calibration, Options
+from bwla_converter.recipes.best import BestOptions
 from bwla_kernels.errors import BWLAError
 from typer.testing import CliRunner
 
@@ -108,6 +109,13 @@ def test_every_option_reaches_the_conversion(tmp_path: Path, monkeypatch) -> Non
             text_samples=4,
         )
     ]
+
+
+def test_help_shows_the_defaults_of_recipe_best() -> None:
+    output = " ".join(run(app, ["--help"]).output.replace("│", " ").split())
+    best = BestOptions()
+    assert f"0 to skip tuning. [default: ({best.tune.epochs})]" in output
+    assert f"0 to skip distillation. [default: ({best.distill.epochs})]" in output
 
 
 def test_without_options_the_defaults_are_those_of_python(tmp_path: Path, monkeypatch) -> None:
