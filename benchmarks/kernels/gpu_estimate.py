@@ -1,10 +1,10 @@
-"""What one decode step of a model must cost on a GPU, kernel by kernel: launches, bytes, barriers, microseconds.
+"""Estimate the cost of a decode step on a GPU, kernel by kernel: launches, bytes, barriers, microseconds.
 
     python -m benchmarks.kernels.gpu_estimate [--measured benchmarks/results/gpu_day_h200.json]
 
-Bytes follow from the sizes. Barriers are counted in the code that Triton makes for sm_90 (all branches of a kernel: one
-program meets about half of them). Expected times are a latency for the kernel and a share of the memory's bandwidth
-for its bytes, both of them constants below; measured ones come from a day's file.
+Bytes follow from the sizes. Barriers are counted in Triton's code for sm_90, in all branches of a kernel, of which a
+program executes about half. The expected time is a latency for each kernel plus its bytes at a share of the memory
+bandwidth, which are constants below; measured times come from the result file of gpu_day.
 """
 
 import argparse
@@ -29,18 +29,18 @@ CAPABILITY, MULTIPROCESSORS = (9, 0), 132
 FUSE = {ADD_NORM: fused_load.ADD_NORM, SILU_MUL: fused_load.SILU_MUL}
 
 BANDWIDTH = 4.3
-"""TB/s that an H200 reads."""
+"""Read bandwidth of an H200 in TB/s."""
 
 BEFORE = {"input": 4.0, "matmul": 1.5, "share": 0.80, "gap": 1.0}
 AFTER = {"input": 3.0, "matmul": 1.0, "share": 0.90, "gap": 0.3}
-"""Microseconds of latency of a kernel, the share of BANDWIDTH that its bytes move at, and the gap after a launch: as
-estimated before any GPU had run them (one program a token and block, launches in turn), and with several programs a
-token, loads ahead and dependent launches."""
+"""Latency of a kernel in microseconds, share of BANDWIDTH, and gap after a launch: as estimated before the kernels ran
+on a GPU (one program for each token and rotation group, launches in turn), and with several programs for each token,
+prefetched loads and dependent launches."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One launch: the bytes it must move, and the barriers in its code."""
+    """A launch: the bytes that it must move, and the barriers in its code."""
 
     layer: str
     side: str
@@ -48,13 +48,13 @@ class Cost:
     barriers: int
 
     def expected(self, constants: Mapping[str, float]) -> float:
-        """Microseconds, the gap after it included."""
+        """Return the expected microseconds, including the gap after the launch."""
         moved = self.bytes / (constants["share"] * BANDWIDTH * 1e6)
         return constants[self.side] + moved + constants["gap"]
 
 
 def input_bytes(shape: Shape) -> int:
-    """Of the input side for one token: input, residual, rotations, column scale, A; codes, planes, work space."""
+    """Return the input transform's bytes for a token: input, residual, rotations, column scale, A, codes, planes."""
     spec = shape.spec()
     k, left, right = spec.in_features, padded_rows(spec.n1), right_columns(spec.n2)
     read = {ADD_NORM: 3, SILU_MUL: 2}.get(shape.step, 1) * 2 * k
@@ -64,7 +64,7 @@ def input_bytes(shape: Shape) -> int:
 
 
 def matmul_bytes(shape: Shape) -> int:
-    """Of the weight side for one token: packed weights, row scales, padded B; planes in, outputs out."""
+    """Return the GEMM's bytes for a token: packed weights, row scales, padded B, planes, outputs."""
     spec = shape.spec()
     layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     chunks, rows, width = layout.shape
@@ -73,12 +73,12 @@ def matmul_bytes(shape: Shape) -> int:
 
 
 def barriers(case: CompileCase) -> int:
-    """Barrier instructions in a kernel's code for sm_90."""
+    """Return the number of barrier instructions in a kernel's code for sm_90."""
     return compile_case(case, 90).instructions.get("BAR", 0)
 
 
 def costs(model: str) -> Iterator[Cost]:
-    """The eight launches of a decoder layer's linears."""
+    """Return the eight launches of a decoder layer's linears."""
     for name, shape in MODELS[model].items():
         spec = shape.spec()
         layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
@@ -94,7 +94,7 @@ def costs(model: str) -> Iterator[Cost]:
 
 
 def measured_layers(day: Mapping[str, Any], model: str) -> dict[tuple[str, str], float]:
-    """(linear, side) -> microseconds at one token, of a day's layer table."""
+    """Return (linear, launch) -> microseconds at one token, from the `layer` step's rows."""
     found = {}
     for row in day.get("rows", {}).get("layer", []):
         if row.get("model") == model and row.get("m") == 1 and row.get("ok"):
@@ -104,7 +104,7 @@ def measured_layers(day: Mapping[str, Any], model: str) -> dict[tuple[str, str],
 
 
 def measured_chain(day: Mapping[str, Any], model: str) -> dict[str, float]:
-    """Way to launch -> microseconds of a decoder layer's linears, one after another."""
+    """Return kind of overlap -> microseconds of a decoder layer's linears, from the `chain` step's rows."""
     rows = day.get("rows", {}).get("chain", [])
     return {
         r["launches"]: r["layer_us"]
@@ -114,7 +114,7 @@ def measured_chain(day: Mapping[str, Any], model: str) -> dict[str, float]:
 
 
 def sheet(model: str, day: Mapping[str, Any]) -> Iterator[str]:
-    """A model's table, in Markdown."""
+    """Yield a model's table in Markdown."""
     name, layers, found = (
         {"32b": "Qwen3-32B", "8b": "Qwen3-8B"}[model],
         DECODER_LAYERS[model],
@@ -155,12 +155,12 @@ def sheet(model: str, day: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--measured", type=Path, help="a day's JSON (gpu_report.py --out)")
-    parser.add_argument("--out", type=Path, help="Markdown file to write (the standard output)")
+    parser.add_argument("--measured", type=Path, help="result file of gpu_report.py --out")
+    parser.add_argument("--out", type=Path, help="Markdown file to write (standard output)")
     arguments = parser.parse_args()
     day = json.loads(arguments.measured.read_text(encoding="utf-8")) if arguments.measured else {}
     machine = day.get("machine", {}).get("name")

@@ -1,13 +1,13 @@
-"""One BWLA layer on a GPU against cuBLAS bf16, Humming, GemLite and Marlin int4, in CUDA graphs with cold caches.
+"""Time a BWLA layer, cuBLAS bf16, Humming, GemLite and Marlin int4 on a GPU, in CUDA graphs with cold caches.
 
     python -m benchmarks.kernels.gpu_layer --out benchmarks/results/gpu_layer.json
 
-A graph holds one call for each of several copies of the weights, together larger than four times the second-level
-cache; a figure is the median time of a replay over the calls in it. Whole layers: every method quantizes its own
-activations, and BWLA also rotates them, adds its low-rank part and computes the norm or SiLU * mul before it
-(`fused_us`; `plain_us` is without, `separate_us` with that step as a kernel of torch's compiler). BWLA's rows are
-those of the `layer` step of gpu_day.py, checked against float64 before they are timed. Methods that are not
-installed, and cases that fail, are named in the result; --quick needs none of them and takes a minute.
+A graph contains one call for each of several copies of the weights, which exceed the L2 cache four times; a figure is
+the median time of a replay divided by its calls. Whole layers are timed: every method quantizes its activations, and
+BWLA also rotates them, adds its low-rank correction and computes the norm or SiLU * mul before the layer (`fused_us`;
+`plain_us` is without that operation, `separate_us` with it as a kernel of torch's compiler). BWLA's rows are those of
+gpu_day.py's `layer` step, compared with float64 before they are timed. The result lists methods that are not installed
+and cases that fail. --quick times BWLA and cuBLAS only and takes a minute.
 """
 
 import argparse
@@ -38,7 +38,7 @@ STEP = "layer"
 
 
 def separate(row: Row, shape: Shape, m: int, setting: Setting) -> None:
-    """Time what stands before a layer as one kernel of torch's compiler, and then the plain layer."""
+    """Time the operation before a layer as one kernel of torch's compiler, followed by the plain layer."""
     layer = make_layer(shape.spec(), setting.device)
     inputs = make_inputs(shape.step, m, shape.k, setting.dtype, setting.device)
     if not check(shape.step, inputs, layer, row):
@@ -61,7 +61,7 @@ def peer_case(row: Row, peer: Peer, shape: Shape, m: int, setting: Setting) -> N
 def cases(
     models: Sequence[str], tokens: Sequence[int], peers: Sequence[Peer], setting: Setting
 ) -> list[Case]:
-    """BWLA's cases, then each other method's."""
+    """Return BWLA's cases, then those of the other methods."""
     found = []
     shapes = [(f"{model} {shape.name}", shape) for model in models for shape in MODELS[model].values()]
     for name, shape in shapes:
@@ -81,7 +81,7 @@ def cases(
 
 
 def merged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
-    """One row for each linear and number of tokens with every method's time, and what was not measured."""
+    """Return a row for each linear and number of tokens with all methods' times, and a list of what is missing."""
     found: dict[str, Row] = {}
     missing = []
     for row in rows:
@@ -100,7 +100,7 @@ def merged(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -108,10 +108,12 @@ def main() -> int:
     parser.add_argument("--tokens", help=f"values of M ({','.join(map(str, TOKENS))})")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (9)")
     parser.add_argument(
-        "--quick", action="store_true", help="Qwen3-32B alone, three values of M, no other engines"
+        "--quick", action="store_true", help="only Qwen3-32B, three values of M, no other engines"
     )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)  # of this run before it lost its GPU
+    parser.add_argument(
+        "--rows", type=Path, help=argparse.SUPPRESS
+    )  # rows of this run before it lost its GPU
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
-"""Other ways to compute a linear on a GPU, each as a function that makes one layer of random weights.
+"""Other methods for a linear on a GPU, each as a function that makes a layer of random weights.
 
-What is not installed, or fails, says so when it is asked for; nothing falls back to something else. Whoever times
-one looks at its result first (`gpu.layer_table.measure_method`).
+A method that is not installed raises when it is called; there is no fallback. `gpu.layer_table.measure_method` checks
+the result of a method before it is timed.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ class Peer:
     """A method.
 
     Attributes:
-        name: the result's key.
-        bits: stored bits of a weight, for bandwidth and memory.
-        make: (N, K) -> a layer of random weights on the current GPU, x bfloat16 [M, K] -> bfloat16 [M, N].
+        name: key in the result.
+        bits: stored bits per weight.
+        make: function of (N, K) that returns a layer on the current GPU: x bfloat16 [M, K] -> bfloat16 [M, N].
     """
 
     name: str
@@ -29,13 +29,13 @@ class Peer:
 
 
 def cublas_bf16(n: int, k: int) -> Layer:
-    """torch's bf16 matmul."""
+    """Return torch's bf16 matmul."""
     weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda")
     return lambda x: torch.nn.functional.linear(x, weight)
 
 
 def humming_w1a8(n: int, k: int) -> Layer:
-    """Humming: unsigned 1-bit weights, int8 activations, quantized by its own kernel."""
+    """Return a layer of Humming: unsigned 1-bit weights, int8 activations that its own kernel quantizes."""
     from humming.layer import HummingLayer
 
     layer = HummingLayer(
@@ -51,7 +51,7 @@ def humming_w1a8(n: int, k: int) -> Layer:
 
 
 def gemlite_w1a8(n: int, k: int) -> Layer:
-    """GemLite: {0, 1} weights with one scale a row, int8 activations scaled per token by itself."""
+    """Return a layer of GemLite: {0, 1} weights with one scale per row, int8 activations with dynamic scales."""
     from gemlite.core import DType, GemLiteLinearTriton
 
     layer = GemLiteLinearTriton(
@@ -70,7 +70,7 @@ def gemlite_w1a8(n: int, k: int) -> Layer:
 
 
 def marlin_int4(n: int, k: int) -> Layer:
-    """Marlin as vLLM serves GPTQ's int4 in groups of 128."""
+    """Return Marlin as vLLM uses it for GPTQ's int4 with groups of 128."""
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils
     from vllm.scalar_type import scalar_types

@@ -1,10 +1,10 @@
 """Build Triton's compile cache for an H100 or H200 on a machine without one, into TRITON_CACHE_DIR.
 
     python -m benchmarks.kernels.gpu_prebuild day serve [--part 0/2]     (scripts/gpu_prepare.py runs it)
-    python -m benchmarks.kernels.gpu_prebuild relocate                   (where the cache was moved to)
+    python -m benchmarks.kernels.gpu_prebuild relocate                   (after the cache was moved)
 
-`day` is what gpu_day.py launches, `serve` what vLLM's start does. Use the machine's releases of Triton and Python;
-other ones make other keys.
+`day` compiles the kernels that gpu_day.py launches, `serve` those that vLLM compiles when it starts. Triton and Python
+must have the GPU machine's versions, since they are part of the keys.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def main() -> int:
-    """Command line; returns 1 where a kernel could not be compiled."""
+    """Run the command line; return 1 if a kernel could not be compiled."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--part", default="0/1", help="I/N: this process's share of the work (0/1)")
     arguments = parser.parse_args()
     if "TRITON_CACHE_DIR" not in os.environ:
-        parser.error("expected the cache's folder in TRITON_CACHE_DIR, found none")
+        parser.error("TRITON_CACHE_DIR is not set: set it to the cache's folder")
     folder = Path(os.environ["TRITON_CACHE_DIR"])
     folder.mkdir(parents=True, exist_ok=True)
     if "relocate" in arguments.what:
@@ -45,7 +45,7 @@ def main() -> int:
         begun = time.monotonic()
         try:
             job()
-        except Exception:  # one kernel less in the cache must not cost the others
+        except Exception:  # a kernel that fails must not prevent the others
             failed += 1
             print(f"{name}: FAILED\n{traceback.format_exc()[-1500:]}", flush=True)
         print(f"{name}: {time.monotonic() - begun:.0f} s", flush=True)

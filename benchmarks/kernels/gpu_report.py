@@ -1,8 +1,8 @@
-"""Read what gpu_day.py left: tables for the eye, and one JSON file for benchmarks/results.
+"""Report the results of gpu_day.py as tables, and as one JSON file for benchmarks/results.
 
     python -m benchmarks.kernels.gpu_report DIR [--out benchmarks/results/gpu_day.json]
 
-A figure of a result that was wrong is shown with a "!" and no ratio.
+The time of a wrong result is marked with "!" and has no ratio.
 """
 
 import argparse
@@ -18,30 +18,30 @@ LAYER_COLUMNS = ("bf16_us", "fused_us", "plain_us", "input_us", "weight_us")
 
 
 def read(folder: Path) -> dict[str, list[Row]]:
-    """Every step's rows; an empty list for a step that left none."""
+    """Return the rows of every step; an empty list for a step without results."""
     journal = Journal(folder, 0.0)
     return {step: journal.rows(step) for step in STEPS}
 
 
 def number(value: object, digits: int = 1) -> str:
-    """A figure, or "-" where there is none."""
+    """Format a figure, or "-" if there is none."""
     return f"{value:.{digits}f}" if isinstance(value, int | float) else "-"
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Right-aligned columns."""
+    """Return lines with right-aligned columns."""
     cells = [list(headings), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
 
 
 def cases_of(rows: Iterable[Row]) -> list[Row]:
-    """The rows that stand for a case."""
+    """Return the rows that describe a case."""
     return [row for row in rows if "case" in row]
 
 
 def state(rows: Sequence[Row]) -> str:
-    """How many cases ran, failed and were left out."""
+    """Return the numbers of cases that ran, failed and were left out."""
     cases = cases_of(rows)
     bad = [row for row in cases if not row.get("ok", True)]
     left: set[str] = set()
@@ -53,7 +53,7 @@ def state(rows: Sequence[Row]) -> str:
 
 
 def problems(steps: dict[str, list[Row]]) -> list[str]:
-    """One line for each case that is wrong or failed, and for each worker that died between cases."""
+    """Return a line for each case that is wrong or failed, and for each worker that died between cases."""
     lines = []
     for step, rows in steps.items():
         for row in rows:
@@ -71,7 +71,7 @@ def problems(steps: dict[str, list[Row]]) -> list[str]:
 
 
 def layer_lines(rows: Sequence[Row]) -> list[str]:
-    """Microseconds of each linear; BWLA's ratio to bf16, packed bytes as a share of a copy's bandwidth, TOPS."""
+    """Return the microseconds of each linear, BWLA's ratio to bf16, its share of a copy's bandwidth, and TOPS."""
     body = []
     for row in cases_of(rows):
         right = row.get("ok", True)
@@ -95,7 +95,7 @@ def layer_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def chain_lines(rows: Sequence[Row]) -> list[str]:
-    """Microseconds of a decoder layer and of a head; a profile's kernels below its line."""
+    """Return the microseconds of a decoder layer and of a head; a profile's kernels follow its line."""
     lines = []
     for row in cases_of(rows):
         mark = "" if row.get("ok", True) else " !"
@@ -112,7 +112,7 @@ def chain_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def tune_lines(rows: Sequence[Row]) -> list[str]:
-    """The fastest right candidate of each shape and number of tokens, and how many were tried."""
+    """Return the fastest correct candidate of each shape and number of tokens, and the number of candidates."""
     shapes: dict[str, list[Row]] = {}
     for row in cases_of(rows):
         shapes.setdefault(" ".join(row["case"].split()[:3]), []).append(row)
@@ -125,7 +125,7 @@ def tune_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def report(steps: dict[str, list[Row]]) -> list[str]:
-    """The whole text."""
+    """Return the lines of the whole report."""
     lines = [f"{step}: {state(rows)}" for step, rows in steps.items()]
     for row in cases_of(steps["probe"]):
         facts = {key: value for key, value in row.items() if key not in ("case", "seconds", "traceback")}
@@ -145,7 +145,7 @@ def report(steps: dict[str, list[Row]]) -> list[str]:
 
 
 def result(steps: dict[str, list[Row]], folder: Path, note: str) -> Row:
-    """What benchmarks/results keeps: provenance from the probe, and every row."""
+    """Return the result for benchmarks/results: the probe's provenance, and all rows."""
     facts = {row["case"]: row for row in cases_of(steps["probe"])}
     return {
         "command": f"scripts/gpu_day.sh, then python -m benchmarks.kernels.gpu_report {folder}",
@@ -159,13 +159,13 @@ def result(steps: dict[str, list[Row]], folder: Path, note: str) -> Row:
 
 
 def main() -> int:
-    """Command line; returns 1 where there is nothing to read."""
+    """Run the command line; return 1 if there are no results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where gpu_day.py wrote")
+    parser.add_argument("folder", type=Path, help="folder of gpu_day.py's results")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--note", default="", help="what a reader of the file should know of the run")
+    parser.add_argument("--note", default="", help="note about the run for readers of the file")
     arguments = parser.parse_args()
     steps = read(arguments.folder)
     if not any(steps.values()):

@@ -1,12 +1,12 @@
-"""Tokens per second in vLLM on a GPU at the shapes of Qwen3 models: bf16, int4 (Marlin), fp8 and BWLA.
+"""Measure tokens per second in vLLM on a GPU at the shapes of Qwen3 models: bf16, int4 (Marlin), fp8 and BWLA.
 
     python -m benchmarks.serving.gpu_serve --out benchmarks/results/gpu_serve.json
 
-Weights are random and never written: every engine starts from a config.json with vLLM's dummy loader. Each runs in a
-process of its own. Decode is the slope between two answer lengths at batch 1, 8 and 64; prefill is one prompt of
-1K or 4K tokens with one answer token. What fails, gives no sensible figure or does not fit into --minutes is named and
-left out; the file is written after every method. With random weights an answer's text means nothing: whether the
-kernels are right, BWLA's layers check as they load, and gpu_day.py in full.
+Weights are random and never written: every engine starts from a config.json with vLLM's dummy loader, in a separate
+process. Decode is the slope between two answer lengths at batch 1, 8 and 64; prefill is one prompt of 1K or 4K tokens
+with one answer token. Methods that fail, give an impossible figure or do not fit into --minutes are listed in the
+result, which is written after every method. The text of the answers has no meaning; BWLA's layers check their kernels
+when they are loaded, and gpu_day.py checks them in full.
 """
 
 import argparse
@@ -34,11 +34,11 @@ INT4 = {
     "sym": True,
     "lm_head": False,
 }
-"""GPTQ's format, which vLLM serves with Marlin."""
+"""Quantization config of GPTQ, which vLLM serves with Marlin."""
 
 
 def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
-    """Write the config.json of one method; returns the engine's further arguments."""
+    """Write the config.json of a method; return the engine's further arguments."""
     write_config(folder, shape)
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -56,10 +56,10 @@ def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
 
 
 def measure(shape: str, method: str, attention: str | None, timeout: float) -> dict[str, float]:
-    """Tokens per second of one method: `decode_1`, ..., `prefill_4096`.
+    """Return the tokens per second of a method: `decode_1`, ..., `prefill_4096`.
 
     Raises:
-        RuntimeError, subprocess.TimeoutExpired: as `engines.run_job`, or a figure that is no speed.
+        RuntimeError, subprocess.TimeoutExpired: as `engines.run_job`, or a figure is not positive.
     """
     with tempfile.TemporaryDirectory() as work:
         engine = {
@@ -70,15 +70,15 @@ def measure(shape: str, method: str, attention: str | None, timeout: float) -> d
             **({"attention_backend": attention} if attention else {}),
         }
         result = run_job(Job(work, BATCHES, PREFILLS, repeats=2, engine=engine, long_answer=ANSWER), timeout)
-    found = {f"decode_{batch}": result["decode"][str(batch)] for batch in BATCHES}
-    found |= {f"prefill_{length}": result["prefill"][f"1x{length}"] for length in PREFILLS}
-    if odd := {key: speed for key, speed in found.items() if not 0 < speed < math.inf}:
-        raise RuntimeError(f"the longer answers took no longer than the shorter ones: {odd}")
-    return found
+    speeds = {f"decode_{batch}": result["decode"][str(batch)] for batch in BATCHES}
+    speeds |= {f"prefill_{length}": result["prefill"][f"1x{length}"] for length in PREFILLS}
+    if invalid := {key: speed for key, speed in speeds.items() if not 0 < speed < math.inf}:
+        raise RuntimeError(f"expected longer answers to take longer, found these speeds: {invalid}")
+    return speeds
 
 
 def to_rows(shape: str, found: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
-    """One row per kind of work, one key per method in tokens/s."""
+    """Return a row for each kind of work, with a key for each method's tokens/s."""
     kinds = [("decode", batch, 16) for batch in BATCHES] + [("prefill", 1, length) for length in PREFILLS]
     rows = []
     for kind, batch, length in kinds:
@@ -105,7 +105,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """Command line; returns 1 where BWLA could not be measured."""
+    """Run the command line; return 1 if BWLA could not be measured."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +126,7 @@ def main() -> int:
                     raise TimeoutError("no time left")
                 found[method] = measure(shape, method, arguments.attention_backend, left)
                 print(f"{shape} {method}: {found[method]}", flush=True)
-            except Exception as error:  # whatever one engine does, the others must run
+            except Exception as error:  # the other engines must run whatever this one raises
                 problems.append(f"{shape} {method}: not measured: {type(error).__name__}: {error}")
                 print(problems[-1], flush=True)
             rows = [row for name, methods in speeds.items() for row in to_rows(name, methods)]

@@ -1,4 +1,4 @@
-"""Measurements on a GPU in short steps, each of which leaves its results behind whatever happens to the next.
+"""GPU measurements in short, independent steps.
 
-`gpu_day.py` runs the steps (`scripts/gpu_day.sh` on an isolated machine), `gpu_report.py` reads what they left.
+`gpu_day.py` runs the steps (`scripts/gpu_day.sh` on an isolated machine), `gpu_report.py` reports their results.
 """

@@ -1,4 +1,4 @@
-"""A compile cache that was built ahead: which sources it is for, and how it moves to another folder."""
+"""A prebuilt compile cache: the digest of the sources that it is for, and its relocation to another folder."""
 
 import hashlib
 import json
@@ -7,11 +7,11 @@ from pathlib import Path
 import bwla_kernels
 
 SOURCES_FILE = "bwla_sources.json"
-"""In the cache's folder: the digest of the kernels that it is for, with commit and Triton's version."""
+"""File in the cache's folder with the digest of the kernels' sources, the commit and Triton's version."""
 
 
 def sources_digest() -> str:
-    """SHA-256 over the Triton kernels' sources: equal where a cache built ahead can be of use."""
+    """Return a SHA-256 over the Triton kernels' sources; a prebuilt cache is valid only for the same digest."""
     digest = hashlib.sha256()
     for path in sorted((Path(bwla_kernels.__file__).parent / "triton").glob("*.py")):
         digest.update(path.name.encode())
@@ -20,9 +20,9 @@ def sources_digest() -> str:
 
 
 def relocate(folder: Path) -> int:
-    """Make a cache that was moved to `folder` usable there; returns how many groups of files it has.
+    """Make a cache that was moved to `folder` usable there; return the number of its compiled kernels.
 
-    Triton lists the files of a compiled kernel by absolute paths, and compiles anew where one does not exist.
+    Triton stores absolute paths of a compiled kernel's files, and compiles it again if one of them does not exist.
     """
     groups = list(folder.glob("*/__grp__*"))
     for path in groups:

@@ -1,6 +1,6 @@
-"""One decode step's linears, each reading what the one before wrote: what tokens a second can be at most.
+"""Time the linears of a decode step one after another, which gives an upper bound of tokens per second.
 
-Attention is left out: o reads q as qkv makes it. Everything else is as in the model: norms, the residual, SiLU * mul.
+Attention is left out: o_proj reads q directly. Norms, the residual and SiLU * mul are as in the model.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from benchmarks.kernels.gpu.shapes import DECODER_LAYERS, MODELS, VOCABULARY, Se
 from benchmarks.kernels.gpu.timing import time_calls, time_events
 
 BLOCKS = {"32b": 8, "8b": 8, "tiny": 1}
-"""Decoder layers in one graph: their weights are several times a second-level cache."""
+"""Decoder layers in one graph; their weights are several times larger than the L2 cache."""
 
 KERNELS_SHOWN = 14
 PROFILED_STEPS = 5
@@ -24,7 +24,7 @@ Block = dict[str, Tensors]
 
 @cache
 def _blocks(model: str, device: torch.device) -> tuple[Block, ...]:
-    """So many decoder layers' prepared tensors, copies of one."""
+    """Return the prepared tensors of several decoder layers, which are copies of one."""
     made = {name: make_layer(shape.spec(), device) for name, shape in MODELS[model].items()}
     copies = {name: layer.copies(BLOCKS[model]) for name, layer in made.items()}
     return tuple({name: sets[i] for name, sets in copies.items()} for i in range(BLOCKS[model]))
@@ -42,7 +42,7 @@ class Decoder:
         self.x, self.norm_weight, self.residual = start.x, start.norm_weight, start.residual
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """The last layer's output and the residual, both [M, hidden]."""
+        """Return the last layer's output and the residual, both [M, hidden]."""
         x, residual = self.x, self.residual
         for block in self.blocks:
             qkv, residual = self._normed("qkv", block, x, residual)
@@ -63,7 +63,7 @@ class Decoder:
 
 
 def _measure(row: Row, model: str, m: int, overlap: str | None, setting: Setting) -> None:
-    """Time a decoder layer with one of `layers.OVERLAPS`, None: as the kernels have it; equal to launches in turn."""
+    """Time a decoder layer with one of `layers.OVERLAPS` (None: the default), and compare it with launches in turn."""
     row |= {"model": model, "m": m, "launches": overlap or "as they are"}
     with launches("in turn"):
         decode = Decoder(model, m, setting)
@@ -78,7 +78,7 @@ def _measure(row: Row, model: str, m: int, overlap: str | None, setting: Setting
 
 
 def _profile(row: Row, model: str, overlap: str, setting: Setting) -> None:
-    """Mean microseconds of each kernel of a decode step."""
+    """Profile a decode step: mean microseconds of each kernel."""
     decode = Decoder(model, 1, setting)
     with launches(overlap):
         decode()
@@ -102,9 +102,9 @@ def _head(model: str, device: torch.device) -> dict[str, Tensor]:
 
 
 def _measure_head(row: Row, kind: str, model: str, m: int, setting: Setting) -> None:
-    """Time a language-model head: `bf16`, int8 by `torch`, int8 by `triton`; larger than any cache.
+    """Time a language-model head that exceeds the caches: `bf16`, int8 with `torch`, or int8 with `triton`.
 
-    An int8 head is checked against the definition on rows at both ends of the vocabulary.
+    An int8 head is compared with the reference implementation on rows at both ends of the vocabulary.
     """
     from bwla_kernels.format.head import HeadSpec
     from bwla_kernels.head import TorchHead, head_reference
@@ -130,14 +130,14 @@ def _measure_head(row: Row, kind: str, model: str, m: int, setting: Setting) -> 
         ends = torch.cat([torch.arange(0, 128), torch.arange(v - 128, v)]).to(setting.device)
         part = {name: tensor[ends] for name, tensor in tensors.items()}
         row["ok"] = torch.equal(y[:, ends], head_reference(x, part["weight_int8"], part["weight_scale"]))
-    if kind == "torch" and setting.on_gpu:  # (it synchronizes, so that no graph can hold it)
+    if kind == "torch" and setting.on_gpu:  # it synchronizes, so it cannot be captured in a graph
         time_events(head).into(row, "head")
     else:
         time_calls([head], setting.device).into(row, "head")
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The step's cases: decode with every way to overlap launches, a profile without, heads, then more tokens."""
+    """Return the step's cases: decode with every kind of overlap, a profile without, heads, then more tokens."""
     for model in setting.models:
         for m in (1, 8) if setting.on_gpu else (1,):
             ways = [None, *(OVERLAPS if m == 1 else ("in turn",))] if setting.on_gpu else [None]

@@ -1,11 +1,11 @@
-"""Whether a layer's results are right, before its time is of interest: both kernels against float64."""
+"""Check a layer's results, before it is timed: both kernels against float64."""
 
 from dataclasses import asdict, dataclass
 
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import unpack_signs
-from bwla_kernels.triton.prepare_input import PreparedInput
+from bwla_kernels.triton.prepare_input import QuantizedInput
 from torch import Tensor
 
 from benchmarks.kernels.gpu.journal import Row
@@ -14,22 +14,22 @@ from benchmarks.kernels.gpu.layers import (
     Layer,
     call,
     config_of,
-    input_side,
+    gemm,
+    input_transform,
     step_in_torch,
-    weight_side,
 )
 from benchmarks.kernels.gpu.shapes import ADD_NORM
 
 SAMPLED_ROWS = 256
-"""Rows of the output, at each of its ends, that are computed in float64."""
+"""Number of output rows at each end that are compared with float64."""
 
 SAMPLED_TOKENS = 256
-"""Tokens, at each end of the input, that are."""
+"""Number of tokens at each end that are compared with float64."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest errors that are no defect: roundings of the output, and codes beside a tie or after a rounded step."""
+    """Largest errors that rounding explains: of the output, and of codes near a tie."""
 
     matmul: float
     codes_share: float
@@ -39,7 +39,7 @@ class Limits:
 
 
 def limits_of(step: str, dtype: torch.dtype) -> Limits:
-    """The limits for what stands before the layer and for the output's dtype."""
+    """Return the limits for the operation before the layer and the output's dtype."""
     matmul = 3e-3 if dtype == torch.bfloat16 else 1e-3
     return Limits(matmul, 0.02, 2, 1e-2) if step else Limits(matmul, 0.002, 1, 1e-4)
 
@@ -50,13 +50,13 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
 
 
 def _ends(count: int, sample: int, device: torch.device) -> Tensor:
-    """Indices of the first and the last `sample` of `count`."""
+    """Return the indices of the first and the last `sample` of `count` items."""
     first = torch.arange(min(count, sample), device=device)
     return torch.cat([first, torch.arange(max(len(first), count - sample), count, device=device)])
 
 
-def input_errors(step: str, inputs: Inputs, layer: Layer, found: PreparedInput) -> Row:
-    """Compare codes, scales, sums, projection and residual with the definition."""
+def input_errors(step: str, inputs: Inputs, layer: Layer, found: QuantizedInput) -> Row:
+    """Compare codes, scales, sums, projection and residual with the reference implementation."""
     spec = layer.spec
     tokens = _ends(len(inputs.x), SAMPLED_TOKENS, inputs.x.device)
     part = Inputs(inputs.x[tokens], inputs.norm_weight, inputs.residual[tokens])
@@ -78,8 +78,8 @@ def input_errors(step: str, inputs: Inputs, layer: Layer, found: PreparedInput) 
     return row
 
 
-def matmul_error(y: Tensor, layer: Layer, prepared: PreparedInput) -> float:
-    """Relative error of the product, given the codes that the input kernel really made."""
+def matmul_error(y: Tensor, layer: Layer, prepared: QuantizedInput) -> float:
+    """Return the relative error of the GEMM, given the codes that the input kernel computed."""
     spec, stored = layer.spec, layer.stored
     rows = _ends(spec.out_features, SAMPLED_ROWS, y.device)
     tokens = _ends(len(y), SAMPLED_TOKENS, y.device)
@@ -96,7 +96,7 @@ def matmul_error(y: Tensor, layer: Layer, prepared: PreparedInput) -> float:
 
 
 def _equal_in_a_graph(step: str, inputs: Inputs, layer: Layer, wanted: Tensor) -> bool:
-    """Whether a captured call computes the same bits in each of three replays."""
+    """Return whether a captured call computes the same bits in each of three replays."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured, _ = call(step, inputs, layer.prepared, layer.spec)
@@ -108,17 +108,17 @@ def _equal_in_a_graph(step: str, inputs: Inputs, layer: Layer, wanted: Tensor) -
 
 
 def check(step: str, inputs: Inputs, layer: Layer, row: Row) -> bool:
-    """Fill `row` with the errors of a layer and with `ok`, which is returned.
+    """Fill `row` with the errors of a layer and with `ok`, and return `ok`.
 
-    The parts are checked one by one, the product with the codes that the input kernel really made, so that a
-    wrong kernel shows as such; then the whole must equal its parts, bit for bit, whenever it is called.
+    Both kernels are checked separately, the GEMM with the codes that the input kernel computed, to show which one is
+    wrong. Then the whole layer must equal its parts bit for bit in every call.
     """
     spec, dtype = layer.spec, inputs.x.dtype
     row["config"] = str(config_of(spec, layer.prepared, len(inputs.x), inputs.x.device))
     row["ok"] = False
-    prepared = input_side(step, inputs, layer.prepared, spec)
+    prepared = input_transform(step, inputs, layer.prepared, spec)
     row |= input_errors(step, inputs, layer, prepared)
-    y = weight_side(prepared, layer.prepared, spec, dtype)
+    y = gemm(prepared, layer.prepared, spec, dtype)
     row["matmul_rel"] = matmul_error(y, layer, prepared)
     row["finite"] = bool(y.isfinite().all())
     whole, _ = call(step, inputs, layer.prepared, spec)
@@ -132,7 +132,7 @@ def check(step: str, inputs: Inputs, layer: Layer, row: Row) -> bool:
 
 
 def is_right(row: Row, limits: Limits) -> bool:
-    """Whether the errors of a row are within the limits; NaN is not."""
+    """Return whether the errors of a row are within the limits; NaN never is."""
     small = (
         row["matmul_rel"] < limits.matmul
         and row["codes_off_share"] < limits.codes_share
@@ -145,5 +145,5 @@ def is_right(row: Row, limits: Limits) -> bool:
 
 
 def described(limits: Limits) -> Row:
-    """The limits as a row, for the record."""
+    """Return the limits as entries of a row."""
     return asdict(limits)

@@ -1,4 +1,4 @@
-"""What a step leaves behind: JSON lines, written as they come, and a loop over cases that no failing case ends."""
+"""The journal of a step, JSON lines that are written at once, and a loop over cases that survives failing cases."""
 
 import json
 import os
@@ -12,13 +12,13 @@ from typing import Any
 Row = dict[str, Any]
 
 SHORT, RESTART = 74, 75
-"""Exit statuses of a worker: it ran out of time; it lost its device and must go on in a new process."""
+"""Exit statuses of a worker: it ran out of time; it lost its device and must continue in a new process."""
 
 RESERVE = 6.0
-"""Seconds that must be left for another case to begin."""
+"""Seconds that must be left to start another case."""
 
 TEXT_LIMIT = 2500
-"""Characters of a traceback that are kept, from its end."""
+"""Number of characters at the end of a traceback that are kept."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Case:
     """One measurement of a step.
 
     Attributes:
-        name: unique in its step; a case that has a row is not run again.
-        run: fills the row it is given, so that what it found before it failed is kept.
+        name: unique within the step; a case that has a row is not run again.
+        run: fills the row that it is given; entries that it sets before it fails are kept.
     """
 
     name: str
@@ -36,17 +36,17 @@ class Case:
 
 @dataclass(frozen=True)
 class Journal:
-    """A folder of results, `STEP.jsonl` each, and a deadline in seconds since the epoch."""
+    """A folder of results, one `STEP.jsonl` for each step, and a deadline in seconds since the epoch."""
 
     folder: Path
     deadline: float
 
     def left(self) -> float:
-        """Seconds until the deadline."""
+        """Return the seconds until the deadline."""
         return self.deadline - time.time()
 
     def note(self, step: str, row: Row) -> None:
-        """Append a row to the step's file and print it; one write, so that several processes may."""
+        """Append a row to the step's file and print it; a single write, so that several processes can append."""
         self.folder.mkdir(parents=True, exist_ok=True)
         line = json.dumps(row, default=str) + "\n"
         file = os.open(self.folder / f"{step}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -58,7 +58,7 @@ class Journal:
         print(f"{step}: {shown}", flush=True)
 
     def rows(self, step: str) -> list[Row]:
-        """Every row that the step has written, in order; a line that was cut off is left out."""
+        """Return all rows of the step in order; an incomplete line is skipped."""
         path = self.folder / f"{step}.jsonl"
         if not path.exists():
             return []
@@ -71,7 +71,7 @@ class Journal:
         return rows
 
     def done(self, step: str) -> set[str]:
-        """Names of the cases that have a row."""
+        """Return the names of the cases that have a row."""
         return {row["case"] for row in self.rows(step) if "case" in row}
 
 
@@ -82,7 +82,7 @@ def _short(value: object) -> object:
 
 
 def failure_of(error: BaseException) -> Row:
-    """What a row says about an exception."""
+    """Return the entries of a row that describe an exception."""
     text = traceback.format_exc()[-TEXT_LIMIT:]
     return {"ok": False, "error": f"{type(error).__name__}: {error}"[:600], "traceback": text}
 
@@ -94,16 +94,16 @@ def run_cases(
     device_is_lost: Callable[[], bool],
     begun: Path | None = None,
 ) -> int:
-    """Run the cases that have no row yet; each leaves exactly one.
+    """Run the cases that have no row yet; write exactly one row for each.
 
     Args:
-        journal: where the rows go, and the deadline.
-        step: the journal's file.
-        cases: most important first; taken one by one, so that later ones may follow from earlier ones' rows.
-        device_is_lost: asked after a case that failed.
-        begun: a file that names the case at work, for whoever finds this process dead.
+        journal: the journal, with its deadline.
+        step: name of the step.
+        cases: the cases, most important first; an iterator may derive later cases from the rows of earlier ones.
+        device_is_lost: called after a case that failed.
+        begun: file for the name of the current case, read if this process dies.
 
-    Returns: 0; SHORT if cases are left out (one row names them); RESTART if the process is of no more use.
+    Returns: 0; SHORT if cases are left out (one row names them); RESTART if the process cannot continue.
     """
     done, remaining = journal.done(step), iter(cases)
     for case in remaining:
@@ -119,7 +119,7 @@ def run_cases(
         row: Row = {"case": case.name}
         try:
             case.run(row)
-        except Exception as error:  # whatever a case raises, the others must run
+        except Exception as error:  # the other cases must run whatever this one raises
             row |= failure_of(error)
         row["seconds"] = round(time.monotonic() - started, 2)
         journal.note(step, row)

@@ -1,4 +1,4 @@
-"""Each linear of a model by itself, weights cold: the whole, its sides, and cuBLAS in bf16."""
+"""Time each linear of a model with cold weights: the whole layer, its two launches, and cuBLAS in bf16."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -13,11 +13,11 @@ from benchmarks.kernels.gpu.layers import (
     Layer,
     Tensors,
     call,
-    input_side,
+    gemm,
+    input_transform,
     make_inputs,
     make_layer,
     step_in_torch,
-    weight_side,
 )
 from benchmarks.kernels.gpu.shapes import MODELS, PLAIN, Setting, Shape
 from benchmarks.kernels.gpu.timing import MAX_COPIES, copies_for, copy_tb_s, time_calls
@@ -25,15 +25,15 @@ from benchmarks.kernels.gpu.timing import MAX_COPIES, copies_for, copy_tb_s, tim
 FIRST_TOKENS, MORE_TOKENS = (1, 8, 64, 4096), (2, 4, 16, 256, 1024)
 TINY_TOKENS = (1,)
 MANY_TOKENS, MANY_COPIES = 1024, 4
-"""From so many tokens on, so few copies do: what a call reads is small beside what it computes."""
+"""(tokens, copies): from this number of tokens on, so few copies suffice, since computation dominates."""
 
 Method = Callable[[int, int], Callable[[Tensor], Tensor]]
-"""(N, K) -> a layer of random weights, x [M, K] -> [M, N]."""
+"""Function of (N, K) that returns a layer of random weights: x [M, K] -> [M, N]."""
 
 
 @cache
 def copy_bandwidth(device: torch.device) -> float:
-    """`copy_tb_s`, measured once a process."""
+    """Return `copy_tb_s`, measured once in each process."""
     return copy_tb_s(device)
 
 
@@ -52,8 +52,8 @@ def _bf16_weights(n: int, k: int, device: torch.device, dtype: torch.dtype) -> l
 def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
     """Fill a row for one linear and number of tokens.
 
-    `fused`, `plain`: both launches, with and without what stands before the layer. `input`, `weight`: either
-    launch alone (the input side's own tensors, less than a megabyte, stay in the cache). `bf16`: cuBLAS on the
+    `fused`, `plain`: both launches, with and without the fused operation before the layer. `input`, `weight`: one
+    launch alone (the input transform's tensors, less than a megabyte, stay in the cache). `bf16`: cuBLAS on the
     plain input. `bf16_ratio` is bf16 over fused, `copy_share` the packed weights' bytes over the fused time as a
     share of a copy's bandwidth.
     """
@@ -68,15 +68,15 @@ def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
     bf16 = time_calls(calls, device).into(row, "bf16")
     check(shape.step, inputs, layer, row)
     sets = sets[: MANY_COPIES if m >= MANY_TOKENS else MAX_COPIES]
-    prepared = input_side(PLAIN, plain, layer.prepared, spec)
+    prepared = input_transform(PLAIN, plain, layer.prepared, spec)
 
     def timed(name: str, function: Callable[..., object]) -> float:
         return time_calls([partial(function, tensors) for tensors in sets], device).into(row, name)
 
     fused = timed("fused", lambda tensors: call(shape.step, inputs, tensors, spec))
     timed("plain", lambda tensors: call(PLAIN, plain, tensors, spec))
-    timed("weight", lambda tensors: weight_side(prepared, tensors, spec, setting.dtype))
-    timed("input", lambda tensors: input_side(shape.step, inputs, tensors, spec))
+    timed("weight", lambda tensors: gemm(prepared, tensors, spec, setting.dtype))
+    timed("input", lambda tensors: input_transform(shape.step, inputs, tensors, spec))
     packed = shape.n * shape.k / 8
     row["packed_tb_s"] = packed / fused / 1e6
     row["weight_tb_s"] = packed / row["weight_us"] / 1e6
@@ -86,10 +86,10 @@ def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
 
 
 def measure_method(make: Method, bits: float, shape: Shape, m: int, setting: Setting) -> float:
-    """Median microseconds of another method's layer with cold weights.
+    """Return the median microseconds of another method's layer with cold weights.
 
     Raises:
-        RuntimeError: its result has another shape or dtype, is not finite, is all zeros or changes between calls.
+        RuntimeError: the result has a wrong shape or dtype, is not finite, is zero everywhere or changes between calls.
     """
     x = make_inputs(PLAIN, m, shape.k, setting.dtype, setting.device).x
     count = copies_for(bits * shape.n * shape.k / 8, setting.device, 16)
@@ -98,12 +98,12 @@ def measure_method(make: Method, bits: float, shape: Shape, m: int, setting: Set
     if y.shape != (m, shape.n) or y.dtype != x.dtype:
         raise RuntimeError(f"expected {x.dtype} [{m}, {shape.n}], found {y.dtype} {list(y.shape)}")
     if not y.isfinite().all() or not y.any() or not torch.equal(y, again):
-        raise RuntimeError("the result is not finite, is all zeros or changes between calls")
+        raise RuntimeError("expected the same finite, nonzero result in each call, found another")
     return time_calls([partial(layer, x) for layer in layers], setting.device).median
 
 
 def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
-    """(model, shape, tokens), most important first: decode, then the other usual numbers of tokens, then the rest."""
+    """Return (model, shape, tokens), most important first: decode, then the other usual numbers of tokens, the rest."""
     rounds = (FIRST_TOKENS[:1], FIRST_TOKENS[1:], MORE_TOKENS) if setting.on_gpu else (TINY_TOKENS,)
     for tokens in rounds:
         for model in setting.models:
@@ -113,7 +113,7 @@ def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The step's cases."""
+    """Return the step's cases."""
 
     def run(row: Row, model: str, shape: Shape, m: int) -> None:
         row["model"] = model

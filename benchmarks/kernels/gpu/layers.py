@@ -1,4 +1,4 @@
-"""Random layers, their inputs and the calls that serving makes, without the warm-up that serving brings."""
+"""Random layers, their inputs, and the calls that serving makes, without serving's warm-up."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,10 +7,12 @@ from functools import partial
 import torch
 from bwla_kernels.format import LayerSpec, to_storage_dtype
 from bwla_kernels.triton import launch
-from bwla_kernels.triton.backend import _layer, _properties, repack
-from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_from_tensors
+from bwla_kernels.triton.backend import repack
+from bwla_kernels.triton.binary_matmul import binary_matmul, weights_from_tensors
+from bwla_kernels.triton.gpu import gpu_properties
 from bwla_kernels.triton.launch import dependent_launch, is_dependent
-from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input
+from bwla_kernels.triton.layer import run_layer
+from bwla_kernels.triton.prepare_input import NOTHING_FUSED, FusedInput, QuantizedInput, prepare_input
 from bwla_kernels.triton.tuning import BINARY, MatmulConfig, select_config
 from torch import Tensor
 
@@ -25,9 +27,9 @@ class Layer:
     """A random layer on a device.
 
     Attributes:
-        spec: sizes.
-        stored: tensors in the checkpoint's form.
-        prepared: tensors in the kernels' form.
+        spec: the layer's sizes.
+        stored: tensors as in a checkpoint.
+        prepared: tensors as the kernels read them.
     """
 
     spec: LayerSpec
@@ -35,14 +37,14 @@ class Layer:
     prepared: Tensors
 
     def copies(self, count: int) -> list[Tensors]:
-        """`count` sets of prepared tensors, the first one this layer's own."""
+        """Return `count` sets of prepared tensors, the first of which is this layer's own."""
         rest = [{name: t.clone() for name, t in self.prepared.items()} for _ in range(count - 1)]
         return [self.prepared, *rest]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer reads: x [M, K] (before silu*mul [M, 2 K]), a norm's weight [K] and a residual [M, K]."""
+    """Inputs of a layer: x [M, K] (before SiLU * mul [M, 2 K]), a norm's weight [K] and a residual [M, K]."""
 
     x: Tensor
     norm_weight: Tensor
@@ -50,10 +52,9 @@ class Inputs:
 
 
 def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
-    """A valid layer of random contents, drawn and repacked on the device.
+    """Return a valid layer with random contents, drawn and repacked on the device.
 
-    Without the warm-up that serving brings: what a measurement needs is compiled when it is first called, rather than
-    everything that a server may need.
+    There is no warm-up: a measurement compiles only the kernels that it calls, a server all that it may need.
     """
     generator = torch.Generator(device).manual_seed(seed)
     n, k, r = spec.out_features, spec.in_features, spec.rank
@@ -87,7 +88,7 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
 
 
 def make_inputs(step: str, m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Inputs:
-    """Random inputs of m tokens, some columns of which are fifteen times larger; drawn on the device."""
+    """Return random inputs of m tokens with some columns fifteen times larger, drawn on the device."""
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(m, 2 * k if step == SILU_MUL else k, generator=generator, device=device)
     x[:, :: max(1, k // 7)] *= 15
@@ -96,29 +97,23 @@ def make_inputs(step: str, m: int, k: int, dtype: torch.dtype, device: torch.dev
     return Inputs(*(t.to(dtype) for t in (x, norm_weight, residual)))
 
 
-def fused_options(step: str, inputs: Inputs) -> dict[str, object]:
-    """Keyword arguments of `prepare_input` and of the backend for what stands before a layer."""
+def fused_input(step: str, inputs: Inputs) -> FusedInput:
+    """Return what is fused into the load of a layer's input for `step`."""
     if step == ADD_NORM:
-        return {"norm_weight": inputs.norm_weight, "eps": EPSILON, "residual": inputs.residual}
-    return {"silu_mul": True} if step == SILU_MUL else {}
+        return FusedInput(inputs.norm_weight, EPSILON, inputs.residual)
+    return FusedInput(silu_mul=True) if step == SILU_MUL else NOTHING_FUSED
 
 
 def call(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
-    """What serving runs, as two launches: the layer's output, and the new residual.
+    """Run the two launches that serving runs; return the layer's output and the new residual.
 
-    (`backend._layer` instead of the fused ops, which warm up a whole family of kernels at their first call.)
+    This calls `run_layer`, because the fused ops warm up a whole family of kernels in their first call.
     """
-    needed = ("weight_chunks", "weight_scale", "split_counters", "left_split", "right_split", "column_scale")
-    layer = (
-        *(tensors[name] for name in needed),
-        *(tensors.get(name) for name in ("low_rank_a", "low_rank_b", "bias")),
-        *(spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip),
-    )
-    return _layer(inputs.x, *layer, **fused_options(step, inputs))  # type: ignore[arg-type]
+    return run_layer(inputs.x, tensors, spec, fused_input(step, inputs))
 
 
 def step_in_torch(step: str, inputs: Inputs) -> Tensor:
-    """What stands before a layer, in torch with vLLM's roundings: the layer's plain input [M, K]."""
+    """Compute the operation before a layer in torch with vLLM's roundings; return the layer's plain input [M, K]."""
     x, norm_weight = inputs.x, inputs.norm_weight
     if step == ADD_NORM:
         total = x.float() + inputs.residual.float()
@@ -132,14 +127,14 @@ def step_in_torch(step: str, inputs: Inputs) -> Tensor:
 
 
 def config_of(spec: LayerSpec, tensors: Tensors, m: int, device: torch.device) -> MatmulConfig:
-    """The configuration with which serving multiplies m tokens."""
+    """Return the GEMM configuration that serving uses for m tokens."""
     chunk = weights_from_tensors(tensors, spec).layout.chunk
     sizes = (spec.out_features, spec.in_features, spec.rotation_groups, chunk, m, spec.bits)
-    return select_config(*sizes, *_properties(device))
+    return select_config(*sizes, *gpu_properties(device))
 
 
-def input_side(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> PreparedInput:
-    """The first launch alone."""
+def input_transform(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> QuantizedInput:
+    """Run the first launch alone."""
     config = config_of(spec, tensors, inputs.x.shape[0], inputs.x.device)
     return prepare_input(
         inputs.x,
@@ -148,18 +143,15 @@ def input_side(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> 
         planes=config.kernel == BINARY,
         chunk=weights_from_tensors(tensors, spec).layout.chunk,
         dependent_launch=is_dependent(inputs.x.device),
-        **fused_options(step, inputs),  # type: ignore[arg-type]
+        fused=fused_input(step, inputs),
     )
 
 
-def weight_side(prepared: PreparedInput, tensors: Tensors, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
-    """The second launch alone."""
+def gemm(prepared: QuantizedInput, tensors: Tensors, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+    """Run the second launch alone."""
     config = config_of(spec, tensors, prepared.scale.shape[0], prepared.scale.device)
-    activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
     dependent = is_dependent(prepared.scale.device)
-    return binary_matmul(
-        activations, weights_from_tensors(tensors, spec), spec.bits, config, dtype, dependent
-    )
+    return binary_matmul(prepared, weights_from_tensors(tensors, spec), spec.bits, config, dtype, dependent)
 
 
 OVERLAPS = {
@@ -167,21 +159,21 @@ OVERLAPS = {
     "early": partial(dependent_launch, True, launch.EARLY),
     "late": partial(dependent_launch, True, launch.LATE),
 }
-"""How one kernel may overlap the next, see `bwla_kernels.triton.launch`: contexts by their names."""
+"""Name -> context that sets how a kernel may overlap the next, see `bwla_kernels.triton.launch`."""
 
 
 def launches(overlap: str | None) -> AbstractContextManager[None]:
-    """One of OVERLAPS as a context; None leaves launches as the kernels have them."""
+    """Return one of OVERLAPS as a context; None keeps the kernels' default."""
     return nullcontext() if overlap is None else OVERLAPS[overlap]()
 
 
 def device_is_lost(device: torch.device) -> bool:
-    """Whether a kernel's failure has ended this process's use of the device."""
+    """Return whether a failed kernel has made the device unusable for this process."""
     if device.type != "cuda":
         return False
     try:
         torch.cuda.synchronize(device)
         torch.zeros(1, device=device).item()
-    except Exception:  # whatever CUDA raises then, there is no other answer
+    except Exception:  # any error of CUDA here means a lost device
         return True
     return False

@@ -1,8 +1,8 @@
-"""Triton's compile cache for an H100 or H200, built on a machine without one, by the launches themselves.
+"""Build Triton's compile cache for an H100 or H200 on a machine without one, by launching the kernels.
 
-A stand-in for the driver says what to compile for, and every launch stops once its kernel is compiled. Triton's keys
-are made of the kernels' sources, Triton itself and the arguments' types, so a cache serves exactly these sources and
-that release. Tensors are on the CPU and nothing is computed.
+A fake driver reports the target GPU, and every launch stops when its kernel is compiled. The cache's keys hash the
+kernels' sources, Triton itself and the arguments' types, so a cache is valid only for these sources and this release
+of Triton. Tensors are on the CPU and nothing is computed.
 """
 
 import json
@@ -29,40 +29,40 @@ from benchmarks.kernels.gpu.shapes import ADD_NORM, GPU, MODELS, PLAIN, SILU_MUL
 from benchmarks.kernels.gpu.smoke import SmokeCase, smoke_cases
 
 CAPABILITY, MULTIPROCESSORS = 90, 132
-"""Of the H100 and the H200."""
+"""Compute capability of the H100 and the H200."""
 
 FUSED = {ADD_NORM: ("", "norm", "add+norm"), SILU_MUL: ("", "silu*mul"), PLAIN: ("",)}
-"""What vLLM's compiler may fuse into a layer."""
+"""Operations that vLLM's compiler may fuse into a layer."""
 
 Job = tuple[str, Callable[[], object]]
 
 
 class NoGpu:
-    """As much of a driver as compiling needs."""
+    """The part of a driver that compilation needs."""
 
     @staticmethod
     def get_current_device() -> int:
-        """The only one."""
+        """Return the only device."""
         return 0
 
     @staticmethod
     def get_current_stream(device: int) -> int:
-        """None that runs anything."""
+        """Return a stream that runs nothing."""
         return 0
 
     @staticmethod
     def get_current_target() -> GPUTarget:
-        """What is compiled for."""
+        """Return the target GPU."""
         return GPUTarget("cuda", CAPABILITY, 32)
 
     @staticmethod
     def get_active_torch_device() -> torch.device:
-        """Where the tensors are."""
+        """Return the tensors' device."""
         return torch.device("cpu")
 
 
 def stand_in() -> None:
-    """Let every launch in this process compile for the GPU and stop there; self-checks do not look at results."""
+    """Make every launch in this process only compile for the GPU; self-checks ignore the results."""
     driver.set_active(NoGpu())
     launch_and_run = JITFunction.run
 
@@ -83,7 +83,7 @@ def _empty_inputs(step: str, m: int, k: int, dtype: torch.dtype) -> Inputs:
 
 
 def _compile_layer(case: SmokeCase) -> None:
-    """Both launches with dependent launches and without, plain as well."""
+    """Launch both kernels with and without dependent launches, fused and plain."""
     layer = make_layer(case.spec, torch.device("cpu"))
     dtype = case.dtype or torch.bfloat16
     for step in dict.fromkeys((case.step, PLAIN)):
@@ -94,11 +94,11 @@ def _compile_layer(case: SmokeCase) -> None:
 
 
 def _compile_tuning(layout: ChunkLayout, m: int) -> None:
-    """The first round of a shape's tuning."""
+    """Launch the first round of a shape's tuning."""
     problem = tune.draw(layout, m, torch.device("cpu"), 1)
     for config in tune.candidates(layout, m, divmod(CAPABILITY, 10), MULTIPROCESSORS):
-        with suppress(triton.TritonError):  # the tuning will find the same, and say so
-            binary_matmul(problem.activations, problem.weights[0], tune.BITS, config, problem.dtype)
+        with suppress(triton.TritonError):  # the tuning reports the same error
+            binary_matmul(problem.prepared, problem.weights[0], tune.BITS, config, problem.dtype)
 
 
 def _compile_head(model: str, m: int) -> None:
@@ -113,7 +113,7 @@ def _compile_head(model: str, m: int) -> None:
 
 
 def day_jobs(setting: Setting = GPU) -> Iterator[Job]:
-    """What `gpu_day.py` launches, most important first, but for the second rounds of its tuning."""
+    """Yield the launches of `gpu_day.py`, most important first, except for the second rounds of tuning."""
     for case in smoke_cases(setting.models):
         yield f"smoke {case}", partial(_compile_layer, case)
     for model, shape, m in layer_table.order(setting):
@@ -143,7 +143,7 @@ def _compile_served(model: str, name: str, fused: str) -> None:
 
 
 def serve_jobs(models: tuple[str, ...]) -> Iterator[Job]:
-    """What vLLM's start compiles for each of the models: every kind of layer's warm-up, plain and fused."""
+    """Yield the launches of vLLM's start for each model: the warm-up of every kind of layer, plain and fused."""
     for model in models:
         for name, shape in MODELS[model].items():
             for fused in FUSED[shape.step]:
@@ -153,6 +153,6 @@ def serve_jobs(models: tuple[str, ...]) -> Iterator[Job]:
 
 
 def describe(folder: Path, commit: str) -> None:
-    """Say beside the cache what it is for."""
+    """Write the digest, commit and versions that the cache is for into its folder."""
     facts = {"sources": sources_digest(), "commit": commit, "triton": triton.__version__, "sm": CAPABILITY}
     (folder / SOURCES_FILE).write_text(json.dumps(facts) + "\n", encoding="utf-8")

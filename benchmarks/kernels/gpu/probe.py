@@ -1,4 +1,4 @@
-"""What the machine is: versions, GPU, copy bandwidth, bf16 rate, and whether its compile cache is of these sources."""
+"""Describe the machine: versions, GPU, copy bandwidth, bf16 rate, and whether the compile cache fits the sources."""
 
 import importlib.metadata
 import json
@@ -29,7 +29,7 @@ SQUARE = 8192
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The step's cases."""
+    """Return the step's cases."""
     yield Case("versions", _versions)
     yield Case("cache", _cache)
     if setting.on_gpu:
@@ -49,7 +49,7 @@ def _versions(row: Row) -> None:
 
 
 def _commit() -> str:
-    """The commit of the sources; empty where they came without git."""
+    """Return the commit of the sources, "" without git."""
     words = ["git", "rev-parse", "HEAD"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
@@ -80,7 +80,7 @@ def _copy(row: Row, setting: Setting) -> None:
 
 
 def _bf16(row: Row, setting: Setting) -> None:
-    """The rate of a large product, each of whose sums is known."""
+    """Measure the rate of a large bf16 product whose sums are known."""
     size = SQUARE if setting.on_gpu else 64
     a = torch.randn(size, size, device=setting.device).to(setting.dtype)
     ones = torch.ones(size, size, device=setting.device, dtype=setting.dtype)

@@ -1,4 +1,4 @@
-"""What the tensor cores of this GPU can do at most: binary (and, popcount) and int8 instructions back to back."""
+"""Peak rates of this GPU's tensor cores: binary (and, popcount) and int8 instructions back to back."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -16,11 +16,11 @@ WARPS, ROUNDS, CHAINS = 8, 1024, 8
 BINARY = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
 INTEGER = "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32"
 OPERATIONS = {BINARY: 2 * 16 * 8 * 256, INTEGER: 2 * 16 * 8 * 32}
-"""Operations of one instruction, a multiplication and an addition each."""
+"""Operations of one instruction; a multiplication and an addition count as two."""
 
 
 def assembly(instruction: str) -> str:
-    """PTX: ROUNDS times CHAINS independent instructions on operands made of $1; the accumulators' sum in $0."""
+    """Return PTX that runs ROUNDS times CHAINS independent instructions on operands from $1; $0 is their sum."""
     lines = [f".reg .b32 acc<{4 * CHAINS}>;", ".reg .b32 left;", ".reg .pred more;"]
     lines += [f"mov.b32 acc{i}, 0;" for i in range(4 * CHAINS)]
     lines += [f"mov.b32 left, {ROUNDS};", "again:"]
@@ -34,7 +34,7 @@ def assembly(instruction: str) -> str:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each warp runs the assembly once."""
+    """Run the assembly once in each warp."""
     lane = tl.arange(0, THREADS)
     total = tl.inline_asm_elementwise(
         asm=ASM,
@@ -48,7 +48,7 @@ def rate_kernel(out, seed, ASM: tl.constexpr, THREADS: tl.constexpr):  # type: i
 
 
 def _measure(row: Row, instruction: str, setting: Setting) -> None:
-    """Fill `tera_operations`, 10^12 operations a second over the whole GPU; every program must find the same sums."""
+    """Fill `tera_operations`, 10^12 operations/s of the whole GPU; all programs must compute the same sums."""
     programs = 4 * torch.cuda.get_device_properties(setting.device).multi_processor_count
     out = torch.zeros(programs, 32 * WARPS, dtype=torch.int32, device=setting.device)
 
@@ -62,7 +62,7 @@ def _measure(row: Row, instruction: str, setting: Setting) -> None:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """The step's cases: none without a GPU."""
+    """Return the step's cases; there are none without a GPU."""
     for name, instruction in (("binary", BINARY), ("int8", INTEGER)):
         if setting.on_gpu:
             yield Case(name, partial(_measure, instruction=instruction, setting=setting))

@@ -1,4 +1,4 @@
-"""Is it right: every kind of kernel once, the smallest first, against float64."""
+"""Check every kind of kernel once against float64, the smallest first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from benchmarks.kernels.gpu.layers import make_inputs, make_layer
 from benchmarks.kernels.gpu.shapes import ADD_NORM, MODELS, PLAIN, SILU_MUL, Setting
 
 INTERPRETER_CASES, INTERPRETER_TOKENS = 4, 9
-"""Cases that the interpreter is given, and the most tokens of one."""
+"""Number of cases and maximum number of tokens in the interpreter."""
 
 
 @dataclass(frozen=True)
 class SmokeCase:
-    """A layer and what it is called with; `dtype` None is the setting's own."""
+    """A layer and its input; `dtype` None stands for the setting's dtype."""
 
     step: str
     m: int
@@ -38,7 +38,7 @@ def _spec(n: int, blocks: int, n1: int, n2: int, rank: int, bits: int = 6, bias:
 
 
 def smoke_cases(models: tuple[str, ...]) -> list[SmokeCase]:
-    """Every case: the smallest, then each linear at few tokens, then more tokens and odd sizes."""
+    """Return all cases: the smallest, then each linear at few tokens, then more tokens and odd sizes."""
     small = _spec(128, 1, 16, 16, 16)
     found = [
         SmokeCase(PLAIN, 1, small),
@@ -57,7 +57,7 @@ def smoke_cases(models: tuple[str, ...]) -> list[SmokeCase]:
         for name in names:
             of(first, name, m)
     of(first, "qkv", 1, plain=True)
-    for rank in (35, 48):  # ranks whose padding is no power of two
+    for rank in (35, 48):  # ranks that are padded to a number that is not a power of two
         of(first, "qkv", 1, rank)
         of(first, "down", 6, rank)
     many = (
@@ -95,7 +95,7 @@ def _run(case: SmokeCase, setting: Setting, row: Row) -> None:
 
 
 def cases(setting: Setting, worker: int = 0, workers: int = 1) -> Iterator[Case]:
-    """This worker's share of the step's cases; in the interpreter the first few, at few tokens."""
+    """Yield this worker's share of the step's cases; in the interpreter, the first ones with few tokens."""
     wanted = smoke_cases(setting.models)
     if not setting.on_gpu:
         wanted = [case for case in wanted if case.spec.in_features <= 512][:INTERPRETER_CASES]

@@ -1,4 +1,4 @@
-"""The steps of a day, run one after another in processes of their own, each within its limit whatever it does."""
+"""Run the steps of a day one after another in separate processes, each within its time limit."""
 
 import contextlib
 import os
@@ -15,18 +15,18 @@ from benchmarks.kernels.gpu.journal import RESTART, SHORT, Case, Journal, run_ca
 
 RUNNER: tuple[str, ...] = ("-m", "benchmarks.kernels.gpu_day")
 MARGIN = 3.0
-"""Seconds before a step's limit at which its workers are told to end: the last case may run over."""
+"""Seconds between the workers' deadline and the step's limit: the last case may exceed the deadline."""
 
 GRACE = 5.0
-"""Seconds that a killed worker may take to go: the driver may hold it, and the next step must begin."""
+"""Seconds to wait for a killed worker, which the driver may block, before the next step starts."""
 
 LEAST = 10.0
-"""Seconds under which a step is not begun."""
+"""Seconds that must be left to start a step."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step: seconds at most, and processes that share its cases."""
+    """A step: its time limit in seconds, and the number of processes that share its cases."""
 
     name: str
     limit: float
@@ -41,13 +41,13 @@ DAY = (
     Step("rates", 20),
     Step("tune", 110),
 )
-"""In order of importance; 520 s together."""
+"""The steps in order of importance; 520 s in total."""
 
 TOTAL = sum(step.limit for step in DAY)
 
 
 def cases_of(step: str, on_gpu: bool, journal: Journal, worker: int, workers: int) -> Iterator[Case]:
-    """The cases of a step; its module, and with it the kernels, is imported here."""
+    """Return the cases of a step; its module, and with it the kernels, is imported only here."""
     from benchmarks.kernels.gpu import chain, layer_table, probe, rates, smoke, tune_day
     from benchmarks.kernels.gpu.shapes import CPU, GPU
 
@@ -61,7 +61,7 @@ def cases_of(step: str, on_gpu: bool, journal: Journal, worker: int, workers: in
 
 
 def work(step: str, on_gpu: bool, journal: Journal, worker: int, workers: int, begun: Path) -> int:
-    """A worker's life: its share of a step's cases; returns its exit status."""
+    """Run a worker's share of a step's cases; return the exit status."""
     from benchmarks.kernels.gpu import tune_day
     from benchmarks.kernels.gpu.layers import device_is_lost
     from benchmarks.kernels.gpu.shapes import CPU, GPU
@@ -76,12 +76,12 @@ def work(step: str, on_gpu: bool, journal: Journal, worker: int, workers: int, b
 
 @dataclass(frozen=True)
 class Day:
-    """How the steps are run.
+    """Runs the steps.
 
     Attributes:
-        journal: where results go, and when everything must have ended.
-        on_gpu: on the GPU, or tiny in Triton's interpreter.
-        environment: further variables of the workers.
+        journal: the journal of the results, with the deadline.
+        on_gpu: whether to run on the GPU, else with tiny sizes in Triton's interpreter.
+        environment: further environment variables of the workers.
     """
 
     journal: Journal
@@ -89,7 +89,7 @@ class Day:
     environment: Mapping[str, str]
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Run the steps as far as the time goes."""
+        """Run as many steps as the time allows."""
         for step in steps:
             left = self.journal.left()
             if left < LEAST:
@@ -119,7 +119,7 @@ class Day:
                 thread.join()
 
     def _supervise(self, step: Step, worker: int, count: int, end: float, mark: Path) -> None:
-        """Keep a worker's cases going: a new process whenever one has died, until the cases or the time are over."""
+        """Run a worker, and start it again whenever it dies, until its cases or the time are over."""
         words = [sys.executable, *RUNNER, step.name, "--worker", f"{worker}/{count}", "--mark", str(mark)]
         words += ["--out", str(self.journal.folder), "--until", str(end - MARGIN)]
         words += [] if self.on_gpu else ["--cpu"]

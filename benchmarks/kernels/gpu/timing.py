@@ -1,4 +1,4 @@
-"""Times of launches: in CUDA graphs, with weights that no cache holds, as a median and its spread."""
+"""Time launches in CUDA graphs with cold weights; return the median and its spread."""
 
 import math
 import statistics
@@ -12,11 +12,11 @@ from benchmarks.kernels.gpu.journal import Row
 
 REPLAYS = 15
 REPLAY_US, MOST_ROUNDS = 2000.0, 16
-"""A graph holds its calls so often that a replay takes about so long: the few microseconds of starting it are then
-nothing to the figure."""
+"""Calls are repeated within a graph until a replay takes about this long, so that the few microseconds of starting it
+do not matter."""
 
 COLD_FACTOR = 4
-"""Weights of a round, in second-level caches."""
+"""Size of the weights of a round as a multiple of the L2 cache."""
 
 MAX_COPIES = 64
 COPY_BYTES = 1 << 31
@@ -25,14 +25,14 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of one call: median, tenth and ninetieth percentile of the replays."""
+    """Microseconds of a call: median, 10th and 90th percentile of the replays."""
 
     median: float
     low: float
     high: float
 
     def into(self, row: Row, name: str) -> float:
-        """Store as `NAME_us`, `NAME_us_low` and `NAME_us_high`; returns the median."""
+        """Store as `NAME_us`, `NAME_us_low` and `NAME_us_high` in `row`; return the median."""
         row |= {f"{name}_us": self.median, f"{name}_us_low": self.low, f"{name}_us_high": self.high}
         return self.median
 
@@ -45,7 +45,7 @@ def timing_of(samples: Sequence[float]) -> Timing:
 
 
 def time_events(run: Call, calls: int = 1, replays: int = REPLAYS) -> Timing:
-    """Time `run` on the current stream between CUDA events; it stands for `calls` calls."""
+    """Time `run`, which makes `calls` calls, on the current stream with CUDA events."""
     for _ in range(2):
         run()
     samples = []
@@ -60,11 +60,10 @@ def time_events(run: Call, calls: int = 1, replays: int = REPLAYS) -> Timing:
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLAYS) -> Timing:
-    """Time one call of several, captured in one CUDA graph, several times over where they are short; on the CPU, one
-    run of each by the clock.
+    """Time calls that are captured in one CUDA graph; on the CPU, time one run of each call.
 
-    Everything before the capture runs on the current stream, which the capture waits for: two streams never run
-    one layer, whose split counters they would share.
+    Short calls are repeated within the graph. Everything before the capture runs on the current stream, which the
+    capture waits for: two streams must not run one layer at the same time, since they would share its split counters.
     """
     if device.type != "cuda":
         samples = []
@@ -78,10 +77,10 @@ def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLA
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    # (torch.cuda.graph collects garbage and empties the allocator's cache first: half a second for each candidate.)
+    # Not torch.cuda.graph, which collects garbage and empties the allocator's cache first: half a second per capture.
     with torch.cuda.stream(stream):
         graph.capture_begin()
-        kept = [one() for _ in range(rounds) for one in calls]  # results that were freed would share memory
+        kept = [one() for _ in range(rounds) for one in calls]  # freed results would share memory
         graph.capture_end()
     torch.cuda.current_stream(device).wait_stream(stream)
     timing = time_events(graph.replay, rounds * len(calls), replays)
@@ -90,9 +89,9 @@ def time_calls(calls: Sequence[Call], device: torch.device, replays: int = REPLA
 
 
 def copies_for(weight_bytes: float, device: torch.device, most: int = MAX_COPIES) -> int:
-    """Copies of a weight that together are COLD_FACTOR times the second-level cache: at least 2, at most `most`.
+    """Return the number of copies of a weight that exceed the L2 cache COLD_FACTOR times: at least 2, at most `most`.
 
-    In the interpreter one, which is slow enough.
+    In the interpreter, which is slow, it is 1.
     """
     if device.type != "cuda":
         return 1
@@ -101,14 +100,14 @@ def copies_for(weight_bytes: float, device: torch.device, most: int = MAX_COPIES
 
 
 def copy_tb_s(device: torch.device) -> float:
-    """Bandwidth of a device-to-device copy, bytes read and bytes written, in TB/s."""
+    """Return the bandwidth of a device-to-device copy in TB/s, bytes read plus bytes written."""
     size = COPY_BYTES if device.type == "cuda" else 1 << 20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     copy: Call = lambda: target.copy_(source)  # noqa: E731
-    # Not in a graph: there it is a node of its own kind, which moved 2.8 TB/s on an H200 that reads weights at 4.3.
+    # Without a graph, whose memory-copy nodes reach only 2.8 TB/s on an H200 that reads weights at 4.3.
     timing = time_events(copy) if device.type == "cuda" else time_calls([copy], device)
     speed = 2 * size / timing.median / 1e6
     if not torch.equal(source, target):
-        raise RuntimeError("a copy from device to device differs from its source")
+        raise RuntimeError("expected a device-to-device copy to equal its source, found a difference")
     return speed

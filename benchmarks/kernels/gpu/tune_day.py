@@ -1,4 +1,4 @@
-"""The tuning of a day: `bwla_kernels.triton.tune`, one candidate a case, and the table that comes of it."""
+"""Tune with `bwla_kernels.triton.tune`, one case for each candidate, and write the resulting table."""
 
 import json
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from bwla_kernels.triton import tune
-from bwla_kernels.triton.backend import _properties
 from bwla_kernels.triton.binary_matmul import binary_matmul
+from bwla_kernels.triton.gpu import gpu_properties
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
 from bwla_kernels.triton.tuning import MatmulConfig, table_arch
 
@@ -17,13 +17,13 @@ from benchmarks.kernels.gpu.shapes import MODELS, Setting, Shape
 from benchmarks.kernels.gpu.timing import time_calls
 
 ROUNDS = (1,), (8, 4, 2), (64, 4096, 16, 256, 1024)
-"""Numbers of tokens, those that matter most first; within a round every model."""
+"""Numbers of tokens, most important first; each is tuned for all models before the next."""
 
 TINY_BYTES, TINY_CANDIDATES = 1 << 16, 2
 
 
 def layout_of(shape: Shape) -> ChunkLayout:
-    """The layout of a shape's weights."""
+    """Return the layout of a shape's weights."""
     spec = shape.spec()
     return chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
 
@@ -36,10 +36,10 @@ def _problem(layout: ChunkLayout, m: int, device: torch.device) -> tune.Problem:
 
 
 def _time(problem: tune.Problem, config: MatmulConfig) -> float:
-    """Median microseconds, cold."""
+    """Return the median microseconds with cold weights."""
     device = problem.expected.device
     calls = [
-        partial(binary_matmul, problem.activations, weights, tune.BITS, config, problem.dtype)
+        partial(binary_matmul, problem.prepared, weights, tune.BITS, config, problem.dtype)
         for weights in problem.weights
     ]
     return time_calls(calls[: None if device.type == "cuda" else 1], device).median
@@ -54,7 +54,7 @@ def _run(row: Row, layout: ChunkLayout, m: int, config: MatmulConfig, setting: S
 
 
 def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
-    """(model, shape, tokens), most important first."""
+    """Yield (model, shape, tokens), most important first."""
     for tokens in ROUNDS if setting.on_gpu else ((1,),):
         for model in setting.models:
             for m in tokens:
@@ -63,13 +63,13 @@ def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
 
 
 def first_round(layout: ChunkLayout, m: int, setting: Setting) -> list[MatmulConfig]:
-    """`tune.candidates` on this GPU; a few of them in the interpreter."""
-    found = tune.candidates(layout, m, *_properties(setting.device))
+    """Return `tune.candidates` for this GPU; in the interpreter, only a few of them."""
+    found = tune.candidates(layout, m, *gpu_properties(setting.device))
     return found if setting.on_gpu else found[:TINY_CANDIDATES]
 
 
 def cases(setting: Setting, journal: Journal) -> Iterator[Case]:
-    """The step's cases; a second round's follow from what the journal says of the first."""
+    """Yield the step's cases; those of the second round depend on the first round's results in the journal."""
     for model, shape, m in order(setting):
         layout = layout_of(shape)
         prefix = f"{model} {shape.name} m={m} "
@@ -93,7 +93,7 @@ def cases(setting: Setting, journal: Journal) -> Iterator[Case]:
 
 
 def _findings(journal: Journal, prefix: str) -> list[tune.Finding]:
-    """What the journal says of a shape's candidates; those that killed their process have no configuration."""
+    """Return the journal's results of a shape's candidates; those that killed their process have no configuration."""
     names = MatmulConfig.__dataclass_fields__
     return [
         tune.Finding(MatmulConfig(**{name: row[name] for name in names}), row.get("us"), row.get("error"))
@@ -103,8 +103,8 @@ def _findings(journal: Journal, prefix: str) -> list[tune.Finding]:
 
 
 def write_table(setting: Setting, journal: Journal, path: Path) -> int:
-    """Write the package's table with the fastest configuration of each shape; returns how many there are."""
-    arch = table_arch(_properties(setting.device)[0])
+    """Write the package's table with the fastest configuration of each shape; return their number."""
+    arch = table_arch(gpu_properties(setting.device)[0])
     name = torch.cuda.get_device_name(setting.device) if setting.on_gpu else "no GPU: Triton's interpreter"
     table, count = tune.new_table(name, arch), 0
     for model, shape, m in order(setting):
