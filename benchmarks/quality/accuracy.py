@@ -29,7 +29,6 @@ from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.quantize.paper import quantize_group
-from bwla_converter.recipes.base import Recipe
 from bwla_converter.recipes.best import BestOptions, BestRecipe
 from bwla_converter.recipes.fast import FastRecipe
 from bwla_converter.source.model import Source, open_source
@@ -49,13 +48,15 @@ from benchmarks.quality.peers import (
     Gptq,
     GroupedGptq,
     HadamardGptq,
+    LoopRecipe,
     PeerRecipe,
     RoundToNearest,
     hadamard_spec,
 )
 
 ABITS = (16, 8, 6, 4)
-Make = Callable[[Source, Calibration, int], Recipe]
+LoopedRecipe = FastRecipe | BestRecipe | LoopRecipe
+Make = Callable[[Source, Calibration, int], LoopedRecipe]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Method:
     ablation: bool = False
 
 
-class PaperInTheLoop(FastRecipe):
+class PaperInTheLoop(LoopRecipe):
     """Recipe `paper`, which uses no calibration text, in the calibration loop that all methods share."""
 
     def group(
@@ -83,10 +84,6 @@ class PaperInTheLoop(FastRecipe):
     ) -> GroupResult:
         """Quantize an input group by its weights alone."""
         return quantize_group(weights, specs, seed=self.seed)
-
-    def fitted_norm(self) -> dict[str, Tensor]:
-        """Return nothing: this recipe changes no norm."""
-        return {}
 
 
 def fast_with(**changes: Any) -> Make:
@@ -147,20 +144,19 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
     plan = make_plan(task.source, rank, 6, 1.0, Provenance(base_model="benchmark", recipe="", seed=seed), 16)
     specs = {name: method.respec(spec) for name, spec in plan.specs.items()}
     recipe = method.make(task.source, task.calibration, seed)
-    assert isinstance(recipe, FastRecipe)
     model = task.original()
     model.config.use_cache = False  # the quantized layers all have index 0
     for index in range(task.source.num_layers):
         tensors = task.source.read(task.source.names_of_layer(index))
         recipe.begin_layer(index, tensors)
-        _, quantized = recipe.blocks
+        _, quantized = recipe.loop.layers
         for _, names in task.source.groups_of_layer(index):
             recipe.quantize(
                 {name: tensors[f"{name}.weight"] for name in names}, {name: specs[name] for name in names}
             )
         recipe.end_layer()
         model.set_submodule(task.source.family.layer_name(index), quantized.layer)
-    if isinstance(recipe, BestRecipe) and recipe.best.distill.epochs:
+    if isinstance(recipe, BestRecipe) and recipe.options.distill.epochs:
         distil(model, recipe)
     else:
         model.load_state_dict(recipe.fitted_norm(), strict=False)
@@ -181,7 +177,7 @@ def distil(model: PreTrainedModel, recipe: BestRecipe) -> None:
     )
 
 
-def method_bits(recipe: Recipe, specs: dict[str, LayerSpec]) -> float:
+def method_bits(recipe: LoopedRecipe, specs: dict[str, LayerSpec]) -> float:
     """Return the bits per quantized weight that the method would store, everything counted."""
     if not isinstance(recipe, PeerRecipe):
         return bits_per_weight(specs.values())

@@ -1,6 +1,6 @@
-"""Other ways to one bit, on the same inputs and in the same loop as ours: what recipe `fast` is compared with.
+"""Other 1-bit methods, in the same calibration loop as recipe `fast`, with which it is compared.
 
-Each is written from its publication; bits are what the published storage needs, all of it counted.
+Each is implemented from its publication; its bits are those of the published storage, everything counted.
 """
 
 from abc import ABC, abstractmethod
@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from bwla_converter.calibration.loop import CalibrationLoop
 from bwla_converter.common.bits import bits_per_weight
+from bwla_converter.options import Calibration
 from bwla_converter.quantize.gptq_binary import INITIAL_SCALE_FACTORS, gptq_binarize, inverse_cholesky
 from bwla_converter.quantize.group import GroupResult, check_group, pool_rows, store_group
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 from bwla_kernels.reference import quantize, rotate
@@ -22,16 +24,16 @@ DAMPING = 0.01
 SCALE_BITS = 16
 REFIT_ROWS = 64
 GROUP = 128
-"""Columns that share BiLLM's scales, and columns that its error feedback handles at once."""
+"""Columns that share BiLLM's scales, and block size of its GPTQ updates."""
 
 
 class FakeLinear(nn.Module):
-    """A dense weight that stands for a quantized one, with activations quantized per token.
+    """A linear with the dequantized weight of another method, and activations quantized per token.
 
     Args:
         weight: float32 [N, K].
         bias: [N].
-        bits: of the activations, 2..8 or 16.
+        bits: activation bits, 2..8 or 16.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
@@ -41,7 +43,7 @@ class FakeLinear(nn.Module):
         self.bits = bits
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N]."""
+        """Return the output [..., N] for x [..., K]."""
         flat = x.reshape(-1, x.shape[-1]).float()
         if self.bits != UNQUANTIZED_BITS:
             codes, scale = quantize(flat, 1, self.bits, 1.0)
@@ -50,7 +52,7 @@ class FakeLinear(nn.Module):
 
 
 def identity(side: LayerSpec) -> tuple[Tensor, Tensor]:
-    """No rotation, in the format's factors."""
+    """Return the identity as rotation factors."""
     return (
         torch.eye(side.n1).repeat(side.rotation_groups, 1, 1),
         torch.eye(side.n2).repeat(side.rotation_groups, 1, 1),
@@ -58,77 +60,105 @@ def identity(side: LayerSpec) -> tuple[Tensor, Tensor]:
 
 
 def hadamard(order: int) -> Tensor:
-    """Sylvester's orthogonal Hadamard matrix; `order` is a power of two."""
+    """Return Sylvester's orthogonal Hadamard matrix; `order` must be a power of two."""
     matrix = torch.ones(1, 1)
     while len(matrix) < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     if len(matrix) != order:
-        raise ValueError(f"a Sylvester matrix of order {order}: expected a power of two")
+        raise ValueError(f"expected a power of two as the order of a Sylvester matrix, found {order}")
     return matrix / order**0.5
 
 
-def random_hadamard(blocks: int, order: int, generator: torch.Generator) -> Tensor:
-    """A Hadamard matrix a block, its rows' signs random [G, order, order] (QuaRot, arXiv 2404.00456)."""
-    signs = torch.randint(0, 2, (blocks, order, 1), generator=generator) * 2.0 - 1.0
+def random_hadamard(groups: int, order: int, generator: torch.Generator) -> Tensor:
+    """Return a Hadamard matrix with random row signs for each group [G, order, order] (QuaRot, arXiv 2404.00456)."""
+    signs = torch.randint(0, 2, (groups, order, 1), generator=generator) * 2.0 - 1.0
     return signs * hadamard(order)
 
 
-class PeerRecipe(FastRecipe):
-    """A peer that fits our format: its group goes into the blocks as `fast`'s does."""
+class LoopRecipe:
+    """A method that quantizes one input group after another, in the calibration loop of recipe `fast`."""
 
-    def bits(self, spec: LayerSpec) -> float:
-        """Bits a weight: the sign, and a 16-bit scale a row."""
-        return 1.0 + 16.0 / spec.in_features
-
-    def fitted_norm(self) -> dict[str, Tensor]:
-        """Peers leave norms as they are."""
-        return {}
-
-
-class RoundToNearest(PeerRecipe):
-    """sign(W) and mean|W| of each row (BWN, arXiv 1603.05279)."""
+    def __init__(self, source: Source, calibration: Calibration, seed: int) -> None:
+        self.seed = seed
+        self.loop = CalibrationLoop(source, calibration, seed, self.group)
 
     def group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
-        """From the weights alone."""
+        """Quantize an input group, given the moments of its inputs and some of the inputs [M, K]."""
+        raise NotImplementedError
+
+    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Build decoder layer `index` from its stored tensors."""
+        self.loop.begin_layer(index, tensors)
+
+    def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
+        """Quantize an input group of the layer."""
+        return self.loop.quantize(weights, specs)
+
+    def end_layer(self) -> None:
+        """Run the calibration samples through the layer."""
+        self.loop.end_layer()
+
+    def fitted_norm(self) -> dict[str, Tensor]:
+        """Return nothing: the method changes no norm."""
+        return {}
+
+
+class PeerRecipe(LoopRecipe):
+    """A method whose result our format can store."""
+
+    def bits(self, spec: LayerSpec) -> float:
+        """Return the bits per weight: the sign, and a 16-bit scale for each row."""
+        return 1.0 + 16.0 / spec.in_features
+
+
+class RoundToNearest(PeerRecipe):
+    """BWN (arXiv 1603.05279): sign(W) and mean|W| of each row."""
+
+    def group(
+        self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
+    ) -> GroupResult:
+        """Quantize an input group by its weights alone."""
         side = check_group(weights, {}, specs)
         rows = pool_rows(weights.values())
         return stored(weights, specs, identity(side), rows, rows.abs().mean(1))
 
 
 class Gptq(PeerRecipe):
-    """GPTQ (arXiv 2210.17323) with a one-bit code: per row the best of four starting scales, then refitted."""
+    """GPTQ (arXiv 2210.17323) with 1 bit: the best of several initial scales for each row, which is then refitted."""
 
     def rotation(self, side: LayerSpec) -> tuple[Tensor, Tensor]:
-        """None."""
+        """Return the identity."""
         return identity(side)
 
     def group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
-        """Error feedback in the metric of the inputs, without coordinate descent."""
+        """Quantize an input group with GPTQ, without coordinate descent."""
         side = check_group(weights, {}, specs)
         basis = self.rotation(side)
         hessian = rotate_hessian(moments.hessian(DAMPING), *basis)
-        code = gptq_binarize(rotate(pool_rows(weights.values()), *basis), hessian, inverse_cholesky(hessian), 0)
+        code = gptq_binarize(
+            rotate(pool_rows(weights.values()), *basis), hessian, inverse_cholesky(hessian), 0
+        )
         return stored(weights, specs, basis, code.sign, code.scale)
 
 
 class DensePeer(PeerRecipe, ABC):
-    """A peer that our format cannot hold: dense weights stand for what it stores, and its bits are counted."""
+    """A method whose result our format cannot store: it is evaluated with dequantized weights, its bits are counted."""
 
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
+    def __init__(self, source: Source, calibration: Calibration, seed: int) -> None:
+        super().__init__(source, calibration, seed)
         self.true_bits: dict[str, float] = {}
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """Dense stand-ins in the places of the group's linears."""
+        """Replace the group's linears by dequantized ones."""
         first = next(iter(specs))
-        moments, _ = self._moments(first, specs[first].in_features)
+        moments, _ = self.loop.collect_moments(first, specs[first].in_features)
         hessian = moments.hessian(DAMPING)
         factor = inverse_cholesky(hessian)
-        _, quantized = self.blocks
+        _, quantized = self.loop.layers
         for name, weight in weights.items():
             part = self.binarize(weight.float(), hessian, factor, specs)
             self.true_bits[name] = part.bits
@@ -140,25 +170,25 @@ class DensePeer(PeerRecipe, ABC):
     def binarize(
         self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
     ) -> "Binarized":
-        """One member [N, K] of the group that `specs` describes, by its inputs' H and the `inverse_cholesky` of H."""
+        """Binarize one linear [N, K] of the group `specs`, given the Hessian H and its `inverse_cholesky`."""
 
 
 @dataclass(frozen=True)
 class Binarized:
-    """A weight as a peer stores it: dense values, and bits for each of them."""
+    """A binarized weight: its dequantized values, and bits per weight."""
 
     values: Tensor
     bits: float
 
 
 class GroupedGptq(DensePeer):
-    """GPTQ with as many bits as ours: a 16-bit scale for every so many columns of each row spends what our format
-    spends on rotations, scales and the low-rank part of the same layers."""
+    """GPTQ with as many bits as ours: it spends the bits of our rotations, scales and low-rank correction on 16-bit
+    scales for groups of columns."""
 
     def binarize(
         self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
     ) -> Binarized:
-        """Groups as wide as the bits of the whole input group allow."""
+        """Binarize with groups whose width gives the same bits as our format."""
         columns = weight.shape[1]
         width = round(SCALE_BITS / (bits_per_weight(specs.values()) - 1.0))
         bits = 1.0 + SCALE_BITS * -(-columns // width) / columns
@@ -166,35 +196,35 @@ class GroupedGptq(DensePeer):
 
 
 def grouped_one_bit(weight: Tensor, hessian: Tensor, factor: Tensor, width: int) -> Tensor:
-    """GPTQ with one bit and a scale for each `width` columns of a row; all of a row's scales are refitted at the end.
+    """Apply GPTQ with 1 bit and a scale for each `width` columns of a row; refit all scales of a row at the end.
 
     Args:
         weight: float32 [N, K].
         hessian: H [K, K].
         factor: its `inverse_cholesky`.
-        width: columns of a group. A group starts from several multiples of the mean magnitude that feedback has left
-            there; each row keeps what ends best.
+        width: columns of a group. Each group is tried with several initial scales, as multiples of the mean magnitude
+            of its updated weights; each row keeps the best result.
 
-    Returns: the weight that is stored [N, K], float32.
+    Returns: the dequantized weight [N, K], float32.
     """
-    tried = torch.stack(
+    candidates = torch.stack(
         [
             refit_groups(weight, grouped_signs(weight, factor, width, start), hessian, width)
             for start in INITIAL_SCALE_FACTORS
         ]
     )
-    best = torch.stack([row_errors(found, weight, hessian) for found in tried]).argmin(0)
-    return tried[best, torch.arange(len(weight))]
+    best = torch.stack([row_errors(candidate, weight, hessian) for candidate in candidates]).argmin(0)
+    return candidates[best, torch.arange(len(weight))]
 
 
-def row_errors(found: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
-    """(found - weight) H (found - weight)^T of each row."""
-    lost = found - weight
-    return ((lost @ hessian) * lost).sum(1)
+def row_errors(dequantized: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+    """Return E H E^T of each row, where E is the difference of both weights."""
+    error = dequantized - weight
+    return ((error @ hessian) * error).sum(1)
 
 
 def grouped_signs(weight: Tensor, factor: Tensor, width: int, start_factor: float) -> Tensor:
-    """Signs by error feedback, where a group's scale is so many times what its mean magnitude is by then."""
+    """Choose signs with GPTQ; a group's scale is `start_factor` times the mean magnitude of its updated weights."""
     work, sign = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], width):
         own = work[:, start : start + width]
@@ -210,12 +240,12 @@ def grouped_signs(weight: Tensor, factor: Tensor, width: int, start_factor: floa
 
 
 def refit_groups(weight: Tensor, sign: Tensor, hessian: Tensor, width: int) -> Tensor:
-    """`sign` times each row's best scales in the metric: all groups of a row at once."""
+    """Return `sign` times the scales that minimize `row_errors`, all groups of a row at once."""
     group = torch.arange(weight.shape[1]) // width
     member = nn.functional.one_hot(group).float()
     values = []
     for rows, signs in zip(weight.split(REFIT_ROWS), sign.split(REFIT_ROWS), strict=True):
-        parts = signs.unsqueeze(1) * member.mT  # [rows, groups, K]: a row's signs, each group's by itself
+        parts = signs.unsqueeze(1) * member.mT  # [rows, groups, K]: the signs of one group each
         products = parts @ hessian
         scales = torch.linalg.solve(products @ parts.mT, products @ rows.unsqueeze(2)).squeeze(2)
         values.append(signs * scales[:, group])
@@ -223,10 +253,10 @@ def refit_groups(weight: Tensor, sign: Tensor, hessian: Tensor, width: int) -> T
 
 
 class HadamardGptq(Gptq):
-    """GPTQ in the basis of a random Hadamard rotation: what QuaRot does before GPTQ."""
+    """GPTQ in the basis of a random Hadamard rotation, as QuaRot does it."""
 
     def rotation(self, side: LayerSpec) -> tuple[Tensor, Tensor]:
-        """Blocks of the largest power of two that divides the width, at most 128."""
+        """Return random Hadamard factors."""
         generator = torch.Generator().manual_seed(self.seed)
         return (
             random_hadamard(side.rotation_groups, side.n1, generator),
@@ -235,7 +265,7 @@ class HadamardGptq(Gptq):
 
 
 def hadamard_spec(spec: LayerSpec) -> LayerSpec:
-    """`spec` with blocks whose factors are powers of two."""
+    """Return `spec` with rotation groups of the largest power of two that divides the width, at most 128."""
     from dataclasses import replace
 
     width = 128
@@ -252,7 +282,7 @@ def stored(
     sign: Tensor,
     scale: Tensor,
 ) -> GroupResult:
-    """A group in our format, without low-rank part and column scales."""
+    """Store an input group in our format, without low-rank correction and column scales."""
     shared = {
         "rotation_left": basis[0],
         "rotation_right": basis[1],
@@ -264,22 +294,23 @@ def stored(
 
 
 class BiLLM(DensePeer):
-    """BiLLM (arXiv 2402.04291), written from the paper: salient columns get a second binarization of what is left,
-    the rest is split by magnitude into two binarized groups, in blocks of 128 columns with error feedback.
+    """BiLLM (arXiv 2402.04291), implemented from the paper.
 
-    Its true storage is counted: sign, salient second sign, one bit of group membership a weight, 16-bit scales for
-    each row, block and part, one bit a column for salience.
+    The residual of salient columns is binarized again; the other weights are split by magnitude into two binarized
+    groups; blocks of 128 columns follow each other with GPTQ updates. The bits count the sign, the second sign of
+    salient columns, one bit of group membership for each weight, 16-bit scales for each row, block and part, and one
+    bit for each column's salience.
     """
 
     def binarize(
         self, weight: Tensor, hessian: Tensor, factor: Tensor, specs: Mapping[str, LayerSpec]
     ) -> Binarized:
-        """By `billm`."""
+        """Binarize with `billm`."""
         return billm(weight, factor)
 
 
 def billm(weight: Tensor, factor: Tensor) -> Binarized:
-    """BiLLM of one weight [N, K]; `factor` from `inverse_cholesky`."""
+    """Apply BiLLM to a weight [N, K]; `factor` is the Hessian's `inverse_cholesky`."""
     work, out = weight.clone(), torch.empty_like(weight)
     rows, columns = weight.shape
     bits = 0.0
@@ -289,7 +320,7 @@ def billm(weight: Tensor, factor: Tensor) -> Binarized:
         importance = (block / local.diagonal()).square().sum(0)
         salient = best_salient(block, importance)
         fixed = binarize_block(block, salient)
-        # Error feedback as GPTQ does it, with the block's code chosen before.
+        # GPTQ's update, with the block's binarization already chosen.
         errors = torch.empty_like(block)
         own = block.clone()
         for j in range(own.shape[1]):
@@ -298,13 +329,13 @@ def billm(weight: Tensor, factor: Tensor) -> Binarized:
         out[:, part] = fixed
         work[:, part.stop :].addmm_(errors, factor[part, part.stop :], alpha=-1.0)
         width = block.shape[1]
-        # sign + membership of every weight, second sign of salient ones, four 16-bit scales a row, column mask
+        # Sign and membership of each weight, second sign of salient ones, four 16-bit scales per row, column mask.
         bits += rows * (width * 2 + int(salient.sum()) + 4 * 16) + width
     return Binarized(out, bits / weight.numel())
 
 
 def best_salient(block: Tensor, importance: Tensor) -> Tensor:
-    """How many of the most important columns get two signs: the count that leaves the smallest error."""
+    """Return a mask of the most important columns; their number is that with the smallest error."""
     order = importance.argsort(descending=True)
     best, error = torch.zeros(block.shape[1], dtype=torch.bool), float("inf")
     for count in (0, 2, 4, 6, 8, 12, 16):
@@ -317,7 +348,7 @@ def best_salient(block: Tensor, importance: Tensor) -> Tensor:
 
 
 def binarize_block(block: Tensor, salient: Tensor) -> Tensor:
-    """Salient columns by two residual binarizations, the others by two groups split at the best magnitude."""
+    """Binarize salient columns twice, and the others in two groups that are split at the best magnitude."""
     out = torch.empty_like(block)
     chosen = block[:, salient]
     first = sign_of(chosen) * mean_of(chosen.abs(), torch.ones_like(chosen, dtype=torch.bool))
@@ -337,10 +368,10 @@ def binarize_block(block: Tensor, salient: Tensor) -> Tensor:
 
 
 def sign_of(values: Tensor) -> Tensor:
-    """-1 or +1."""
+    """Return signs -1 or +1; zero counts as positive."""
     return torch.where(values >= 0, 1.0, -1.0)
 
 
 def mean_of(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the masked entries of each row [N, 1]; 0 where there are none."""
+    """Return the mean of each row's masked entries [N, 1]; 0 for a row without any."""
     return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer
@@ -82,7 +83,7 @@ class LayerBackup:
 class BestRecipe:
     """`best`. Arguments as in `FastRecipe`."""
 
-    needs_calibration = True
+    needs_calibration: ClassVar[bool] = True
 
     def __init__(
         self,

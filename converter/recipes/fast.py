@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, QuantizeGroup
@@ -47,7 +48,7 @@ class FastRecipe:
         store: where the hidden states are kept; None for in memory.
     """
 
-    needs_calibration = True
+    needs_calibration: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import ClassVar
 
 from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.quantize import paper
@@ -21,7 +22,7 @@ from torch import Tensor
 class PaperRecipe:
     """`paper`: OKT, PSP, signs and scales, without calibration data."""
 
-    needs_calibration = False
+    needs_calibration: ClassVar[bool] = False
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
