@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,10 +1,10 @@
-"""Train a larger model than the example to measure quality on, or go on with one that is trained too little.
+"""Train a larger model than the example for quality benchmarks, or continue to train an existing one.
 
     python -m benchmarks.quality.train_model --text books/*.txt --valid other.txt --out my-model --minutes 120
     python -m benchmarks.quality.train_model --start FOLDER --text books/*.txt --valid other.txt --out my-model
 
-Without `--start`: Qwen3 architecture, 16.6 million parameters, from scratch. The folder belongs outside of the
-repository; its `training.json`, the record of the run, is what benchmarks/results keeps of it.
+Without `--start`, a Qwen3 model with 16.6 million parameters is trained from scratch. The folder should be outside of
+the repository; `training.json`, the record of the run, is kept in benchmarks/results.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from examples.train_example import Recipe, model_config, scores, train
 
 
 def new_config(width: int, layers: int) -> Qwen3Config:
-    """Qwen3's shape at `width` (a multiple of 128): heads of 64, three times as wide between, an untied head."""
+    """Return a Qwen3 config of `width` (a multiple of 128): heads of 64, MLP three times as wide, untied head."""
     return model_config(
         vocab_size=8192,
         hidden_size=width,
@@ -38,7 +38,7 @@ def new_config(width: int, layers: int) -> Qwen3Config:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

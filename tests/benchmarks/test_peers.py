@@ -1,4 +1,4 @@
-"""What accuracy.py compares us with must be as good as its publication says, or the comparison flatters us."""
+"""The methods that accuracy.py compares with BWLA must be as good as published, or the comparison would be unfair."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ROWS, COLUMNS = 24, 96
 
 @pytest.fixture
 def problem() -> tuple[Tensor, Tensor]:
-    """A weight, and a metric whose directions differ by a factor of 100."""
+    """Return a weight, and a Hessian with a condition number of 100."""
     generator = torch.Generator().manual_seed(0)
     basis, _ = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, generator=generator))
     hessian = basis * torch.logspace(-1, 1, COLUMNS) @ basis.mT
@@ -22,23 +22,23 @@ def problem() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("width", [16, 40, COLUMNS])
 def test_grouped_gptq_stores_signs_and_one_scale_a_group(problem: tuple[Tensor, Tensor], width: int) -> None:
     weight, hessian = problem
-    found = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), width)
-    for part in found.split(width, 1):
+    dequantized = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), width)
+    for part in dequantized.split(width, 1):
         assert torch.allclose(part.abs(), part[:, :1].abs().expand_as(part), rtol=1e-5)
 
 
 def test_grouped_gptq_has_the_best_scales_for_its_signs(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
-    found = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), 32)
-    least = row_errors(found, weight, hessian)
+    dequantized = grouped_one_bit(weight, hessian, inverse_cholesky(hessian), 32)
+    least = row_errors(dequantized, weight, hessian)
     for start in range(0, COLUMNS, 32):
         for factor in (0.98, 1.02):
-            other = found.clone()
+            other = dequantized.clone()
             other[:, start : start + 32] *= factor
             assert (row_errors(other, weight, hessian) > least).all()
 
 
-def test_grouped_gptq_uses_its_bits_and_its_metric(problem: tuple[Tensor, Tensor]) -> None:
+def test_grouped_gptq_uses_its_bits_and_its_hessian(problem: tuple[Tensor, Tensor]) -> None:
     weight, hessian = problem
     factor = inverse_cholesky(hessian)
     by_width = [
@@ -54,7 +54,7 @@ def test_billm_counts_what_it_stores(problem: tuple[Tensor, Tensor]) -> None:
     part = billm(weight, inverse_cholesky(hessian))
     rounded = weight.abs().mean(1, keepdim=True) * weight.sign()
     assert row_errors(part.values, weight, hessian).sum() < row_errors(rounded, weight, hessian).sum()
-    # a sign and a membership bit a weight, four scales a row, the columns' mask, and what salient columns add
+    # A sign and a membership bit per weight, four scales per row, the mask of columns; salient columns add to these.
     least = 2 + 4 * 16 / COLUMNS + 1 / ROWS
     assert least <= part.bits <= least + 16 / COLUMNS
     assert COLUMNS <= GROUP

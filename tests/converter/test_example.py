@@ -1,4 +1,4 @@
-"""The example model, really converted: its perplexity, from the function that the demo uses."""
+"""Conversions of the example model, and their perplexity."""
 
 import json
 import math
@@ -20,7 +20,7 @@ def test_perplexity_of_the_converted_example_is_finite(example_bwla: Path) -> No
     result = compare(EXAMPLE, example_bwla, HELD_OUT, window=512, limit=8)
     print(result)
     assert math.isfinite(result.bwla)
-    # One-bit weights cost something, but far less than losing the model (a uniform guess is the vocabulary).
+    # One-bit weights cost accuracy, but the model must stay far better than a uniform guess over the vocabulary.
     vocabulary = json.loads((EXAMPLE / "config.json").read_text())["vocab_size"]
     assert result.original < result.bwla < vocabulary / 4
 
@@ -32,12 +32,13 @@ def test_objectives_of_the_example_never_grow(example_bwla: Path) -> None:
             assert all(b <= a + 1e-6 * abs(a) for a, b in pairwise(trace)), (name, kind)
 
 
-def test_windows_drop_the_rest() -> None:
+def test_an_incomplete_last_window_is_dropped() -> None:
     import torch
 
     assert windows_of(torch.arange(10), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+@pytest.mark.slow
 def test_recipe_fast_keeps_far_more_than_paper(example_bwla: Path, tmp_path: Path) -> None:
     calibration = Calibration(
         str(ROOT / "examples" / "text" / "calibration.txt"), num_samples=24, max_seq_length=128

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from bwla_converter.resume.manifest import read_manifest
 from bwla_converter.resume.work_folder import MANIFEST, work_path
 from paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 
 def test_ctrl_c_finishes_the_layer_and_says_how_to_continue(make_model, tmp_path: Path) -> None:

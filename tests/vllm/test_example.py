@@ -50,6 +50,7 @@ def greedy(engine, text_ids: Tensor) -> list[tuple[list[int], list[int], list[fl
     return found
 
 
+@pytest.mark.slow
 def test_greedy_answers_and_logprobs_agree_without_activation_rounding(
     tmp_path: Path, text_ids: Tensor, start
 ) -> None:
