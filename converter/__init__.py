@@ -1,11 +1,12 @@
-"""Offline conversion of a Hugging Face checkpoint into a BWLA checkpoint.
+"""Convert a Hugging Face checkpoint into a BWLA checkpoint.
 
     from bwla_converter import Options, convert
 
     summary = convert(Options(model="Qwen/Qwen3-8B", out=Path("qwen3-8b-bwla")))
+    print(f"{summary.bits_per_weight:.3f} bits per weight")
 
-`Calibration` says which text to calibrate on, `Listener` follows the progress. To load the result with transformers,
-`import bwla_converter.hf` first.
+`Calibration` selects the calibration text, and a `Listener` is told about the progress. All errors that a caller can
+do something about are `BWLAError`. To load the result with transformers, `import bwla_converter.hf` first.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BWLAError", "Calibration", "LinearReport", "Listener", "Options", "Summary", "convert"]
 
-_HOMES = {
+_MODULES = {
     "BWLAError": "bwla_kernels.errors",
     "Calibration": "bwla_converter.options",
     "LinearReport": "bwla_converter.options",
@@ -30,12 +31,12 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: torch and transformers take seconds, and `--help` should not."""
+    """Import a public name when it is first used: importing torch and transformers takes seconds."""
     import importlib
 
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

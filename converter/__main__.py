@@ -1,4 +1,4 @@
-"""`python -m bwla_converter`: the same as `bwla-convert`."""
+"""Run `bwla-convert` as `python -m bwla_converter`."""
 
 from bwla_converter.cli.convert import main
 

@@ -15,7 +15,7 @@ def test_every_public_name_can_be_imported() -> None:
     assert dir(bwla_converter) == sorted(bwla_converter.__all__)
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = bwla_converter.nothing  # type: ignore[attr-defined]
 

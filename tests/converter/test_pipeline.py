@@ -1,4 +1,4 @@
-"""The whole conversion of tiny models: what is written, what is kept, and that it appears whole or not at all."""
+"""Conversions of tiny models: what is written, and that the output appears complete or not at all."""
 
 import hashlib
 import json
@@ -60,17 +60,17 @@ def test_undoing_the_rotation_gives_the_weight_minus_the_recorded_error(
     folder, out = make_model(dtype=torch.float32), tmp_path / "out"
     summary = convert(Options(str(folder), out, rank=rank))
     before, after, specs = read_all(folder), read_all(out), check_folder(out)
-    for layer in summary.linears:
+    for linear in summary.linears:
         stored = {
-            k.removeprefix(layer.name + "."): t for k, t in after.items() if k.startswith(layer.name + ".")
+            k.removeprefix(linear.name + "."): t for k, t in after.items() if k.startswith(linear.name + ".")
         }
-        weight = before[f"{layer.name}.weight"].float()
-        error = (weight - reference.dequantize(stored, specs[layer.name])).norm() / weight.norm()
-        assert error.item() == pytest.approx(layer.error, abs=1e-3)
-        assert 0.1 < layer.error < 1.0
+        weight = before[f"{linear.name}.weight"].float()
+        error = (weight - reference.dequantize(stored, specs[linear.name])).norm() / weight.norm()
+        assert error.item() == pytest.approx(linear.error, abs=1e-3)
+        assert 0.1 < linear.error < 1.0
 
 
-def test_group_members_store_identical_input_sides(make_model, tmp_path) -> None:
+def test_linears_of_an_input_group_store_identical_input_transforms(make_model, tmp_path) -> None:
     out = tmp_path / "out"
     convert(Options(str(make_model()), out, rank=1))
     stored = read_all(out)
@@ -85,13 +85,13 @@ def test_one_seed_gives_one_result_and_another_seed_another(make_model, tmp_path
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
         convert(Options(str(folder), out, seed=seed, rank=1))
-        for report in ("bwla_report.json", "bwla_report.html"):  # they hold the seconds
+        for report in ("bwla_report.json", "bwla_report.html"):  # which contain times
             (out / report).unlink()
     assert digests(outs[0]) == digests(outs[1])
     assert digests(outs[0]) != digests(outs[2])
 
 
-def test_config_and_report_tell_what_was_done(make_model, tmp_path) -> None:
+def test_config_and_report_record_the_conversion(make_model, tmp_path) -> None:
     folder, out = make_model(), tmp_path / "out"
     summary = convert(Options(str(folder), out, bits=4, clip=0.9, seed=5))
     config = json.loads((out / "config.json").read_text())
@@ -104,7 +104,7 @@ def test_config_and_report_tell_what_was_done(make_model, tmp_path) -> None:
         "base_model": "model", "revision": "", "recipe": "paper", "seed": 5, "bwla_version": "", "calibration": {}
     }  # fmt: skip
     report = json.loads((out / "bwla_report.json").read_text())
-    assert [layer["name"] for layer in report["linears"]] == [layer.name for layer in summary.linears]
+    assert [entry["name"] for entry in report["linears"]] == [linear.name for linear in summary.linears]
     for trace in report["traces"].values():
         assert len(trace["okt"]) == 41
         assert trace["okt"][-1] < trace["okt"][0]
@@ -153,7 +153,7 @@ def test_overwrite_replaces_models_only(make_model, tmp_path) -> None:
     out = tmp_path / "home"
     out.mkdir()
     (out / "thesis.txt").write_text("all of it")
-    with pytest.raises(BWLAError, match="holds no model"):
+    with pytest.raises(BWLAError, match="expected a model to overwrite, found other files"):
         convert(Options(str(make_model()), out, overwrite=True))
     assert (out / "thesis.txt").read_text() == "all of it"
 
@@ -167,7 +167,7 @@ def test_the_source_cannot_be_the_output(make_model) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_midway_keeps_what_was_and_what_is_finished(
+def test_a_failure_midway_keeps_the_old_output_and_the_finished_layers(
     make_model, tmp_path, monkeypatch, error
 ) -> None:
     folder, out = make_model(), tmp_path / "out"
@@ -189,7 +189,7 @@ def test_a_failure_midway_keeps_what_was_and_what_is_finished(
     assert digests(out) == before
     assert leftovers(tmp_path) == []
     assert [path.name for path in (tmp_path / "out.work" / "checkpoint").iterdir()] == [
-        "model-00001-of-00003.safetensors"  # the first block, for --resume
+        "model-00001-of-00003.safetensors"  # the first layer, for --resume
     ]
 
 
@@ -197,7 +197,7 @@ def test_a_failure_midway_keeps_what_was_and_what_is_finished(
 def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> None:
     folder, out = make_model(), tmp_path / "out"
     edit.tensor(folder / "model.safetensors", name, lambda t: t * float("nan"))
-    with pytest.raises(SourceError, match=f"{name} holds NaN"):
+    with pytest.raises(SourceError, match=f"{name}: expected finite values, found NaN"):
         convert(Options(str(folder), out, head_bits=8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -236,7 +236,7 @@ def test_verify_notices_damage_of_the_head(make_model, tmp_path, edit) -> None:
         verify(out)
 
 
-def test_a_missing_block_is_noticed(make_model, tmp_path) -> None:
+def test_a_missing_layer_is_noticed(make_model, tmp_path) -> None:
     out = tmp_path / "out"
     convert(Options(str(make_model()), out))
     index = out / "model.safetensors.index.json"
@@ -272,7 +272,7 @@ def test_an_8_bit_head_is_a_tensor_of_its_own(make_model, tmp_path, tied: bool) 
     assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
 
 
-def test_an_untied_head_gets_8_bits_unless_asked_otherwise(make_model, tmp_path) -> None:
+def test_an_untied_head_has_8_bits_by_default(make_model, tmp_path) -> None:
     folder = make_model()
     convert(Options(str(folder), tmp_path / "a"))
     convert(Options(str(folder), tmp_path / "b", head_bits=16))
@@ -291,7 +291,7 @@ def test_a_damaged_head_is_noticed(make_model, tmp_path, edit) -> None:
         check_folder(out)
 
 
-def test_ignored_linears_stay_as_they_are(make_model, tmp_path) -> None:
+def test_ignored_linears_are_copied(make_model, tmp_path) -> None:
     folder, out = make_model(), tmp_path / "out"
     convert(Options(str(folder), out, ignore=("down_proj", "re:model[.]layers[.]1[.]self_attn[.][qkv]_proj")))
     before, after = read_all(folder), read_all(out)
@@ -302,7 +302,7 @@ def test_ignored_linears_stay_as_they_are(make_model, tmp_path) -> None:
 
 def test_part_of_a_group_cannot_be_ignored(make_model, tmp_path) -> None:
     with pytest.raises(
-        SourceError, match=r"k_proj: shares its input with .*q_proj.*name them all with --ignore"
+        SourceError, match=r"k_proj: is ignored but shares its input with .*q_proj.*--ignore all of them"
     ):
         convert(Options(str(make_model()), tmp_path / "out", ignore=("k_proj",)))
 

@@ -1,4 +1,4 @@
-"""A dense model computes what the BWLA model computes without activation quantization."""
+"""A dequantized model computes what the BWLA model computes without activation quantization."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from bwla_converter.checkpoint import dequantize as module
 from bwla_converter.checkpoint.contents import read_contents
-from bwla_converter.checkpoint.dequantize import dense_bytes, write_dequantized
+from bwla_converter.checkpoint.dequantize import dequantized_bytes, write_dequantized
 from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
@@ -53,25 +53,25 @@ def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, 
     assert {entry.dtype for entry in entries.values()} == {torch.bfloat16}
     assert not [name for name in entries if "packed" in name or "scale" in name]
     contents = read_contents(example_bwla)
-    assert done.bytes == dense_bytes(contents, torch.bfloat16)
+    assert done.bytes == dequantized_bytes(contents, torch.bfloat16)
     assert (dense / "tokenizer.json").is_file()
     write_dequantized(example_bwla, tmp_path / "exact", "float32")
     exact, rounded = logits(tmp_path / "exact"), logits(dense)
     assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
-def test_what_cannot_be_done_is_said_and_leaves_nothing(example_bwla: Path, tmp_path: Path) -> None:
+def test_invalid_requests_raise_and_leave_nothing(example_bwla: Path, tmp_path: Path) -> None:
     with pytest.raises(BWLAError, match="expected one of bfloat16, float16, float32, found 'int4'"):
         write_dequantized(example_bwla, tmp_path / "dense", "int4")
     with pytest.raises(BWLAError, match="is the checkpoint itself"):
         write_dequantized(example_bwla, example_bwla, overwrite=True)
     (tmp_path / "taken").mkdir()
-    with pytest.raises(BWLAError, match="exists already"):
+    with pytest.raises(BWLAError, match="already exists"):
         write_dequantized(example_bwla, tmp_path / "taken")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_damage_is_noticed_before_anything_stands(make_model, tmp_path: Path, edit) -> None:
+def test_damage_is_noticed_before_the_output_exists(make_model, tmp_path: Path, edit) -> None:
     checkpoint = tmp_path / "bwla"
     convert(Options(str(make_model()), checkpoint))
     name = "model.layers.1.mlp.up_proj.weight_scale"
