@@ -1,4 +1,4 @@
-"""What is in a BWLA checkpoint, told from its config and headers alone: layers, bits and bytes by what they are for."""
+"""The contents of a BWLA checkpoint, from its config and headers alone: linears, and bits and bytes by purpose."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -21,22 +21,22 @@ PARTS = {
     "low_rank_a": "low-rank",
     "low_rank_b": "low-rank",
 }
-"""What each stored tensor of a quantized linear is for; a bias is counted with the rest of the model."""
+"""Purpose of each stored tensor of a quantized linear; biases count as the rest of the model."""
 
 LINEARS, HEAD, EMBEDDINGS, REST = "quantized linears", "head", "embeddings", "norms and other"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint.
+    """Contents of a checkpoint.
 
     Attributes:
-        folder: where it is.
+        folder: its folder.
         format: its `quantization_config`.
-        specs: every quantized linear by module path.
-        entries: every stored tensor.
-        bits: all-in bits per quantized weight, by part.
-        bytes: bytes of the tensors, by what they belong to.
+        specs: spec of every quantized linear, by module path, in order of the decoder layers.
+        entries: header of every stored tensor.
+        bits: bits per quantized weight, everything counted, by purpose.
+        bytes: bytes of the tensors, by part of the model.
     """
 
     folder: Path
@@ -48,37 +48,37 @@ class Contents:
 
     @property
     def bits_per_weight(self) -> float:
-        """All-in stored bits per quantized weight."""
+        """Stored bits per quantized weight, everything counted."""
         return bits_per_weight(self.specs.values())
 
     @property
     def weights(self) -> int:
-        """Weights that are quantized."""
+        """Number of quantized weights."""
         return sum(map(num_weights, self.specs.values()))
 
 
 def kind_of(name: str) -> str:
-    """The last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
+    """Return the last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
     return name.rpartition(".")[2]
 
 
 def split_bits(specs: Iterable[LayerSpec]) -> dict[str, float]:
-    """All-in bits per quantized weight, by what the bits are for; the sum is `bits.bits_per_weight`."""
+    """Return the bits per quantized weight by purpose; their sum is `bits.bits_per_weight`."""
     listed = list(specs)
     weights = sum(map(num_weights, listed))
     bits = dict.fromkeys(PARTS.values(), 0.0)
     for spec in listed:
-        for key, want in tensor_specs(replace(spec, bias=False)).items():
-            bits[PARTS[key]] += tensor_bits(want) / weights
+        for key, tensor in tensor_specs(replace(spec, bias=False)).items():
+            bits[PARTS[key]] += tensor_bits(tensor) / weights
     return bits
 
 
 def split_bytes(entries: Mapping[str, Entry], linears: Iterable[str]) -> dict[str, int]:
-    """Bytes of all tensors, by what they belong to.
+    """Return the bytes of all tensors, by part of the model.
 
     Args:
         entries: the tensors of a BWLA checkpoint or of its original.
-        linears: module paths of the linears that are quantized.
+        linears: module paths of the quantized linears.
     """
     quantized = set(linears)
     sizes = dict.fromkeys((LINEARS, HEAD, EMBEDDINGS, REST), 0)
@@ -96,10 +96,10 @@ def split_bytes(entries: Mapping[str, Entry], linears: Iterable[str]) -> dict[st
 
 
 def read_contents(folder: Path) -> Contents:
-    """Look into a checkpoint, and check it as the loaders do.
+    """Read config and headers of a checkpoint, and check them as the loaders do.
 
     Raises:
-        FormatError: the folder is no complete BWLA checkpoint.
+        FormatError: the folder is not a complete BWLA checkpoint.
     """
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
@@ -110,13 +110,13 @@ def read_contents(folder: Path) -> Contents:
 
 
 def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
-    """Sort key: block 10 comes after block 9."""
+    """Return a sort key that puts decoder layer 10 after layer 9."""
     parts = [(int(part) if part.isdecimal() else -1, part) for part in item[0].split(".")]
     return parts, item[0]
 
 
 def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
-    """One quantized linear as plain data."""
+    """Describe a quantized linear as plain data."""
     return {
         "name": name,
         "shape": [spec.out_features, spec.in_features],
@@ -129,5 +129,5 @@ def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` of torch.bfloat16."""
+    """Return `bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -1,6 +1,6 @@
-"""A BWLA checkpoint as a plain Hugging Face model: every linear dense again, file by file.
+"""Dequantize a BWLA checkpoint into a plain Hugging Face model, file by file.
 
-The weights are those that BWLA's layers stand for; what such a model does not do is quantize activations.
+The weights are exactly those that the quantized linears represent, but the plain model does not quantize activations.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,26 +22,26 @@ from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_ELEMENTS = 2**24
-"""Weights made dense at once, in float32."""
+"""Number of weights that are dequantized at a time, in float32."""
 
 
 @dataclass(frozen=True)
-class Dense:
-    """What was written: bytes of the tensors, number of linears made dense."""
+class DequantizedModel:
+    """Size of a dequantized model: bytes of its tensors, number of dequantized linears."""
 
     bytes: int
     linears: int
 
 
-def dense_weight(tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dtype) -> Tensor:
-    """The weight [N, K] that a layer stands for, in `dtype`, made a few rows at a time."""
-    dense = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
+def dequantized_weight(tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dtype) -> Tensor:
+    """Return the weight [N, K] of a quantized linear in `dtype`, computed a few rows at a time."""
+    weight = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
     step = max(1, CHUNK_ELEMENTS // spec.in_features)
     for start in range(0, spec.out_features, step):
         rows = slice(start, start + step)
-        here = {key: value[rows] if key in ROW_TENSORS else value for key, value in tensors.items()}
-        dense[rows] = dequantize(here, spec).to(dtype)
-    return dense
+        part = {key: value[rows] if key in ROW_TENSORS else value for key, value in tensors.items()}
+        weight[rows] = dequantize(part, spec).to(dtype)
+    return weight
 
 
 def write_dequantized(
@@ -50,39 +50,37 @@ def write_dequantized(
     dtype: str = "bfloat16",
     overwrite: bool = False,
     on_linear: Callable[[str], None] = lambda name: None,
-) -> Dense:
-    """Write `checkpoint` as a plain model to `out`, which appears whole or not at all.
-
-    Holds one file of the output in memory.
+) -> DequantizedModel:
+    """Write the dequantized `checkpoint` to `out` atomically. One file of the output is in memory at a time.
 
     Args:
         checkpoint: a BWLA checkpoint.
         out: the folder to create.
-        dtype: of all floating-point tensors, a key of `DTYPES`.
-        overwrite: replace `out` if it is a model already.
-        on_linear: called with the name of each linear that was made dense.
+        dtype: dtype of all floating-point tensors, a key of `DTYPES`.
+        overwrite: replace `out` if it holds a model.
+        on_linear: called with the name of each dequantized linear.
 
     Raises:
-        BWLAError: another dtype, a damaged checkpoint, an output that cannot be written.
+        BWLAError: the dtype is unknown, the checkpoint is damaged, or the output cannot be written.
     """
     if dtype not in DTYPES:
         raise BWLAError(f"--dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}: choose one of them")
     if out.resolve() == checkpoint.resolve():
-        raise OutputError(f"{out}: is the checkpoint itself, and would be replaced: choose another output")
+        raise OutputError(f"{out}: is the checkpoint itself and would be overwritten: choose another output")
     contents = read_contents(checkpoint)
-    check_space(out, dense_bytes(contents, DTYPES[dtype]))
+    check_space(out, dequantized_bytes(contents, DTYPES[dtype]))
     with atomic_output(out, overwrite) as writer:
         for file in sorted({entry.file for entry in contents.entries.values()}):
-            writer.write_shard(file, _dense_shard(contents, file, DTYPES[dtype], on_linear))
+            writer.write_shard(file, _dequantized_shard(contents, file, DTYPES[dtype], on_linear))
         config = read_json(checkpoint / "config.json")
         del config["quantization_config"]
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         writer.finish(checkpoint, config)
-        return Dense(writer.total_size, len(contents.specs))
+        return DequantizedModel(writer.total_size, len(contents.specs))
 
 
-def dense_bytes(contents: Contents, dtype: torch.dtype) -> int:
-    """Bytes of the plain model's tensors."""
+def dequantized_bytes(contents: Contents, dtype: torch.dtype) -> int:
+    """Return the bytes of the dequantized model's tensors."""
     total = sum(
         tensor_bytes((spec.out_features, spec.in_features), dtype) for spec in contents.specs.values()
     )
@@ -95,10 +93,10 @@ def dense_bytes(contents: Contents, dtype: torch.dtype) -> int:
     return total
 
 
-def _dense_shard(
+def _dequantized_shard(
     contents: Contents, file: str, dtype: torch.dtype, on_linear: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """The tensors of the plain model that come of one file."""
+    """Return the dequantized model's tensors that are stored in one file of the checkpoint."""
 
     def read(names: list[str]) -> dict[str, Tensor]:
         return read_tensors(contents.folder, contents.entries, names)
@@ -112,38 +110,41 @@ def _dense_shard(
             if key == "weight_packed":
                 spec = contents.specs[module]
                 stored = read([f"{module}.{key}" for key in tensor_specs(spec)])
-                own = {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
-                validate_layer(module, own, spec)
-                tensors[f"{module}.weight"] = _finite(f"{module}.weight", dense_weight(own, spec, dtype))
+                layer = {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
+                validate_layer(module, layer, spec)
+                tensors[f"{module}.weight"] = _finite(
+                    f"{module}.weight", dequantized_weight(layer, spec, dtype)
+                )
                 if spec.bias:
-                    tensors[f"{module}.bias"] = _finite(f"{module}.bias", own["bias"].to(dtype))
+                    tensors[f"{module}.bias"] = _finite(f"{module}.bias", layer["bias"].to(dtype))
                 on_linear(module)
         elif module == HEAD_MODULE and contents.format.lm_head is not None:
             if key == "weight_int8":
-                head = HeadSpec(entry.shape[0], entry.shape[1])
-                stored = read([f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head)])
-                own = {name.removeprefix(f"{HEAD_MODULE}."): tensor for name, tensor in stored.items()}
-                validate_head(own, head)
-                tensors[f"{HEAD_MODULE}.weight"] = _dense_head(own, dtype)
+                head_spec = HeadSpec(entry.shape[0], entry.shape[1])
+                stored = read([f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head_spec)])
+                head = {name.removeprefix(f"{HEAD_MODULE}."): tensor for name, tensor in stored.items()}
+                validate_head(head, head_spec)
+                tensors[f"{HEAD_MODULE}.weight"] = _dequantized_head(head, dtype)
         else:
             tensor = read([name])[name]
             tensors[name] = _finite(name, tensor.to(dtype)) if tensor.is_floating_point() else tensor
     return tensors
 
 
-def _dense_head(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Codes times scales, in pieces."""
+def _dequantized_head(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return codes times scales, computed a few rows at a time."""
     codes, scale = stored["weight_int8"], stored["weight_scale"]
     step = max(1, CHUNK_ELEMENTS // codes.shape[1])
     parts = zip(codes.split(step), scale.split(step), strict=True)
-    dense = torch.cat([(part.float() * factor.unsqueeze(1)).to(dtype) for part, factor in parts])
-    return _finite(f"{HEAD_MODULE}.weight", dense)
+    weight = torch.cat([(part.float() * factor.unsqueeze(1)).to(dtype) for part, factor in parts])
+    return _finite(f"{HEAD_MODULE}.weight", weight)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:
+    """Return `tensor`; raise if conversion to its dtype made values infinite."""
     if not bool(torch.isfinite(tensor).all()):
         raise BWLAError(
-            f"{name}: expected values that {dtype_name(tensor.dtype)} can hold, found larger ones: "
+            f"{name}: expected values in the range of {dtype_name(tensor.dtype)}, found larger ones: "
             "choose --dtype bfloat16 or float32"
         )
     return tensor

@@ -1,4 +1,4 @@
-"""A valid random BWLA checkpoint of any configuration, for measuring speed and memory without weights.
+"""Random but valid BWLA checkpoints of any configuration, to measure speed and memory without a model's weights.
 
 Only the source's config.json (and tokenizer files, if there are any) is needed.
 """
@@ -11,7 +11,7 @@ from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.families import find_family
-from bwla_converter.source.model import Source, outline_model
+from bwla_converter.source.model import Source, build_meta_model
 from bwla_converter.source.names import HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
@@ -24,16 +24,16 @@ DUMMY_RECIPE = "dummy"
 
 
 def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
-    """A source with the tensors that a model of this config.json would have, in bfloat16, and no files.
+    """Return a source with the tensors of a model with this config.json, in bfloat16, but without files.
 
     Raises:
-        SourceError: no config.json, or not of a supported architecture.
+        SourceError: there is no config.json, or its architecture is not supported.
     """
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a folder with a config.json, found none: check the path")
     config = read_json(folder / "config.json", SourceError)
     family = find_family(config, str(folder / "config.json"))
-    outline = outline_model(folder, config)
+    outline = build_meta_model(folder, config)
     tied = bool(outline.config.tie_word_embeddings)
     entries = {
         name: Entry("", tuple(tensor.shape), torch.bfloat16)
@@ -44,29 +44,29 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
 
 
 def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A valid layer of random signs and rotations whose output has the variance of its input."""
+    """Return a valid quantized linear with random signs and rotations; its output has the variance of its input."""
     tensors = {}
-    for key, want in tensor_specs(spec).items():
-        dtype = want.dtypes[0]
+    for key, tensor_spec in tensor_specs(spec).items():
+        shape, dtype = tensor_spec.shape, tensor_spec.dtypes[0]
         if key == "weight_packed":
-            tensors[key] = torch.randint(-(2**31), 2**31, want.shape, generator=generator).to(dtype)
+            tensors[key] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
         elif key in ("rotation_left", "rotation_right"):
-            square = torch.randn(want.shape, generator=generator)
-            tensors[key] = torch.linalg.qr(square).Q.to(dtype).contiguous()
+            gaussian = torch.randn(shape, generator=generator)
+            tensors[key] = torch.linalg.qr(gaussian).Q.to(dtype).contiguous()
         elif key == "column_scale":
-            tensors[key] = torch.ones(want.shape, dtype=dtype)
+            tensors[key] = torch.ones(shape, dtype=dtype)
         elif key == "weight_scale":
-            tensors[key] = torch.full(want.shape, spec.in_features**-0.5, dtype=dtype)
+            tensors[key] = torch.full(shape, spec.in_features**-0.5, dtype=dtype)
         else:
-            tensors[key] = (torch.randn(want.shape, generator=generator) * 0.01).to(dtype)
+            tensors[key] = (torch.randn(shape, generator=generator) * 0.01).to(dtype)
     return tensors
 
 
 def plan_dummy(options: Options) -> tuple[Source, ConversionPlan]:
-    """What a random checkpoint for the config.json in the folder `options.model` holds.
+    """Return the source and the plan of a random checkpoint for the config.json in the folder `options.model`.
 
     Raises:
-        BWLAError: the config or the options make no sense.
+        BWLAError: the config or the options are invalid.
     """
     source = config_source(Path(options.model), options.ignore)
     provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
@@ -74,9 +74,9 @@ def plan_dummy(options: Options) -> tuple[Source, ConversionPlan]:
 
 
 def write_dummy(options: Options) -> ConversionPlan:
-    """Write a random checkpoint for the config.json in the folder `options.model`.
+    """Write a random checkpoint for the config.json in the folder `options.model`, and return its plan.
 
-    Members of an input group get the same input side, as the format wants. Returns the plan that was followed.
+    The linears of an input group get the same input transform, as the format requires.
 
     Raises:
         BWLAError: as `pipeline.convert`.
@@ -88,7 +88,9 @@ def write_dummy(options: Options) -> ConversionPlan:
     with atomic_output(options.out, options.overwrite) as writer:
         shards = Shards(source)
         for index in range(source.num_layers):
-            writer.write_shard(shards.layer_file(index), _random_block(source, plan, index, generator))
+            writer.write_shard(
+                shards.layer_file(index), _random_decoder_layer(source, plan, index, generator)
+            )
         for file, names in shards.rest():
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
             if plan.head_source in names:
@@ -98,7 +100,7 @@ def write_dummy(options: Options) -> ConversionPlan:
     return plan
 
 
-def _random_block(
+def _random_decoder_layer(
     source: Source, plan: ConversionPlan, index: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     names = [name for name in source.names_of_layer(index) if not plan.is_replaced(name)]
@@ -115,7 +117,7 @@ def _random_block(
 
 
 def _plain(source: Source, name: str) -> Tensor:
-    """A tensor that is not quantized: ones for norms, small noise for the rest."""
+    """Return a tensor that is not quantized: ones for norms, small noise for the rest."""
     entry = source.entries[name]
     if len(entry.shape) == 1 and name.endswith("norm.weight"):
         return torch.ones(entry.shape, dtype=entry.dtype)

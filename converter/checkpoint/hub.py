@@ -1,4 +1,4 @@
-"""A finished checkpoint to the Hugging Face Hub."""
+"""Upload of a finished checkpoint to the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,31 +10,31 @@ from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
 
 class HubError(BWLAError):
-    """The Hub cannot be reached, or does not let us in."""
+    """The Hub cannot be reached, or refuses access."""
 
 
 class Hub(Protocol):
-    """What is used of `huggingface_hub.HfApi`."""
+    """The part of `huggingface_hub.HfApi` that is used here."""
 
     def whoami(self) -> dict[str, Any]:
-        """Whose token it is."""
+        """Return the user that the token belongs to."""
 
     def create_repo(self, repo_id: str, *, exist_ok: bool, private: bool | None) -> Any:
-        """Make sure that there is such a repository."""
+        """Create a repository."""
 
     def upload_folder(self, *, repo_id: str, folder_path: str | Path, commit_message: str) -> Any:
-        """One commit with all files of a folder."""
+        """Upload all files of a folder in one commit."""
 
 
 def check_push(repo: str, api: Hub | None = None) -> str:
-    """See that a push can begin, before hours of work. Returns the user's name on the Hub.
+    """Check that a push is possible, and return the user's name on the Hub. Call before converting.
 
     Args:
-        repo: where to, `owner/name`.
+        repo: the repository, `owner/name`.
         api: None for `HfApi()`.
 
     Raises:
-        HubError: no such name, no token, no network.
+        HubError: the name is invalid, or the Hub cannot be reached or refuses the token.
     """
     if not HUB_ID.fullmatch(repo):
         raise HubError(
@@ -48,12 +48,10 @@ def check_push(repo: str, api: Hub | None = None) -> str:
 
 
 def push(folder: Path, repo: str, private: bool | None = None, api: Hub | None = None) -> str:
-    """Upload every file of `folder` in one commit; the repository is made where there is none.
-
-    Returns: the address of the repository.
+    """Upload every file of `folder` in one commit, and return the URL of the repository, which is created if needed.
 
     Raises:
-        HubError: as `check_push`; the folder stays as it is.
+        HubError: as `check_push`; the folder is not changed.
     """
     api = api or HfApi()
     check_push(repo, api)
@@ -62,20 +60,22 @@ def push(folder: Path, repo: str, private: bool | None = None, api: Hub | None =
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="BWLA checkpoint")
     except Exception as cause:
         raise HubError(
-            f"--push-to-hub {repo}: {_reason(cause)}; {folder} is complete, push it later with "
+            f"--push-to-hub {repo}: {_reason(cause)}; {folder} is complete, upload it later with "
             f"bwla-inspect {folder} --push-to-hub {repo}"
         ) from None
     return f"https://huggingface.co/{repo}"
 
 
 def _reason(cause: Exception) -> str:
-    """What went wrong, in words; the libraries below raise many kinds of errors."""
+    """Describe the many kinds of errors of the libraries below, and what to do."""
     if isinstance(cause, LocalTokenNotFoundError):
-        return "expected a token of the Hub, found none: log in with `hf auth login` or set HF_TOKEN"
+        return "expected an access token, found none: log in with `hf auth login` or set HF_TOKEN"
     if isinstance(cause, OfflineModeIsEnabled):
-        return "the Hub is switched off by HF_HUB_OFFLINE: unset it"
-    said = " ".join(str(cause).split()) or type(cause).__name__
+        return "access to the Hub is disabled by HF_HUB_OFFLINE: unset it"
+    message = " ".join(str(cause).split()) or type(cause).__name__
     status = getattr(getattr(cause, "response", None), "status_code", None)
     if status in (401, 403):
-        return f"the Hub refused the token ({said:.200}): use one with write access to this name"
-    return f"the Hub did not answer as expected ({said:.200}): check the network and the name, and try again"
+        return f"the Hub refused the token ({message:.200}): use one with write access to this name"
+    return (
+        f"the Hub did not answer as expected ({message:.200}): check the network and the name, and try again"
+    )

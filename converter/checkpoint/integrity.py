@@ -1,7 +1,7 @@
-"""Hashes of a checkpoint's files: stored when it is written, compared when somebody asks.
+"""Hashes of a checkpoint's files, stored when it is written and compared by `bwla-inspect`.
 
-What is hashed is the same for two conversions with one seed; the two report files, which hold times, are left
-out. So the file of hashes is also a fingerprint of the conversion.
+The two report files contain times and are not hashed. All other files are the same for two conversions with the same
+seed, so the file of hashes also identifies the conversion.
 """
 
 import json
@@ -17,18 +17,18 @@ from bwla_kernels.format.folder import read_json
 HASHES_FILE = "bwla_hashes.json"
 NOT_HASHED = frozenset({HASHES_FILE, "bwla_report.json", "bwla_report.html"})
 MAY_CHANGE = frozenset({"README.md"})
-"""Text for people, meant to be edited: a change of it is told, but is no damage."""
+"""Files that users may edit: changes are reported, but are not damage."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the files of a folder compare with the stored hashes; lists of file names.
+    """Result of comparing the files of a folder with the stored hashes, as lists of file names.
 
     Attributes:
-        checked: files whose hash is as stored.
-        changed, missing: files that are not what was written.
-        edited: changed or missing files that may change.
-        added: files that were not there; damage only where a loader reads them unasked (`is_read`).
+        checked: files with the stored hash.
+        changed, missing: files with another hash, and files that do not exist.
+        edited: the files of `MAY_CHANGE` that were changed or removed.
+        added: files without a stored hash; damage only if loaders read them (`is_read`).
     """
 
     checked: list[str]
@@ -39,13 +39,13 @@ class Verdict:
 
     @property
     def intact(self) -> bool:
-        """Whether everything that a loader reads is what was written."""
+        """Whether every file that a loader reads is as it was written."""
         return not self.changed and not self.missing and not any(map(is_read, self.added))
 
     def __str__(self) -> str:
         if self.intact:
-            notes = f"; edited since: {', '.join(self.edited)}" if self.edited else ""
-            return f"intact: {len(self.checked)} files are as they were written (SHA-256){notes}"
+            notes = f"; edited: {', '.join(self.edited)}" if self.edited else ""
+            return f"intact: {len(self.checked)} files match their SHA-256{notes}"
         parts = [
             f"{word}: {', '.join(files)}"
             for word, files in (
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def is_read(file: str) -> bool:
-    """Whether loaders pick up a file of that name unasked."""
+    """Return whether loaders read a file with this name without being asked to."""
     return file.endswith((".safetensors", ".bin", ".py"))
 
 
@@ -73,13 +73,13 @@ def _write(folder: Path, table: Mapping[str, Any]) -> None:
 
 
 def write_hashes(folder: Path) -> None:
-    """Store the size and SHA-256 of every file of `folder`; call it when they are all written."""
+    """Store the size and SHA-256 of every file of `folder`. Call once all other files are written."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(folder)}
     _write(folder, {"version": 1, "files": files})
 
 
 def update_hash(folder: Path, file: str) -> None:
-    """Store the hash of one file anew, where hashes are stored at all."""
+    """Update the stored hash of one file; do nothing if the folder has no stored hashes."""
     if not (folder / HASHES_FILE).is_file():
         return
     table = read_json(folder / HASHES_FILE)
@@ -89,7 +89,7 @@ def update_hash(folder: Path, file: str) -> None:
 
 
 def check_hashes(folder: Path) -> Verdict | None:
-    """Compare a folder with its stored hashes; None where there are none.
+    """Compare a folder with its stored hashes; return None if it has none.
 
     Raises:
         FormatError: the stored hashes cannot be read.
@@ -108,7 +108,7 @@ def check_hashes(folder: Path) -> Verdict | None:
     ):
         raise FormatError(
             f"{path}: expected version 1 and a sha256 for every file, found something else: "
-            "the file is damaged, get it again"
+            "the file is damaged, download it again"
         )
     present = {file.name: file for file in _files(folder)}
     lists: dict[str, list[str]] = {"checked": [], "changed": [], "missing": [], "edited": []}

@@ -1,4 +1,4 @@
-"""The output of a conversion: which files it has, what its config and report say, and that it can be read back."""
+"""Layout of a converted checkpoint: its shards, its config.json and the final check."""
 
 import shutil
 from pathlib import Path
@@ -15,14 +15,14 @@ from bwla_kernels.head import quantize_head
 from torch import Tensor
 
 SHARD_BYTES = 4 * 2**30
-"""Wished size of the shards that hold what is not quantized."""
+"""Maximum size of the shards with the tensors outside the decoder layers; a larger tensor gets its own."""
 
 
 def verify(folder: Path) -> None:
-    """Read a finished checkpoint back and check every quantized layer's tensors.
+    """Read a finished checkpoint back and check the tensors of every quantized linear.
 
     Raises:
-        FormatError: what is wrong, naming file and tensor.
+        FormatError: a tensor is missing or invalid; the message names file and tensor.
     """
     entries = read_folder(folder)
     for name, spec in check_folder(folder, entries).items():
@@ -36,21 +36,21 @@ def verify(folder: Path) -> None:
 
 
 def quantized_head(weight: Tensor) -> dict[str, Tensor]:
-    """The 8-bit head made from a head's or an embedding's weight, under its stored names."""
+    """Quantize the weight of a head or embedding to the 8-bit head; return its tensors by stored name."""
     return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(weight).items()}
 
 
 def output_config(source: Source, plan: ConversionPlan) -> dict[str, Any]:
-    """config.json of the output: an 8-bit head is a tensor of its own, tied to nothing."""
+    """Return the output's config.json; with an 8-bit head, the embeddings are no longer tied to it."""
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse an output that the disk has no room for.
+    """Raise if the disk is too full for the output.
 
     Raises:
-        OutputError: less free space than `needed` bytes and 2 % for headers.
+        OutputError: less than `needed` bytes plus 2 % for headers are free.
     """
     free = shutil.disk_usage(out.absolute().parent).free
     if needed * 1.02 > free:
@@ -60,10 +60,10 @@ def check_space(out: Path, needed: int) -> None:
 
 
 class Shards:
-    """Names of the output's files: one a block, then what is outside the blocks in files of about 4 GiB."""
+    """Files of the output: one for each decoder layer, then files of up to 4 GiB with all other tensors."""
 
     def __init__(self, source: Source) -> None:
-        self._blocks = source.num_layers
+        self._num_layers = source.num_layers
         self._rest: list[list[str]] = []
         size = SHARD_BYTES
         for name in source.names_outside_layers():
@@ -75,12 +75,12 @@ class Shards:
             size += bytes_
 
     def _file(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self._blocks + len(self._rest):05d}.safetensors"
+        return f"model-{number + 1:05d}-of-{self._num_layers + len(self._rest):05d}.safetensors"
 
     def layer_file(self, index: int) -> str:
-        """File of decoder block `index`."""
+        """Return the file of decoder layer `index`."""
         return self._file(index)
 
     def rest(self) -> list[tuple[str, list[str]]]:
-        """Files of what is outside the blocks, with the source's tensor names."""
-        return [(self._file(self._blocks + number), names) for number, names in enumerate(self._rest)]
+        """Return the files with the tensors outside the decoder layers, each with the source's tensor names."""
+        return [(self._file(self._num_layers + number), names) for number, names in enumerate(self._rest)]

@@ -1,4 +1,4 @@
-"""The BWLA checkpoint being written: a temporary folder beside the output, renamed into place at the end."""
+"""Writing of checkpoints: into a temporary folder beside the output, which is renamed at the end."""
 
 import json
 import os
@@ -28,7 +28,7 @@ COPIED = (
     "chat_template*",
     "LICENSE*",
 )
-"""Files of the source that go along as they are; weights, code and caches do not."""
+"""Files of the source that are copied; weights, code and caches are not."""
 
 
 class OutputError(BWLAError):
@@ -36,11 +36,11 @@ class OutputError(BWLAError):
 
 
 class CheckpointWriter:
-    """Writes shards, then the index and config, into `folder`. Every file is there whole or not at all.
+    """Writes shards, then index and config, into `folder`. Each file is written atomically.
 
     Attributes:
-        folder: the checkpoint that is being made.
-        digests: SHA-256 of every shard.
+        folder: the folder of the checkpoint.
+        digests: SHA-256 of every shard, by file name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,24 +50,26 @@ class CheckpointWriter:
         self._sizes: dict[str, int] = {}
 
     def write_shard(self, file: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write one safetensors file and enter its tensors into the index."""
+        """Write one safetensors file and add its tensors to the index."""
         owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with whole_file(self.folder / file) as partial:
             save_file(owned, partial, metadata={"format": "pt"})
-            partial.chmod(READABLE)  # safetensors writes for the owner alone; a server may be another user
+            partial.chmod(
+                READABLE
+            )  # safetensors makes files private to their owner, but a server may run as another user
         self._enter(file, {name: tensor.nbytes for name, tensor in owned.items()})
         self.digests[file] = sha256_of(self.folder / file)
 
     def adopt_shard(self, file: str, digest: str) -> None:
-        """Enter a shard that an earlier session wrote, of that SHA-256, into the index."""
+        """Add the tensors of a shard from an earlier session, with SHA-256 `digest`, to the index."""
         entries = read_headers(self.folder / file)
         self._enter(file, {name: entry_bytes(entry) for name, entry in entries.items()})
         self.digests[file] = digest
 
     def changed_shards(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """The files, one at a time, whose tensors are among `tensors`, whole, with those in their places.
+        """Yield every shard that holds one of `tensors`, with all of its tensors after the replacement.
 
-        The new ones must have the shapes and dtypes of the old ones.
+        Replacements must have the shape and dtype of the tensors they replace.
         """
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -77,11 +79,11 @@ class CheckpointWriter:
 
     @property
     def total_size(self) -> int:
-        """Bytes of all tensors written so far."""
+        """Bytes of all tensors in the index."""
         return sum(self._sizes.values())
 
     def finish(self, source: Path, config: Mapping[str, Any]) -> None:
-        """Copy the source's tokenizer and generation files; write the index and, last, config.json."""
+        """Copy tokenizer and generation files from the folder `source`; write the index and, last, config.json."""
         for pattern in COPIED:
             for path in sorted(source.glob(pattern)):
                 if path.is_file():
@@ -95,7 +97,7 @@ class CheckpointWriter:
         self.write_json("config.json", config, indent=2)
 
     def write_json(self, file: str, data: Mapping[str, Any], indent: int = 1) -> None:
-        """Write a JSON file of the checkpoint."""
+        """Write a JSON file into the checkpoint."""
         with whole_file(self.folder / file) as partial:
             partial.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
 
@@ -105,27 +107,30 @@ class CheckpointWriter:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Refuse an output that would harm something, before any work.
+    """Raise if writing to `out` would destroy existing data. Call before converting.
 
     Raises:
-        OutputError: `out` exists and `overwrite` is off, is not a folder, or its parent cannot be written.
+        OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder is
+            not writable.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already: choose another output or add --overwrite")
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
-        raise OutputError(f"{out}: holds no model, so --overwrite will not replace it: choose another output")
+        raise OutputError(f"{out}: expected a model to overwrite, found other files: choose another output")
     parent = out.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise OutputError(f"{parent}: expected a folder that can be written to, to hold {out.name}")
+        raise OutputError(
+            f"{parent}: expected a writable folder for {out.name}, found none: create it or choose another output"
+        )
 
 
 @contextmanager
 def atomic_output(out: Path, overwrite: bool) -> Iterator[CheckpointWriter]:
-    """Give a writer into a temporary folder beside `out`; rename it to `out` when the body succeeds.
+    """Yield a writer into a temporary folder beside `out`, which is renamed to `out` if the body succeeds.
 
-    On any failure the temporary folder is removed, and what stood at `out` before is as it was.
+    On any failure the temporary folder is removed and `out` is unchanged.
 
     Raises:
         OutputError: as `check_output`.
@@ -143,9 +148,9 @@ def atomic_output(out: Path, overwrite: bool) -> Iterator[CheckpointWriter]:
 
 
 def put_in_place(new: Path, out: Path, aside: Path) -> None:
-    """Rename the folder `new` to `out`; what stood there is `aside` then. Where it fails, all is as it was.
+    """Rename the folder `new` to `out`; an existing `out` is first renamed to `aside`, and restored on failure.
 
-    Killed in between, `out` is not there, `new` and `aside` are whole: doing it again completes it.
+    After a kill in between, `out` is missing but `new` and `aside` are complete, so calling this again completes it.
     """
     if out.exists():
         move(out, aside)

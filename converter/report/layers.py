@@ -112,7 +112,7 @@ def decoder_layers(report: Mapping[str, Any]) -> list[DecoderLayer]:
 def _outlines(change: Mapping[str, Any], log: bool) -> tuple[str, str]:
     """Return the outlines of both histograms; the highest bin of the two reaches the top of the drawing."""
     histograms = [change[side]["histogram"] for side in ("before", "after")]
-    highest = max(SMALLEST_SHARE, *map(max, histograms))
+    highest: float = max(SMALLEST_SHARE, *map(max, histograms))
 
     def height(share: float) -> float:
         if log:

@@ -28,41 +28,41 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_logits_are_those_of_the_checkpoint(
     make_model, tmp_path: Path, monkeypatch, family: str, head_bits: int
 ) -> None:
-    checkpoint, dense = tmp_path / "bwla", tmp_path / "dense"
+    checkpoint, plain = tmp_path / "bwla", tmp_path / "plain"
     convert(Options(str(make_model(family)), checkpoint, rank=2, bits=16, head_bits=head_bits))
     # More than one piece to a weight.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
-    done = write_dequantized(checkpoint, dense, "float32")
+    done = write_dequantized(checkpoint, plain, "float32")
     assert done.linears == 14
     monkeypatch.setenv(hf.BACKEND_VARIABLE, "torch")
-    before, after = logits(checkpoint), logits(dense)
+    before, after = logits(checkpoint), logits(plain)
     # The 8-bit head also rounds its inputs, to 16 bits.
     assert (before - after).abs().max() < 2e-4 * before.abs().max()
 
 
 def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, tmp_path: Path) -> None:
-    dense = tmp_path / "dense"
+    plain = tmp_path / "plain"
     seen: list[str] = []
-    done = write_dequantized(example_bwla, dense, on_linear=seen.append)
+    done = write_dequantized(example_bwla, plain, on_linear=seen.append)
     assert len(seen) == done.linears == 28
-    config = json.loads((dense / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
     assert config["tie_word_embeddings"] is False  # this one has an 8-bit head of its own
-    entries = read_folder(dense)
+    entries = read_folder(plain)
     assert {entry.dtype for entry in entries.values()} == {torch.bfloat16}
     assert not [name for name in entries if "packed" in name or "scale" in name]
     contents = read_contents(example_bwla)
     assert done.bytes == dequantized_bytes(contents, torch.bfloat16)
-    assert (dense / "tokenizer.json").is_file()
+    assert (plain / "tokenizer.json").is_file()
     write_dequantized(example_bwla, tmp_path / "exact", "float32")
-    exact, rounded = logits(tmp_path / "exact"), logits(dense)
+    exact, rounded = logits(tmp_path / "exact"), logits(plain)
     assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 def test_invalid_requests_raise_and_leave_nothing(example_bwla: Path, tmp_path: Path) -> None:
     with pytest.raises(BWLAError, match="expected one of bfloat16, float16, float32, found 'int4'"):
-        write_dequantized(example_bwla, tmp_path / "dense", "int4")
+        write_dequantized(example_bwla, tmp_path / "plain", "int4")
     with pytest.raises(BWLAError, match="is the checkpoint itself"):
         write_dequantized(example_bwla, example_bwla, overwrite=True)
     (tmp_path / "taken").mkdir()
@@ -77,8 +77,8 @@ def test_damage_is_noticed_before_the_output_exists(make_model, tmp_path: Path, 
     name = "model.layers.1.mlp.up_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: -t)
     with pytest.raises(FormatError, match="expected positive scales"):
-        write_dequantized(checkpoint, tmp_path / "dense")
-    assert not (tmp_path / "dense").exists()
+        write_dequantized(checkpoint, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
 
 
 def test_values_beyond_float16_are_refused(make_model, tmp_path: Path, edit) -> None:
@@ -87,4 +87,4 @@ def test_values_beyond_float16_are_refused(make_model, tmp_path: Path, edit) -> 
     name = "model.layers.0.mlp.down_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: t * 1e7)
     with pytest.raises(BWLAError, match="choose --dtype bfloat16 or float32"):
-        write_dequantized(checkpoint, tmp_path / "dense", "float16")
+        write_dequantized(checkpoint, tmp_path / "plain", "float16")

@@ -1,4 +1,4 @@
-"""Pushing through an object that stands for the Hub: what it is asked for, and errors in words."""
+"""Pushing to a fake Hub: the calls it gets, and readable errors."""
 
 import inspect
 from pathlib import Path
@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 
 class FakeHub:
-    """Notes what it is asked for; fails where told to."""
+    """Records its calls; the method `fails` raises `error`."""
 
     def __init__(self, fails: str = "", error: Exception | None = None) -> None:
         self.fails, self.error = fails, error
@@ -53,7 +53,7 @@ def test_the_real_api_takes_these_arguments() -> None:
 
 
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "me/", "../x y"])
-def test_names_that_are_none(repo: str) -> None:
+def test_invalid_names(repo: str) -> None:
     hub = FakeHub()
     with pytest.raises(HubError, match="give owner and name"):
         check_push(repo, hub)
@@ -82,7 +82,7 @@ def test_a_refused_token() -> None:
 
 def test_an_upload_that_breaks_off_says_how_to_go_on(tmp_path: Path) -> None:
     hub = FakeHub("upload_folder", ConnectionError("reset by peer"))
-    with pytest.raises(HubError, match=r"reset by peer.*is complete, push it later with bwla-inspect"):
+    with pytest.raises(HubError, match=r"reset by peer.*is complete, upload it later with bwla-inspect"):
         push(tmp_path, "me/model", api=hub)
 
 

@@ -1,4 +1,4 @@
-"""Hashes notice every change of what a loader reads, and only tell of what people may edit."""
+"""Hashes detect every change of files that loaders read, and only report changes of files that users may edit."""
 
 import json
 from pathlib import Path
@@ -58,12 +58,12 @@ def test_added_files_count_where_loaders_read_them(folder: Path, name: str, inta
     assert (verdict.intact, verdict.added) == (intact, [name])
 
 
-def test_an_edited_card_is_told_but_no_damage(folder: Path) -> None:
+def test_an_edited_card_is_reported_but_is_not_damage(folder: Path) -> None:
     (folder / "README.md").write_text("my own words")
     verdict = check_hashes(folder)
     assert verdict is not None
     assert verdict.intact
-    assert "edited since: README.md" in str(verdict)
+    assert "edited: README.md" in str(verdict)
     update_hash(folder, "README.md")
     verdict = check_hashes(folder)
     assert verdict is not None
@@ -81,7 +81,7 @@ def test_a_folder_without_hashes_has_no_verdict(folder: Path) -> None:
     "data",
     [{"version": 2, "files": {}}, {"version": 1}, *({"version": 1, "files": {"a": bad}} for bad in (3, {}))],
 )
-def test_damaged_hashes_are_an_error_in_words(folder: Path, data: dict) -> None:
+def test_damaged_hashes_raise(folder: Path, data: dict) -> None:
     (folder / HASHES_FILE).write_text(json.dumps(data))
     with pytest.raises(FormatError, match=r"bwla_hashes\.json: expected version 1"):
         check_hashes(folder)
