@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
+from bwla_kernels.factorize import INPUT_SHARDED_LINEARS
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.files import INDEX_FILE, SINGLE_FILE, read_folder, read_json
 from bwla_kernels.format.folder import check_folder
@@ -17,9 +18,6 @@ from vllm.logger import init_logger
 logger = init_logger("vllm.bwla")
 
 ADVICE = "convert or download the model again"
-
-INPUT_SHARDED = ("o_proj", "down_proj")
-"""Linears that tensor parallelism cuts along their input: a rank must hold whole rotation blocks."""
 
 OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
 """Linears cut along their output, and how many one stored tensor holds; q, k and v vLLM checks by heads itself."""
@@ -96,7 +94,7 @@ def check_tensor_parallel(specs: Mapping[str, LayerSpec], ranks: int) -> None:
                 f"{name}: expected a tensor-parallel size that divides its {rows} rows, "
                 f"found {ranks}: choose another --tensor-parallel-size"
             )
-        if leaf in INPUT_SHARDED:
+        if leaf in INPUT_SHARDED_LINEARS:
             check_rotation_groups(name, spec, ranks)
 
 

@@ -14,6 +14,9 @@ RANK_STEP = 16
 SHARDED_ROTATION_GROUPS = 8
 """Blocks wished for where tensor parallelism cuts the input: 1, 2, 4 or 8 ranks then hold whole blocks."""
 
+INPUT_SHARDED_LINEARS = ("o_proj", "down_proj")
+"""Names of the linears that tensor parallelism shards along their input (`RowParallelLinear` in vLLM)."""
+
 
 def factor_pair(width: int) -> tuple[int, int] | None:
     """Split `width` into n1 <= n2 <= 128, balanced, preferring two multiples of 8.

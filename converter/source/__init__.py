@@ -1,1 +1,1 @@
-"""The model to convert: its folder, its architecture, the names and dtypes of its tensors."""
+"""The model to convert: its files, its family, the names and dtypes of its tensors."""

@@ -1,4 +1,4 @@
-"""Where a model family keeps its linears: one description a family, no code path of its own.
+"""Where the linears of each model family are: one description per family, no code of its own.
 
 docs/developer/adding-a-model-family.md describes how to add one. The end-to-end tests and the table of supported models
 cover every entry.
@@ -9,28 +9,27 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bwla_kernels.errors import SourceError
-from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
+from bwla_kernels.factorize import INPUT_SHARDED_LINEARS, SHARDED_ROTATION_GROUPS
 
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of a block that read the same input and so share the whole input side.
+    """Linears of a decoder layer that read the same input and share one input transform.
 
     Attributes:
-        members: module paths inside the block.
-        input_sharded: whether tensor parallelism cuts the input (o_proj, down_proj).
-        stream: module path, inside the block, of what reads the residual stream just before this group's output is
-            added to it; None where the output is not added as it is.
+        members: module paths inside the decoder layer.
+        stream: module path, inside the decoder layer, of the norm that reads the residual stream just before this
+            group's output is added to it; None if the output is not added as it is.
     """
 
     members: tuple[str, ...]
-    input_sharded: bool = False
     stream: str | None = None
 
     @property
     def preferred_rotation_groups(self) -> int:
-        """Rotation blocks wished for: 8 where ranks must hold whole blocks, else one."""
-        return SHARDED_ROTATION_GROUPS if self.input_sharded else 1
+        """Preferred number of rotation groups: 8 if each process must hold whole groups, else 1."""
+        input_sharded = any(member.rpartition(".")[2] in INPUT_SHARDED_LINEARS for member in self.members)
+        return SHARDED_ROTATION_GROUPS if input_sharded else 1
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class Family:
         architecture: its class in config.json's `architectures`.
         model_type: transformers' name of its configuration.
         models: well-known models of this architecture, for the documentation.
-        groups: input groups of a decoder block, in execution order.
-        blocks: module path of the decoder blocks.
+        groups: input groups of a decoder layer, in execution order.
+        layers: module path of the list of decoder layers.
         scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
-        own_head: whether vLLM can give this architecture a head apart from its embedding; where it cannot, a tied
-            head stays as it is.
+        own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
+            unquantized.
         note: special properties, for the documentation.
     """
 
@@ -55,34 +54,34 @@ class Family:
     model_type: str
     models: str
     groups: tuple[InputGroup, ...]
-    blocks: str = "model.layers"
+    layers: str = "model.layers"
     scaled_embedding: bool = False
     own_head: bool = True
     note: str = ""
 
     def layer_name(self, index: int) -> str:
-        """Module path of decoder block `index`."""
-        return f"{self.blocks}.{index}"
+        """Return the module path of decoder layer `index`."""
+        return f"{self.layers}.{index}"
 
     def group_of(self, name: str) -> InputGroup:
-        """The input group that the linear called `name`, by its full name, belongs to."""
+        """Return the input group of the linear whose full name is `name`."""
         return next(group for group, member in self.linears() if name.endswith(f".{member}"))
 
     def linears(self) -> Iterator[tuple[InputGroup, str]]:
-        """Every quantized linear of a block with its group, in execution order."""
+        """Yield every quantized linear of a decoder layer with its group, in execution order."""
         for group in self.groups:
             for member in group.members:
                 yield group, member
 
 
 _QKV = InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-_O = InputGroup(("self_attn.o_proj",), input_sharded=True, stream="input_layernorm")
+_O = InputGroup(("self_attn.o_proj",), stream="input_layernorm")
 _GATE_UP = InputGroup(("mlp.gate_proj", "mlp.up_proj"))
-_DOWN = InputGroup(("mlp.down_proj",), input_sharded=True, stream="post_attention_layernorm")
+_DOWN = InputGroup(("mlp.down_proj",), stream="post_attention_layernorm")
 
 _GATED_DECODER = (_QKV, _O, _GATE_UP, _DOWN)
 _MERGED_DECODER = (InputGroup(("self_attn.qkv_proj",)), _O, InputGroup(("mlp.gate_up_proj",)), _DOWN)
-# A norm stands between these outputs and the stream.
+# A norm follows these outputs before they are added to the stream.
 _SANDWICHED_DECODER = (_QKV, replace(_O, stream=None), _GATE_UP, replace(_DOWN, stream=None))
 
 FAMILIES = (
@@ -124,13 +123,13 @@ GUIDE = "docs/developer/adding-a-model-family.md"
 
 
 def find_family(config: Mapping[str, Any], source: str) -> Family:
-    """Pick the family of a model by the architectures of its config.json; `source` names the file.
+    """Return the family of a model by the architectures in its config.json; `source` names the file in errors.
 
     Raises:
         SourceError: the architecture is not supported.
     """
-    found = config.get("architectures") or []
-    names = found if isinstance(found, list) else [found]
+    architectures = config.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [architectures]
     for family in FAMILIES:
         if family.architecture in names:
             return family

@@ -1,4 +1,4 @@
-"""The model to convert: found, checked before any work, and read lazily, one decoder block at a time."""
+"""The model to convert: locate it, check it before the conversion starts, and read it one decoder layer at a time."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,27 +22,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
-MAX_LISTED = 20
-MAX_BLOCKS = 10_000
-"""Decoder blocks that config.json may ask for; only a damaged one asks for more, and would take hours to outline."""
+MAX_LISTED_PROBLEMS = 20
+MAX_LAYERS = 10_000
+"""Largest accepted num_hidden_layers. More means that config.json is damaged, and would take hours to build."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint folder with its headers read.
+    """A checkpoint folder, described by its config.json and its safetensors headers.
 
     Attributes:
-        folder: where the files are.
-        config: config.json.
-        family: where this architecture keeps its linears.
-        entries: every tensor's file, shape and dtype, fp8 weights as the bfloat16 that `read` makes of them.
-        num_layers: decoder blocks, as transformers reads config.json.
-        tied_head: whether the head is the embedding, used again.
-        revision: commit of a Hub snapshot, else empty.
-        ignore: linears to leave as they are, see `bwla_kernels.format.schema.is_ignored`.
-        stored: every tensor as it is in the files, scales of fp8 weights too; empty where there are no files.
-        tied: name of a tensor -> name of the one that takes its place, by config.json.
-        block: rows and columns that share a scale, where fp8 weights have one a block.
+        folder: the checkpoint folder.
+        config: contents of config.json.
+        family: the model's family.
+        entries: file, shape and dtype of every tensor as `read` returns it, fp8 weights as bfloat16.
+        num_layers: number of decoder layers, as transformers reads config.json.
+        tied_head: whether the head shares the weight of the embedding.
+        revision: commit of a Hub snapshot; empty for a local folder.
+        ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
+        stored: file, shape and dtype of every tensor in the files, including the scales of fp8 weights; empty if there
+            are no files.
+        tied: name of a tensor that config.json ties to another one -> name of that tensor.
+        scale_block: rows and columns of the scale blocks of fp8 weights, if they have scale blocks.
     """
 
     folder: Path
@@ -55,57 +56,58 @@ class Source:
     ignore: tuple[str, ...] = ()
     stored: Mapping[str, Entry] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    block: tuple[int, int] | None = None
+    scale_block: tuple[int, int] | None = None
 
     def groups_of_layer(self, index: int) -> Iterator[tuple[InputGroup, list[str]]]:
-        """The input groups of a decoder block that are to be quantized, with the names of their linears.
+        """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
 
         Raises:
-            SourceError: a group of which `ignore` names some members and not the others.
+            SourceError: `ignore` names some linears of a group and not the others.
         """
         for group in self.family.groups:
             names = [f"{self.family.layer_name(index)}.{member}" for member in group.members]
             ignored = [name for name in names if is_ignored(name, self.ignore)]
             if ignored and len(ignored) < len(names):
+                others = ", ".join(name for name in names if name not in ignored)
                 raise SourceError(
-                    f"{ignored[0]}: shares its input with {', '.join(name for name in names if name not in ignored)}, "
-                    "so they can only be ignored together: name them all with --ignore, or none"
+                    f"{ignored[0]}: is ignored but shares its input with {others}: --ignore all of them or none"
                 )
             if not ignored:
                 yield group, names
 
     def linears_of_layer(self, index: int) -> list[str]:
-        """The linears of a decoder block that are to be quantized. Raises as `groups_of_layer`."""
+        """Return the linears of a decoder layer that are to be quantized. Raises as `groups_of_layer` does."""
         return [name for _, names in self.groups_of_layer(index) for name in names]
 
     def names_of_layer(self, index: int) -> list[str]:
-        """Names of all tensors of one decoder block."""
+        """Return the names of all tensors of a decoder layer."""
         prefix = self.family.layer_name(index) + "."
         return [name for name in self.entries if name.startswith(prefix)]
 
     def names_outside_layers(self) -> list[str]:
-        """Names of the tensors that belong to no decoder block: embeddings, final norm, head."""
-        prefix = self.family.blocks + "."
+        """Return the names of all tensors outside the decoder layers: embedding, final norm, head."""
+        prefix = self.family.layers + "."
         return [name for name in self.entries if not name.startswith(prefix)]
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read tensors by name, file by file; nothing else is brought into memory. fp8 weights are dequantized."""
+        """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory."""
         scaled = [name for name in names if self.stored[name].dtype == torch.float8_e4m3fn]
         scales = {name: scale for name in scaled if (scale := fp8.scale_name(name, self.stored))}
-        found = read_tensors(self.folder, self.stored, [*names, *scales.values()])
-        weights = {
-            name: fp8.dequantize(found[name], found[scale], self.block) for name, scale in scales.items()
+        tensors = read_tensors(self.folder, self.stored, [*names, *scales.values()])
+        dequantized = {
+            name: fp8.dequantize(tensors[name], tensors[scale], self.scale_block)
+            for name, scale in scales.items()
         }
-        return {name: weights.get(name, found[name]) for name in names}
+        return {name: dequantized.get(name, tensors[name]) for name in names}
 
 
 def locate(model: str) -> tuple[Path, str]:
-    """Find a model: a folder, or a Hub id that is downloaded (safetensors and text files only).
+    """Find a model folder, or download a model from the Hub by its id (safetensors and text files only).
 
-    Returns: the folder and, for a Hub id, the commit.
+    Returns: the folder, and the commit for a Hub id or an empty string for a folder.
 
     Raises:
-        SourceError: neither a folder nor a Hub id that can be had.
+        SourceError: `model` is neither a folder nor a Hub id, or the download failed.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -119,48 +121,54 @@ def locate(model: str) -> tuple[Path, str]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
         reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
         raise SourceError(
-            f"{model}: no such folder, and the Hub did not give it ({reason}): "
-            "check the name and the network, or give a folder"
+            f"{model}: found no such folder, and the download from the Hub failed ({reason}): "
+            "check the name and the network connection, or give a local folder"
         ) from None
     return snapshot, snapshot.name
 
 
 def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
-    """Find a model, read its headers and check that it can be converted, values aside (`check_values`).
+    """Locate a model, read its headers and check that it can be converted; `check_values` checks the values.
 
     Raises:
-        SourceError: one sentence for the first structural problem, or a list of all offending tensors.
+        SourceError: config.json cannot be used, or a list of all tensors and files with problems.
     """
     folder, revision = locate(model)
     config_path = folder / "config.json"
     config = read_json(config_path, SourceError)
     family = find_family(config, str(config_path))
-    quantization = _quantization(config, str(config_path))
-    outline = outline_model(folder, config)
+    quantization = _fp8_config(config, str(config_path))
+    meta_model = build_meta_model(folder, config)
     scan = scan_folder(folder)
     source = Source(
         folder,
         config,
         family,
-        fp8.plain_view(scan.entries) if quantization else scan.entries,
-        outline.config.num_hidden_layers,
-        bool(outline.config.tie_word_embeddings),
-        revision,
-        tuple(ignore),
-        scan.entries,
-        tied_names(outline),
-        fp8.block_size(quantization),
+        entries=fp8.dequantized_entries(scan.entries) if quantization else scan.entries,
+        num_layers=meta_model.config.num_hidden_layers,
+        tied_head=bool(meta_model.config.tie_word_embeddings),
+        revision=revision,
+        ignore=tuple(ignore),
+        stored=scan.entries,
+        tied=tied_names(meta_model),
+        scale_block=fp8.scale_block(quantization),
     )
-    problems = [*scan.problems, *fp8.scale_problems(scan.entries, source.block)]
-    _refuse(folder, [*problems, *_tensor_problems(source, outline, scan), *_width_problems(source)])
+    problems = [
+        *scan.problems,
+        *fp8.scale_problems(scan.entries, source.scale_block),
+        *_architecture_problems(source, meta_model),
+        *_tensor_problems(source, meta_model, scan),
+        *_width_problems(source),
+    ]
+    _raise_if_any(folder, problems)
     return source
 
 
-def _quantization(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """The `quantization_config` of fp8 weights, which can be undone; empty where nothing is quantized.
+def _fp8_config(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """Return the `quantization_config` of a model with fp8 weights; empty for an unquantized model.
 
     Raises:
-        SourceError: the model is quantized in another way.
+        SourceError: the model is quantized with another method.
     """
     quantization = config.get("quantization_config") or {}
     if not isinstance(quantization, Mapping):
@@ -179,49 +187,54 @@ def _quantization(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 def check_values(
     source: Source, head: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
 ) -> None:
-    """Read every tensor once and refuse NaN and infinity.
+    """Read every tensor once and raise if any holds NaN or infinity.
 
     Args:
         source: the model.
         head: name of the tensor that the 8-bit head is made from, if any.
-        on_tensor: called with the name of each weight that will be quantized, when it was read.
+        on_tensor: called with the name of each weight that will be quantized, after it was read.
 
     Raises:
-        SourceError: the list of offending tensors.
+        SourceError: the list of all tensors with problems.
     """
     quantized = {*_linear_weights(source), *([head] if head else [])}
     problems = []
     for name, entry in source.entries.items():
         if not_finite(source.read([name])[name]):
-            problems.append(f"{entry.file}: {name} holds NaN or infinity, expected finite values")
+            problems.append(f"{entry.file}: {name}: expected finite values, found NaN or infinity")
         if name in quantized:
             on_tensor(name)
     problems += filter(None, [tied_conflict(source.folder, source.stored, source.tied)])
-    _refuse(source.folder, problems)
+    _raise_if_any(source.folder, problems)
 
 
 def _linear_weights(source: Source) -> Iterator[str]:
+    """Yield the names of all weights that will be quantized, without the head's."""
     for index in range(source.num_layers):
         yield from (f"{name}.weight" for name in source.linears_of_layer(index))
 
 
-def outline_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model that transformers builds from the config.json in `folder`, which is `config`, without storage.
+def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """Build the model that the config.json in `folder` describes on the meta device, without memory for its weights.
+
+    Args:
+        folder: a folder with a config.json.
+        config: its contents.
 
     Raises:
-        SourceError: transformers cannot make sense of it.
+        SourceError: transformers cannot build the model.
     """
-    blocks = config.get("num_hidden_layers")
-    if isinstance(blocks, int) and blocks > MAX_BLOCKS:
+    num_layers = config.get("num_hidden_layers")
+    if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise SourceError(
-            f"{folder / 'config.json'}: expected at most {MAX_BLOCKS} num_hidden_layers, found {blocks}: "
+            f"{folder / 'config.json'}: expected at most {MAX_LAYERS} num_hidden_layers, found {num_layers}: "
             "restore the model's own config.json"
         )
     try:
         with torch.device("meta"):
-            known = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(known)
-    except Exception as cause:  # transformers raises many kinds for a config that contradicts itself
+            hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config)
+    except Exception as cause:  # transformers raises many types of exceptions for an inconsistent config
         reason = " ".join(str(cause).split())
         raise SourceError(
             f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
@@ -230,13 +243,17 @@ def outline_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-def _tensor_problems(source: Source, outline: PreTrainedModel, scan: Scan) -> Iterator[str]:
-    """Compare the stored tensors with those of the model that transformers builds from the config."""
-    built = type(outline).__name__
+def _architecture_problems(source: Source, meta_model: PreTrainedModel) -> Iterator[str]:
+    """Compare the architecture in config.json with the class that transformers builds for its model_type."""
+    built = type(meta_model).__name__
     if built != source.family.architecture:
         yield f"config.json: expected the model_type of {source.family.architecture}, found that of {built}"
-    wanted = {name: tuple(tensor.shape) for name, tensor in outline.state_dict().items()}
-    for name, shape in wanted.items():
+
+
+def _tensor_problems(source: Source, meta_model: PreTrainedModel, scan: Scan) -> Iterator[str]:
+    """Compare the stored tensors with those of the model that transformers builds from config.json."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}
+    for name, shape in shapes.items():
         entry = source.entries.get(name)
         if entry is None:
             if name not in source.tied and name not in scan.lost:
@@ -245,13 +262,14 @@ def _tensor_problems(source: Source, outline: PreTrainedModel, scan: Scan) -> It
             yield f"{entry.file}: {name}: expected shape {list(shape)}, found {list(entry.shape)}"
         elif entry.dtype not in FLOAT_DTYPES and scan.entries[name].dtype != torch.float8_e4m3fn:
             yield f"{entry.file}: {name}: expected bfloat16, float16, float32 or scaled fp8, found {entry.dtype}"
-    for name in source.entries:
-        # Old checkpoints carry buffers that the model computes itself.
-        if name not in wanted and not name.endswith(COMPUTED):
-            yield f"{source.entries[name].file}: {name} is not a tensor of {source.family.architecture}"
+    for name, entry in source.entries.items():
+        # Some old checkpoints store buffers that the model computes itself.
+        if name not in shapes and not name.endswith(COMPUTED):
+            yield f"{entry.file}: {name} is not a tensor of {source.family.architecture}"
 
 
 def _width_problems(source: Source) -> Iterator[str]:
+    """Check that a rotation exists for the input width of every linear of the first decoder layer."""
     for group, names in source.groups_of_layer(0):
         name = f"{names[0]}.weight"
         entry = source.entries.get(name)
@@ -262,10 +280,11 @@ def _width_problems(source: Source) -> Iterator[str]:
                 yield f"{entry.file}: {name}: {problem}"
 
 
-def _refuse(folder: Path, problems: list[str]) -> None:
+def _raise_if_any(folder: Path, problems: list[str]) -> None:
+    """Raise `SourceError` with a list of `problems`, unless there are none."""
     if not problems:
         return
-    shown = problems[:MAX_LISTED]
+    shown = problems[:MAX_LISTED_PROBLEMS]
     more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
     lines = "".join(f"\n  {problem}" for problem in shown)
     raise SourceError(f"{folder}: cannot be converted, found {len(problems)} problem(s):{lines}{more}")

@@ -108,10 +108,10 @@ def test_a_conversion_leaves_no_trace_of_fp8(make_model, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: None, "expected weight_scale_inv or weight_scale beside this fp8 weight, found neither"),
-        (lambda t: t[:1], "expected one scale, one a row, or one for each block of [48, 32] of a weight"),
+        (lambda t: None, "expected weight_scale_inv or weight_scale for this fp8 weight, found neither"),
+        (lambda t: t[:1], "expected one scale, one per row, or one per block of [48, 32], for a weight"),
         (lambda t: t.to(torch.int32), "weight_scale_inv: expected a float dtype, found torch.int32"),
-        (lambda t: t * float("nan"), "up_proj.weight holds NaN or infinity"),
+        (lambda t: t * float("nan"), "up_proj.weight: expected finite values, found NaN"),
     ],
 )
 def test_scales_that_do_not_fit(make_model, edit, change, sentence: str) -> None:

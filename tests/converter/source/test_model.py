@@ -118,7 +118,7 @@ def test_values_that_are_not_finite_are_listed_whatever_they_belong_to(
     names = [WEIGHT, "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"]
     for name in names:
         edit.tensor(folder / "model.safetensors", name, spoil)
-    refused(folder, "found 4 problem(s)", *(f"model.safetensors: {name} holds NaN or inf" for name in names))
+    refused(folder, "found 4 problem(s)", *(f"model.safetensors: {name}: expected finite values, found NaN or inf" for name in names))
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_values_that_are_not_finite_are_listed_whatever_they_belong_to(
         ),
         (
             lambda t: t.to(torch.float8_e4m3fn),
-            f"{WEIGHT}: expected weight_scale_inv or weight_scale beside this fp8 weight, found neither",
+            f"{WEIGHT}: expected weight_scale_inv or weight_scale for this fp8 weight, found neither",
         ),
     ],
 )
