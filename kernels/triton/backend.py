@@ -1,155 +1,31 @@
 """The GPU backend: two Triton kernels behind the interface of `ops.LinearBackend`, as torch.library ops.
 
-Triton is imported when a layer first needs it: a machine without a GPU need not have it.
+Triton is imported when a layer first needs it, so that a machine without a GPU need not have it.
 """
 
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
-from bwla_kernels.triton.launch import is_dependent
+from bwla_kernels.triton.gpu import can_run, gpu_properties
 from torch import Tensor
 
-MIN_CAPABILITY = (8, 0)
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LAYER = (
     "Tensor x, Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
     "Tensor right_split, Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, "
-    "int out_features, int blocks, int n1, int n2, int rank, int bits, float clip"
+    "int out_features, int rotation_groups, int n1, int n2, int rank, int bits, float clip"
 )
-# What comes before a layer, computed where its input is loaded; a compiler pass puts these in (bwla_vllm.fusion).
+# The fused ops also compute what precedes the layer, where its input is loaded; bwla_vllm.fusion inserts them.
 _LIBRARY.define(f"linear_triton({_LAYER}) -> Tensor")
 _LIBRARY.define(f"rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps) -> Tensor")
 _LIBRARY.define(
     f"add_rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps, Tensor residual) -> (Tensor, Tensor)"
 )
 _LIBRARY.define(f"silu_mul_linear_triton({_LAYER}) -> Tensor")
-
-
-@functools.lru_cache(maxsize=4096)
-def _spec(out_features: int, blocks: int, n1: int, n2: int, rank: int, bits: int, clip: float) -> LayerSpec:
-    return LayerSpec(out_features, blocks * n1 * n2, blocks, n1, n2, rank, bits, clip)
-
-
-@functools.cache
-def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and multiprocessors; the interpreter counts as a large recent GPU."""
-    if device.type != "cuda":
-        return (9, 0), 132
-    found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor), found.multi_processor_count
-
-
-def _layer(
-    x: Tensor,
-    weight_chunks: Tensor,
-    weight_scale: Tensor,
-    split_counters: Tensor,
-    left_split: Tensor,
-    right_split: Tensor,
-    column_scale: Tensor,
-    low_rank_a: Tensor | None,
-    low_rank_b: Tensor | None,
-    bias: Tensor | None,
-    out_features: int,
-    blocks: int,
-    n1: int,
-    n2: int,
-    rank: int,
-    bits: int,
-    clip: float,
-    *,
-    norm_weight: Tensor | None = None,
-    eps: float = 0.0,
-    residual: Tensor | None = None,
-    silu_mul: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """The layer's output, and x + residual where a residual is given; arguments as those of `prepare_input`."""
-    from bwla_kernels.triton.binary_matmul import Activations, Weights, binary_matmul
-    from bwla_kernels.triton.layout import chunk_layout
-    from bwla_kernels.triton.prepare_input import prepare_input
-    from bwla_kernels.triton.tuning import BINARY, select_config
-
-    spec = _spec(out_features, blocks, n1, n2, rank, bits, clip)
-    rows = _rows(x, spec.in_features * (2 if silu_mul else 1))
-    layout = chunk_layout(out_features, blocks, spec.group_width)
-    capability, multiprocessors = _properties(x.device)
-    config = select_config(
-        out_features, spec.in_features, blocks, layout.chunk, len(rows), bits, capability, multiprocessors
-    )
-    side = {
-        "left_split": left_split,
-        "right_split": right_split,
-        "column_scale": column_scale,
-        "split_counters": split_counters,
-    }
-    pdl = is_dependent(x.device)
-    if low_rank_a is not None:
-        side["low_rank_a"] = low_rank_a
-    prepared = prepare_input(
-        rows,
-        side,
-        spec,
-        planes=config.kernel == BINARY,
-        chunk=layout.chunk,
-        norm_weight=norm_weight,
-        eps=eps,
-        residual=None if residual is None else _rows(residual, spec.in_features),
-        silu_mul=silu_mul,
-        dependent_launch=pdl,
-    )
-    activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
-    weights = Weights(weight_chunks, weight_scale, low_rank_b, bias, split_counters, layout)
-    y = binary_matmul(activations, weights, bits, config, x.dtype, pdl).reshape(*x.shape[:-1], out_features)
-    return y, None if prepared.residual is None else prepared.residual.reshape(x.shape)
-
-
-def _rows(x: Tensor, width: int) -> Tensor:
-    rows = x.reshape(-1, width)
-    return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _linear(x: Tensor, *layer: Any) -> Tensor:
-    return _layer(x, *layer)[0]
-
-
-def _rms_norm_linear(x: Tensor, *arguments: Any) -> Tensor:
-    *layer, norm_weight, eps = arguments
-    _warm_up_fused("norm", x, layer, norm_weight)
-    return _layer(x, *layer, norm_weight=norm_weight, eps=eps)[0]
-
-
-def _add_rms_norm_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    *layer, norm_weight, eps, residual = arguments
-    _warm_up_fused("add+norm", x, layer, norm_weight)
-    y, total = _layer(x, *layer, norm_weight=norm_weight, eps=eps, residual=residual)
-    assert total is not None
-    return y, total
-
-
-def _silu_mul_linear(x: Tensor, *layer: Any) -> Tensor:
-    _warm_up_fused("silu*mul", x, layer)
-    return _layer(x, *layer, silu_mul=True)[0]
-
-
-def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], norm_weight: Tensor | None = None) -> None:
-    """Check and compile, once a process and kind of layer, what other numbers of tokens will need.
-
-    `prepare` cannot know what a compiler fuses. A server runs its model once before it captures CUDA graphs and
-    before it takes requests, which is when this happens.
-    """
-    if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return
-    from bwla_kernels.triton.warm_up import warm_up
-
-    tensors = {name: tensor for name, tensor in zip(_TENSORS, layer, strict=False) if tensor is not None}
-    spec = _spec(*layer[len(_TENSORS) :])
-    warm_up(spec, tensors, x.dtype, *_properties(x.device), fused=fused, norm_weight=norm_weight)
-
 
 _TENSORS = (
     "weight_chunks",
@@ -162,7 +38,68 @@ _TENSORS = (
     "low_rank_b",
     "bias",
 )
-"""A layer's arguments after x, before its sizes."""
+"""The ops' tensor arguments between x and the layer's sizes; the last three may be None."""
+
+
+@functools.lru_cache(maxsize=4096)
+def _spec(
+    out_features: int, rotation_groups: int, n1: int, n2: int, rank: int, bits: int, clip: float
+) -> LayerSpec:
+    return LayerSpec(out_features, rotation_groups * n1 * n2, rotation_groups, n1, n2, rank, bits, clip)
+
+
+def _unpack(layer: Sequence[Any]) -> tuple[dict[str, Tensor], LayerSpec]:
+    """Turn an op's arguments after x into the layer's tensors by name and its sizes."""
+    tensors = {name: tensor for name, tensor in zip(_TENSORS, layer, strict=False) if tensor is not None}
+    return tensors, _spec(*layer[len(_TENSORS) :])
+
+
+def _linear(x: Tensor, *layer: Any) -> Tensor:
+    from bwla_kernels.triton.layer import run_layer
+
+    return run_layer(x, *_unpack(layer))[0]
+
+
+def _rms_norm_linear(x: Tensor, *arguments: Any) -> Tensor:
+    from bwla_kernels.triton.layer import run_layer
+    from bwla_kernels.triton.prepare_input import FusedInput
+
+    *layer, norm_weight, eps = arguments
+    _warm_up_fused("norm", x, layer, norm_weight)
+    return run_layer(x, *_unpack(layer), FusedInput(norm_weight, eps))[0]
+
+
+def _add_rms_norm_linear(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from bwla_kernels.triton.layer import run_layer
+    from bwla_kernels.triton.prepare_input import FusedInput
+
+    *layer, norm_weight, eps, residual = arguments
+    _warm_up_fused("add+norm", x, layer, norm_weight)
+    y, total = run_layer(x, *_unpack(layer), FusedInput(norm_weight, eps, residual))
+    assert total is not None
+    return y, total
+
+
+def _silu_mul_linear(x: Tensor, *layer: Any) -> Tensor:
+    from bwla_kernels.triton.layer import run_layer
+    from bwla_kernels.triton.prepare_input import FusedInput
+
+    _warm_up_fused("silu*mul", x, layer)
+    return run_layer(x, *_unpack(layer), FusedInput(silu_mul=True))[0]
+
+
+def _warm_up_fused(fused: str, x: Tensor, layer: Sequence[Any], norm_weight: Tensor | None = None) -> None:
+    """Check and compile the kernels for other numbers of tokens, once for each process and kind of layer.
+
+    `prepare` cannot know what a compiler fuses. A server runs its model once before it captures CUDA graphs and
+    before it takes requests, which is when this happens.
+    """
+    if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    from bwla_kernels.triton.warm_up import warm_up
+
+    tensors, spec = _unpack(layer)
+    warm_up(spec, tensors, x.dtype, *gpu_properties(x.device), fused=fused, norm_weight=norm_weight)
 
 
 def _linear_fake(x: Tensor, weight_chunks: Tensor, weight_scale: Tensor, *_: object) -> Tensor:
@@ -184,7 +121,7 @@ for _name, _run, _fake in (
 
 
 def repack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-    """A layer's stored tensors in the kernels' form, on the same device; compiles nothing."""
+    """Repack a layer's stored tensors for the kernels, on the same device; compile nothing."""
     from bwla_kernels.triton.binary_matmul import prepare_weights
     from bwla_kernels.triton.prepare_input import split_rotations
 
@@ -201,32 +138,21 @@ def repack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
 
 
 class TritonBackend:
-    """W1A2..8 on NVIDIA GPUs from compute capability 8.0 on."""
+    """Compute W1A2 to W1A8 layers on NVIDIA GPUs of compute capability 8.0 or newer."""
 
     name = "triton"
 
     def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
-        """Layers on such a GPU with quantized activations, where Triton is installed."""
-        if device.type != "cuda":
-            return False, f"the Triton kernels run on an NVIDIA GPU, not on {device}"
+        """Return whether the kernels run on `device` and cover the layer, and the reason."""
+        able, reason = can_run(device)
+        if not able:
+            return False, reason
         if spec.bits == UNQUANTIZED_BITS:
             return False, "the Triton kernels need quantized activations (2 to 8 bits)"
-        if importlib.util.find_spec("triton") is None:
-            return False, "Triton is not installed: pip install triton"
-        if torch.version.hip is not None:
-            return False, "the Triton kernels are written for NVIDIA GPUs, found an AMD GPU"
-        capability, _ = _properties(device)
-        if capability < MIN_CAPABILITY:
-            found, wanted = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
-            return False, f"the Triton kernels need compute capability {wanted} or newer, found {found}"
         from bwla_kernels.triton.prepare_input import can_prepare
 
-        able, reason = can_prepare(spec)
-        return (
-            (able, reason)
-            if not able
-            else (True, f"Triton on compute capability {capability[0]}.{capability[1]}")
-        )
+        covered, refusal = can_prepare(spec)
+        return (True, reason) if covered else (False, refusal)
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
         """Repack the weights, split the rotations, and compile every kernel that a request may need.
@@ -239,11 +165,11 @@ class TritonBackend:
         if device.type == "cuda":
             from bwla_kernels.triton.warm_up import warm_up
 
-            warm_up(spec, prepared, torch.get_default_dtype(), *_properties(device))
+            warm_up(spec, prepared, torch.get_default_dtype(), *gpu_properties(device))
         return prepared
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
+        """Compute x [..., K] -> [..., N] in the dtype of x."""
         y: Tensor = torch.ops.bwla.linear_triton.default(
             x,
             tensors["weight_chunks"],

@@ -19,6 +19,7 @@ from bwla_kernels.triton.binary_mma import binary_mma_kernel
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, repack_weights
+from bwla_kernels.triton.prepare_input import QuantizedInput
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
 from torch import Tensor
 
@@ -27,25 +28,6 @@ GROUP_M = 8
 
 MAX_SPLIT_TILES = 4096
 """Tiles of a matmul that is split: length of the counters that a layer keeps."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """What the input kernel hands over.
-
-    Attributes:
-        q: int8 [M, K] codes; the binary kernel does not read it (it may be None there).
-        scale: float32 [M, G].
-        q_sum: int32 [M, G], the sum of each block's codes.
-        u: float32 [M, r], x A^T; None for rank 0.
-        planes: int32 [M, bits, chunks, C / 32], see `layout.pack_planes`; only the binary kernel reads it.
-    """
-
-    q: Tensor | None
-    scale: Tensor
-    q_sum: Tensor
-    u: Tensor | None = None
-    planes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +89,7 @@ def weights_from_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weig
 
 
 def binary_matmul(
-    activations: Activations,
+    prepared: QuantizedInput,
     weights: Weights,
     bits: int,
     config: MatmulConfig,
@@ -122,16 +104,16 @@ def binary_matmul(
     Integer sums are exact; the rest is float32, rounded once.
 
     Raises:
-        BackendError: the configuration does not fit the activations.
+        BackendError: the configuration does not fit the input.
     """
-    m = activations.scale.shape[0]
-    y = activations.scale.new_empty(m, weights.layout.out_features, dtype=out_dtype)
+    m = prepared.scale.shape[0]
+    y = prepared.scale.new_empty(m, weights.layout.out_features, dtype=out_dtype)
     if m == 0:
         return y
     if config.kernel == BINARY:
-        _launch_binary(activations, weights, bits, config, y, launch.trigger(dependent_launch))
+        _launch_binary(prepared, weights, bits, config, y, launch.trigger(dependent_launch))
     elif config.kernel == INTEGER:
-        _launch_integer(activations, weights, config, y, launch.trigger(dependent_launch))
+        _launch_integer(prepared, weights, config, y, launch.trigger(dependent_launch))
     else:
         raise BackendError(f"expected kernel {BINARY} or {INTEGER}, found {config.kernel}")
     return y
@@ -142,29 +124,29 @@ def interpreted() -> bool:
     return not isinstance(integer_mma_kernel, triton.JITFunction)
 
 
-def _rank(activations: Activations, weights: Weights) -> tuple[int, int]:
+def _rank(prepared: QuantizedInput, weights: Weights) -> tuple[int, int]:
     """(r, padded r); zeros without a low-rank term."""
-    if activations.u is None or weights.low_rank_b is None:
+    if prepared.u is None or weights.low_rank_b is None:
         return 0, 0
-    return activations.u.shape[1], weights.low_rank_b.shape[1]
+    return prepared.u.shape[1], weights.low_rank_b.shape[1]
 
 
 def _launch_binary(
-    activations: Activations, weights: Weights, bits: int, config: MatmulConfig, y: Tensor, pdl: int
+    prepared: QuantizedInput, weights: Weights, bits: int, config: MatmulConfig, y: Tensor, pdl: int
 ) -> None:
-    layout, planes = weights.layout, activations.planes
+    layout, planes = weights.layout, prepared.planes
     m = y.shape[0]
     if planes is None or m > config.block_m:
         raise BackendError(
             f"{config} takes the bit planes of at most {config.block_m} tokens, found {m} tokens"
         )
     meta = binary_meta(layout, bits, config)
-    rank, padded_rank = _rank(activations, weights)
+    rank, padded_rank = _rank(prepared, weights)
     binary_mma_kernel[(layout.rows // config.block_n,)](
         planes,
-        activations.scale,
-        activations.q_sum,
-        activations.u,
+        prepared.scale,
+        prepared.q_sum,
+        prepared.u,
         weights.packed.view(torch.int32),
         weights.scale,
         weights.low_rank_b,
@@ -210,12 +192,10 @@ def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[st
 
 
 def _launch_integer(
-    activations: Activations, weights: Weights, config: MatmulConfig, y: Tensor, pdl: int
+    prepared: QuantizedInput, weights: Weights, config: MatmulConfig, y: Tensor, pdl: int
 ) -> None:
-    layout, q = weights.layout, activations.q
+    layout, q = weights.layout, prepared.q
     m = y.shape[0]
-    if q is None:
-        raise BackendError(f"{config} takes int8 codes, found none")
     tiles = triton.cdiv(m, config.block_m) * (layout.rows // config.block_n)
     partial = counters = None
     if config.split > 1:
@@ -225,12 +205,12 @@ def _launch_integer(
         counters = weights.counters
         if counters is None:
             counters = torch.zeros(tiles, dtype=torch.int32, device=y.device)
-    rank, padded_rank = _rank(activations, weights)
+    rank, padded_rank = _rank(prepared, weights)
     integer_mma_kernel[(tiles, config.split)](
         q,
-        activations.scale,
-        activations.q_sum,
-        activations.u,
+        prepared.scale,
+        prepared.q_sum,
+        prepared.u,
         weights.packed,
         weights.scale,
         weights.low_rank_b,

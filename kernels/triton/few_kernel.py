@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from bwla_kernels.triton.fused_load import ADDS_AND_NORMS, NORMS, inverse_rms_of, raw_input, weigh
 from bwla_kernels.triton.pdl import PDL_EARLY, PDL_LATE
-from bwla_kernels.triton.rotate import INFINITY, ROUND, ROUND_BITS, UNSCALE
+from bwla_kernels.triton.rotate import UNSCALE
+from bwla_kernels.triton.rounding import INFINITY, magnitude, round_half_even
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
@@ -198,7 +199,7 @@ def quantize_block(
     for j in tl.static_range(8):
         at = column + j * (CHUNK // 8)
         value = tl.load(turned_ptr + at, mask=valid & (at < WIDTH), other=0.0, cache_modifier=".cg")
-        peaks = tl.maximum(peaks, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        peaks = tl.maximum(peaks, magnitude(value))
         values = values + (value,)
     peak = tl.max(peaks)
     step = tl.where(peak < INFINITY, peak.to(tl.float32, bitcast=True) * level, float("nan"))
@@ -212,7 +213,7 @@ def quantize_block(
     for j in tl.static_range(8):
         at = column + j * (CHUNK // 8)
         value = tl.minimum(tl.maximum(values[j] * inverse, -Q_MAX), Q_MAX)
-        code = (value + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
+        code = round_half_even(value)
         total += code
         tl.store(q_ptr + block * WIDTH + at, code.to(tl.int8), mask=valid & (at < WIDTH))
         if PLANES:

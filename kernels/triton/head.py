@@ -4,7 +4,6 @@ Triton is imported when a head first needs it: a machine without a GPU need not 
 """
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,10 +11,9 @@ import torch
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import head_reference
+from bwla_kernels.triton.gpu import can_run, gpu_properties
 from bwla_kernels.triton.launch import is_dependent
 from torch import Tensor
-
-MIN_CAPABILITY = (8, 0)
 
 MAX_COLUMNS = (1 << 17) - 1
 """Columns up to which the 32-bit sums of either half of the codes are exact: 2^17 products of at most 2^14."""
@@ -30,12 +28,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LIBRARY.define("head_triton(Tensor x, Tensor weight_int8, Tensor weight_scale) -> Tensor")
-
-
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability; the interpreter counts as a recent GPU."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @dataclass(frozen=True)
@@ -131,7 +123,7 @@ def head(
     y = x.new_empty(*x.shape[:-1], v)
     if not y.numel():
         return y
-    config = config or select_config(len(rows), _capability(x.device))
+    config = config or select_config(len(rows), gpu_properties(x.device).capability)
     codes, scale = quantize_tokens(rows if rows.stride(1) == 1 else rows.contiguous(), pdl)
     _multiply(codes, scale, weight_int8, weight_scale, y, config, pdl)
     return y
@@ -243,7 +235,7 @@ def self_check(
         -127, 128, generator=generator
     )
     weight_scale = torch.rand(CHECK_ROWS, generator=generator, dtype=single, device=cpu) + 0.5
-    for config in selectable(_capability(device)):
+    for config in selectable(gpu_properties(device).capability):
         tokens = config.block_m + 1
         x = torch.randn(tokens, columns, generator=generator, dtype=single, device=cpu).to(dtype)
         got = head(x.to(device), weight.to(device), weight_scale.to(device), config, pdl).cpu()
@@ -279,20 +271,10 @@ class TritonHead:
     name = "triton"
 
     def can_implement(self, spec: HeadSpec, device: torch.device) -> tuple[bool, str]:
-        """Heads on such a GPU, where Triton is installed."""
-        if device.type != "cuda":
-            return False, f"the Triton kernels run on an NVIDIA GPU, not on {device}"
+        """Return whether the kernels run on `device` and cover the head, and the reason."""
         if spec.in_features > MAX_COLUMNS:
             return False, f"sums over {spec.in_features} columns do not fit 32 bits"
-        if importlib.util.find_spec("triton") is None:
-            return False, "Triton is not installed: pip install triton"
-        if torch.version.hip is not None:
-            return False, "the Triton kernels are written for NVIDIA GPUs, found an AMD GPU"
-        capability = _capability(device)
-        if capability < MIN_CAPABILITY:
-            found, wanted = (".".join(map(str, pair)) for pair in (capability, MIN_CAPABILITY))
-            return False, f"the Triton kernels need compute capability {wanted} or newer, found {found}"
-        return True, f"Triton on compute capability {capability[0]}.{capability[1]}"
+        return can_run(device)
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
         """As stored (copied only where not contiguous); on a GPU, compile and check every kernel of this head.
@@ -309,7 +291,7 @@ class TritonHead:
             dtype = torch.get_default_dtype()
             _checked(weight.device, dtype, spec.in_features, is_dependent(weight.device))
             # The kernels depend on the divisibility of these sizes too: whatever the check has not compiled.
-            for config in selectable(_capability(weight.device)):
+            for config in selectable(gpu_properties(weight.device).capability):
                 self.apply(weight.new_zeros(config.block_m, spec.in_features, dtype=dtype), prepared, spec)
         return prepared
 

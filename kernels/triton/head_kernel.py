@@ -11,19 +11,11 @@ both, and up to eight tokens fill no more than the 16 columns of the smallest te
 import triton
 import triton.language as tl
 from bwla_kernels.head import Q_MAX
+from bwla_kernels.triton.rounding import INFINITY, magnitude, round_half_even
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _Q_MAX = tl.constexpr(Q_MAX)
 _STEP_OF_LARGEST = tl.constexpr(1.0 / Q_MAX)
-_ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest even integer
-_ROUND_BITS = tl.constexpr(0x4B400000)
-_INFINITY_BITS = tl.constexpr(0x7F800000)
-
-
-@triton.jit
-def _magnitude(value):
-    """|value| as an integer: magnitudes are in the same order, and NaN is the largest."""
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
@@ -31,9 +23,7 @@ def _store_codes(value, step, sound, high, low, at, inside):
     """Quantize float32 values and store both halves of their codes; zeros where the token is not `sound`."""
     # The division of IEEE 754, as in the definition: `/` is an approximation here.
     divisor = tl.where(sound, step, 1.0)
-    code = (tl.div_rn(value, tl.zeros_like(value) + divisor) + _ROUND).to(
-        tl.int32, bitcast=True
-    ) - _ROUND_BITS
+    code = round_half_even(tl.div_rn(value, tl.zeros_like(value) + divisor))
     # Beyond the range by more than rounding only where the step is a subnormal number.
     code = tl.where(sound, tl.minimum(tl.maximum(code, -_Q_MAX), _Q_MAX), 0)
     upper = (code + 128) >> 8
@@ -61,14 +51,14 @@ def head_quantize_kernel(
     high = codes + m.to(tl.int64) * K * 2
     if ONE_STEP:
         value = tl.load(row + at, mask=at < K, other=0.0).to(tl.float32)
-        peak = tl.max(_magnitude(value))
+        peak = tl.max(magnitude(value))
     else:
         peaks = tl.zeros([STEP], tl.int32)
         for start in range(0, K, STEP):
             value = tl.load(row + start + at, mask=at < K - start, other=0.0).to(tl.float32)
-            peaks = tl.maximum(peaks, _magnitude(value))
+            peaks = tl.maximum(peaks, magnitude(value))
         peak = tl.max(peaks)
-    finite = peak < _INFINITY_BITS
+    finite = peak < INFINITY
     step = tl.where(finite, peak.to(tl.float32, bitcast=True) * _STEP_OF_LARGEST, float("nan"))
     tl.store(scale + m, step)
     sound = finite & (step > 0)

@@ -37,7 +37,13 @@ FEW_REGISTERS = 255
 """Registers that a thread of the kernel for few tokens may have: left alone the assembler spills for more programs."""
 
 FEW_PIECE = 16
-"""Columns of a block that a program of the kernel for few tokens rotates: the least that a tensor core takes."""
+"""Columns of a rotation group that a program of the kernel for few tokens rotates: the least of a tensor core."""
+
+FILLS_GPU = 256
+"""Pairs of a token and a rotation group from which throughput counts more than the time of one."""
+
+U_TOKENS, U_STEP = 16, 128
+"""Tokens and columns a step of a program that projects: many programs, since each walks the whole width."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,41 @@ class FewConfig:
     num_warps: int
     slices: int
     step: int
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """How the kernel for many tokens cuts the columns on GPUs from `capability` on, for tiles up to a size.
+
+    Attributes:
+        capability: oldest compute capability.
+        rows, columns: largest padded n1 and n2.
+        piece, out_piece, max_registers: as in `InputConfig`.
+    """
+
+    capability: tuple[int, int]
+    rows: int
+    columns: int
+    piece: int
+    out_piece: int
+    max_registers: int | None
+
+    def covers(self, capability: tuple[int, int], rows: int, columns: int) -> bool:
+        """Return whether the entry is for a tile of `rows` x `columns` on a GPU."""
+        return capability >= self.capability and rows <= self.rows and columns <= self.columns
+
+
+PIECES = (
+    # Operands come from shared memory. On 10.x the assembler, left alone, may spill a register or two to fit one more
+    # program on a multiprocessor; so it may below 9.0.
+    _Pieces((10, 0), MAX_FACTOR, MAX_FACTOR, EQUAL, EQUAL, 255),
+    _Pieces((9, 0), MAX_FACTOR, MAX_FACTOR, EQUAL, EQUAL, None),
+    # Operands go through registers: the widest pieces that do not spill.
+    _Pieces((0, 0), MAX_FACTOR, 64, 64, 64, 255),
+    _Pieces((0, 0), 64, MAX_FACTOR, 64, 32, 255),
+    _Pieces((0, 0), MAX_FACTOR, MAX_FACTOR, 32, 64, 255),
+)
+"""The first entry that covers a tile is chosen; found with `compile_check`."""
 
 
 def padded_rows(n1: int) -> int:
@@ -147,28 +188,15 @@ def select_few(spec: LayerSpec) -> FewConfig:
 
 
 def select_many(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig:
-    """Choose the tiles where a program rotates whole blocks of one or several tokens."""
-    rows = padded_rows(spec.n1)
+    """Choose the tiles where a program rotates a whole rotation group of one or several tokens."""
+    rows, columns = padded_rows(spec.n1), right_columns(spec.n2)
     tokens = max(1, 64 // rows) if m * spec.rotation_groups > FILLS_GPU else 1
     warps = 8 if tokens * rows > 64 else 4
-    right = right_columns(spec.n2)
-    if capability >= (9, 0):  # operands come from shared memory
-        piece = out_piece = EQUAL
-    elif right <= 64:  # operands go through registers: the widest pieces that do not spill
-        piece = out_piece = 64
-    else:
-        piece, out_piece = (32, 64) if rows > 64 else (64, 32)
-    # Left alone the assembler may spill a register or two for one more program on a processor.
-    registers = None if capability[0] == 9 else 255
+    pieces = next(entry for entry in PIECES if entry.covers(capability, rows, columns))
     ranks = max(MIN_TILE, min(triton.next_power_of_2(max(spec.rank, 1)), 64))
-    return InputConfig(tokens, piece, out_piece, warps, registers, U_TOKENS, ranks, U_STEP)
-
-
-FILLS_GPU = 256
-"""Token blocks from which throughput counts more than the time of one."""
-
-U_TOKENS, U_STEP = 16, 128
-"""Tokens and columns a step of a program that projects: many programs, since each walks the whole width."""
+    return InputConfig(
+        tokens, pieces.piece, pieces.out_piece, warps, pieces.max_registers, U_TOKENS, ranks, U_STEP
+    )
 
 
 def launch_constants(

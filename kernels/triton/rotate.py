@@ -34,15 +34,13 @@ from bwla_kernels.triton.fused_load import (
     over_columns,
     raw_input,
 )
+from bwla_kernels.triton.rounding import INFINITY, magnitude, round_half_even
 
 ROTATION_EXPONENT = 6
 """Stored split rotations are 2^6 times the rotation: fp16's subnormals then lie far below what matters."""
 
 # Kernels may read module constants only as constexpr.
 UNSCALE = tl.constexpr(2.0 ** (-2 * ROTATION_EXPONENT))
-ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to the nearest even integer
-ROUND_BITS = tl.constexpr(0x4B400000)
-INFINITY = tl.constexpr(0x7F800000)
 
 
 # A value of each token is a scalar where a tile holds one token, else a vector that has it on all of the token's
@@ -81,11 +79,6 @@ def _power_of_two(exponent_field):
 
 
 @triton.jit
-def _magnitude(value):
-    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _split(value):
     """float32 -> fp16 hi and lo with hi + lo = value to 2^-24."""
     hi = value.to(tl.float16)
@@ -121,47 +114,27 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def rotate_role(
-    x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
-    q_ptr, scale_ptr, q_sum_ptr, residual_out_ptr,
-    m, x_stride, residual_stride, level, eps, program,
-    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr,
-    WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-    FUSE: tl.constexpr, SPLIT_X: tl.constexpr,
+def _load_inputs(
+    x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, out_at, out_row, row_ok, slot, first_column,
+    K: tl.constexpr, G: tl.constexpr, N2: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr,
+    TOKENS: tl.constexpr, FUSE: tl.constexpr,
 ):  # fmt: skip
-    WIDTH: tl.constexpr = N1 * N2
-    ROWS_EACH: tl.constexpr = ROWS // TOKENS
-    PIECES: tl.constexpr = len(WIDTHS)
-    OUT_PIECES: tl.constexpr = len(OUT_WIDTHS)
-    Q_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
+    """Load the columns of a tile in pieces, and store x + residual where it is fused.
 
-    tiles = tl.cdiv(m, TOKENS)
-    block = program // tiles  # neighbours share the rotation of a block in the caches
-    first = (program % tiles) * TOKENS
-    row = tl.arange(0, ROWS)
-    slot = row // ROWS_EACH
-    within = row % ROWS_EACH
-    row_ok = (within < N1) & (first + slot < m)
-    # 64-bit offsets go into the base pointers, so that those inside a tile take one register each.
-    start = first.to(tl.int64)
-    right_ptr += block * (2 * N2P * N2P)
-    x_ptr += start * x_stride
-    out_at = start * K + block * WIDTH
-    columns = (within * N2)[:, None]  # of the first element of each row, in the block
-    x_row = (slot * x_stride)[:, None] + columns
-    out_row = (slot * K)[:, None] + columns
-    residual_row = columns
-    if FUSE == ADDS_AND_NORMS:
-        residual_ptr += start * residual_stride
-        residual_row = (slot * residual_stride)[:, None] + columns
+    Args:
+        x_row, residual_row, out_row [ROWS, 1]: offsets of the rows' first elements; `out_at` is added to the last.
+        row_ok [ROWS]: which rows exist. slot [ROWS]: the token of each.
+        first_column: of the rotation group.
 
+    Returns: float32 [ROWS, WIDTHS[p]] for each piece p; the sum of squares of each token, where one rotation group
+        covers the row and a norm is fused, else 0.
+    """
     inputs = ()
     squares = 0.0
-    for p in tl.static_range(PIECES):
+    for p in tl.static_range(len(WIDTHS)):
         j = STARTS[p] + tl.arange(0, WIDTHS[p])[None, :]
         mask = row_ok[:, None] & (j < N2)
-        at = block * WIDTH + j
+        at = first_column + j
         value = raw_input(x_ptr, residual_ptr, x_row + at, residual_row + at, mask, K, FUSE)
         if FUSE == ADDS_AND_NORMS:
             rounded = value.to(residual_out_ptr.dtype.element_ty)
@@ -169,50 +142,53 @@ def rotate_role(
         if FUSE >= NORMS and G == 1:
             squares += token_sum(value * value, slot, TOKENS)
         inputs = inputs + (value,)  # noqa: RUF005
+    return inputs, squares
 
-    left_at = left_ptr + block * (2 * ROWS_EACH * ROWS_EACH) + within[:, None] * ROWS_EACH + within[None, :]
+
+@triton.jit
+def _load_left(left_ptr, within, slot, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Load both halves of a group's L^T, fp16 [ROWS, ROWS], repeated on the diagonal for each token of the tile."""
+    ROWS_EACH: tl.constexpr = ROWS // TOKENS
+    left_at = left_ptr + within[:, None] * ROWS_EACH + within[None, :]
     if TOKENS == 1:
-        left_hi = tl.load(left_at)
-        left_lo = tl.load(left_at + ROWS_EACH * ROWS_EACH)
-    else:
-        same = slot[:, None] == (tl.arange(0, ROWS) // ROWS_EACH)[None, :]
-        left_hi = tl.load(left_at, mask=same, other=0.0)
-        left_lo = tl.load(left_at + ROWS_EACH * ROWS_EACH, mask=same, other=0.0)
+        return tl.load(left_at), tl.load(left_at + ROWS_EACH * ROWS_EACH)
+    same = slot[:, None] == (tl.arange(0, ROWS) // ROWS_EACH)[None, :]
+    return (
+        tl.load(left_at, mask=same, other=0.0),
+        tl.load(left_at + ROWS_EACH * ROWS_EACH, mask=same, other=0.0),
+    )
 
-    if FUSE >= NORMS:
-        if G == 1:
-            inverse_rms = tl.rsqrt(squares / K + eps)
-        else:
-            inverse_rms = inverse_rms_of(
-                x_ptr, residual_ptr, x_stride, residual_stride, m - first, eps, TOKENS, K, FUSE
-            )  # fmt: skip
-            if TOKENS > 1:
-                per_token = inverse_rms
-                inverse_rms = tl.zeros([ROWS], tl.float32)
-                for t in tl.static_range(TOKENS):
-                    one = tl.sum(tl.where(tl.arange(0, TOKENS) == t, per_token, 0.0))
-                    inverse_rms = tl.where(slot == t, one, inverse_rms)
-        inverse_rms = over_columns(inverse_rms, TOKENS)
-        normed = ()
-        for p in tl.static_range(PIECES):
-            j = STARTS[p] + tl.arange(0, WIDTHS[p])[None, :]
-            mask = row_ok[:, None] & (j < N2)
-            value = apply_norm(
-                x_ptr, norm_weight_ptr, inputs[p], inverse_rms, block * WIDTH + columns + j, mask
-            )  # fmt: skip
-            normed = normed + (value,)  # noqa: RUF005
-        inputs = normed
 
-    # Magnitudes are compared as integers: there NaN is the largest and cannot get lost.
-    peak = token_max(_magnitude(inputs[0]), slot, TOKENS)
-    for p in tl.static_range(1, PIECES):
-        peak = tl.maximum(peak, token_max(_magnitude(inputs[p]), slot, TOKENS))
-    # 2^(4 - exponent of peak), kept where both it and its inverse are normal numbers.
-    field = tl.minimum(258 - (peak >> 23), 253)
-    grow = over_columns(_power_of_two(field), TOKENS)
-    finite = peak < INFINITY
-    finite_row = over_columns(finite, TOKENS)
+@triton.jit
+def _per_row(per_token, slot, ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    """Spread a value of each token, [TOKENS], over the token's rows: [ROWS]."""
+    result = tl.zeros([ROWS], tl.float32)
+    for t in tl.static_range(TOKENS):
+        one = tl.sum(tl.where(tl.arange(0, TOKENS) == t, per_token, 0.0))
+        result = tl.where(slot == t, one, result)
+    return result
 
+
+@triton.jit
+def _normalize(
+    x_ptr, norm_weight_ptr, inputs, inverse_rms, row_ok, columns,
+    N2: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr,
+):  # fmt: skip
+    """Apply the norm to each piece; `columns` [ROWS, 1] are the rows' first columns in the input."""
+    normed = ()
+    for p in tl.static_range(len(WIDTHS)):
+        j = STARTS[p] + tl.arange(0, WIDTHS[p])[None, :]
+        mask = row_ok[:, None] & (j < N2)
+        value = apply_norm(x_ptr, norm_weight_ptr, inputs[p], inverse_rms, columns + j, mask)
+        normed = normed + (value,)  # noqa: RUF005
+    return normed
+
+
+@triton.jit
+def _turn_left(
+    inputs, grow, finite_row, left_hi, left_lo, PIECES: tl.constexpr, TOKENS: tl.constexpr, SPLIT_X: tl.constexpr
+):  # fmt: skip
+    """Compute L^T X of each piece, scaled by `grow`: its fp16 high parts, then its low parts."""
     turned_hi = ()
     turned_lo = ()
     for p in tl.static_range(PIECES):
@@ -226,12 +202,22 @@ def rotate_role(
         hi, lo = _split(tl.dot(left_hi, x_hi, turned))
         turned_hi = turned_hi + (hi,)  # noqa: RUF005
         turned_lo = turned_lo + (lo,)  # noqa: RUF005
+    return turned_hi, turned_lo
 
+
+@triton.jit
+def _turn_right(
+    turned_hi, turned_lo, right_ptr, column_scale_ptr, first_column, columns, row_ok, slot,
+    N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr, WIDTHS: tl.constexpr,
+    OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Compute (L^T X) R times the column scale: float32 [ROWS, OUT_WIDTHS[p]] of each piece, and each token's largest
+    magnitude in it, as bits."""
     outputs = ()
     peaks = ()
-    for p in tl.static_range(OUT_PIECES):
+    for p in tl.static_range(len(OUT_WIDTHS)):
         acc = _zeros(ROWS, OUT_WIDTHS[p])
-        for s in tl.static_range(PIECES):
+        for s in tl.static_range(len(WIDTHS)):
             pair = _load_right(right_ptr, STARTS[s], WIDTHS[s], OUT_STARTS[p], OUT_WIDTHS[p], N2P)
             right_hi = pair[0]
             right_lo = pair[1]
@@ -240,9 +226,123 @@ def rotate_role(
             acc = tl.dot(turned_hi[s], right_hi, acc)
         j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
         mask = row_ok[:, None] & (j < N2)
-        acc *= tl.load(column_scale_ptr + block * WIDTH + columns + j, mask=mask, other=0.0)
+        acc *= tl.load(column_scale_ptr + first_column + columns + j, mask=mask, other=0.0)
         outputs = outputs + (acc,)  # noqa: RUF005
-        peaks = peaks + (token_max(_magnitude(acc), slot, TOKENS),)  # noqa: RUF005
+        peaks = peaks + (token_max(magnitude(acc), slot, TOKENS),)  # noqa: RUF005
+    return outputs, peaks
+
+
+@triton.jit
+def _store_codes(
+    outputs, inverse, q_ptr, out_at, out_row, row_ok, slot,
+    N2: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr, TOKENS: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Quantize and store each piece; return the sum of each token's codes.
+
+    `out_row` [ROWS, 1] plus `out_at` are the offsets of the rows' first codes.
+    """
+    Q_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
+    total = 0
+    for p in tl.static_range(len(OUT_WIDTHS)):
+        j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
+        mask = row_ok[:, None] & (j < N2)
+        value = tl.minimum(tl.maximum(outputs[p] * inverse, -Q_MAX), Q_MAX)
+        code = round_half_even(value)
+        total += token_sum(code, slot, TOKENS)
+        tl.store(q_ptr + out_at + out_row + j, code.to(tl.int8), mask=mask)
+    return total
+
+
+@triton.jit
+def rotate_role(
+    x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr,
+    q_ptr, scale_ptr, q_sum_ptr, residual_out_ptr,
+    m, x_stride, residual_stride, level, eps, program,
+    K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, STARTS: tl.constexpr,
+    WIDTHS: tl.constexpr, OUT_STARTS: tl.constexpr, OUT_WIDTHS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
+    FUSE: tl.constexpr, SPLIT_X: tl.constexpr,
+):  # fmt: skip
+    """Rotate, scale and quantize one rotation group of TOKENS tokens.
+
+    Args (arrays are row-major and contiguous unless a stride is named):
+        x_ptr: [m, K] bf16, fp16 or fp32 with row stride `x_stride`; [m, 2 K] where SiLU * mul is fused.
+        residual_ptr: [m, K] in the dtype of x with row stride `residual_stride`; norm_weight_ptr: [K]. Both are read
+            only where FUSE says so.
+        left_ptr: fp16 [G, 2, ROWS / TOKENS, ROWS / TOKENS], high and low parts of 2^6 L^T.
+        right_ptr: fp16 [G, 2, N2P, N2P], of 2^6 R. column_scale_ptr: fp32 [K].
+        q_ptr: int8 [m, K], scale_ptr: fp32 [m, G], q_sum_ptr: int32 [m, G], residual_out_ptr: [m, K] in the dtype of
+            x; all written.
+        m: tokens. level: clip / q_max. eps: of the norm.
+        program: index among the G * ceil(m / TOKENS) programs of this role.
+        K: columns. G: rotation groups. N1, N2: orders of the rotation's factors, K = G N1 N2. N2P: N2 padded to a
+            multiple of 16.
+        STARTS, WIDTHS: first columns and widths of the pieces of X and L^T X; OUT_STARTS, OUT_WIDTHS: of
+            (L^T X) R. Widths are powers of two.
+        TOKENS: tokens of a tile, a power of two. ROWS: rows of a tile, TOKENS times N1 padded.
+        BITS: of a code, 2 to 8.
+        FUSE: what is fused into the load (see `fused_load`).
+        SPLIT_X: whether x is float32 and so takes two fp16 numbers.
+    """
+    WIDTH: tl.constexpr = N1 * N2
+    ROWS_EACH: tl.constexpr = ROWS // TOKENS
+    PIECES: tl.constexpr = len(WIDTHS)
+    OUT_PIECES: tl.constexpr = len(OUT_WIDTHS)
+
+    tiles = tl.cdiv(m, TOKENS)
+    group = program // tiles  # neighbours share the rotation of a group in the caches
+    first = (program % tiles) * TOKENS
+    row = tl.arange(0, ROWS)
+    slot = row // ROWS_EACH
+    within = row % ROWS_EACH
+    row_ok = (within < N1) & (first + slot < m)
+    # 64-bit offsets go into the base pointers, so that those inside a tile take one register each.
+    start = first.to(tl.int64)
+    right_ptr += group * (2 * N2P * N2P)
+    x_ptr += start * x_stride
+    out_at = start * K + group * WIDTH
+    columns = (within * N2)[:, None]  # of the first element of each row, in the group
+    x_row = (slot * x_stride)[:, None] + columns
+    out_row = (slot * K)[:, None] + columns
+    residual_row = columns
+    if FUSE == ADDS_AND_NORMS:
+        residual_ptr += start * residual_stride
+        residual_row = (slot * residual_stride)[:, None] + columns
+
+    inputs, squares = _load_inputs(
+        x_ptr, residual_ptr, residual_out_ptr, x_row, residual_row, out_at, out_row, row_ok, slot, group * WIDTH,
+        K, G, N2, STARTS, WIDTHS, TOKENS, FUSE,
+    )  # fmt: skip
+    left_hi, left_lo = _load_left(left_ptr + group * (2 * ROWS_EACH * ROWS_EACH), within, slot, ROWS, TOKENS)
+    if FUSE >= NORMS:
+        if G == 1:
+            inverse_rms = tl.rsqrt(squares / K + eps)
+        else:
+            inverse_rms = inverse_rms_of(
+                x_ptr, residual_ptr, x_stride, residual_stride, m - first, eps, TOKENS, K, FUSE
+            )  # fmt: skip
+            if TOKENS > 1:
+                inverse_rms = _per_row(inverse_rms, slot, ROWS, TOKENS)
+        inverse_rms = over_columns(inverse_rms, TOKENS)
+        inputs = _normalize(
+            x_ptr, norm_weight_ptr, inputs, inverse_rms, row_ok, group * WIDTH + columns, N2, STARTS, WIDTHS
+        )  # fmt: skip
+
+    # Magnitudes are compared as integers: there NaN is the largest and cannot get lost.
+    peak = token_max(magnitude(inputs[0]), slot, TOKENS)
+    for p in tl.static_range(1, PIECES):
+        peak = tl.maximum(peak, token_max(magnitude(inputs[p]), slot, TOKENS))
+    # 2^(4 - exponent of peak), kept where both it and its inverse are normal numbers.
+    field = tl.minimum(258 - (peak >> 23), 253)
+    grow = over_columns(_power_of_two(field), TOKENS)
+    finite = peak < INFINITY
+    finite_row = over_columns(finite, TOKENS)
+
+    turned_hi, turned_lo = _turn_left(inputs, grow, finite_row, left_hi, left_lo, PIECES, TOKENS, SPLIT_X)
+    outputs, peaks = _turn_right(
+        turned_hi, turned_lo, right_ptr, column_scale_ptr, group * WIDTH, columns, row_ok, slot,
+        N2, N2P, STARTS, WIDTHS, OUT_STARTS, OUT_WIDTHS, TOKENS, ROWS,
+    )  # fmt: skip
 
     peak = peaks[0]
     for p in tl.static_range(1, OUT_PIECES):
@@ -251,19 +351,13 @@ def rotate_role(
     inverse = over_columns(tl.where(step > 0.0, 1.0 / step, 0.0), TOKENS)
     scale = step * (_power_of_two(254 - field) * UNSCALE)
     if TOKENS == 1:
-        tl.store(scale_ptr + start * G + block, scale)
+        tl.store(scale_ptr + start * G + group, scale)
     else:
-        tl.store(scale_ptr + start * G + block + slot * G, scale, mask=row_ok & (within == 0))
-
-    total = 0
-    for p in tl.static_range(OUT_PIECES):
-        j = OUT_STARTS[p] + tl.arange(0, OUT_WIDTHS[p])[None, :]
-        mask = row_ok[:, None] & (j < N2)
-        value = tl.minimum(tl.maximum(outputs[p] * inverse, -Q_MAX), Q_MAX)
-        code = (value + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
-        total += token_sum(code, slot, TOKENS)
-        tl.store(q_ptr + out_at + out_row + j, code.to(tl.int8), mask=mask)
+        tl.store(scale_ptr + start * G + group + slot * G, scale, mask=row_ok & (within == 0))
+    total = _store_codes(
+        outputs, inverse, q_ptr, out_at, out_row, row_ok, slot, N2, OUT_STARTS, OUT_WIDTHS, TOKENS, BITS
+    )  # fmt: skip
     if TOKENS == 1:
-        tl.store(q_sum_ptr + start * G + block, total)
+        tl.store(q_sum_ptr + start * G + group, total)
     else:
-        tl.store(q_sum_ptr + start * G + block + slot * G, total, mask=row_ok & (within == 0))
+        tl.store(q_sum_ptr + start * G + group + slot * G, total, mask=row_ok & (within == 0))

@@ -17,10 +17,10 @@ from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR, RANK_STEP
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import ROTATION_DTYPE
-from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Activations, Weights, binary_matmul
+from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Weights, binary_matmul
 from bwla_kernels.triton.layout import chunk_layout, pack_planes, repack_weights, unpack_weights
 from bwla_kernels.triton.prepare_config import FewConfig, InputConfig
-from bwla_kernels.triton.prepare_input import PreparedInput, prepare_input, split_rotations
+from bwla_kernels.triton.prepare_input import FusedInput, QuantizedInput, prepare_input, split_rotations
 from bwla_kernels.triton.tuning import INTEGER, MatmulConfig
 from torch import Tensor
 
@@ -118,7 +118,7 @@ def check_matmul(
         bias = draw.integers(-8, 8, rows).to(bias_dtype)
         want += bias.double()
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
-    activations = Activations(
+    prepared = QuantizedInput(
         q.to(device),
         scale.to(device),
         q_sum.to(device),
@@ -129,7 +129,7 @@ def check_matmul(
         packed.to(device), alpha.to(device), _there(low_b, device), _there(bias, device), counters, layout
     )
     with _compiled(name, device):
-        y = binary_matmul(activations, weights, spec.bits, config, dtype, dependent_launch).cpu()
+        y = binary_matmul(prepared, weights, spec.bits, config, dtype, dependent_launch).cpu()
     if not torch.equal(y, want.to(dtype)):
         worst = (y.double() - want).abs().max().item()
         _fail(name, f"products (largest error {worst:g})", device)
@@ -193,14 +193,13 @@ def check_input(
             spec,
             planes=planes,
             chunk=layout.chunk,
-            norm_weight=_there(drawn.norm_weight, device),
-            eps=EPS,
-            residual=_there(drawn.residual, device),
-            silu_mul=fused == SILU_MUL,
+            fused=FusedInput(
+                _there(drawn.norm_weight, device), EPS, _there(drawn.residual, device), fused == SILU_MUL
+            ),
             config=config,
             dependent_launch=dependent_launch,
         )
-        found = PreparedInput(
+        found = QuantizedInput(
             prepared.q.cpu(),
             prepared.scale.cpu(),
             prepared.q_sum.cpu(),
@@ -269,7 +268,7 @@ def draw_input(
 
 
 def input_problem(
-    found: PreparedInput, drawn: DrawnInput, tensors: Mapping[str, Tensor], spec: LayerSpec
+    found: QuantizedInput, drawn: DrawnInput, tensors: Mapping[str, Tensor], spec: LayerSpec
 ) -> str | None:
     """Say which output of the input kernel is wrong, all tensors on the CPU; None where none is."""
     x, blocks = drawn.plain, spec.rotation_groups

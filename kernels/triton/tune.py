@@ -23,9 +23,10 @@ import torch
 import triton
 from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR
-from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Activations, Weights, binary_matmul
+from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Weights, binary_matmul
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
 from bwla_kernels.triton.prepare_config import PLANES_MAX_TOKENS
+from bwla_kernels.triton.prepare_input import QuantizedInput
 from bwla_kernels.triton.tuning import (
     BINARY,
     BINARY_MAX_TOKENS,
@@ -70,14 +71,14 @@ class Problem:
     """What the candidates are given.
 
     Attributes:
-        activations: m random tokens.
+        prepared: m random tokens.
         weights: copies of random weights that no cache holds together.
         tokens, rows: indices of the sampled outputs.
         expected: float64 [tokens, rows].
         dtype: of the output.
     """
 
-    activations: Activations
+    prepared: QuantizedInput
     weights: list[Weights]
     tokens: Tensor
     rows: Tensor
@@ -224,7 +225,7 @@ def draw(
     sums = torch.einsum("mgk,ngk->mng", codes, signs)
     expected = (sums * scale[tokens].double().unsqueeze(1)).sum(-1) * alpha[rows].double()
     expected += u[tokens].double() @ low_b[rows].double().t()
-    return Problem(Activations(q, scale, q_sum, u, planes), weights, tokens, rows, expected, dtype)
+    return Problem(QuantizedInput(q, scale, q_sum, u, planes), weights, tokens, rows, expected, dtype)
 
 
 def _ends(count: int, device: torch.device) -> Tensor:
@@ -235,13 +236,13 @@ def _ends(count: int, device: torch.device) -> Tensor:
 
 def microseconds(problem: Problem, config: MatmulConfig) -> float:
     """Time of one call with cold weights, launches in a CUDA graph; the best of three rounds."""
-    activations, weights = problem.activations, problem.weights
-    binary_matmul(activations, weights[0], BITS, config, problem.dtype)
+    prepared, weights = problem.prepared, problem.weights
+    binary_matmul(prepared, weights[0], BITS, config, problem.dtype)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for copy in weights:
-            binary_matmul(activations, copy, BITS, config, problem.dtype)
+            binary_matmul(prepared, copy, BITS, config, problem.dtype)
     best = float("inf")
     for _ in range(3):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -259,7 +260,7 @@ def try_config(
 ) -> Finding:
     """Check a configuration, then time it; whatever it raises is in the finding."""
     try:
-        y = binary_matmul(problem.activations, problem.weights[0], BITS, config, problem.dtype)
+        y = binary_matmul(problem.prepared, problem.weights[0], BITS, config, problem.dtype)
         error = (y[problem.tokens][:, problem.rows].double() - problem.expected).abs()
         magnitude = problem.expected.abs()
         allowed = LARGEST_ERROR * magnitude.max() + torch.finfo(problem.dtype).eps * magnitude

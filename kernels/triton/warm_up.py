@@ -13,42 +13,41 @@ from collections.abc import Mapping
 import torch
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import launch, self_check
-from bwla_kernels.triton.binary_matmul import Activations, binary_matmul, weights_from_tensors
 from bwla_kernels.triton.launch import is_dependent
+from bwla_kernels.triton.layer import run_layer
 from bwla_kernels.triton.layout import chunk_layout
 from bwla_kernels.triton.prepare_config import FewConfig, InputConfig
 from bwla_kernels.triton.prepare_config import select_config as select_input
-from bwla_kernels.triton.prepare_input import prepare_input
+from bwla_kernels.triton.prepare_input import FusedInput
 from bwla_kernels.triton.tuning import BINARY, MatmulConfig, select_config
 from torch import Tensor
 
 TOKENS = (*range(1, 513), *(m + i for m in range(512, 1 << 15, 64) for i in (1, 64)))
 """Numbers of tokens among which every configuration occurs: from 512 on, the matmul's choice changes at multiples of
-64 only, and the input kernel's at most once, to a configuration that stays."""
+64 only, and the input kernel's at most once, to a configuration that is kept from there on."""
 
 FEW_TOKENS = 8
 """Most tokens that a warm-up runs."""
+
+_done: set[tuple[object, ...]] = set()
+"""Kinds of layers that are compiled and checked."""
 
 
 @functools.lru_cache(maxsize=256)
 def configs(
     spec: LayerSpec, capability: tuple[int, int], multiprocessors: int
 ) -> Mapping[tuple[MatmulConfig, InputConfig | FewConfig], int]:
-    """Every pair of configurations that a layer can run with, and the fewest tokens that select it."""
+    """Return every pair of configurations that a layer can run with, and the fewest tokens that select it."""
     layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
-    found: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
+    fewest: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
     for m in TOKENS:
         matmul = select_config(
             *(spec.out_features, spec.in_features, spec.rotation_groups, layout.chunk, m, spec.bits),
             capability,
             multiprocessors,
         )
-        found.setdefault((matmul, select_input(spec, m, capability)), m)
-    return found
-
-
-_done: set[tuple[object, ...]] = set()
-"""Kinds of layers that are compiled and right."""
+        fewest.setdefault((matmul, select_input(spec, m, capability)), m)
+    return fewest
 
 
 def warm_up(
@@ -64,8 +63,8 @@ def warm_up(
 
     Args:
         spec: the layer.
-        tensors: what `TritonBackend.prepare` makes of it.
-        dtype: of the activations to come.
+        tensors: the repacked layer, from `TritonBackend.prepare`.
+        dtype: of the activations.
         capability: of the GPU.
         multiprocessors: of the GPU.
         fused: what is fused into the load of the input: "", "norm", "add+norm" or "silu*mul".
@@ -87,37 +86,9 @@ def warm_up(
             self_check.input_spec(spec), config, tokens, planes, dtype, fused, norm_dtype, device, pdl
         )
         self_check.check_matmul(self_check.matmul_spec(spec), matmul, dtype, bias_dtype, device, pdl)
-        _run(spec, tensors, dtype, matmul, config, min(m, FEW_TOKENS), fused, norm_weight)
+        columns = spec.in_features * (2 if fused == self_check.SILU_MUL else 1)
+        x = torch.zeros(min(m, FEW_TOKENS), columns, dtype=dtype, device=device)
+        residual = torch.zeros_like(x) if fused == self_check.ADD_NORM else None
+        fused_input = FusedInput(norm_weight, 1.0, residual, fused == self_check.SILU_MUL)
+        run_layer(x, tensors, spec, fused_input, matmul, config)
     _done.add(kind)
-
-
-def _run(
-    spec: LayerSpec,
-    tensors: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    matmul: MatmulConfig,
-    config: InputConfig | FewConfig,
-    m: int,
-    fused: str,
-    norm_weight: Tensor | None,
-) -> None:
-    """Run the layer on m tokens, with these configurations: the launches of a request, as `backend` makes them."""
-    weights = weights_from_tensors(tensors, spec)
-    columns = spec.in_features * (2 if fused == self_check.SILU_MUL else 1)
-    x = torch.zeros(m, columns, dtype=dtype, device=weights.scale.device)
-    pdl = is_dependent(x.device)
-    prepared = prepare_input(
-        x,
-        tensors,
-        spec,
-        planes=matmul.kernel == BINARY,
-        chunk=weights.layout.chunk,
-        norm_weight=norm_weight,
-        eps=1.0,
-        residual=torch.zeros_like(x) if fused == self_check.ADD_NORM else None,
-        silu_mul=fused == self_check.SILU_MUL,
-        config=config,
-        dependent_launch=pdl,
-    )
-    activations = Activations(prepared.q, prepared.scale, prepared.q_sum, prepared.u, prepared.planes)
-    binary_matmul(activations, weights, spec.bits, matmul, dtype, pdl)

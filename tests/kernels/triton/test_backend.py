@@ -5,7 +5,7 @@ import torch
 from bwla_kernels import ops, reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton import backend as triton_backend
+from bwla_kernels.triton import gpu as triton_gpu
 from bwla_kernels.triton.backend import TritonBackend
 from bwla_kernels.triton.layout import chunk_layout
 from bwla_kernels.triton.prepare_input import select_config as select_input
@@ -62,14 +62,14 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     able, reason = TritonBackend().can_implement(spec, torch.device("cpu"))
     assert not able
     assert "NVIDIA GPU" in reason
-    monkeypatch.setattr(triton_backend, "_properties", lambda device: ((7, 5), 40))
+    monkeypatch.setattr(triton_gpu, "gpu_properties", lambda device: triton_gpu.GpuProperties((7, 5), 40))
     with pytest.raises(BackendError, match=r"need compute capability 8\.0 or newer, found 7\.5"):
         ops.select_backend(spec, gpu, "triton")
-    monkeypatch.setattr(triton_backend, "_properties", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(triton_gpu, "gpu_properties", lambda device: triton_gpu.INTERPRETER)
     assert TritonBackend().can_implement(spec, gpu)[0]
     weight_only = LayerSpec(40, 256, 1, 16, 16, bits=16)
     assert "quantized activations" in TritonBackend().can_implement(weight_only, gpu)[1]
-    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in TritonBackend().can_implement(spec, gpu)[1]
 
 

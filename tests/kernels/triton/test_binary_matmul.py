@@ -9,7 +9,6 @@ from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec, pack_signs
 from bwla_kernels.triton.binary_matmul import (
-    Activations,
     Weights,
     binary_matmul,
     prepare_weights,
@@ -17,6 +16,7 @@ from bwla_kernels.triton.binary_matmul import (
 )
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.layout import chunk_layout, pack_planes, repack_weights
+from bwla_kernels.triton.prepare_input import QuantizedInput
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig, select_config
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class Problem:
 class Drawn:
     """A drawn problem, its exact result (float64 [M, N]) and the magnitude of what was added up for it."""
 
-    activations: Activations
+    prepared: QuantizedInput
     weights: Weights
     want: Tensor
     size: Tensor
@@ -84,14 +84,14 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
         torch.zeros(64, dtype=torch.int32, device=device),
         layout,
     )
-    activations = Activations(
+    prepared = QuantizedInput(
         q.to(device),
         scale.to(device),
         q_sum.to(device),
         None if u is None else u.to(device),
         planes.to(device),
     )
-    return Drawn(activations, weights, want.to(device), size.to(device))
+    return Drawn(prepared, weights, want.to(device), size.to(device))
 
 
 def check(
@@ -99,7 +99,7 @@ def check(
 ) -> None:
     """Run one configuration and compare: integers exactly, else to float32 sums and one rounding of the output."""
     drawn = draw(problem, device, seed)
-    y = binary_matmul(drawn.activations, drawn.weights, problem.bits, config, dtype)
+    y = binary_matmul(drawn.prepared, drawn.weights, problem.bits, config, dtype)
     assert y.dtype == dtype
     assert y.shape == (problem.m, problem.n)
     counters = drawn.weights.counters
@@ -225,16 +225,16 @@ def test_many_tiles_of_tokens_and_rows(device: torch.device) -> None:
 @pytest.mark.parametrize("config", [binary(1), integer(16)], ids=str)
 def test_no_tokens(config: MatmulConfig, device: torch.device) -> None:
     drawn = draw(Problem(0, 20, 1, 256), device)
-    y = binary_matmul(drawn.activations, drawn.weights, 6, config, torch.float16)
+    y = binary_matmul(drawn.prepared, drawn.weights, 6, config, torch.float16)
     assert y.shape == (0, 20)
 
 
 def test_a_stored_layer(make_layer, device: torch.device) -> None:  # type: ignore[no-untyped-def]
-    """The stored weight side, prepared as a backend would, against the reference."""
+    """The stored weights, prepared as a backend would, against the reference."""
     spec = LayerSpec(72, 512, 2, 16, 16, rank=3, bias=True)
     tensors = make_layer(spec, 1)
-    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))
-    prepared = reference.prepare_input(x, tensors, spec)
+    source = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))
+    prepared = reference.prepare_input(source, tensors, spec)
     want = reference.binary_matmul(prepared, tensors, spec)
     q_sum = prepared.q.unflatten(1, (2, 256)).sum(-1, dtype=torch.int32)
     stored = {name: tensor.to(device) for name, tensor in tensors.items()}
@@ -242,18 +242,18 @@ def test_a_stored_layer(make_layer, device: torch.device) -> None:  # type: igno
     u = prepared.u
     assert u is not None
     planes = pack_planes(prepared.q, spec.bits, weights.layout)
-    activations = Activations(*(part.to(device) for part in (prepared.q, prepared.scale, q_sum, u, planes)))
+    x = QuantizedInput(*(part.to(device) for part in (prepared.q, prepared.scale, q_sum, u, planes)))
     for config in (binary(4), integer(16)):
-        y = binary_matmul(activations, weights, spec.bits, config, torch.float32)
+        y = binary_matmul(x, weights, spec.bits, config, torch.float32)
         torch.testing.assert_close(y.cpu(), want, rtol=1e-5, atol=1e-4)
 
 
 def test_refuses_what_a_configuration_cannot_do(device: torch.device) -> None:
     drawn = draw(Problem(3, 20, 1, 256), device)
     with pytest.raises(BackendError, match="at most 2 tokens, found 3 tokens"):
-        binary_matmul(drawn.activations, drawn.weights, 6, binary(2), torch.float16)
+        binary_matmul(drawn.prepared, drawn.weights, 6, binary(2), torch.float16)
     with pytest.raises(BackendError, match="expected kernel binary or integer, found other"):
-        binary_matmul(drawn.activations, drawn.weights, 6, MatmulConfig("other", 1, 16, 1), torch.float16)
+        binary_matmul(drawn.prepared, drawn.weights, 6, MatmulConfig("other", 1, 16, 1), torch.float16)
 
 
 @pytest.mark.gpu

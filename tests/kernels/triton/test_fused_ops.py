@@ -92,7 +92,7 @@ def test_the_first_call_compiles_for_later_ones(
     calls = []
     monkeypatch.setattr(warm_up, "warm_up", lambda *given, **named: calls.append((given, named)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(backend, "_properties", lambda device: ((9, 0), 132))
+    monkeypatch.setattr(backend, "gpu_properties", lambda device: ((9, 0), 132))
     backend._warm_up_fused(fused, x, rest, weight)
     (((given_spec, tensors, dtype, capability, multiprocessors), named),) = calls
     assert (given_spec, dtype, capability, multiprocessors) == (spec, torch.float16, (9, 0), 132)

@@ -7,6 +7,7 @@ import torch
 from bwla_kernels import head, ops
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format.head import HeadSpec
+from bwla_kernels.triton import gpu as triton_gpu
 from bwla_kernels.triton import head as triton_head
 from bwla_kernels.triton.head import CONFIGS, HeadConfig, TritonHead, select_config
 from torch import Tensor
@@ -169,12 +170,12 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     able, reason = TritonHead().can_implement(spec, torch.device("cpu"))
     assert not able
     assert "NVIDIA GPU" in reason
-    monkeypatch.setattr(triton_head, "_capability", lambda device: (7, 5))
+    monkeypatch.setattr(triton_gpu, "gpu_properties", lambda device: triton_gpu.GpuProperties((7, 5), 40))
     with pytest.raises(BackendError, match=r"need compute capability 8\.0 or newer, found 7\.5"):
         ops.select_head_backend(spec, gpu, "triton")
-    monkeypatch.setattr(triton_head, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_gpu, "gpu_properties", lambda device: triton_gpu.INTERPRETER)
     assert ops.select_head_backend(spec, gpu)[0].name == "triton"
-    monkeypatch.setattr(triton_head.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in TritonHead().can_implement(spec, gpu)[1]
     assert ops.select_head_backend(spec, gpu)[0].name == "torch"
 

@@ -18,7 +18,7 @@ from bwla_kernels.triton.prepare_config import (
     select_few,
     select_many,
 )
-from bwla_kernels.triton.prepare_input import prepare_input
+from bwla_kernels.triton.prepare_input import FusedInput, prepare_input
 from input_side import assert_close_to, make_input, make_layer, make_spec, planes_by_definition
 
 TENSOR_CORES = torch.cuda.is_available()
@@ -222,10 +222,10 @@ def test_refuses_what_it_cannot_do(device: torch.device) -> None:
         prepare_input(torch.empty(256, 5, device=device).t(), tensors, spec)
     with pytest.raises(BackendError, match="at most 8 tokens"):
         prepare_input(make_input(9, 256, torch.float16, device), tensors, spec, planes=True)
-    with pytest.raises(BackendError, match="kernel for few tokens alone"):
+    with pytest.raises(BackendError, match="only the kernel for few tokens"):
         prepare_input(x, tensors, spec, planes=True, config=select_many(spec, 5, (9, 0)))
     with pytest.raises(BackendError, match="needs norm_weight"):
-        prepare_input(x, tensors, spec, residual=x)
+        prepare_input(x, tensors, spec, fused=FusedInput(residual=x))
     with pytest.raises(BackendError, match="left_split: expected contiguous"):
         prepare_input(x, {**tensors, "left_split": tensors["rotation_left"]}, spec)
     with pytest.raises(BackendError, match="found 2 x 192"):

@@ -9,6 +9,7 @@ from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import self_check
 from bwla_kernels.triton.prepare_config import select_config
+from bwla_kernels.triton.prepare_input import FusedInput
 from bwla_kernels.triton.self_check import (
     ADD_NORM,
     NORM,
@@ -164,7 +165,7 @@ def test_a_wrong_input_kernel_is_named(
         (NORM, {"eps": 0.0}),
         (NORM, {"norm_weight": torch.ones(320, dtype=torch.float16)}),
         (ADD_NORM, {"residual": torch.zeros(2, 320, dtype=torch.float16)}),
-        (PLAIN, {"config": None, "scale": 1.01}),
+        (PLAIN, {"scale": 1.01}),
     ],
     ids=str,
 )
@@ -178,8 +179,8 @@ def test_a_wrong_fused_load_is_seen(
         key: part.to(device) if isinstance(part, torch.Tensor) else part for key, part in change.items()
     }
 
-    def wrong(x: torch.Tensor, *arguments: object, **options: object) -> object:
-        return real(x * factor, *arguments, **{**options, **change})
+    def wrong(x: torch.Tensor, *arguments: object, fused: FusedInput, **options: object) -> object:
+        return real(x * factor, *arguments, fused=dataclasses.replace(fused, **change), **options)
 
     monkeypatch.setattr(self_check, "prepare_input", wrong)
     with pytest.raises(BackendError, match="computes wrong"):

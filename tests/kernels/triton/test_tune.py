@@ -95,7 +95,7 @@ def test_a_wrong_candidate_is_recorded(monkeypatch: pytest.MonkeyPatch, device: 
 
 def test_a_single_wrong_sign_shows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     problem = tune.draw(chunk_layout(256, 1, 25600), 1, device, 1)
-    q, scale = problem.activations.q, problem.activations.scale
+    q, scale = problem.prepared.q, problem.prepared.scale
     assert q is not None
     # What flipping the sign of one column does to every row, in bfloat16: exact / |change| is K's square root at most.
     change = 2 * q[0, 7].item() * scale[0, 0] * problem.weights[0].scale

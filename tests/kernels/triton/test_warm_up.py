@@ -6,7 +6,7 @@ import pytest
 import torch
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.triton import self_check, warm_up
+from bwla_kernels.triton import layer, self_check, warm_up
 from bwla_kernels.triton.backend import TritonBackend
 from bwla_kernels.triton.warm_up import FEW_TOKENS, configs
 from bwla_kernels.triton.warm_up import warm_up as run_warm_up
@@ -106,7 +106,7 @@ def test_checks_compile_nothing_of_their_own(
     monkeypatch.setattr(self_check, "_fail", lambda *_: None)
     prepared = TritonBackend().prepare(make_layer(spec, 1), spec)
     checked: set[Launch] = set()
-    run = warm_up._run
+    run = warm_up.run_layer
 
     def run_apart(*arguments: object) -> None:
         checked.update(launches)
@@ -115,7 +115,7 @@ def test_checks_compile_nothing_of_their_own(
         assert set(launches) <= checked
         launches.clear()
 
-    monkeypatch.setattr(warm_up, "_run", run_apart)
+    monkeypatch.setattr(warm_up, "run_layer", run_apart)
     run_warm_up(spec, prepared, torch.float16, *GPU, fused=fused, norm_weight=norm_weight(spec, fused))
     assert checked
 
@@ -128,18 +128,18 @@ def test_few_tokens_whatever_the_most(
     prepared = TritonBackend().prepare(make_layer(spec, 1), spec)
     monkeypatch.setattr(self_check, "_fail", lambda *_: None)
     tokens = []
-    real_prepare, real_matmul = warm_up.prepare_input, warm_up.binary_matmul
+    real_prepare, real_matmul = layer.prepare_input, layer.binary_matmul
 
     def prepare(x: torch.Tensor, *arguments: object, **options: object) -> object:
         tokens.append((len(x), options["config"]))
         return real_prepare(x, *arguments, **options)
 
-    def matmul(activations, *arguments: object) -> torch.Tensor:
-        tokens.append((len(activations.scale), arguments[2]))
-        return real_matmul(activations, *arguments)
+    def matmul(prepared_input, *arguments: object) -> torch.Tensor:
+        tokens.append((len(prepared_input.scale), arguments[2]))
+        return real_matmul(prepared_input, *arguments)
 
-    monkeypatch.setattr(warm_up, "prepare_input", prepare)
-    monkeypatch.setattr(warm_up, "binary_matmul", matmul)
+    monkeypatch.setattr(layer, "prepare_input", prepare)
+    monkeypatch.setattr(layer, "binary_matmul", matmul)
     run_warm_up(spec, prepared, torch.float16, *GPU)
     assert max(m for m, _ in tokens) <= FEW_TOKENS
     assert {config for _, config in tokens} == {config for pair in configs(spec, *GPU) for config in pair}
@@ -155,7 +155,7 @@ def test_a_wrong_kernel_never_serves(
     prepared = TritonBackend().prepare({k: t.to(device) for k, t in make_layer(spec, 1).items()}, spec)
     real = self_check.binary_matmul
     monkeypatch.setattr(self_check, "binary_matmul", lambda *given: real(*given) * 2)
-    monkeypatch.setattr(warm_up, "_run", lambda *_: pytest.fail("it ran unchecked"))
+    monkeypatch.setattr(warm_up, "run_layer", lambda *_: pytest.fail("it ran unchecked"))
     for _ in range(2):  # nor after another try
         with pytest.raises(BackendError, match="computes wrong products"):
             run_warm_up(spec, prepared, torch.float32, *GPU)
