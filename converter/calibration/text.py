@@ -1,4 +1,4 @@
-"""Text for calibration -> windows of tokens."""
+"""Read calibration text and cut samples of tokens from it."""
 
 import hashlib
 import json
@@ -14,7 +14,6 @@ from transformers import AutoTokenizer
 
 TEXT_FILES = ("*.txt", "*.jsonl")
 
-
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
     "wikitext2-test": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
@@ -24,22 +23,24 @@ DATASETS: dict[str, dict[str, Any]] = {
         "split": "train",
     },
 }
-"""Names that stand for a dataset of the Hub, and how the `datasets` library finds it."""
+"""Names of datasets on the Hub, with the arguments by which the `datasets` library loads them."""
 
 DATASET_CHARACTERS = 20_000_000
+"""How much of a dataset is read."""
 
 
 def dataset_text(name: str) -> str:
-    """The beginning of a dataset, its texts one after the other.
+    """Return the first texts of a dataset, joined.
 
     Raises:
-        SourceError: the library is missing or the Hub did not give it.
+        SourceError: the `datasets` library is not installed, or the dataset cannot be downloaded.
     """
     try:
         from datasets import load_dataset
     except ImportError:
         raise SourceError(
-            f"calibration {name}: needs the datasets library: pip install 'bwla[eval]', or give a text file"
+            f"dataset {name}: expected the datasets library, found that it is not installed: run "
+            "pip install 'bwla[eval]', or use a text file"
         ) from None
     try:
         rows = load_dataset(**DATASETS[name], streaming=True)
@@ -49,23 +50,26 @@ def dataset_text(name: str) -> str:
             size += len(parts[-1])
             if size > DATASET_CHARACTERS:
                 break
-    except Exception as cause:  # the library raises many kinds, of the network and of its own
+    except Exception as cause:  # the library has no common base class for its own and the network's errors
         reason = " ".join(str(cause).split())
         raise SourceError(
-            f"calibration {name}: the Hub did not give it ({reason:.200}): check the network, or give a text file"
+            f"dataset {name}: the dataset cannot be downloaded ({reason:.200}): check the network, "
+            "or use a text file"
         ) from None
     return "\n".join(parts)
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The texts of a file or of all files of a folder; of JSON lines, each object's "text".
+    """Yield the texts of a file, or of all .txt and .jsonl files of a folder; of JSON lines, each object's "text".
 
     Raises:
-        SourceError: nothing to read, or a line that is no such object.
+        SourceError: there is no such file, or a JSON line is not an object with a "text".
     """
     files = [path] if path.is_file() else sorted(file for kind in TEXT_FILES for file in path.rglob(kind))
     if not files:
-        raise SourceError(f"calibration {path}: expected a file or a folder with .txt or .jsonl, found none")
+        raise SourceError(
+            f"--calibration {path}: expected a file or a folder with .txt or .jsonl files, found none"
+        )
     for file in files:
         text = file.read_text(encoding="utf-8")
         if file.suffix != ".jsonl":
@@ -76,38 +80,38 @@ def read_texts(path: Path) -> Iterator[str]:
                 yield str(json.loads(line)["text"])
             except (ValueError, KeyError, TypeError):
                 raise SourceError(
-                    f'calibration {file}, line {number}: expected an object with a "text", found {line[:60]!r}'
+                    f'--calibration {file}, line {number}: expected an object with a "text", found {line[:60]!r}'
                 ) from None
 
 
 def load_tokenizer(model: Path) -> Any:
-    """The tokenizer of a model's folder.
+    """Load the tokenizer of a model's folder.
 
     Raises:
-        SourceError: it has none, or a damaged one.
+        SourceError: it is missing or damaged.
     """
     try:
         return AutoTokenizer.from_pretrained(model)
-    except Exception as cause:  # the libraries raise many kinds for damaged files
+    except Exception as cause:  # damaged files raise errors of many types
         reason = " ".join(str(cause).split())
         raise SourceError(
-            f"{model}: calibration text needs the model's tokenizer, which cannot be read ({reason:.200}): "
-            "put tokenizer.json and tokenizer_config.json there, or use recipe paper"
+            f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
+            "tokenizer.json and tokenizer_config.json to the folder, or use recipe paper, which needs no text"
         ) from None
 
 
 def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
-    """Random windows of the calibration text.
+    """Cut random samples from the calibration text.
 
     Args:
-        calibration: what text, how much of it.
+        calibration: which text to use, and how much of it.
         model: folder of the tokenizer.
-        seed: chooses the windows.
+        seed: seed of the choice of samples.
 
-    Returns: token ids [samples, length], and the SHA-256 of the text that was read.
+    Returns: token ids [num_samples, max_seq_length], and the SHA-256 of the text.
 
     Raises:
-        SourceError: no text, or less than one window of it.
+        SourceError: there is no text, or less than one sample of it.
     """
     name = calibration.source
     texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
@@ -115,11 +119,12 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     tokenizer = load_tokenizer(model)
     pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
     ids = torch.cat(pieces)
-    room = len(ids) - calibration.max_seq_length
-    if room < 0:
+    last_start = len(ids) - calibration.max_seq_length
+    if last_start < 0:
         raise SourceError(
-            f"calibration {calibration.source}: expected at least {calibration.max_seq_length} tokens, found {len(ids)}"
+            f"--calibration {calibration.source}: expected at least {calibration.max_seq_length} tokens "
+            f"(--max-seq-length), found {len(ids)}: use more text, or a smaller --max-seq-length"
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, room + 1, (calibration.num_samples,), generator=generator).tolist()
+    starts = torch.randint(0, last_start + 1, (calibration.num_samples,), generator=generator).tolist()
     return torch.stack([ids[start : start + calibration.max_seq_length] for start in starts]), digest

@@ -1,4 +1,4 @@
-"""Blocks one at a time compute what the whole model computes, for every family."""
+"""Layers that run one at a time compute the same as the whole model, for every family."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
-def test_block_after_block_is_the_model(make_model, family: str) -> None:
+def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_model(family, dtype=torch.float32, lively=True)
@@ -39,45 +39,45 @@ def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, fami
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
-    seen = {}
+    inputs = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(lambda _, given, name=name: seen.update({name: given[0]}))
+            module.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}))
     model(ids)
     source = open_source(str(folder))
     runner = LayerRunner(source, torch.device("cpu"))
     hidden = runner.embed(ids)
     for index in range(source.num_layers):
-        block = runner.layer(index, source.read(source.names_of_layer(index)))
+        layer = runner.layer(index, source.read(source.names_of_layer(index)))
         for _, names in source.groups_of_layer(index):
-            found = block.inputs_of(names[0], hidden)
+            group_inputs = layer.inputs_of(names[0], hidden)
             for name in names:
-                torch.testing.assert_close(found, seen[name], rtol=1e-4, atol=1e-4)
-        hidden = block.run(hidden)
+                torch.testing.assert_close(group_inputs, inputs[name], rtol=1e-4, atol=1e-4)
+        hidden = layer.run(hidden)
 
 
-def test_looking_into_and_changing_a_block(make_model) -> None:
+def test_inspecting_and_modifying_a_layer(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
-    block = LayerRunner(source, torch.device("cpu")).layer(1, source.read(source.names_of_layer(1)))
+    layer = LayerRunner(source, torch.device("cpu")).layer(1, source.read(source.names_of_layer(1)))
     hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
-        before = block.run(hidden)
-        inputs = block.inputs_of(name, hidden)
-        mlp = block.layer.mlp
+        before = layer.run(hidden)
+        inputs = layer.inputs_of(name, hidden)
+        mlp = layer.layer.mlp
         attended = before - mlp.down_proj(inputs)
-        again = mlp.act_fn(mlp.gate_proj(block.layer.post_attention_layernorm(attended)))
-        again = again * mlp.up_proj(block.layer.post_attention_layernorm(attended))
+        again = mlp.act_fn(mlp.gate_proj(layer.layer.post_attention_layernorm(attended)))
+        again = again * mlp.up_proj(layer.layer.post_attention_layernorm(attended))
         torch.testing.assert_close(inputs, again, rtol=1e-4, atol=1e-4)
-        assert torch.equal(block.run(hidden), before)
-        block.replace(name, nn.Linear(128, 64, bias=False))
-        assert not torch.equal(block.run(hidden), before)
-    assert block.linear(name) is block.layer.mlp.down_proj
+        assert torch.equal(layer.run(hidden), before)
+        layer.replace(name, nn.Linear(128, 64, bias=False))
+        assert not torch.equal(layer.run(hidden), before)
+    assert layer.linear(name) is layer.layer.mlp.down_proj
 
 
 def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
     source = open_source(str(make_model()))
-    block = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
-    block.layer.spare = nn.Linear(4, 4)
+    layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
+    layer.layer.spare = nn.Linear(4, 4)
     with pytest.raises(SourceError, match="expected the model to use this linear"), torch.no_grad():
-        block.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))
+        layer.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))

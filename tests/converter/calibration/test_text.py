@@ -1,4 +1,4 @@
-"""Calibration text: what is read, which windows are cut, and what is refused."""
+"""Calibration text: what is read, which samples are cut from it, and what is refused."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_files_folders_and_json_lines(tmp_path: Path) -> None:
     assert list(read_texts(tmp_path / "b.txt")) == ["second"]
 
 
-def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_errors_name_what_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="expected a file or a folder with .txt or .jsonl"):
         list(read_texts(tmp_path / "nothing"))
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "no"}\n')
@@ -29,33 +29,34 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         list(read_texts(tmp_path / "bad.jsonl"))
 
 
-def test_windows_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> None:
+def test_samples_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     text = " ".join(f"word {i} of many" for i in range(400))
     (tmp_path / "text.txt").write_text(text)
     calibration = Calibration(str(tmp_path / "text.txt"), num_samples=5, max_seq_length=32)
-    windows, digest = calibration_samples(calibration, EXAMPLE, seed=1)
-    assert windows.shape == (5, 32)
+    samples, digest = calibration_samples(calibration, EXAMPLE, seed=1)
+    assert samples.shape == (5, 32)
     whole = AutoTokenizer.from_pretrained(EXAMPLE)(text, return_tensors="pt").input_ids[0]
     pieces = whole.unfold(0, 32, 1)
-    assert all(bool((pieces == window).all(1).any()) for window in windows)
+    assert all(bool((pieces == sample).all(1).any()) for sample in samples)
     again, same = calibration_samples(calibration, EXAMPLE, seed=1)
-    assert torch.equal(windows, again)
+    assert torch.equal(samples, again)
     assert digest == same
-    assert not torch.equal(windows, calibration_samples(calibration, EXAMPLE, seed=2)[0])
+    assert not torch.equal(samples, calibration_samples(calibration, EXAMPLE, seed=2)[0])
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a few words")
-    with pytest.raises(SourceError, match="expected at least 64 tokens, found"):
+    with pytest.raises(SourceError, match=r"expected at least 64 tokens \(--max-seq-length\), found"):
         calibration_samples(Calibration(str(tmp_path / "text.txt"), max_seq_length=64), EXAMPLE, 0)
 
 
-def test_a_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(
-        SourceError, match="calibration wikitext2: (needs the datasets library|the Hub did not)"
+        SourceError,
+        match="dataset wikitext2: (expected the datasets library|the dataset cannot be downloaded)",
     ):
         dataset_text("wikitext2")
