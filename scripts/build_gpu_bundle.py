@@ -2,19 +2,19 @@
 
     python -m scripts.build_gpu_bundle --out DIR          (scripts/gpu_prepare.py --serve runs it)
 
-That machine is expected to hold x86-64 Linux, Python 3.12, the torch that this vLLM pins and the usual packages
-beside it (transformers, tokenizers, numpy, aiohttp, ...), but no package index. The vLLM wheel and the packages that
-such a machine lacks (gpu_bundle_pins.py) are fetched with pip, and DIR gets
+The machine must have x86-64 Linux, Python 3.12, the torch version that this vLLM pins and its usual companions
+(transformers, tokenizers, numpy, aiohttp, ...); it needs no package index. The vLLM wheel and the packages that the
+machine lacks (gpu_bundle_pins.py) are downloaded with pip. DIR then contains
 
-    bundle.tar.xz.00, .01, ...   one xz-compressed tar, cut into parts no larger than --limit-mib
+    bundle.tar.xz.00, .01, ...   an xz-compressed tar in parts of at most --limit-mib
     SHA256SUMS                   their checksums
-    install.sh                   unpacks the parts there: sh install.sh [TARGET] [PARTS_DIR]
-    scripts/                     gpu_check.py, which exercises the carried GPU code there, and what it imports
+    install.sh                   unpacks the parts on the machine: sh install.sh [TARGET] [PARTS_DIR]
+    scripts/                     gpu_check.py, which tests the bundle's GPU code on the machine
 
-Three things make it small. Optional parts of vLLM that a dense decoder model on Hopper does not use are left out
-(DROP). GPU code for other GPUs, and PTX where there is machine code, is zeroed in place (gpu_fatbin.py; --all-arch
-turns this off). Linkers' symbol tables are zeroed likewise. Zeros compress to nothing; sizes on the target's disk
-do not change. The output depends on the pinned wheels, these scripts and liblzma's version only.
+The bundle is small because optional parts of vLLM that a dense decoder model on Hopper does not use are left out
+(DROP), and because GPU code for other GPUs, PTX next to machine code, and the linker's symbol tables are overwritten
+with zeros (gpu_fatbin.py; --all-arch turns this off), which compress to almost nothing. The output depends only on the
+pinned wheels, these scripts and the version of liblzma.
 """
 
 import argparse
@@ -48,11 +48,11 @@ if __name__ == "__main__":
 
 
 class BundleError(Exception):
-    """The bundle cannot be built; the message says why."""
+    """Raised if the bundle cannot be built."""
 
 
 def download(folder: Path, packages: Mapping[str, tuple[str, str]]) -> list[Path]:
-    """Fetch exactly the pinned wheels, built for the target; pip compares their checksums.
+    """Download the pinned wheels for the target; pip verifies their checksums.
 
     Raises:
         BundleError: pip failed, or a wheel is missing afterwards.
@@ -68,16 +68,16 @@ def download(folder: Path, packages: Mapping[str, tuple[str, str]]) -> list[Path
     words += [word for platform in platforms for word in ("--platform", platform)]
     words += ["--dest", str(folder), "--requirement", str(requirements)]
     if subprocess.run(words, check=False).returncode:
-        raise BundleError("pip could not fetch the pinned wheels, see above")
-    found = {}
+        raise BundleError("pip could not download the pinned wheels, see its output above")
+    wheels = {}
     for path in sorted(folder.glob("*.whl")):
         name, version = path.name.split("-")[:2]
         name = name.lower().replace("_", "-").replace(".", "-")
         if packages.get(name, ("",))[0] == version:
-            found[name] = path
-    if missing := sorted(set(packages) - set(found)):
-        raise BundleError(f"not fetched: {', '.join(missing)}")
-    return [found[name] for name in sorted(found)]
+            wheels[name] = path
+    if missing := sorted(set(packages) - set(wheels)):
+        raise BundleError(f"pip did not download: {', '.join(missing)}")
+    return [wheels[name] for name in sorted(wheels)]
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
@@ -85,10 +85,10 @@ def _matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def unpack(wheel: Path, files: Files, drop: Sequence[str], keep: Sequence[str]) -> None:
-    """Add a wheel's files to `files`, path -> contents.
+    """Add a wheel's files to `files` (path -> contents).
 
     Raises:
-        BundleError: a path is in two wheels.
+        BundleError: two wheels contain the same path.
     """
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
@@ -99,7 +99,7 @@ def unpack(wheel: Path, files: Files, drop: Sequence[str], keep: Sequence[str]) 
             if top.endswith(".data"):
                 scheme, _, path = rest.partition("/")
                 if scheme not in ("purelib", "platlib"):
-                    continue  # headers, scripts, data: not needed there
+                    continue  # headers, scripts and data are not needed
             if _matches(path, drop) and not _matches(path, keep):
                 continue
             if path in files:
@@ -108,7 +108,7 @@ def unpack(wheel: Path, files: Files, drop: Sequence[str], keep: Sequence[str]) 
 
 
 def fix_records(files: Files) -> None:
-    """Let each RECORD name what is here: dropped and slimmed files differ."""
+    """Update each RECORD, since files were left out or changed."""
     for path in [path for path in files if path.endswith(".dist-info/RECORD")]:
         rows = csv.reader(io.StringIO(files[path].decode()))
         kept = [row[0] for row in rows if row and row[0] in files]
@@ -116,15 +116,15 @@ def fix_records(files: Files) -> None:
 
 
 def pack(files: Files, preset: int) -> bytes:
-    """A deterministic .tar.xz of the files."""
+    """Return a deterministic .tar.xz of the files."""
     out = io.BytesIO()
-    # The x86 filter helps the host code; one large window spans the kernels.
+    # The x86 filter improves the compression of host code.
     filters = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": preset}]
     with (
         lzma.LZMAFile(out, "w", check=lzma.CHECK_CRC64, filters=filters) as stream,
         tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive,
     ):
-        # Like beside like: by kind of file, then by path.
+        # Similar files next to each other compress better: by kind of file, then by path.
         for path in sorted(files, key=lambda path: (not path.endswith(".so"), Path(path).suffix, path)):
             info = tarfile.TarInfo(path)
             info.size = len(files[path])
@@ -135,7 +135,7 @@ def pack(files: Files, preset: int) -> bytes:
 
 
 def install_script() -> str:
-    """install.sh with this bundle's settings."""
+    """Return install.sh with this bundle's settings."""
     text = (HERE / "gpu_bundle_install.sh").read_text()
     exports = "\n".join(f"export {name}={value}" for name, value in ENVIRONMENT.items())
     for mark, value in (("@EXPORTS@", exports), ("@TORCH@", TORCH), ("@NOT_CARRIED@", NOT_CARRIED)):
@@ -144,7 +144,7 @@ def install_script() -> str:
 
 
 def write_parts(out: Path, archive: bytes, limit: int) -> None:
-    """Write the archive in parts of at most `limit` bytes, and their checksums."""
+    """Write the archive in parts of at most `limit` bytes, and a file of their checksums."""
     for old in out.glob("bundle.tar.xz.*"):
         old.unlink()
     sums = ""
@@ -178,21 +178,21 @@ def build(
 
 
 def main() -> int:
-    """Command line; returns 1 where the bundle cannot be built."""
+    """Run the command line; return 1 if the bundle cannot be built."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--work", type=Path, help="folder that keeps the wheels (OUT/wheels)")
-    parser.add_argument("--limit-mib", type=float, default=60, help="largest part (60)")
+    parser.add_argument("--work", type=Path, help="folder for the downloaded wheels (OUT/wheels)")
+    parser.add_argument("--limit-mib", type=float, default=60, help="size limit of a part in MiB (60)")
     parser.add_argument(
-        "--all-arch", action="store_true", help="carry the libraries unchanged (several parts)"
+        "--all-arch", action="store_true", help="keep the GPU code of all architectures (larger)"
     )
     parser.add_argument(
-        "--keep", action="append", default=[], metavar="PATTERN", help="keep files after all (see DROP)"
+        "--keep", action="append", default=[], metavar="PATTERN", help="keep files that DROP leaves out"
     )
     parser.add_argument(
-        "--add-wheel", action="append", default=[], type=Path, metavar="FILE", help="one more wheel"
+        "--add-wheel", action="append", default=[], type=Path, metavar="FILE", help="further wheel"
     )
     parser.add_argument("--preset", type=int, default=9, help="xz preset (9)")
     arguments = parser.parse_args()

@@ -4,10 +4,10 @@
     python -m scripts.check_tritons --sample 1 --arch 90                       # a few minutes
     python -m scripts.check_tritons --triton 3.6.0 --triton 3.9.0 --jobs 2 --tables benchmarks/results
 
-The releases stand in kernels/triton/versions.py. One that is not the installed one comes from the package index into
-a folder of its own beside the environment (.env/triton-3.6.0), once; it needs no torch of its own. Every other option
-goes to `python -m bwla_kernels.triton.compile_check`, which says what it checks. Ends with 0 where every kernel passed
-with every Triton, else with 1; a Triton that fails keeps no other from being tried.
+The releases are listed in kernels/triton/versions.py. Those that are not installed are installed once from the package
+index into a separate folder of the environment (.env/triton-3.6.0). All other options are passed to
+`python -m bwla_kernels.triton.compile_check`, which documents the checks. The exit status is 0 if every kernel passes
+with every Triton, else 1; a failure does not stop the checks of other releases.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from scripts.setup_env import SetupError, install_triton, tested_tritons
 
 
 def table_name(triton: str) -> str:
-    """The recorded table's file name for a Triton release: one for each minor release."""
+    """Return the file name of a Triton release's table; there is one for each minor release."""
     return f"triton_compile_{'.'.join(triton.split('.')[:2])}.json"
 
 
 def installed_triton() -> str | None:
-    """The Triton of this environment, None where there is none."""
+    """Return the version of Triton in this environment, or None."""
     try:
         return version("triton")
     except PackageNotFoundError:
@@ -35,7 +35,7 @@ def installed_triton() -> str | None:
 
 
 def environment(folder: Path | None, outer: Mapping[str, str]) -> dict[str, str]:
-    """Variables of a process that compiles with the Triton in `folder`, or with the environment's own."""
+    """Return the environment variables for compiling with the Triton in `folder`, or the installed one for None."""
     variables = {name: value for name, value in outer.items() if name != "TRITON_INTERPRET"}
     if folder is not None:
         variables["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [outer.get("PYTHONPATH")])])
@@ -43,10 +43,10 @@ def environment(folder: Path | None, outer: Mapping[str, str]) -> dict[str, str]
 
 
 def check(triton: str, tables: Path | None, arguments: Sequence[str]) -> int:
-    """Run the compile check with one Triton; returns its exit status.
+    """Run the compile check with one Triton; return its exit status.
 
     Raises:
-        SetupError: that Triton could not be installed.
+        SetupError: Triton could not be installed.
     """
     folder = None if triton == installed_triton() else install_triton(Path(sys.prefix), triton)
     command = [sys.executable, "-W", "ignore", "-m", "bwla_kernels.triton.compile_check", *arguments]
@@ -57,20 +57,21 @@ def check(triton: str, tables: Path | None, arguments: Sequence[str]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument(
-        "--triton", action="append", choices=tested_tritons(), help="only this one (may repeat); default: all"
+        "--triton",
+        action="append",
+        choices=tested_tritons(),
+        help="release to check (repeatable; default: all)",
     )
-    parser.add_argument(
-        "--tables", type=Path, help="folder for a table of each Triton: triton_compile_3.6.json"
-    )
+    parser.add_argument("--tables", type=Path, help="folder for the tables, such as triton_compile_3.6.json")
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(arguments)
     if options.out:
-        parser.error("--out: expected --tables FOLDER, which holds a table for each Triton")
+        parser.error("--out: expected --tables FOLDER, the folder for a table of each Triton")
     failed = []
     for triton in options.triton or tested_tritons():
         try:

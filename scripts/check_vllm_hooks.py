@@ -1,12 +1,12 @@
-"""Check, without installing vLLM, that a release has everything that bwla_vllm uses of it.
+"""Check without installing vLLM that a release has everything that bwla_vllm uses.
 
     python -m scripts.check_vllm_hooks --out benchmarks/results/vllm_hooks.json
     python -m scripts.check_vllm_hooks --folder .env/lib/python3.11/site-packages
 
-The first form reads a few Python files of every release's CUDA wheel on the package index, by range requests; the
-second looks at what is installed. What the plugin imports, calls and overrides is read from its own sources; what
-it relies on besides (attributes, call sites inside vLLM) is listed in `FACTS`. This finds what was renamed, removed
-or called differently; it cannot find what only behaves differently.
+The first form reads a few Python files of every release's CUDA wheel on the package index with range requests; the
+second checks the installed release. The plugin's own sources show what it imports, calls and overrides; what else it
+relies on (attributes, call sites inside vLLM) is listed in `FACTS`. This finds names that were removed or renamed and
+signatures that changed, but not changed behaviour.
 """
 
 import argparse
@@ -31,7 +31,7 @@ HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"
 
 @dataclass(frozen=True)
 class Members:
-    """A class has these attributes, or one of the classes called so does ("A|B")."""
+    """Requirement: a class, or for "A|B" one of these classes, has these attributes."""
 
     module: str
     name: str
@@ -40,14 +40,16 @@ class Members:
     def problem(self, library: Library) -> str | None:
         found = [hit for name in self.name.split("|") if (hit := library.find(self.module, name))]
         if not found:
-            return f"{self.module}.{self.name} is not there"
-        lost = [member for member in self.members if not any(member in library.members(hit) for hit in found)]
-        return f"{self.module}.{self.name} has no {', '.join(lost)}" if lost else None
+            return f"{self.module}.{self.name} does not exist"
+        missing = [
+            member for member in self.members if not any(member in library.members(hit) for hit in found)
+        ]
+        return f"{self.module}.{self.name} has no {', '.join(missing)}" if missing else None
 
 
 @dataclass(frozen=True)
 class Constructor:
-    """A class, or one of its bases, takes these arguments when it is made."""
+    """Requirement: the constructor of a class or of one of its bases takes these arguments."""
 
     module: str
     name: str
@@ -56,20 +58,22 @@ class Constructor:
     def problem(self, library: Library) -> str | None:
         found = library.find(self.module, self.name)
         if found is None:
-            return f"{self.module}.{self.name} is not there"
+            return f"{self.module}.{self.name} does not exist"
         known: set[str] = set()
         for owner in library.lineage(found):
             made = library.method(owner, "__init__")
             known |= (
                 {argument.arg for argument in (*made.args.args, *made.args.kwonlyargs)} if made else set()
             )
-        lost = [argument for argument in self.arguments if argument not in known]
-        return f"{self.module}.{self.name} takes no {', '.join(lost)} when it is made" if lost else None
+        missing = [argument for argument in self.arguments if argument not in known]
+        return (
+            f"{self.module}.{self.name} takes no {', '.join(missing)} in its constructor" if missing else None
+        )
 
 
 @dataclass(frozen=True)
 class CallSite:
-    """vLLM calls `function` in `module`, at least once with all of these keywords."""
+    """Requirement: `module` calls `function` at least once with all of these keywords."""
 
     module: str
     function: str
@@ -91,7 +95,7 @@ class CallSite:
 
 @dataclass(frozen=True)
 class Text:
-    """A module's source holds this string."""
+    """Requirement: the source of a module contains this string."""
 
     module: str
     text: str
@@ -140,18 +144,18 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
 
 
 def imported(tree: ast.Module) -> dict[str, tuple[str, str]]:
-    """Local name -> (module, name) of everything that a file imports from vLLM."""
-    found = {}
+    """Return local name -> (module, name) of everything that a file imports from vLLM."""
+    names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vllm":
-            found.update(
+            names.update(
                 {alias.asname or alias.name: (node.module or "", alias.name) for alias in node.names}
             )
-    return found
+    return names
 
 
 def class_problems(ours: ast.ClassDef, bases: list[Found], library: Library) -> Iterator[str]:
-    """How a class of the plugin fails to be what its bases in vLLM ask for."""
+    """Yield the abstract methods of vLLM's bases that a class of the plugin lacks, and overrides that do not fit."""
     methods = {node.name: node for node in ours.body if isinstance(node, Function)}
     for base in bases:
         title = f"{ours.name}({base.node.name})" if isinstance(base.node, ast.ClassDef) else ours.name
@@ -167,7 +171,7 @@ def class_problems(ours: ast.ClassDef, bases: list[Found], library: Library) -> 
 
 
 def plugin_problems(library: Library, sources: dict[str, ast.Module]) -> Iterator[str]:
-    """What the plugin imports, calls and overrides that is not there, or not so."""
+    """Yield the imports, calls and overrides of the plugin that do not fit this release."""
     for file, tree in sources.items():
         resolved: dict[str, Found] = {}
         for local, (module, name) in imported(tree).items():
@@ -175,7 +179,7 @@ def plugin_problems(library: Library, sources: dict[str, ast.Module]) -> Iterato
             if found is not None:
                 resolved[local] = found
             elif library.module(f"{module}.{name}") is None:
-                yield f"{file}: from {module} import {name}: not there"
+                yield f"{file}: from {module} import {name}: does not exist"
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in resolved:
                 target = resolved[node.func.id].node
@@ -195,43 +199,43 @@ def plugin_problems(library: Library, sources: dict[str, ast.Module]) -> Iterato
 
 
 def problems(library: Library, plugin: Path = PLUGIN) -> list[str]:
-    """Everything that `plugin` needs and `library` does not have."""
+    """Return everything that `plugin` needs and `library` does not have."""
     sources = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(plugin.glob("*.py"))}
-    found = [*plugin_problems(library, sources)]
-    return found + [problem for fact in FACTS if (problem := fact.problem(library))]
+    own = [*plugin_problems(library, sources)]
+    return own + [problem for fact in FACTS if (problem := fact.problem(library))]
 
 
 def check_release(version: str, url: str) -> dict[str, Any]:
-    """A row for one release on the index."""
+    """Check a release on the package index; return its row."""
     read = wheel_reader(url)
     wants = re.findall(
         r"^Requires-Dist: (torch==\S+|transformers\S.*)$", read("*.dist-info/METADATA") or "", re.M
     )
-    found = problems(Library(read))
-    print(f"vllm {version}: {'; '.join(found) or 'ok'}", flush=True)
+    missing = problems(Library(read))
+    print(f"vllm {version}: {'; '.join(missing) or 'ok'}", flush=True)
     return {
         "vllm": version,
         "wheel": url.rpartition("/")[2],
         "requires": wants,
-        "ok": not found,
-        "problems": found,
+        "ok": not missing,
+        "problems": missing,
     }
 
 
 def main() -> int:
-    """Command line; returns 1 if a release lacks something."""
+    """Run the command line; return 1 if a release lacks something."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", type=Path, help="look at the vLLM in this site-packages folder instead")
-    parser.add_argument("--oldest", default="0.26", help="oldest release to look at (0.26)")
+    parser.add_argument("--folder", type=Path, help="check the vLLM in this site-packages folder instead")
+    parser.add_argument("--oldest", default="0.26", help="oldest release to check (0.26)")
     parser.add_argument("--package", default="vllm", help="name on the package index (vllm)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     if arguments.folder:
-        found = problems(Library(folder_reader(arguments.folder)))
-        print("\n".join(found) or "ok")
-        return 1 if found else 0
+        missing = problems(Library(folder_reader(arguments.folder)))
+        print("\n".join(missing) or "ok")
+        return 1 if missing else 0
 
     def key(version: str) -> tuple[int, ...]:
         return tuple(map(int, version.split(".")))

@@ -1,6 +1,6 @@
-"""The main job, end to end: convert the example model, serve it with vLLM, talk to it, measure it.
+"""Convert the example model, serve it with vLLM, request completions, and measure the perplexity.
 
-`make demo` runs this in the project's environment. Exits non-zero when any step fails.
+`make demo` runs this in the project's environment. The exit status is 1 if a step fails.
 """
 
 import argparse
@@ -25,11 +25,11 @@ PROMPT = "The old man looked at the sea and"
 
 
 class DemoError(Exception):
-    """A step did not give what it must."""
+    """Raised if a step fails or gives a wrong result."""
 
 
 def say(step: str) -> None:
-    """Announce a step."""
+    """Print the heading of a step."""
     print(f"\n== {step}", flush=True)
 
 
@@ -50,7 +50,7 @@ def convert(model: Path, out: Path, extra: list[str]) -> dict[str, float]:
 
 
 def talk(server: Server) -> None:
-    """Ask through the openai client: a completion, a streamed one, and one with logprobs; they must agree."""
+    """Request a completion, a streamed one and one with logprobs from the openai client; they must agree."""
     from openai import OpenAI
 
     client = OpenAI(base_url=server.url, api_key="none")
@@ -60,8 +60,8 @@ def talk(server: Server) -> None:
             model=server.model, prompt=PROMPT, max_tokens=48, temperature=0, **more
         )  # type: ignore[call-overload]
 
-    whole = ask().choices[0].text  # type: ignore[attr-defined]
-    print(f"completion: {PROMPT}{whole}")
+    text = ask().choices[0].text  # type: ignore[attr-defined]
+    print(f"completion: {PROMPT}{text}")
     print(f"streamed:   {PROMPT}", end="")
     pieces = []
     for event in ask(stream=True):  # type: ignore[attr-defined]
@@ -74,31 +74,38 @@ def talk(server: Server) -> None:
         for token, value in zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
     ]
     print("logprobs:  ", ", ".join(shown[:8]), "...")
-    if not whole.strip():
+    if not text.strip():
         raise DemoError("the completion is empty")
-    if "".join(pieces) != whole or "".join(logprobs.tokens) != whole:
-        raise DemoError("the streamed or the logprobs answer differs from the plain one at temperature 0")
+    if "".join(pieces) != text or "".join(logprobs.tokens) != text:
+        raise DemoError(
+            "expected the same text from all three requests at temperature 0, found different ones"
+        )
     if not all(value <= 0 for value in logprobs.token_logprobs):
-        raise DemoError(f"log probabilities must be finite and not positive, found {logprobs.token_logprobs}")
+        raise DemoError(f"expected finite log probabilities of at most 0, found {logprobs.token_logprobs}")
 
 
 def main() -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=EXAMPLE, help="the model to convert (examples/model)")
+    parser.add_argument("--model", type=Path, default=EXAMPLE, help="model to convert (examples/model)")
     parser.add_argument(
-        "--out", type=Path, default=ROOT / ".demo" / "books-bwla", help="the checkpoint to write"
+        "--out",
+        type=Path,
+        default=ROOT / ".demo" / "books-bwla",
+        help="folder for the checkpoint (.demo/books-bwla)",
     )
     parser.add_argument("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
-    parser.add_argument("--windows", type=int, default=48, help="512-token windows of it to use (48)")
+    parser.add_argument(
+        "--windows", type=int, default=48, help="number of 512-token windows to evaluate (48)"
+    )
     parser.add_argument("--compiled", action="store_true", help="serve with torch.compile (slower to start)")
     parser.add_argument(
         "--start-seconds",
         type=float,
         default=HEALTH_SECONDS,
-        help=f"how long a start may take ({HEALTH_SECONDS})",
+        help=f"seconds that the server may take to start ({HEALTH_SECONDS})",
     )
     arguments, convert_arguments = parser.parse_known_args()
     started = time.monotonic()
@@ -126,7 +133,7 @@ def main() -> int:
         print(f"demo: FAILED: {error}", file=sys.stderr)
         return 1
     print(
-        f"bits per quantized weight, all-in: {report['bits_per_weight']:.3f}; "
+        f"bits per quantized weight, everything counted: {report['bits_per_weight']:.3f}; "
         f"bytes {report['bytes_before']:,} -> {report['bytes_after']:,}"
     )
     print(

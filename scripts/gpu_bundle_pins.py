@@ -1,8 +1,8 @@
-"""What the vLLM bundle for an isolated GPU machine is made of: exact wheels, and what is left out of them and why."""
+"""Contents of the vLLM bundle for an isolated GPU machine: pinned wheels, and the files that are left out."""
 
 PYTHON = "3.12"
 TORCH, TRITON = "2.11.0", "3.6.0"
-"""What the pinned vLLM was built for; the machine must have them."""
+"""Versions that the pinned vLLM was built for; the machine must have them."""
 
 ARCH = 90
 """Hopper; DROP and NO_PTX are chosen for it."""
@@ -60,7 +60,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
 """name: (version, SHA-256 of the wheel for CPython 3.12 on x86-64 Linux)."""
 
 DROP = (
-    # FlashAttention 2: no code for sm_90 but PTX; FlashAttention 3 is kept.
+    # FlashAttention 2: only PTX for sm_90; FlashAttention 3 is kept.
     "vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so",
     # FlashAttention 4, and other kernels that need the CuTe DSL, which is not carried.
     "vllm/vllm_flash_attn/cute/*",
@@ -82,12 +82,12 @@ DROP = (
     # Headers.
     "tvm_ffi/include/*",
 )
-"""Left out of the unpacked wheels (shell patterns on the path; "*" crosses "/"): what serving a dense decoder model
-on Hopper does not use. vLLM probes for each and copes without."""
+"""Files of the wheels that are left out (shell patterns on the path; "*" matches "/"), since serving a dense decoder
+model on Hopper does not use them. vLLM works without each of them."""
 
 NO_PTX = ("vllm/_moe_C_stable_libtorch.abi3.so",)
-"""Extensions whose PTX (which the driver compiles at run time) is left out where there is no machine code for the
-target either: the Marlin kernels that only quantized mixture-of-experts models call."""
+"""Extensions whose PTX is left out even without machine code for the target: Marlin kernels that only quantized
+mixture-of-experts models call."""
 
 NOT_CARRIED = (
     "anthropic fastsafetensors flashinfer-python humming-kernels jsonschema lark mcp mistral-common numba "
@@ -95,13 +95,13 @@ NOT_CARRIED = (
     "opentelemetry-sdk opentelemetry-semantic-conventions-ai outlines-core pynvvideocodec "
     "python-json-logger quack-kernels setuptools supervisor tilelang tokenspeed-mla torchcodec"
 )
-"""Requirements that are left out on purpose, or that another version meets."""
+"""Requirements that are left out, or that the machine meets with another version."""
 
 ENVIRONMENT = {
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # FlashInfer is not carried: required
-    "VLLM_USE_DEEP_GEMM": "0",  # nor is DeepGEMM
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # required, since FlashInfer is left out
+    "VLLM_USE_DEEP_GEMM": "0",  # DeepGEMM is left out
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
 }
-"""Settings that the reduced vLLM needs on the GPU machine."""
+"""Environment variables that the reduced vLLM needs on the GPU machine."""

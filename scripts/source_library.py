@@ -1,6 +1,6 @@
-"""What a Python package offers, read from its sources with `ast`: names, classes, members, signatures.
+"""Read the names, classes, members and signatures of a Python package from its sources with `ast`.
 
-Nothing is imported, so a package can be looked at whose dependencies are not there.
+Nothing is imported, so the package's dependencies need not be installed.
 """
 
 import ast
@@ -16,14 +16,14 @@ Definition = ast.ClassDef | Function | ast.Assign | ast.AnnAssign
 
 @dataclass(frozen=True)
 class Found:
-    """A name's definition, and the module that holds it."""
+    """The statement that defines a name, and its module."""
 
     module: str
     node: Definition
 
 
 def walk_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Statements of a body, with those inside if, try and with."""
+    """Yield the statements of a body, including those inside if, try and with."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.If | ast.Try | ast.With):
@@ -34,7 +34,7 @@ def walk_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 
 
 def names_of(statement: ast.stmt) -> list[str]:
-    """Names that a definition binds."""
+    """Return the names that a statement binds."""
     if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return [statement.name]
     if isinstance(statement, ast.Assign):
@@ -47,10 +47,10 @@ def names_of(statement: ast.stmt) -> list[str]:
 
 
 class Library:
-    """A package of sources.
+    """The sources of a package.
 
     Args:
-        read: gives a file's text by its path, such as "vllm/config/__init__.py".
+        read: returns a file's text for its path, such as "vllm/config/__init__.py".
     """
 
     def __init__(self, read: Read) -> None:
@@ -66,7 +66,7 @@ class Library:
         return None
 
     def find(self, module: str, name: str, seen: frozenset[tuple[str, str]] = frozenset()) -> Found | None:
-        """The definition behind `from module import name`, through re-exports; None where there is none."""
+        """Return the statement that defines `name` of `module`, following re-exports; None if there is none."""
         parsed = self.module(module)
         if parsed is None or (module, name) in seen:
             return None
@@ -83,14 +83,14 @@ class Library:
             )
             for alias in statement.names:
                 if name == (alias.asname or alias.name) or alias.name == "*":
-                    wanted = name if alias.name == "*" else alias.name
-                    found = self.find(source.rstrip("."), wanted, seen)
+                    original = name if alias.name == "*" else alias.name
+                    found = self.find(source.rstrip("."), original, seen)
                     if found:
                         return found
         return None
 
     def lineage(self, found: Found) -> list[Found]:
-        """A class and its base classes in this package, left to right, depth first."""
+        """Return a class and its base classes in this package, left to right, depth first."""
         if not isinstance(found.node, ast.ClassDef):
             return []
         line = [found]
@@ -100,7 +100,7 @@ class Library:
         return line
 
     def method(self, found: Found, name: str) -> Function | None:
-        """The method of a class called `name`, its own or inherited."""
+        """Return a class's method `name`, its own or inherited."""
         for owner in self.lineage(found):
             assert isinstance(owner.node, ast.ClassDef)
             for statement in walk_statements(owner.node.body):
@@ -109,7 +109,7 @@ class Library:
         return None
 
     def members(self, found: Found) -> set[str]:
-        """Attributes of a class: methods, class attributes, and what its methods assign to self."""
+        """Return the attributes of a class: methods, class attributes, and what its methods assign to self."""
         names: set[str] = set()
         for owner in self.lineage(found):
             assert isinstance(owner.node, ast.ClassDef)
@@ -126,8 +126,8 @@ class Library:
         return names
 
     def abstract(self, found: Found) -> set[str]:
-        """Methods that a subclass must define."""
-        wanted: set[str] = set()
+        """Return the names of methods that a subclass must define."""
+        names: set[str] = set()
         done: set[str] = set()
         for owner in self.lineage(found):
             assert isinstance(owner.node, ast.ClassDef)
@@ -135,21 +135,21 @@ class Library:
                 if isinstance(statement, ast.FunctionDef) and statement.name not in done:
                     done.add(statement.name)
                     if any("abstractmethod" in ast.unparse(mark) for mark in statement.decorator_list):
-                        wanted.add(statement.name)
-        return wanted
+                        names.add(statement.name)
+        return names
 
 
 def parameters(function: Function) -> list[str]:
-    """Names of the parameters that may be given by position, without self and cls."""
+    """Return the names of the positional parameters, without self and cls."""
     every = [argument.arg for argument in (*function.args.posonlyargs, *function.args.args)]
     return every[1:] if every[:1] in (["self"], ["cls"]) else every
 
 
 def call_problem(function: Function, positional: int, keywords: set[str]) -> str | None:
-    """Say why a call with so many positional arguments and these keywords fails; None where it does not."""
+    """Explain why a call with `positional` positional arguments and these keywords fails; return None if it works."""
     arguments, known = function.args, parameters(function)
     if positional > len(known) and arguments.vararg is None:
-        return f"takes {len(known)} positional arguments, is given {positional}"
+        return f"takes {len(known)} positional arguments, found {positional}"
     names = {*known, *(argument.arg for argument in arguments.kwonlyargs)}
     unknown = keywords - names
     if unknown and arguments.kwarg is None:
@@ -162,23 +162,23 @@ def call_problem(function: Function, positional: int, keywords: set[str]) -> str
         if default is None
     }
     missing = required - keywords
-    return f"needs {', '.join(sorted(missing))} besides" if missing else None
+    return f"also needs {', '.join(sorted(missing))}" if missing else None
 
 
 def override_problem(base: Function, ours: Function) -> str | None:
-    """Say what callers of `base` may pass that `ours` does not take, or the other way round; None if nothing.
+    """Explain which arguments callers of `base` may pass that `ours` does not take, or the reverse; None if none.
 
-    What hides behind a `**kwargs` of the base cannot be seen.
+    Arguments that the base takes by `**kwargs` are not known.
     """
     theirs, mine = base.args, ours.args
     open_list, open_names = mine.vararg is not None, mine.kwarg is not None
     names = {*parameters(ours), *(argument.arg for argument in mine.kwonlyargs)}
-    wanted = [*parameters(base), *(argument.arg for argument in theirs.kwonlyargs)]
-    lost = [name for name in wanted if name not in names and not (open_list or open_names)]
-    if lost:
-        return f"callers may pass {', '.join(lost)}, which ours does not take"
+    passed = [*parameters(base), *(argument.arg for argument in theirs.kwonlyargs)]
+    missing = [name for name in passed if name not in names and not (open_list or open_names)]
+    if missing:
+        return f"callers may pass {', '.join(missing)}, which ours does not take"
     required = parameters(ours)[: len(parameters(ours)) - len(mine.defaults)]
-    extra = [name for name in required if name not in wanted]
+    extra = [name for name in required if name not in passed]
     if extra and theirs.vararg is None and theirs.kwarg is None:
         return f"ours needs {', '.join(extra)}, which callers do not pass"
     return None

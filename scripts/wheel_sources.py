@@ -1,4 +1,4 @@
-"""Read single files of wheels on the package index without downloading the wheels: a zip's list is at its end."""
+"""Read single files of wheels on the package index with range requests, without downloading the wheels."""
 
 import io
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 
 INDEX = "https://pypi.org/simple"
 CHUNK = 1 << 18
-"""Bytes asked for at a time; a wheel's list of 5,000 files takes three."""
+"""Bytes of a request; the list of 5,000 files at a wheel's end takes three."""
 
 Read = Callable[[str], str | None]
-"""Path inside a wheel -> the file's text, None where there is no such file."""
+"""Function that returns the text of a file inside a wheel, or None if there is no such file."""
 
 
 def _get(url: str, **headers: str) -> bytes:
@@ -29,7 +29,7 @@ class RemoteFile(io.RawIOBase):
     """A file behind HTTP as a seekable stream: each read is a range request.
 
     Raises:
-        OSError: the server does not answer ranges.
+        OSError: the server does not support range requests.
     """
 
     def __init__(self, url: str) -> None:
@@ -39,7 +39,7 @@ class RemoteFile(io.RawIOBase):
         with urllib.request.urlopen(request, timeout=60) as answer:
             found = re.fullmatch(r"bytes 0-0/(\d+)", answer.headers.get("Content-Range", ""))
         if found is None:
-            raise OSError(f"{url}: the server does not serve parts of a file")
+            raise OSError(f"{url}: expected a server that supports range requests")
         self.size, self.place = int(found[1]), 0
 
     def seekable(self) -> bool:
@@ -66,7 +66,7 @@ class RemoteFile(io.RawIOBase):
 
 
 def wheel_urls(package: str, platform: str = "x86_64") -> dict[str, str]:
-    """Version -> address of the wheel for `platform` of every final release on the package index."""
+    """Return version -> URL of the wheel for `platform`, for every final release on the package index."""
     listing = json.loads(_get(f"{INDEX}/{package}/", Accept="application/vnd.pypi.simple.v1+json"))
     found = {}
     for file in listing["files"]:
@@ -77,7 +77,7 @@ def wheel_urls(package: str, platform: str = "x86_64") -> dict[str, str]:
 
 
 def wheel_reader(url: str) -> Read:
-    """Reads files of the wheel at `url`."""
+    """Return a function that reads files of the wheel at `url`."""
     archive = zipfile.ZipFile(io.BufferedReader(RemoteFile(url), CHUNK))
     names = set(archive.namelist())
 
@@ -90,7 +90,7 @@ def wheel_reader(url: str) -> Read:
 
 
 def folder_reader(folder: Path) -> Read:
-    """Reads files of an unpacked wheel, such as a site-packages folder."""
+    """Return a function that reads files of an unpacked wheel, such as a site-packages folder."""
 
     def read(path: str) -> str | None:
         file = folder / path

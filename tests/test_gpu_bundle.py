@@ -1,4 +1,4 @@
-"""The bundle for an isolated GPU machine: GPU code is emptied in place, and only what the machine cannot use."""
+"""The bundle for an isolated GPU machine: only GPU code that the machine cannot use is overwritten."""
 
 import io
 import lzma
@@ -44,18 +44,18 @@ def elf(sections: dict[str, bytes]) -> bytes:
     return bytes(out) + b"".join(headers)
 
 
-def test_code_of_other_gpus_is_emptied_in_place() -> None:
+def test_code_of_other_gpus_is_overwritten_in_place() -> None:
     both = fatbin(entry(CODE, 80, b"A" * 16), entry(CODE, 90, b"B" * 16), entry(PTX, 90, b"C" * 16))
     ptx_only = fatbin(entry(CODE, 80, b"D" * 16), entry(PTX, 80, b"E" * 16))
     data = elf({".nv_fatbin": both + bytes(8) + ptx_only, ".symtab": b"S" * 8, ".dynsym": b"T" * 8})
     for keep_ptx in (True, False):
-        found = gpu_fatbin.slim_elf(data, 90, keep_ptx)
-        assert len(found) == len(data)
-        kept = {letter for letter in "ABCDEST" if letter.encode() * 8 in found}
+        slim = gpu_fatbin.slim_elf(data, 90, keep_ptx)
+        assert len(slim) == len(data)
+        kept = {letter for letter in "ABCDEST" if letter.encode() * 8 in slim}
         assert kept == ({"B", "E", "T"} if keep_ptx else {"B", "T"})
-        sections = {name: (offset, size) for name, offset, size in gpu_fatbin.elf_sections(found)}
+        sections = {name: (offset, size) for name, offset, size in gpu_fatbin.elf_sections(slim)}
         entries = [
-            e for *_, part in gpu_fatbin.fatbin_containers(found, *sections[".nv_fatbin"]) for e in part
+            e for *_, part in gpu_fatbin.fatbin_containers(slim, *sections[".nv_fatbin"]) for e in part
         ]
         assert [e.arch for e in entries] == [80, 90, 120, 80, 80 if keep_ptx else 120]
         code, ptx = gpu_fatbin.usable(entries, 90)
@@ -69,7 +69,7 @@ def test_a_strange_fat_binary_is_refused() -> None:
     assert gpu_fatbin.slim_elf(data, 90, True) == data
     broken = bytearray(fatbin(entry(CODE, 90, b"B" * 16)))
     struct.pack_into("<Q", broken, 8, 40)
-    with pytest.raises(ValueError, match="not of the known form"):
+    with pytest.raises(ValueError, match="has an unknown layout"):
         gpu_fatbin.slim_elf(elf({".nv_fatbin": bytes(broken)}), 90, True)
 
 

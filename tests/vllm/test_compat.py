@@ -127,8 +127,8 @@ def test_the_installed_release_has_every_hook(hooks: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "said"),
     [
-        (LINEAR, "class ReplicatedLinear(", "class Renamed(", "ReplicatedLinear: not there"),
-        ("vllm/model_executor/utils.py", "def set_weight_attrs(", "def set_attrs(", "set_weight_attrs: not there"),
+        (LINEAR, "class ReplicatedLinear(", "class Renamed(", "ReplicatedLinear: does not exist"),
+        ("vllm/model_executor/utils.py", "def set_weight_attrs(", "def set_attrs(", "set_weight_attrs: does not exist"),
         (PARAMETER, "packed_factor: ", "factor: ", "PackedvLLMParameter takes no packed_factor"),
         (LINEAR, "num_heads=", "heads=", "has no call of load_qkv_weight"),
         (
