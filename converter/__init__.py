@@ -5,7 +5,7 @@
     summary = convert(Options(model="Qwen/Qwen3-8B", out=Path("qwen3-8b-bwla")))
     print(f"{summary.bits_per_weight:.3f} bits per weight")
 
-`Calibration` selects the calibration text, and a `Listener` is told about the progress. All errors that a caller can
+`Calibration` selects the calibration text, and a `Listener` follows the progress. All errors that a caller can
 do something about are `BWLAError`. To load the result with transformers, `import bwla_converter.hf` first.
 """
 

@@ -40,7 +40,7 @@ class Conversion:
         plan: what will be written.
         recipe: quantizes the input groups of one decoder layer after another.
         device: where the recipe computes.
-        listener: is told about the progress.
+        listener: receives the progress.
         processes: the processes that share the calibration samples.
     """
 
@@ -68,7 +68,7 @@ def convert(
 
     Args:
         options: what to convert, and how.
-        listener: is told about the progress; None for nobody.
+        listener: receives the progress; None for nobody.
         processes: the processes that share the calibration samples, of which this is the first; None for this one
             alone.
         recipe_factory: makes the recipe; None for `recipes.base.make_recipe`, which makes the one that

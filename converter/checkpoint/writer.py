@@ -116,7 +116,7 @@ def check_output(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
     if out.exists() and not overwrite:
-        raise OutputError(f"{out}: exists already: choose another output or add --overwrite")
+        raise OutputError(f"{out}: already exists: choose another output or add --overwrite")
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise OutputError(f"{out}: expected a model to overwrite, found other files: choose another output")
     parent = out.absolute().parent
