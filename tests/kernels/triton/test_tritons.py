@@ -1,39 +1,23 @@
-"""The oldest Triton that a supported vLLM brings compiles the kernels too, and one command tries them all.
+"""Compile the kernels with the oldest supported Triton; test the command that compiles them with all of them.
 
-test_compile_check.py does the same with the installed one, which is the newest.
+test_compile_check.py compiles them with the installed Triton, which is the newest.
 """
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from bwla_kernels.triton.versions import RELEASES, TESTED
 from packaging.version import Version
 from paths import ROOT
 
+from scripts import check_tritons, setup_env
+
 OLDEST = TESTED[0]
-
-
-@pytest.fixture
-def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scripts can be imported."""
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-
-
-@pytest.fixture
-def check_tritons(scripts: None) -> ModuleType:
-    return importlib.import_module("check_tritons")
-
-
-@pytest.fixture
-def setup_env(scripts: None) -> ModuleType:
-    return importlib.import_module("setup_env")
 
 
 @pytest.mark.slow
@@ -42,10 +26,10 @@ def test_oldest_triton_compiles_the_kernels(arch: int, count: int, tmp_path: Pat
     """A sample of each kernel's configurations; scripts/check_tritons.py compiles them all."""
     folder = Path(sys.prefix) / f"triton-{OLDEST}"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there: make setup, or scripts/check_tritons.py, installs it")
-    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "check_tritons.py")]
+        pytest.skip(f"{folder} does not exist: run make setup or python -m scripts.check_tritons")
+    command = [sys.executable, "-W", "ignore", "-m", "scripts.check_tritons"]
     command += ["--triton", OLDEST, "--arch", str(arch), "--sample", str(count), "--tables", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "triton_compile_3.6.json").read_text())
     assert table["triton"] == OLDEST
@@ -68,18 +52,18 @@ def test_releases_are_in_order_and_the_installed_one_is_among_them() -> None:
     assert RELEASES[0].vllm.startswith("0.26")
 
 
-def test_another_triton_comes_first_on_the_path(check_tritons: ModuleType) -> None:
+def test_another_triton_comes_first_on_the_path() -> None:
     outer = {"TRITON_INTERPRET": "1", "PYTHONPATH": "/mine", "HOME": "/home"}
     assert check_tritons.environment(None, outer) == {"PYTHONPATH": "/mine", "HOME": "/home"}
-    found = check_tritons.environment(Path("/env/triton-3.6.0"), outer)
-    assert found == {"PYTHONPATH": f"/env/triton-3.6.0{os.pathsep}/mine", "HOME": "/home"}
+    other = check_tritons.environment(Path("/env/triton-3.6.0"), outer)
+    assert other == {"PYTHONPATH": f"/env/triton-3.6.0{os.pathsep}/mine", "HOME": "/home"}
     assert check_tritons.environment(Path("/other"), {}) == {"PYTHONPATH": "/other"}
 
 
 def test_each_triton_has_a_table_and_gets_the_other_options(
-    check_tritons: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """All are tried, those that fail are named, and the status tells."""
+    """All releases are tried; those that fail are listed, and the exit status is 1."""
     ran: list[tuple[str, list[str]]] = []
 
     def run(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess[str]:
@@ -106,9 +90,7 @@ def test_each_triton_has_a_table_and_gets_the_other_options(
     assert "expected --tables FOLDER" in capfd.readouterr().err
 
 
-def test_another_triton_is_installed_once_and_whole(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_another_triton_is_installed_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[list[str]] = []
 
     def run(*command: str | Path, failure: str) -> None:
