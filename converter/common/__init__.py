@@ -1,1 +1,1 @@
-"""Helpers that know nothing of quantization: files, devices, versions, generic tensor functions."""
+"""Helpers below all other packages: files, devices, versions, durations, sizes, generic tensor functions."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever interrupts: written under another name, synced, renamed."""
+"""Atomic file writes: write under a temporary name, sync to disk, rename."""
 
 import hashlib
 import os
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""Ending of the name of a file that is being written."""
+"""Suffix of the name of a file that is being written."""
 
 
 def sync(path: Path) -> None:
-    """Flush a file or a folder's entries to disk."""
+    """Flush a file, or the entries of a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -20,14 +20,14 @@ def sync(path: Path) -> None:
 
 
 def move(old: Path, new: Path) -> None:
-    """Rename a file or folder within its file system, and see that the new name lasts."""
+    """Rename a file or folder within its file system and flush the new name to disk."""
     old.rename(new)
     sync(new.parent)
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give the name to write to; it becomes `path`, in place of what was there, when the body succeeds."""
+    """Yield a temporary path to write to, which replaces `path` if the body of the `with` statement succeeds."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         yield partial
@@ -39,6 +39,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

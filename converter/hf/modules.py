@@ -1,6 +1,6 @@
-"""The stored layers as torch modules, for transformers' models and the converter's own.
+"""Quantized linears and the 8-bit head as torch modules, for models of transformers and for the converter itself.
 
-transformers finds them through `quantizer`, which `import bwla_converter.hf` registers.
+transformers uses them through `quantizer`, which `import bwla_converter.hf` registers.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,30 +32,32 @@ __all__ = [
 ]
 
 REFERENCE = "reference"
+"""Name of the reference implementation where a backend is chosen by name."""
 
 
 class _Stored(nn.Module):
-    """A module whose parameters are stored tensors, so that it saves back unchanged.
+    """A module whose parameters are the tensors of the format, so that it is saved back unchanged.
 
-    What the backend made of them is kept beside them and made anew when the module moves.
+    The tensors that the backend prepares from them are cached, and prepared again after the module has moved to another
+    device.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         super().__init__()
-        for key, want in specs.items():
-            dtype = torch.get_default_dtype() if key == "bias" else want.dtypes[0]
-            empty = torch.empty(want.shape, dtype=dtype, device="meta")
+        for key, spec in specs.items():
+            dtype = torch.get_default_dtype() if key == "bias" else spec.dtypes[0]
+            empty = torch.empty(spec.shape, dtype=dtype, device="meta")
             self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         self._prepared: tuple[torch.device, Any, dict[str, Tensor]] | None = None
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors by their names in the format."""
+        """Return the tensors by their names in the format."""
         return {key: param.data for key, param in self.named_parameters()}
 
     def prepared(
         self, spec: Any, device: torch.device, select: Callable[[], Any]
     ) -> tuple[Any, dict[str, Tensor]]:
-        """The backend that `select` chooses, and what it made of the stored tensors."""
+        """Return the backend that `select` chooses and the tensors that it prepares from the stored ones."""
         if self._prepared is None or self._prepared[0] != device:
             backend = select()
             self._prepared = (device, backend, backend.prepare(self.stored(), spec))
@@ -63,38 +65,38 @@ class _Stored(nn.Module):
 
 
 class BWLALinear(_Stored):
-    """A linear in the stored format, computed by the best backend for its device.
+    """A quantized linear, computed by the best backend for its device.
 
     Args:
-        spec: the layer.
-        name: its module path, for messages.
-        backend: a backend's name, "reference" for the definition itself, None for the best.
+        spec: sizes and quantization parameters.
+        name: module path, for error messages.
+        backend: name of a backend, "reference" for the reference implementation, None for the best backend.
     """
 
     def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
         super().__init__(tensor_specs(spec))
-        self.spec, self.name, self.wanted = spec, name, backend
+        self.spec, self.name, self.backend = spec, name, backend
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     @classmethod
     def from_stored(
         cls, name: str, spec: LayerSpec, tensors: Mapping[str, Tensor], bias: Tensor | None = None
     ) -> "BWLALinear":
-        """A linear of given tensors, as the format stores them; `bias` [N] is its bias, whatever `spec` says."""
-        given = {key: tensor for key, tensor in tensors.items() if key != "bias"}
+        """Build a linear from stored tensors, with a bias if `bias` [N] is given, whatever `spec` says."""
+        parameters = {key: tensor for key, tensor in tensors.items() if key != "bias"}
         if bias is not None:
-            given["bias"] = bias
+            parameters["bias"] = bias
         linear = cls(replace(spec, bias=bias is not None), name)
-        for key, tensor in given.items():
+        for key, tensor in parameters.items():
             setattr(linear, key, nn.Parameter(tensor, requires_grad=False))
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
-        if self.wanted == REFERENCE:
+        """Compute x [..., K] -> [..., N] in the dtype of x."""
+        if self.backend == REFERENCE:
             return reference.linear(x, self.stored(), self.spec)
         backend, tensors = self.prepared(
-            self.spec, x.device, lambda: ops.select_backend(self.spec, x.device, self.wanted)[0]
+            self.spec, x.device, lambda: ops.select_backend(self.spec, x.device, self.backend)[0]
         )
         y: Tensor = backend.apply(x, tensors, self.spec)
         return y
@@ -107,21 +109,21 @@ class BWLAHead(_Stored):
     """The 8-bit language-model head, computed by the best backend for its device.
 
     Args:
-        spec: its sizes.
-        backend: a backend's name, "reference" for the definition, None for the best.
+        spec: sizes.
+        backend: name of a backend, "reference" for the reference implementation, None for the best backend.
     """
 
     def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
         super().__init__(head_tensor_specs(spec))
-        self.spec, self.wanted = spec, backend
+        self.spec, self.backend = spec, backend
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x."""
-        if self.wanted == REFERENCE:
+        """Compute x [..., K] -> [..., V] in the dtype of x."""
+        if self.backend == REFERENCE:
             return head_reference(x, **self.stored())
         backend, tensors = self.prepared(
-            self.spec, x.device, lambda: ops.select_head_backend(self.spec, x.device, self.wanted)[0]
+            self.spec, x.device, lambda: ops.select_head_backend(self.spec, x.device, self.backend)[0]
         )
         y: Tensor = backend.apply(x, tensors, self.spec)
         return y
@@ -131,21 +133,23 @@ class BWLAHead(_Stored):
 
 
 def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
-    """Check a checkpoint folder by its headers, and that it fills the model; returns its quantized linears.
+    """Check the headers of a checkpoint folder, and that it holds all tensors of the model.
 
     Args:
         model: the model before its linears are replaced, usually on the meta device.
         folder: the checkpoint.
 
+    Returns: the specs of the checkpoint's quantized linears, by module path.
+
     Raises:
-        FormatError: the first problem found, naming file and tensor.
+        FormatError: the first problem, with its file and tensor.
     """
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
     if not check_model(model, specs, entries, folder):
         raise FormatError(
-            f"{folder}: expected the linears of {type(model).__name__} to have the names of the checkpoint's, found "
-            f"none called {next(iter(specs))}: load it with AutoModelForCausalLM"
+            f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "
+            f"{next(iter(specs))}: load the checkpoint with AutoModelForCausalLM"
         )
     return specs
 
@@ -154,7 +158,7 @@ def check_loaded(model: nn.Module) -> None:
     """Check the values of every parameter of a loaded model.
 
     Raises:
-        FormatError: the first tensor whose values cannot be right.
+        FormatError: the first tensor with invalid values.
     """
     for name, module in model.named_modules():
         if isinstance(module, BWLALinear):
@@ -176,16 +180,16 @@ def replace_linears(
     backend: str | None = None,
     specs: Mapping[str, LayerSpec] | None = None,
 ) -> None:
-    """Replace, in place, every `nn.Linear` that the config quantizes by an empty `BWLALinear`.
+    """Replace, in place, every `nn.Linear` that the config quantizes by a `BWLALinear` on the meta device.
 
     Args:
         model: a transformers model, usually on the meta device.
         config: its quantization config.
-        backend: forced backend, see `BWLALinear`.
-        specs: the specs that the checkpoint's headers gave, which must agree with the model's sizes.
+        backend: name of the backend to use, see `BWLALinear`.
+        specs: the specs from the checkpoint's headers, which must agree with the config and the model.
 
     Raises:
-        FormatError: config, checkpoint and model contradict each other.
+        FormatError: config, checkpoint and model do not agree.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
@@ -199,7 +203,7 @@ def replace_linears(
             continue
         if specs is not None and specs.get(name) != spec:
             raise FormatError(
-                f"{name}: config.json describes {spec}, the safetensors headers {specs.get(name)}: "
+                f"{name}: expected {spec} by config.json, found {specs.get(name)} in the safetensors headers: "
                 "convert or download the model again"
             )
         model.set_submodule(name, BWLALinear(spec, name, backend))

@@ -1,7 +1,7 @@
-"""BWLA in transformers' registry of quantizers: `AutoModelForCausalLM.from_pretrained(OUT)` loads, and saves again.
+"""BWLA's quantizer for transformers, so that `from_pretrained` loads BWLA checkpoints and `save_pretrained` saves them.
 
-Without it transformers only warns about an unknown quant_method and then starts from random weights. This module is
-imported while transformers is, so everything else of ours is imported inside the methods.
+Without it, transformers warns about an unknown quant_method and loads random weights. Everything that is only needed to
+load a checkpoint is imported inside the methods.
 """
 
 import os
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 QUANT_METHOD = "bwla"
 BACKEND_VARIABLE = "BWLA_BACKEND"
-"""Environment variable that forces a backend by name; "reference" is the definition itself."""
+"""Environment variable with the name of the backend to use, or "reference" for the reference implementation."""
 
 
 @register_quantization_config(QUANT_METHOD)
 class BWLAHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """transformers' view of `quantization_config`: carried along as it is.
+    """BWLA's `quantization_config` as transformers holds it; saved back unchanged.
 
     Raises:
-        FormatError: not a BWLA config of a version that is known.
+        FormatError: the config is invalid or of an unknown version.
     """
 
     def __init__(self, **config: Any) -> None:
@@ -35,23 +35,26 @@ class BWLAHfConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = QUANT_METHOD
 
     def to_dict(self) -> dict[str, Any]:
-        """The dictionary that was read."""
+        """Return the dictionary that was read."""
         return self.format.to_json()
 
 
 @register_quantizer(QUANT_METHOD)
 class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts `BWLALinear` where the checkpoint is quantized, and checks what is loaded before and after.
+    """Replaces the quantized linears by `BWLALinear`, and checks the checkpoint before and after it is loaded.
 
     Raises:
-        FormatError: the checkpoint is damaged or does not fit its config.json; one sentence, before weights are read
-            where their headers tell.
+        FormatError: the checkpoint is damaged or does not fit its config.json. Raised before weights are read, except
+            for invalid values.
     """
 
     requires_calibration = True
 
     def update_tp_plan(self, config: Any) -> Any:
-        """transformers' first question that names the model: check its folder before transformers opens a file."""
+        """Check the checkpoint folder, if there is one; leave `config` unchanged.
+
+        This is the first hook that gets the model's path, before transformers opens any file.
+        """
         from bwla_kernels.format.folder import check_folder
 
         folder = Path(getattr(config, "_name_or_path", "") or "/nowhere")
@@ -74,10 +77,10 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def is_serializable(self) -> bool:
-        """The stored tensors are the parameters."""
+        """Return True: the stored tensors are the parameters."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Signs have no gradient."""
+        """Return False: signs have no gradient."""
         return False

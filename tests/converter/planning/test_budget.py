@@ -196,7 +196,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert choose_device("auto").type == choose_device("cpu").type == "cpu"
-    with pytest.raises(BWLAError, match="--device cuda: expected such a GPU, found 0 of them"):
+    with pytest.raises(BWLAError, match="--device cuda: expected such a GPU, found 0 GPUs"):
         choose_device("cuda")
     for name in ("tpu", "meta"):
         with pytest.raises(BWLAError, match=f"--device: expected cpu, cuda or auto, found '{name}'"):
