@@ -166,13 +166,18 @@ def main() -> int:
     machine = day.get("machine", {}).get("name")
     text = "\n".join(
         [
-            "# What a decode step costs on a GPU\n",
-            "Made by `python -m benchmarks.kernels.gpu_estimate`; its docstring explains the columns and constants",
-            f"behind the expected times. Measured on {machine}, weights cold, with dependent launches; attention is not"
-            if machine
-            else "behind the expected times. Attention is not",
-            "part of it. A kernel's own time is that of a graph of its kind alone, the line of all four that of a",
-            "decoder layer's launches one after another.\n",
+            "# Cost of a decode step on a GPU\n",
+            "Written by `python -m benchmarks.kernels.gpu_estimate`, whose docstring explains the columns and the",
+            "constants behind the expected times."
+            + (
+                f" Measured on {machine} with cold weights and dependent launches,"
+                if machine
+                else " Estimated,"
+            ),
+            "without attention. The time of one kernel comes from a graph that contains only its kind; the time of",
+            'all four linears comes from a graph with the launches of a whole decoder layer ("in turn": without',
+            'dependent launches; "late": each kernel starts the next one before its last step, instead of at its',
+            "beginning).\n",
             *(line for model in ("32b", "8b") for line in sheet(model, day)),
         ]
     )
