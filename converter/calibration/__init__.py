@@ -1,1 +1,1 @@
-"""Calibration text, the hidden states it gives, and the layers that it runs through."""
+"""Calibration text, and the loop in which its hidden states run through the decoder layers."""

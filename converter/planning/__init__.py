@@ -1,1 +1,1 @@
-"""What a conversion will produce and need, settled before any weight is read."""
+"""What a conversion produces and what it costs, computed from the model's headers."""

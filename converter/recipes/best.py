@@ -61,7 +61,7 @@ def relative_loss(hidden: Tensor, original: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerBackup:
-    """The linears and norm weights of a decoder layer, to undo its tuning."""
+    """The linears and norm weights of a decoder layer, to roll back its tuning."""
 
     linears: dict[str, nn.Module]
     norms: dict[str, Tensor]
@@ -115,7 +115,7 @@ class BestRecipe:
         return result
 
     def end_layer(self) -> Mapping[str, Tensor]:
-        """Tune the layer and return the tensors that changed; tuning that does not reduce the loss is undone."""
+        """Tune the layer and return the tensors that changed; tuning that does not reduce the loss is rolled back."""
         _, quantized = self.loop.layers
         self.loop.advance_original()
         outputs = self.loop.quantized_outputs()
@@ -131,7 +131,7 @@ class BestRecipe:
                 outputs = tuned_outputs
             else:
                 log.warning(
-                    "%s: tuning did not bring it closer to the original and is undone; try more "
+                    "%s: tuning did not bring it closer to the original and is rolled back: try more "
                     "--num-calibration-samples",
                     quantized.prefix.removesuffix("."),
                 )

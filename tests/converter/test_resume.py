@@ -15,7 +15,7 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import RecipeFactory, convert
 from bwla_converter.quantize import paper
-from bwla_converter.recipes.base import PaperRecipe
+from bwla_converter.recipes.paper import PaperRecipe
 from bwla_converter.resume import fingerprint
 from bwla_converter.resume.manifest import WorkError, read_manifest
 from bwla_converter.resume.work_folder import MANIFEST, work_path

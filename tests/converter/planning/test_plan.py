@@ -106,7 +106,7 @@ def test_the_predicted_size_counts_what_is_written(source: Source, tied: Source)
     assert with_head.output_bytes(tied) == plan(tied).output_bytes(tied) + 96 * 64 + 4 * 96
 
 
-def test_clips_of_the_recipe_replace_the_plan_s(source: Source) -> None:
+def test_clips_of_the_recipe_replace_those_of_the_plan(source: Source) -> None:
     made = plan(source)
     assert with_clips(made, dict.fromkeys(made.specs, 1.0)) is made
     clips = {name: 0.8 if name.endswith("down_proj") else 1.0 for name in made.specs}

@@ -110,16 +110,16 @@ def test_tuning_reduces_the_loss_and_continues_with_what_is_stored(
         torch.testing.assert_close(outputs, model.model.norm(hidden[-1]), rtol=0.05, atol=0.05)
 
 
-def test_tuning_that_does_not_help_is_undone(
+def test_tuning_that_does_not_help_is_rolled_back(
     source: Source, calibration: Calibration, caplog: pytest.LogCaptureFixture
 ) -> None:
     wild = replace(OPTIONS, tune=TuneOptions(epochs=2, scale_rate=3.0))
     plain = replace(OPTIONS, tune=replace(OPTIONS.tune, epochs=0))
-    (undone, _, hidden), (expected, _, expected_hidden) = (
+    (restored, _, hidden), (expected, _, expected_hidden) = (
         run(BestRecipe(source, calibration, 0, options), source) for options in (wild, plain)
     )
     assert "model.layers.0: tuning did not bring it closer" in caplog.text
-    assert all(torch.equal(tensor, undone[name]) for name, tensor in expected.items())
+    assert all(torch.equal(tensor, restored[name]) for name, tensor in expected.items())
     assert all(torch.equal(one, other) for one, other in zip(hidden, expected_hidden, strict=True))
 
 
