@@ -1,1 +1,5 @@
-"""The arithmetic of one BWLA layer: format, definition, ops and backends. Knows torch and nothing above it."""
+"""The arithmetic of one BWLA layer: checkpoint format, reference implementation, torch ops and backends.
+
+Depends on torch, safetensors and, for the config schema, compressed-tensors and pydantic; on no other package of this
+project.
+"""

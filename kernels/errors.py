@@ -1,8 +1,8 @@
-"""Errors as named cases. Each message is one sentence: where, what was expected, what was found, what to do."""
+"""Exceptions. Each message is one sentence: where, what was expected, what was found, what to do."""
 
 
 class BWLAError(ValueError):
-    """Base of every error that BWLA raises on purpose; the message is meant for the user."""
+    """Base class of the errors that BWLA raises; the message is meant for the user."""
 
 
 class FormatError(BWLAError):
@@ -14,4 +14,4 @@ class SourceError(BWLAError):
 
 
 class BackendError(BWLAError):
-    """No backend, or not the one that was asked for, can run a layer."""
+    """No backend, or not the requested one, can run a layer."""

@@ -1,8 +1,8 @@
-"""The language-model head in 8 bits: definition, torch op and choice of backend.
+"""The language-model head in 8 bits: quantization, reference implementation and torch backend.
 
-Weights are int8 with one scale a row. Activations are quantized to 16 bits, dynamically, one scale a token:
-their rounding is then 2^-15 of the largest, far below bfloat16's own, while both halves of a code still fit
-the processor's 8-bit dot products. At one token a head is bound by memory, so the second pass costs nothing.
+Weights are int8 with one scale per row. Activations are quantized to 16 bits, dynamically, with one scale per token:
+the rounding error is then 2^-15 of the largest magnitude, far below that of bfloat16, while both halves of a code
+still fit the processor's 8-bit dot products. At one token a head is bound by memory, so the second pass is free.
 
     s[m] = max|x[m]| / 32639,  q = round_half_even(x / s),  y[m, n] = s[m] * scale[n] * sum_k W[n, k] q[m, k]
 """
@@ -15,7 +15,7 @@ from bwla_kernels.torch_backend import int_matmul
 from torch import Tensor
 
 Q_MAX = 127 * 256 + 127
-"""Largest activation code, 32,639: the high byte of a code, rounded, still fits int8."""
+"""Largest activation code, 32,639: the rounded high byte of a code still fits int8."""
 
 HEAD_CHUNK = 8192
 """Rows of a head that are quantized at once."""
@@ -31,7 +31,7 @@ def quantize_head(weight: Tensor) -> dict[str, Tensor]:
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    # In pieces, so that a vocabulary of 150,000 rows needs no float32 copy of the whole head.
+    # In chunks, so that a vocabulary of 150,000 rows needs no float32 copy of the whole head.
     for start in range(0, weight.shape[0], HEAD_CHUNK):
         part = slice(start, start + HEAD_CHUNK)
         weights = weight[part].float()
@@ -41,14 +41,17 @@ def quantize_head(weight: Tensor) -> dict[str, Tensor]:
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize [M, K] to 16-bit codes (as int32 [M, K]) and one float32 scale a token [M]; zeros give scale 0."""
+    """Quantize [M, K] to 16-bit codes (as int32 [M, K]) and one float32 scale per token [M]; zeros give scale 0."""
     scale = x.float().abs().amax(1) * (1.0 / Q_MAX)
     codes = torch.round(x.float() / scale.unsqueeze(1)).clamp(-Q_MAX, Q_MAX)
     return torch.where(scale.unsqueeze(1) == 0, torch.zeros_like(codes), codes).to(torch.int32), scale
 
 
 def head_reference(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
-    """The definition: [..., K] -> [..., V] in the dtype of x. Float64 holds the integer sums exactly."""
+    """Compute logits by the reference implementation: [..., K] -> [..., V] in the dtype of x.
+
+    Float64 holds the integer sums exactly.
+    """
     codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
     sums = codes.double() @ weight_int8.double().t()
     y = sums.float() * (scale.unsqueeze(1) * weight_scale)
@@ -78,19 +81,19 @@ torch.library.register_fake("bwla::head_torch", _head_fake, lib=_LIBRARY)
 
 
 class TorchHead:
-    """Plain torch on any device: two 8-bit integer products."""
+    """Compute the head with plain torch on any device, as two 8-bit integer products."""
 
     name = "torch"
 
     def can_implement(self, spec: HeadSpec, device: torch.device) -> tuple[bool, str]:
-        """Always: this is the last fallback."""
+        """Return True and the reason: plain torch runs anywhere."""
         return True, "plain torch runs anywhere"
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
-        """As stored."""
+        """Return the stored tensors as they are."""
         return dict(tensors)
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x."""
         y: Tensor = torch.ops.bwla.head_torch(x, tensors["weight_int8"], tensors["weight_scale"])
         return y

@@ -1,8 +1,8 @@
-"""The only door for the packages above: pick a backend, repack a layer once, apply it.
+"""Public kernel API: choose a backend, repack a layer once, apply it.
 
-Every backend computes through `torch.library` ops with fake implementations, so torch.compile and CUDA
-graphs see through it. To add one: write a class with the four members of `LinearBackend` and its op beside it, and
-name it in `backends()` (for the 8-bit head: `HeadBackend` and `head_backends()`), the fastest first.
+Every backend computes through `torch.library` ops with fake implementations, which torch.compile and CUDA graphs can
+trace. To add one, implement `LinearBackend` and its op, and list it in `backends()` (for the 8-bit head: `HeadBackend`
+and `head_backends()`), the fastest first; see docs/developer/adding-a-kernel-backend.md.
 """
 
 import functools
@@ -23,102 +23,105 @@ from torch import Tensor
 
 
 class LinearBackend(Protocol):
-    """One way to compute a layer. Stateless: what `apply` needs is in the tensors that `prepare` returns."""
+    """A way to compute a layer. Stateless: everything that `apply` needs is in the tensors that `prepare` returns."""
 
     name: str
 
     def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
-        """Whether this backend can run such a layer on `device`, and why (not)."""
+        """Return whether this backend can run such a layer on `device`, and the reason."""
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Turn a layer's stored tensors into those that `apply` uses (repacked once); mutates nothing.
+        """Repack a layer's stored tensors, once, into those that `apply` uses; modify none of them.
 
-        A bias passes through: callers may leave it out here and add it to `apply`'s tensors.
+        A bias passes through: callers may leave it out here and add it to the tensors of `apply`.
         """
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x, agreeing with `reference.linear`."""
+        """Compute x [..., K] -> [..., N] in the dtype of x, in agreement with `reference.linear`."""
 
 
 class HeadBackend(Protocol):
-    """One way to compute an 8-bit head; as `LinearBackend`."""
+    """A way to compute an 8-bit head; stateless like `LinearBackend`."""
 
     name: str
 
     def can_implement(self, spec: HeadSpec, device: torch.device) -> tuple[bool, str]:
-        """Whether this backend can run such a head on `device`, and why (not)."""
+        """Return whether this backend can run such a head on `device`, and the reason."""
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
-        """Turn the stored tensors into those that `apply` uses; mutates nothing."""
+        """Repack the stored tensors, once, into those that `apply` uses; modify none of them."""
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x, agreeing with `head.head_reference`."""
+        """Compute x [..., K] -> [..., V] in the dtype of x, in agreement with `head.head_reference`."""
 
 
-Chosen = TypeVar("Chosen", LinearBackend, HeadBackend)
+AnyBackend = TypeVar("AnyBackend", LinearBackend, HeadBackend)
 
 
 @functools.cache
 def backends() -> tuple[LinearBackend, ...]:
-    """All backends of layers, the fastest first; the last one runs anything."""
+    """Return all backends for linear layers, the fastest first; the last one runs any layer."""
     return (TritonBackend(), CpuBackend(), TorchBackend())
 
 
 @functools.cache
 def head_backends() -> tuple[HeadBackend, ...]:
-    """All backends of the 8-bit head, likewise."""
+    """Return all backends for the 8-bit head, the fastest first; the last one runs any head."""
     return (TritonHead(), CpuHead(), TorchHead())
 
 
 def select_backend(
-    spec: LayerSpec, device: torch.device, wanted: str | None = None
+    spec: LayerSpec, device: torch.device, requested: str | None = None
 ) -> tuple[LinearBackend, str]:
     """Choose the backend of a layer.
 
     Args:
         spec: the layer.
-        device: where its tensors are.
-        wanted: a backend's name, to force it.
+        device: the device of its tensors.
+        requested: name of a backend to use instead of the fastest.
 
-    Returns: the backend, and a sentence that says why it and not a faster one (for the log).
+    Returns: the backend, and a sentence for the log that explains the choice.
 
     Raises:
-        BackendError: the wanted backend does not exist or cannot run the layer.
+        BackendError: the requested backend does not exist or cannot run the layer.
     """
     return _select(
-        backends(), lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", wanted
+        backends(), lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", requested
     )
 
 
 def select_head_backend(
-    spec: HeadSpec, device: torch.device, wanted: str | None = None
+    spec: HeadSpec, device: torch.device, requested: str | None = None
 ) -> tuple[HeadBackend, str]:
-    """Choose the backend of an 8-bit head; as `select_backend`, but a name that only layers know is no demand."""
+    """Choose the backend of an 8-bit head, as `select_backend` does.
+
+    A requested backend without a head implementation is ignored.
+    """
     choices = head_backends()
-    if wanted in {backend.name for backend in backends()} - {backend.name for backend in choices}:
-        wanted = None
+    if requested in {backend.name for backend in backends()} - {backend.name for backend in choices}:
+        requested = None
     return _select(
-        choices, lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", wanted
+        choices, lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", requested
     )
 
 
 def _select(
-    choices: Sequence[Chosen],
-    ask: Callable[[Chosen], tuple[bool, str]],
+    choices: Sequence[AnyBackend],
+    can_implement: Callable[[AnyBackend], tuple[bool, str]],
     what: str,
-    wanted: str | None,
-) -> tuple[Chosen, str]:
-    table = {backend.name: backend for backend in choices}
-    if wanted is not None:
-        if wanted not in table:
-            raise BackendError(f"backend {wanted!r} does not exist: choose one of {', '.join(table)}")
-        able, reason = ask(table[wanted])
+    requested: str | None,
+) -> tuple[AnyBackend, str]:
+    by_name = {backend.name: backend for backend in choices}
+    if requested is not None:
+        if requested not in by_name:
+            raise BackendError(f"backend {requested!r} does not exist: choose one of {', '.join(by_name)}")
+        able, reason = can_implement(by_name[requested])
         if not able:
-            raise BackendError(f"backend {wanted!r} cannot run {what}: {reason}")
-        return table[wanted], f"backend {wanted} as asked for"
+            raise BackendError(f"backend {requested!r} cannot run {what}: {reason}")
+        return by_name[requested], f"backend {requested} as requested"
     refusals: list[str] = []
     for backend in choices:
-        able, reason = ask(backend)
+        able, reason = can_implement(backend)
         if able:
             why = "; ".join([*refusals, reason])
             return backend, f"backend {backend.name} ({why})"

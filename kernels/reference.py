@@ -1,6 +1,6 @@
-"""The definition: a BWLA layer in plain torch, on any device (design section 2).
+"""Reference implementation: a BWLA layer in plain torch, on any device (see docs/format.md).
 
-Every kernel is tested against these functions. They are written to be read, not to be fast.
+Every kernel is tested against these functions, which are written for clarity rather than speed.
 """
 
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PreparedInput:
-    """What the input side hands to the weight side.
+    """The transformed input, which the GEMM multiplies with the signs.
 
     Attributes:
         q: int8 codes [M, K]; float32 x_hat where the activations are not quantized.
-        scale: float32 [M, G], one scale per token and block (ones where not quantized).
+        scale: float32 [M, G], one scale per token and rotation group (ones where not quantized).
         u: float32 [M, r], x A^T; None for rank 0.
     """
 
@@ -28,7 +28,7 @@ class PreparedInput:
 
 
 def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Rotate the last axis block by block: each block, row-major [n1, n2], becomes L^T X R.
+    """Rotate the last axis: each rotation group X, row-major [n1, n2], becomes L^T X R.
 
     Args:
         x: [..., K], any float dtype; computed in float32 (float64 stays).
@@ -36,34 +36,34 @@ def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
         right: rotation_right [G, n2, n2].
 
     Returns: [..., K] float32 (or float64), in the rotated basis. The map is orthogonal and linear,
-        so x W^T is unchanged when the rows of W go through it too.
+        so x W^T is unchanged when the rows of W are rotated too.
     """
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks, n1, n2 = left.shape[0], left.shape[-1], right.shape[-1]
-    cells = x.to(work).reshape(-1, blocks, n1, n2)
+    groups, n1, n2 = left.shape[0], left.shape[-1], right.shape[-1]
+    cells = x.to(work).reshape(-1, groups, n1, n2)
     rotated = left.to(work).transpose(-1, -2) @ cells @ right.to(work)
     return rotated.reshape(x.shape)
 
 
 def rotate_back(x_hat: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Undo `rotate`: each block becomes L X R^T."""
+    """Undo `rotate`: each rotation group X becomes L X R^T."""
     return rotate(x_hat, left.transpose(-1, -2), right.transpose(-1, -2))
 
 
-def quantize(x_hat: Tensor, blocks: int, bits: int, clip: float) -> tuple[Tensor, Tensor]:
-    """Quantize each token's blocks dynamically and symmetrically, rounding half to even.
+def quantize(x_hat: Tensor, rotation_groups: int, bits: int, clip: float) -> tuple[Tensor, Tensor]:
+    """Quantize each rotation group of each token dynamically and symmetrically, rounding half to even.
 
     Args:
         x_hat: float32 [M, K], rotated and column-scaled.
-        blocks: G.
+        rotation_groups: G.
         bits: 2..8.
-        clip: share of max|x_hat| that the largest code stands for.
+        clip: fraction of max|x_hat| that the largest code represents.
 
-    Returns: codes int8 [M, K] in [-q_max, q_max] and scales float32 [M, G]; a block of zeros has scale 0
+    Returns: codes int8 [M, K] in [-q_max, q_max] and scales float32 [M, G]; a group of zeros has scale 0
         and codes 0.
     """
     q_max = (1 << (bits - 1)) - 1
-    cells = x_hat.unflatten(1, (blocks, x_hat.shape[1] // blocks))
+    cells = x_hat.unflatten(1, (rotation_groups, x_hat.shape[1] // rotation_groups))
     scale = cells.abs().amax(-1) * (clip / q_max)
     codes = torch.round(cells / scale.unsqueeze(-1)).clamp(-q_max, q_max)
     codes = torch.where(scale.unsqueeze(-1) == 0, torch.zeros_like(codes), codes)
@@ -71,11 +71,11 @@ def quantize(x_hat: Tensor, blocks: int, bits: int, clip: float) -> tuple[Tensor
 
 
 def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> PreparedInput:
-    """The input side: rotate, scale the columns, quantize, and project onto the low-rank rows.
+    """Transform the input: rotate, scale the columns, quantize, and project onto the low-rank rows.
 
     Args:
         x: [M, K], any float dtype.
-        tensors: the layer's input side (`rotation_left`, `rotation_right`, `column_scale`, and `low_rank_a`
+        tensors: the layer's input transform (`rotation_left`, `rotation_right`, `column_scale`, and `low_rank_a`
             where the rank is not 0).
     """
     x_hat = rotate(x, tensors["rotation_left"], tensors["rotation_right"]) * tensors["column_scale"]
@@ -87,19 +87,19 @@ def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> 
     return PreparedInput(q, scale, u)
 
 
-def group_sums(q: Tensor, signs: Tensor, blocks: int) -> Tensor:
-    """Per-block dot products sum_{k in g} S[n, k] q[m, k] as float32 [M, G, N].
+def group_sums(q: Tensor, signs: Tensor, rotation_groups: int) -> Tensor:
+    """Return the dot products of each rotation group, sum_{k in g} S[n, k] q[m, k], as float32 [M, G, N].
 
     For integer codes they are exact integers: every partial sum stays below
     127 * 65,536 < 2^24, which float32 holds exactly.
     """
-    cells = q.float().unflatten(1, (blocks, q.shape[1] // blocks))
-    sign_cells = signs.float().unflatten(1, (blocks, signs.shape[1] // blocks))
+    cells = q.float().unflatten(1, (rotation_groups, q.shape[1] // rotation_groups))
+    sign_cells = signs.float().unflatten(1, (rotation_groups, signs.shape[1] // rotation_groups))
     return torch.einsum("mgk,ngk->mgn", cells, sign_cells)
 
 
 def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """The weight side: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
+    """Multiply with the one-bit weights: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
     sums = group_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.rotation_groups)
     y = (sums * prepared.scale.unsqueeze(-1)).sum(1) * tensors["weight_scale"]
     if prepared.u is not None:
@@ -110,14 +110,14 @@ def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: 
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """The whole layer: x [..., K] -> [..., N] in the dtype of x, computed in float32."""
+    """Compute the layer: x [..., K] -> [..., N] in the dtype of x, computed in float32."""
     flat = x.reshape(-1, spec.in_features)
     y = binary_matmul(prepare_input(flat, tensors, spec), tensors, spec)
     return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
 
 
 def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """The weight that the layer stands for, float32 [N, K] in the basis of the original x.
+    """Return the dequantized weight, float32 [N, K] in the basis of the original x.
 
     `linear` with unquantized activations equals x times this weight (plus the bias).
     """

@@ -1,6 +1,6 @@
-"""The reference backend: plain torch on cached int8 signs and an integer matmul; any device, exact, not fast.
+"""The torch backend: plain torch on unpacked int8 signs and an integer matmul, on any device.
 
-It follows `reference.py` step for step and differs in one thing only: the signs are unpacked once, at load.
+It follows `reference.py` step by step, except that the signs are unpacked only once, at load.
 """
 
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ _LIBRARY.define(
 )
 
 INT_MM_MIN_ROWS = 17
-"""cuBLAS refuses fewer rows in an integer matmul."""
+"""Fewest rows that cuBLAS accepts in an integer matmul."""
 
 
 def int_matmul(q: Tensor, signs: Tensor) -> Tensor:
-    """Exact product of int8 codes [M, K] and int8 signs [N, K]: int32 [M, N]."""
+    """Multiply int8 codes [M, K] and int8 signs [N, K] exactly: int32 [M, N]."""
     rows = q.shape[0]
     if q.is_cuda and rows < INT_MM_MIN_ROWS:
         q = torch.nn.functional.pad(q, (0, 0, 0, INT_MM_MIN_ROWS - rows))
@@ -43,7 +43,7 @@ def _linear(
     clip: float,
 ) -> Tensor:
     out_features, in_features = signs.shape
-    blocks, width = rotation_left.shape[0], rotation_left.shape[-1] * rotation_right.shape[-1]
+    groups, width = rotation_left.shape[0], rotation_left.shape[-1] * rotation_right.shape[-1]
     flat = x.reshape(-1, in_features)
     x_hat = reference.rotate(flat, rotation_left, rotation_right) * column_scale
     if flat.shape[0] == 0:
@@ -51,9 +51,9 @@ def _linear(
     elif bits == UNQUANTIZED_BITS:
         y = x_hat @ signs.float().t() * weight_scale
     else:
-        q, scale = reference.quantize(x_hat, blocks, bits, clip)
+        q, scale = reference.quantize(x_hat, groups, bits, clip)
         y = flat.new_zeros(flat.shape[0], out_features, dtype=torch.float32)
-        for g in range(blocks):
+        for g in range(groups):
             part = slice(g * width, (g + 1) * width)
             y += int_matmul(q[:, part], signs[:, part]) * scale[:, g : g + 1]
         y *= weight_scale
@@ -73,12 +73,12 @@ torch.library.register_fake("bwla::linear_torch", _linear_fake, lib=_LIBRARY)
 
 
 class TorchBackend:
-    """Plain torch on any device."""
+    """Compute a layer with plain torch on any device."""
 
     name = "torch"
 
     def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
-        """Always: this is the last fallback."""
+        """Return True and the reason: plain torch runs anywhere."""
         return True, "plain torch runs anywhere"
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ class TorchBackend:
         return {"signs": unpack_signs(tensors["weight_packed"]), **rest}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
+        """Compute x [..., K] -> [..., N] in the dtype of x."""
         y: Tensor = torch.ops.bwla.linear_torch(
             x,
             tensors["signs"],

@@ -1,7 +1,7 @@
-"""The BWLA checkpoint format, version 1: the one place that knows names, shapes, dtypes and packing.
+"""The BWLA checkpoint format, version 1: names, shapes, dtypes and packing of the stored tensors.
 
 `layer` describes one stored linear, `packing` its signs, `schema` the `quantization_config` of
-config.json, `folder` checks a whole checkpoint by its safetensors headers.
+config.json, `folder` checks a whole checkpoint by its safetensors headers. docs/format.md describes the format.
 """
 
 from bwla_kernels.format.layer import LayerSpec, TensorSpec, tensor_specs, to_storage_dtype, validate_layer

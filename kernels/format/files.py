@@ -1,9 +1,10 @@
-"""JSON and safetensors files of a model folder: read by their headers, with every damage said in words.
+"""Read the JSON files and safetensors headers of a model folder, and describe every damage that is found.
 
 The safetensors library checks that a header's offsets tile the file; it does not notice a key that appears twice.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,7 @@ DTYPES = {
     "I64": torch.int64,
     "BOOL": torch.bool,
 }
-"""safetensors' names of dtypes."""
+"""Dtypes by their names in safetensors headers."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in a folder.
+    """The tensors of a folder and its problems.
 
     Attributes:
         entries: every tensor that can be read.
-        problems: a sentence for each file or tensor that is not as the index or the format wants it.
+        problems: one sentence for each file or tensor that contradicts the index or the format.
         lost: tensors that the index lists in files that cannot be read.
     """
 
@@ -62,14 +63,13 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuse duplicate keys, of which json would silently keep the last."""
     table = dict(pairs)
     if len(table) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice!r} appears twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {counts.most_common(1)[0][0]!r} appears twice")
     return table
 
 
 def _parse_json(text: str) -> Any:
-    """JSON without duplicate keys; ValueError for whatever is wrong with it."""
+    """Parse JSON without duplicate keys; raise ValueError for any problem."""
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
     except RecursionError:
@@ -86,7 +86,7 @@ def read_json(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Any
         data = _parse_json(path.read_text(encoding="utf-8"))
     except OSError as cause:
         raise error(f"{path}: cannot be read ({cause.strerror}): check the folder") from None
-    except ValueError as cause:  # bad UTF-8 and bad JSON too
+    except ValueError as cause:  # includes bad UTF-8 and bad JSON
         raise error(f"{path}: not valid JSON ({cause}): the file is damaged, get it again") from None
     if not isinstance(data, dict):
         raise error(
@@ -96,7 +96,7 @@ def read_json(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Any
 
 
 def read_headers(path: Path, error: type[BWLAError] = FormatError) -> dict[str, Entry]:
-    """Read the tensors' shapes and dtypes of one safetensors file.
+    """Read the shapes and dtypes of the tensors in one safetensors file.
 
     Raises:
         error: the file is missing, truncated or malformed, names a tensor twice, or holds a dtype that torch lacks.
@@ -129,57 +129,57 @@ def read_headers(path: Path, error: type[BWLAError] = FormatError) -> dict[str, 
 
 
 def scan_folder(folder: Path) -> Scan:
-    """List every tensor of a checkpoint folder, sharded with an index or in a single file, and all that is wrong."""
+    """List every tensor of a checkpoint folder, sharded with an index or in a single file, and all problems."""
     index_path = folder / INDEX_FILE
     single = folder / SINGLE_FILE
     if not index_path.is_file():
         if not single.is_file():
-            return _nothing(
+            return _unreadable(
                 f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found neither: "
                 "give a folder that holds a model in safetensors"
             )
         try:
             return Scan(read_headers(single))
         except FormatError as problem:
-            return _nothing(str(problem))
+            return _unreadable(str(problem))
     try:
         weight_map = read_json(index_path).get("weight_map")
     except FormatError as problem:
-        return _nothing(str(problem))
+        return _unreadable(str(problem))
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        return _nothing(
+        return _unreadable(
             f"{index_path}: expected a weight_map of tensor to file, found none: get the index again"
         )
     outside = sorted({file for file in weight_map.values() if Path(file).name != file})
     if outside:
-        return _nothing(f"{index_path}: {outside[0]!r} is not a file of this folder: get the index again")
+        return _unreadable(f"{index_path}: {outside[0]!r} is not a file of this folder: get the index again")
     if single.is_file() and SINGLE_FILE not in weight_map.values():
         # Loaders differ in which of the two they take.
-        return _nothing(
+        return _unreadable(
             f"{folder}: expected {SINGLE_FILE} or {INDEX_FILE}, found both, and the index does not list the file: "
             "remove the one that does not belong to this model"
         )
     return _scan_shards(folder, weight_map)
 
 
-def _nothing(problem: str) -> Scan:
+def _unreadable(problem: str) -> Scan:
     return Scan(problems=(problem,))
 
 
 def _scan_shards(folder: Path, weight_map: Mapping[str, str]) -> Scan:
-    """Read every file that the index names, and compare."""
+    """Read every file that the index lists, and compare their tensors with the index."""
     index_path = folder / INDEX_FILE
     entries: dict[str, Entry] = {}
     problems: list[str] = []
     broken: set[str] = set()
     for file in sorted(set(weight_map.values())):
         try:
-            found = read_headers(folder / file)
+            stored = read_headers(folder / file)
         except FormatError as problem:
             problems.append(str(problem))
             broken.add(file)
             continue
-        for name, entry in found.items():
+        for name, entry in stored.items():
             if weight_map.get(name) != file:
                 listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
                 problems.append(
@@ -199,8 +199,8 @@ def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str,
     """List every tensor of a checkpoint folder, sharded with an index or in a single file.
 
     Raises:
-        error: index and shards disagree, a shard is missing or damaged, or there are no weights; the first problem
-            and how many more there are.
+        error: index and shards disagree, a shard is missing or damaged, or there are no weights; the message gives
+            the first problem and the number of further ones.
     """
     scan = scan_folder(folder)
     if scan.problems:
@@ -210,12 +210,12 @@ def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str,
 
 
 def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, Tensor]:
-    """Read tensors by name, each file opened once; nothing else is brought into memory.
+    """Read tensors by name, and nothing else; open each file once.
 
     Args:
         folder: the checkpoint.
         entries: where its tensors are, from `read_folder`.
-        names: the tensors wanted; the result keeps their order.
+        names: the tensors to read; the result keeps their order.
     """
     tensors = {}
     for file in sorted({entries[name].file for name in names}):

@@ -1,7 +1,7 @@
-"""A whole checkpoint folder, checked by its safetensors headers alone: no tensor is read.
+"""Check a whole checkpoint folder by its safetensors headers, without reading a tensor.
 
-vLLM's stock model classes serve NaN for a missing tensor of a quantized model and narrow an oversized one
-silently, so completeness and shapes are settled here, before a loader starts.
+vLLM's stock model classes serve NaN for a missing tensor of a quantized model and silently narrow an oversized one,
+so completeness and shapes are checked here, before a loader starts.
 """
 
 import re
@@ -39,22 +39,9 @@ __all__ = [
     "scan_folder",
 ]
 
-_BLOCK_NAME = re.compile(r"(?P<stem>.*?\.)(?P<index>\d+)(?P<leaf>\..*)")
-
-
-def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> str | None:
-    prefix = name + "."
-    stored = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
-    wanted: dict[str, TensorSpec] = tensor_specs(spec)
-    for missing in wanted.keys() - stored.keys():
-        return f"{folder}: {prefix}{missing} is missing, expected shape {list(wanted[missing].shape)}"
-    for extra in sorted(stored.keys() - wanted.keys()):
-        return f"{folder / stored[extra].file}: {prefix}{extra} is not part of the format (rank {spec.rank})"
-    for key, want in wanted.items():
-        problem = shape_problem(want, stored[key].shape, stored[key].dtype)
-        if problem:
-            return f"{folder / stored[key].file}: {prefix}{key}: {problem}"
-    return None
+ADVICE = "convert or download the model again"
+PACKED_SUFFIX = ".weight_packed"
+_LAYER_NAME = re.compile(r"(?P<stem>.*?\.)(?P<index>\d+)(?P<leaf>\..*)")
 
 
 def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> dict[str, LayerSpec]:
@@ -62,7 +49,7 @@ def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> di
 
     Args:
         folder: the checkpoint.
-        entries: its tensors from `read_folder`, where the caller has them already.
+        entries: its tensors from `read_folder`, if the caller has them already.
 
     Returns: the spec of every quantized linear.
 
@@ -73,42 +60,67 @@ def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> di
     raw_config = read_json(config_path)
     config = parse_config(raw_config.get("quantization_config") or {}, str(config_path))
     entries = read_folder(folder) if entries is None else entries
-    advice = "convert or download the model again"
-    suffix = ".weight_packed"
     specs = {}
     for key, entry in entries.items():
-        if not key.endswith(suffix):
-            continue
-        name = key.removesuffix(suffix)
-        rows, words = entry.shape if len(entry.shape) == 2 else (0, 0)
-        has_bias = f"{name}.bias" in entries
-        specs[name] = _spec_of(config, name, rows, words * PACK_FACTOR, has_bias, folder / entry.file)
-        problem = _layer_problems(name, entries, specs[name], folder)
-        if problem:
-            raise FormatError(f"{problem}; {advice}")
-    if not specs:
-        raise FormatError(f"{folder}: expected quantized layers (*{suffix}), found none; {advice}")
-    problem = _head_problem(entries, raw_config, folder) if config.lm_head else None
-    problem = problem or _plain_problem(entries, specs, config.lm_head is not None, folder)
-    problem = problem or _stray_problem(entries, folder)
-    if problem:
-        raise FormatError(f"{problem}; {advice}")
-    count = _block_count(raw_config, config_path)
-    for name in specs:
-        match = _BLOCK_NAME.fullmatch(name)
-        if match and int(match["index"]) >= count:
-            raise FormatError(
-                f"{config_path}: expected num_hidden_layers to be more than {match['index']}, because {name} is "
-                f"stored, found {count}; {advice}"
-            )
-    for name in _expected_names(specs, count):
-        if name not in specs and not config.is_ignored(name):
-            raise FormatError(f"{folder}: {name}{suffix} is missing, although other blocks have it; {advice}")
+        if key.endswith(PACKED_SUFFIX):
+            name = key.removesuffix(PACKED_SUFFIX)
+            rows, words = entry.shape if len(entry.shape) == 2 else (0, 0)
+            has_bias = f"{name}.bias" in entries
+            specs[name] = _spec_of(config, name, rows, words * PACK_FACTOR, has_bias, folder / entry.file)
+    problem = next(_folder_problems(folder, entries, specs, config, raw_config), None)
+    if problem is not None:
+        raise FormatError(f"{problem}; {ADVICE}")
     return specs
 
 
+def _folder_problems(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    specs: Mapping[str, LayerSpec],
+    config: BWLAFormat,
+    raw_config: Mapping[str, Any],
+) -> Iterator[str]:
+    """Yield one sentence for each problem of a checkpoint, in a fixed order."""
+    for name, spec in specs.items():
+        yield from _layer_problems(name, entries, spec, folder)
+    if not specs:
+        yield f"{folder}: expected quantized layers (*{PACKED_SUFFIX}), found none"
+    if config.lm_head:
+        yield from _head_problems(entries, raw_config, folder)
+    yield from _plain_problems(entries, specs, config.lm_head is not None, folder)
+    yield from _stray_files(entries, folder)
+    config_path = folder / "config.json"
+    count = _layer_count(raw_config, config_path)
+    for name in specs:
+        match = _LAYER_NAME.fullmatch(name)
+        if match and int(match["index"]) >= count:
+            yield (
+                f"{config_path}: expected num_hidden_layers to be more than {match['index']}, because {name} is "
+                f"stored, found {count}"
+            )
+    for name in _expected_names(specs, count):
+        if name not in specs and not config.is_ignored(name):
+            yield f"{folder}: {name}{PACKED_SUFFIX} is missing, although other layers have it"
+
+
+def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> Iterator[str]:
+    """Yield the differences between a linear's stored tensors and those of its spec."""
+    prefix = name + "."
+    stored = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
+    expected = tensor_specs(spec)
+    for missing in sorted(expected.keys() - stored.keys()):
+        yield f"{folder}: {prefix}{missing} is missing, expected shape {list(expected[missing].shape)}"
+    for extra in sorted(stored.keys() - expected.keys()):
+        yield f"{folder / stored[extra].file}: {prefix}{extra} is not part of the format (rank {spec.rank})"
+    for key, want in expected.items():
+        if key in stored:
+            problem = shape_problem(want, stored[key].shape, stored[key].dtype)
+            if problem:
+                yield f"{folder / stored[key].file}: {prefix}{key}: {problem}"
+
+
 def plain_names(entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool) -> list[str]:
-    """Names of the stored tensors that every loader takes as they are.
+    """Return the names of the stored tensors that are not quantized.
 
     Args:
         entries: all tensors.
@@ -119,48 +131,46 @@ def plain_names(entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], wi
     return [name for name in entries if name.rpartition(".")[0] not in specs and name not in head]
 
 
-def _plain_problem(
+def _plain_problems(
     entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool, folder: Path
-) -> str | None:
-    """The first tensor that is stored as it was and that loaders would cast without a word."""
+) -> Iterator[str]:
+    """Yield the unquantized tensors whose dtype loaders would silently cast."""
     for name in plain_names(entries, specs, with_head):
-        problem = shape_problem(
-            TensorSpec(entries[name].shape, FLOAT_DTYPES), entries[name].shape, entries[name].dtype
-        )
+        shape, dtype = entries[name].shape, entries[name].dtype
+        problem = shape_problem(TensorSpec(shape, FLOAT_DTYPES), shape, dtype)
         if problem:
-            return f"{folder / entries[name].file}: {name}: {problem}"
-    return None
+            yield f"{folder / entries[name].file}: {name}: {problem}"
 
 
-def _stray_problem(entries: Mapping[str, Entry], folder: Path) -> str | None:
-    """A weight file that is not part of the checkpoint: vLLM may read it over the others."""
+def _stray_files(entries: Mapping[str, Entry], folder: Path) -> Iterator[str]:
+    """Yield the weight files that are not part of the checkpoint: vLLM may read them over the others."""
     stray = {path.name for path in folder.glob("*.safetensors")} - {entry.file for entry in entries.values()}
-    return (
-        f"{folder / min(stray)}: expected only files of this checkpoint, found one that is not"
-        if stray
-        else None
-    )
+    for file in sorted(stray):
+        yield f"{folder / file}: expected only files of this checkpoint, found one that is not"
 
 
-def _head_problem(entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path) -> str | None:
-    """The first difference between the stored 8-bit head and what config.json describes."""
+def _head_problems(
+    entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path
+) -> Iterator[str]:
+    """Yield the differences between the stored 8-bit head and the sizes in config.json."""
     text_config = raw_config.get("text_config") or raw_config
     sizes = text_config if isinstance(text_config, Mapping) else {}
     vocabulary, hidden = sizes.get("vocab_size"), sizes.get("hidden_size")
     if not isinstance(vocabulary, int) or not isinstance(hidden, int):
-        return f"{folder / 'config.json'}: expected vocab_size and hidden_size, which an 8-bit head needs, found none"
+        yield f"{folder / 'config.json'}: expected vocab_size and hidden_size, which an 8-bit head needs, found none"
+        return
     for key, want in head_tensor_specs(HeadSpec(vocabulary, hidden)).items():
         name = f"{HEAD_MODULE}.{key}"
         entry = entries.get(name)
         if entry is None:
-            return f"{folder}: {name} is missing, expected shape {list(want.shape)}"
+            yield f"{folder}: {name} is missing, expected shape {list(want.shape)}"
+            continue
         problem = shape_problem(want, entry.shape, entry.dtype)
         if problem:
-            return f"{folder / entry.file}: {name}: {problem}"
-    return None
+            yield f"{folder / entry.file}: {name}: {problem}"
 
 
-def _block_count(raw_config: Mapping[str, Any], path: Path) -> int:
+def _layer_count(raw_config: Mapping[str, Any], path: Path) -> int:
     text_config = raw_config.get("text_config") or raw_config
     count = text_config.get("num_hidden_layers") if isinstance(text_config, Mapping) else None
     if not isinstance(count, int) or isinstance(count, bool):
@@ -171,8 +181,8 @@ def _block_count(raw_config: Mapping[str, Any], path: Path) -> int:
 
 
 def _expected_names(specs: Mapping[str, LayerSpec], count: int) -> Iterator[str]:
-    """Every decoder block must hold the same linears: what one block has, the others are expected to have."""
-    kinds = {(m["stem"], m["leaf"]) for m in map(_BLOCK_NAME.fullmatch, specs) if m}
+    """Yield the names of all linears to expect: those that any decoder layer has, for every layer."""
+    kinds = {(m["stem"], m["leaf"]) for m in map(_LAYER_NAME.fullmatch, specs) if m}
     for index in range(count):
         yield from (f"{stem}{index}{leaf}" for stem, leaf in sorted(kinds))
 

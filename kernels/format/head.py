@@ -9,7 +9,7 @@ from bwla_kernels.format.layer import TensorSpec, shape_problem, value_problem
 from torch import Tensor
 
 HEAD_MODULE = "lm_head"
-"""Module path of the head, in every supported family."""
+"""Module path of the head in every supported model family."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,10 @@ class HeadSpec:
 
 
 def head_tensor_specs(spec: HeadSpec) -> dict[str, TensorSpec]:
-    """The tensors stored beside `lm_head.`: the name says int8, so that no loader takes codes for weights."""
+    """Return the tensors stored under `lm_head.`.
+
+    The name `weight_int8` keeps loaders from taking the codes for weights.
+    """
     return {
         "weight_int8": TensorSpec((spec.out_features, spec.in_features), (torch.int8,)),
         "weight_scale": TensorSpec((spec.out_features,), (torch.float32,)),
@@ -29,7 +32,7 @@ def head_tensor_specs(spec: HeadSpec) -> dict[str, TensorSpec]:
 
 
 def validate_head(tensors: Mapping[str, Tensor], spec: HeadSpec) -> None:
-    """Check a loaded head.
+    """Check the tensors of a loaded head.
 
     Raises:
         FormatError: missing or misshapen tensors, wrong dtypes, scales that are not finite and positive.

@@ -1,4 +1,4 @@
-"""One stored linear: its sizes, its tensors, and the checks a loader makes before it serves it (design section 3)."""
+"""One stored linear: its sizes, its tensors, and the checks that a loader runs on them (see docs/format.md)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,16 +9,17 @@ from bwla_kernels.factorize import PACK_FACTOR
 from torch import Tensor
 
 UNQUANTIZED_BITS = 16
-"""`bits` that leaves the activations as they are: weight-only, for ablation and evaluation."""
+"""Value of `bits` for unquantized activations: weight-only, for ablation and evaluation."""
 
 ORTHOGONALITY_TOLERANCE = 1e-3
-"""Largest entry of |Q^T Q - I| that a stored rotation may have."""
+"""Largest allowed entry of |Q^T Q - I| for a stored rotation Q."""
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 SCALE_DTYPE = torch.bfloat16
 ROTATION_DTYPE = torch.float16
-"""Half precision moves an entry by at most 2^-11 of itself, so Q^T Q by at most 2^-10: within the tolerance."""
+"""Rounding to half precision changes an entry by at most 2^-11 of itself, so Q^T Q by at most 2^-10: within the
+tolerance."""
 
 INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
@@ -34,15 +35,15 @@ class LayerSpec:
     Attributes:
         out_features: N, any positive number.
         in_features: K, a multiple of 32.
-        rotation_groups: G; each block of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled alone.
-        n1, n2: orders of the two Kronecker factors of a block's rotation.
+        rotation_groups: G; each group of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled on its own.
+        n1, n2: orders of the two Kronecker factors of a group's rotation.
         rank: r of the low-rank correction, 0 for none.
         bits: activation bits, 2..8, or 16 for unquantized.
-        clip: share of the largest magnitude that the largest code stands for, in (0, 1].
+        clip: fraction of the largest magnitude that the largest code represents, in (0, 1].
         bias: whether the linear has a bias.
 
     Raises:
-        FormatError: at construction, where the numbers contradict each other.
+        FormatError: at construction, if the sizes contradict each other.
     """
 
     out_features: int
@@ -68,7 +69,7 @@ class LayerSpec:
             )
         if self.group_width % PACK_FACTOR:
             raise FormatError(
-                f"a rotation block must be a multiple of {PACK_FACTOR} wide, found {self.group_width}"
+                f"a rotation group must be a multiple of {PACK_FACTOR} columns wide, found {self.group_width}"
             )
         if not 0.0 < self.clip <= 1.0:
             raise FormatError(f"clip must lie in (0, 1], found {self.clip}")
@@ -77,7 +78,7 @@ class LayerSpec:
 
     @property
     def group_width(self) -> int:
-        """Columns of one block, n1 * n2."""
+        """Columns of one rotation group, n1 * n2."""
         return self.n1 * self.n2
 
     @property
@@ -95,7 +96,7 @@ class TensorSpec:
 
 
 def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
-    """The tensors that a layer stores beside its name, in a fixed order."""
+    """Return the tensors that a layer stores, in a fixed order."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
     specs = {
         "weight_packed": TensorSpec((n, k // PACK_FACTOR), (torch.int32,)),
@@ -113,7 +114,7 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
 
 
 def to_storage_dtype(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-    """A layer's tensors in the format's order and dtypes, each in memory of its own; a bias keeps its dtype."""
+    """Return copies of a layer's tensors in the format's order and dtypes; a bias keeps its dtype."""
     dtypes = {key: want.dtypes[0] for key, want in tensor_specs(spec).items() if key != "bias"}
     if "bias" in tensors:
         dtypes["bias"] = tensors["bias"].dtype
@@ -124,13 +125,13 @@ def to_storage_dtype(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str
 
 
 def to_compute_dtype(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A stored layer as kernels read it: rotations and scales in float32, everything else as it is."""
+    """Convert rotations and scales to float32, which kernels read; return everything else as it is."""
     names = ("weight_scale", "rotation_left", "rotation_right", "column_scale")
     return {key: tensor.float() if key in names else tensor for key, tensor in tensors.items()}
 
 
 def shape_problem(want: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Say in words how a shape and dtype differ from what the format wants; None where they agree."""
+    """Describe how a shape and dtype differ from those of the format; return None if they agree."""
     if dtype not in want.dtypes:
         names = " or ".join(str(d).removeprefix("torch.") for d in want.dtypes)
         return f"expected dtype {names}, found {str(dtype).removeprefix('torch.')}"
@@ -140,7 +141,7 @@ def shape_problem(want: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def value_problem(name: str, tensor: Tensor) -> str | None:
-    """Say in words what is wrong with the values of the tensor called `name`; None where nothing is."""
+    """Describe what is wrong with the values of the tensor called `name`; return None if nothing is."""
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         return "expected finite values, found NaN or infinity"
     if name in ("weight_scale", "column_scale") and not (tensor > 0).all():
@@ -155,19 +156,19 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
 
 
 def validate_layer(name: str, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
-    """Check everything a backend relies on; `name` is the layer's module path, for the message.
+    """Check everything that a backend relies on; `name` is the layer's module path, for the message.
 
     Raises:
         FormatError: missing, extra or misshapen tensors, wrong dtypes, non-finite values,
             non-positive scales, rotations that are not orthogonal to 1e-3.
     """
-    wanted = tensor_specs(spec)
+    expected = tensor_specs(spec)
     advice = "the checkpoint is damaged or was written by another version: convert or download it again"
-    for missing in wanted.keys() - tensors.keys():
-        raise FormatError(f"{name}.{missing}: expected {wanted[missing]}, found no such tensor; {advice}")
-    for extra in sorted(tensors.keys() - wanted.keys()):
+    for missing in sorted(expected.keys() - tensors.keys()):
+        raise FormatError(f"{name}.{missing}: expected {expected[missing]}, found no such tensor; {advice}")
+    for extra in sorted(tensors.keys() - expected.keys()):
         raise FormatError(f"{name}.{extra}: not a tensor of this layer's format (rank {spec.rank}); {advice}")
-    for key, want in wanted.items():
+    for key, want in expected.items():
         tensor = tensors[key]
         problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor)
         if problem:

@@ -1,7 +1,7 @@
-"""A checkpoint against the model that it should fill, and the values that no BWLA layer checks itself.
+"""Compare a checkpoint with the model that it is for, and check the values of unquantized tensors.
 
-Loaders do not notice the difference: vLLM skips its own completeness check for quantized models, leaves a missing
-tensor uninitialised and narrows an oversized one; transformers starts a missing tensor at random and only warns.
+Loaders do not report such differences: vLLM skips its completeness check for quantized models, leaves a missing tensor
+uninitialized and narrows an oversized one; transformers initializes a missing tensor randomly and only warns.
 """
 
 import re
@@ -16,10 +16,10 @@ from torch import nn
 
 ADVICE = "convert or download the model again"
 COMPUTED = "rotary_emb.inv_freq"
-"""End of the names of a buffer that old checkpoints carry although models compute it themselves."""
+"""Suffix of a buffer that old checkpoints contain although models compute it themselves."""
 
 ELEMENTS_AT_ONCE = 2**26
-_BLOCK_INDEX = re.compile(r"\.\d+\.")
+_LAYER_INDEX = re.compile(r"\.\d+\.")
 
 
 def check_model(
@@ -49,7 +49,7 @@ def check_model(
 
 
 def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec]) -> None:
-    """Read every tensor of which no quantized layer checks the values (norms, embeddings) and refuse NaN and infinity.
+    """Check that all tensors outside the quantized linears (norms, embeddings) are finite; read them for it.
 
     Raises:
         FormatError: the first tensor that is not finite.
@@ -64,30 +64,33 @@ def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mappin
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Name of a tensor -> name of the one that takes its place, as transformers ties them by config.json."""
+    """Return the tensors that config.json ties: name -> name of the tensor that replaces it in transformers."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def tied_conflict(folder: Path, entries: Mapping[str, Entry], tied: Mapping[str, str]) -> str | None:
-    """Say in words which stored tensor config.json ties to another one that is stored with other values.
+    """Describe a stored tensor that config.json ties to one with different values; return None if there is none.
 
-    Every loader would drop one of the two without a word.
+    Every loader would silently drop one of the two.
 
     Args:
         folder: the checkpoint.
         entries: its tensors.
-        tied: name of a tensor -> name of the one that takes its place.
+        tied: name of a tensor -> name of the tensor that replaces it.
     """
     for name, other in tied.items():
         if name in entries and other in entries:
             stored = read_tensors(folder, entries, [name, other])
             if not torch.equal(stored[name], stored[other]):
-                return f"{name} is not {other}, to which config.json ties it (tie_word_embeddings): restore config.json"
+                return (
+                    f"{name} differs from {other}, to which config.json ties it (tie_word_embeddings): "
+                    "restore config.json"
+                )
     return None
 
 
 def not_finite(tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds NaN or infinity; piece by piece, so that a large one costs no memory of its size."""
+    """Return whether a tensor holds NaN or infinity; checks it in pieces to limit memory use."""
     pieces = tensor.reshape(-1).split(ELEMENTS_AT_ONCE)
     return not all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
@@ -95,7 +98,7 @@ def not_finite(tensor: torch.Tensor) -> bool:
 def _model_problems(
     model: nn.Module, specs: Mapping[str, LayerSpec], entries: Mapping[str, Entry], folder: Path
 ) -> Iterator[str]:
-    """Say in words how the checkpoint differs."""
+    """Yield a description of each difference between the checkpoint and the model."""
     modules = dict(model.named_modules())
     config = getattr(model, "config", None)
     named = getattr(config, "architectures", None) or []
@@ -116,30 +119,30 @@ def _model_problems(
             yield f"{folder}: {name}: expected the sizes {outlined} that config.json describes, found {stored}"
         if spec.bias != (linear.bias is not None):
             yield f"{folder}: {name}.bias: expected {_presence(not spec.bias)}, found {_presence(spec.bias)}"
-    stored_kinds = {_BLOCK_INDEX.sub(".*.", key) for key in entries}
-    wanted_keys = model.state_dict().keys()
+    stored_kinds = {_LAYER_INDEX.sub(".*.", key) for key in entries}
+    model_keys = model.state_dict().keys()
     for key, parameter in model.named_parameters():
         owner = key.rpartition(".")[0]
         if owner in specs or f"{owner}.weight_int8" in entries:
-            continue  # `check_folder` has seen these
-        wanted = list(parameter.shape)
+            continue  # `check_folder` has checked these
+        expected = list(parameter.shape)
         if key in entries:
-            if list(entries[key].shape) != wanted:
+            if list(entries[key].shape) != expected:
                 file, found = folder / entries[key].file, list(entries[key].shape)
-                yield f"{file}: {key}: expected the shape {wanted} that config.json describes, found {found}"
+                yield f"{file}: {key}: expected the shape {expected} that config.json describes, found {found}"
         elif key in tied:
             continue
-        # A kind of tensor that no block has on disk is a matter of names (fused experts), not a loss.
-        elif not _BLOCK_INDEX.search(key) or _BLOCK_INDEX.sub(".*.", key) in stored_kinds:
-            yield f"{folder}: {key} is missing, expected shape {wanted}"
+        # A kind of tensor that no layer has on disk is named differently (fused experts), not missing.
+        elif not _LAYER_INDEX.search(key) or _LAYER_INDEX.sub(".*.", key) in stored_kinds:
+            yield f"{folder}: {key} is missing, expected shape {expected}"
         elif isinstance(modules[owner], nn.Linear):
-            yield f"{folder}: {owner} is missing, expected its weight {wanted} or its one-bit tensors"
+            yield f"{folder}: {owner} is missing, expected its weight {expected} or its one-bit tensors"
     for key in entries:
         owner = key.rpartition(".")[0]
-        known = key in wanted_keys or owner in specs or f"{owner}.weight_int8" in entries
+        known = key in model_keys or owner in specs or f"{owner}.weight_int8" in entries
         if not known and not key.endswith(COMPUTED):
             yield f"{folder / entries[key].file}: {key} is not a tensor of this model"
 
 
-def _presence(there: bool) -> str:
-    return "a bias" if there else "no bias"
+def _presence(has_bias: bool) -> str:
+    return "a bias" if has_bias else "no bias"

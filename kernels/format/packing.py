@@ -1,4 +1,4 @@
-"""Signs in words: 32 columns to an int32, bit j of word i is column 32 i + j, 1 means +1 (design section 2)."""
+"""Pack signs into int32 words: bit j of word i is column 32 i + j, 1 means +1 (see docs/format.md)."""
 
 import torch
 from bwla_kernels.errors import FormatError
@@ -15,7 +15,7 @@ def pack_signs(signs: Tensor) -> Tensor:
     if signs.dim() != 2 or signs.shape[1] % PACK_FACTOR:
         raise FormatError(f"signs must be [N, multiple of {PACK_FACTOR}], found {tuple(signs.shape)}")
     cells = (signs > 0).unflatten(1, (signs.shape[1] // PACK_FACTOR, PACK_FACTOR))
-    # Bit by bit, so that the work space stays a small multiple of the words; bit 31 is int32's sign.
+    # Bit by bit, so that the workspace stays a small multiple of the words; bit 31 is the sign of the int32.
     words = torch.zeros(cells.shape[:2], dtype=torch.int32, device=signs.device)
     for j in range(PACK_FACTOR):
         words |= cells[..., j].to(torch.int32) << j

@@ -1,4 +1,4 @@
-"""`quantization_config` of config.json as a pydantic model, on compressed-tensors' argument models.
+"""`quantization_config` of config.json as a pydantic model, built on the argument models of compressed-tensors.
 
 compressed-tensors' `CompressionFormat` is a closed enum, so its compressor registry cannot name BWLA; its
 `QuantizationArgs` and its name matching are reused.
@@ -16,37 +16,40 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 QUANT_METHOD = "bwla"
 FORMAT_VERSION = 1
 
+_ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
+"""Fields of `QuantizationArgs` that are written to config.json."""
+
 Value = TypeVar("Value")
 
 
 def one_bit_weights() -> QuantizationArgs:
-    """The only weight format of version 1: one signed bit, one scale a row."""
+    """Return the only weight format of version 1: one signed bit, one scale per row."""
     return QuantizationArgs(num_bits=1, type="int", symmetric=True, strategy="channel")
 
 
 def head_args() -> QuantizationArgs:
-    """The only format of a quantized head: int8, one scale a row."""
+    """Return the only format of a quantized head: int8, one scale per row."""
     return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
 
 
 def activation_args(bits: int) -> QuantizationArgs:
-    """Dynamic, symmetric, per-token activations of `bits` bits (per token and rotation block, to be exact)."""
+    """Return the format of activations of `bits` bits: dynamic, symmetric, one scale per token and rotation group."""
     return QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="token", dynamic=True)
 
 
 def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
-    """Look a module up by suffix: the longest key that equals `name` or ends it at a dot wins."""
+    """Look up a module by suffix: return the value of the longest key that equals `name` or ends it at a dot."""
     hits = [key for key in table if name == key or name.endswith("." + key)]
     return table[max(hits, key=len)] if hits else None
 
 
 def is_ignored(name: str, ignore: Iterable[str]) -> bool:
-    """Whether a module is named by one of `ignore`: whole, by its last parts, or by a `re:` pattern."""
+    """Return whether an entry of `ignore` matches a module: by its full name, its last parts, or a `re:` pattern."""
     return any(match_name(name, target) or name.endswith("." + target) for target in ignore)
 
 
 class Provenance(BaseModel):
-    """Where a checkpoint came from; nothing that a loader needs."""
+    """How a checkpoint was made. Informational: no loader reads it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -59,15 +62,15 @@ class Provenance(BaseModel):
 
 
 class BWLAFormat(BaseModel):
-    """`quantization_config`: everything a loader must know before it reads a tensor.
+    """The `quantization_config`: everything that a loader must know before it reads a tensor.
 
     Attributes:
         rotation: module-name suffix -> (G, n1, n2); the longest match wins. A linear without a match
             is not quantized.
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
-        ignore: modules left alone, by name or `re:` pattern (compressed-tensors' matching).
-        lm_head: 8-bit weights of the language-model head, or None where it is stored as it was.
+        ignore: modules that are not quantized, by name or `re:` pattern (compressed-tensors' matching).
+        lm_head: 8-bit weights of the language-model head, or None where it is not quantized.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -87,7 +90,7 @@ class BWLAFormat(BaseModel):
     @classmethod
     def _weights_are_signs(cls, args: QuantizationArgs) -> QuantizationArgs:
         if (args.num_bits, args.type, args.symmetric, args.strategy) != (1, "int", True, "channel"):
-            raise ValueError("weights must be 1-bit, symmetric, one scale a row (strategy 'channel')")
+            raise ValueError("weights must be 1-bit, symmetric, one scale per row (strategy 'channel')")
         return args
 
     @field_validator("input_activations")
@@ -101,7 +104,7 @@ class BWLAFormat(BaseModel):
     @classmethod
     def _head_is_int8(cls, args: QuantizationArgs | None) -> QuantizationArgs | None:
         if args and (args.num_bits, args.type, args.symmetric, args.strategy) != (8, "int", True, "channel"):
-            raise ValueError("lm_head must be 8-bit, symmetric, one scale a row (strategy 'channel')")
+            raise ValueError("lm_head must be 8-bit, symmetric, one scale per row (strategy 'channel')")
         return args
 
     @field_validator("rotation")
@@ -118,13 +121,13 @@ class BWLAFormat(BaseModel):
         return int(self.input_activations.num_bits)
 
     def is_ignored(self, name: str) -> bool:
-        """Whether the module called `name` is left unquantized by `ignore`."""
+        """Return whether `ignore` excludes the module called `name`."""
         return is_ignored(name, self.ignore)
 
     def layer_spec(
         self, name: str, out_features: int, in_features: int, bias: bool = False
     ) -> LayerSpec | None:
-        """The spec of the linear called `name`, or None where it is not quantized.
+        """Return the spec of the linear called `name`, or None if it is not quantized.
 
         Raises:
             FormatError: the config and the layer's sizes contradict each other; the message names the layer.
@@ -145,16 +148,13 @@ class BWLAFormat(BaseModel):
             ) from None
 
     def to_json(self) -> dict[str, Any]:
-        """The dictionary that goes into config.json, defaults of the argument models left out."""
+        """Return the dictionary for config.json, without the defaults of the argument models."""
         data = self.model_dump(mode="json", exclude={"lm_head"})
-        for side in ("weights", "input_activations", "lm_head"):
-            arguments = getattr(self, side)
+        for field in ("weights", "input_activations", "lm_head"):
+            arguments = getattr(self, field)
             if arguments is not None:
-                data[side] = arguments.model_dump(mode="json", include=_ARGUMENTS)
+                data[field] = arguments.model_dump(mode="json", include=_ARGUMENTS)
         return data
-
-
-_ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 
 
 def parse_config(config: Mapping[str, Any], source: str = "quantization_config") -> BWLAFormat:

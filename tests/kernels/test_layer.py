@@ -68,7 +68,7 @@ def test_every_damage_has_its_sentence(make_layer, name: str, change, sentence: 
     [
         ((0, 64, 1, 8, 8), "sizes must be positive"),
         ((4, 64, 1, 8, 4), "covers 32 columns, but the layer reads 64"),
-        ((4, 64, 4, 4, 4), "a rotation block must be a multiple of 32 wide, found 16"),
+        ((4, 64, 4, 4, 4), "a rotation group must be a multiple of 32 columns wide, found 16"),
         ((4, 64, 1, 8, 8, -1), "the rank not negative"),
         ((4, 64, 1, 8, 8, 0, 1), "activation bits must be 2..8 or 16, found 1"),
         ((4, 64, 1, 8, 8, 0, 6, 0.0), "clip must lie in"),
