@@ -1,18 +1,18 @@
-"""The vLLM plugin: loads and serves BWLA checkpoints through vLLM's stock model classes.
+"""vLLM plugin that loads and serves BWLA checkpoints through vLLM's stock model classes.
 
-vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process it
-starts (front, engine, workers).
+vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process that
+it starts (front end, engine, workers).
 """
 
 import logging
 
 
 def register() -> None:
-    """Tell vLLM that `quant_method: bwla` exists.
+    """Register `quant_method: bwla` with vLLM.
 
-    Cheap (no kernels, no compressed-tensors), repeatable, and never raises: an exception here would end
-    vLLM for every model, quantized or not. Whatever goes wrong is logged, and vLLM then reports bwla as an
-    unknown quantization method.
+    Cheap (imports neither kernels nor compressed-tensors), repeatable, and never raises: an exception here would stop
+    vLLM for every model, quantized or not. Errors are logged, and vLLM then reports bwla as an unknown quantization
+    method.
     """
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config

@@ -1,4 +1,4 @@
-"""What can be settled about a checkpoint before an engine starts: from its headers, without reading a tensor."""
+"""Check a checkpoint by its headers, before an engine starts."""
 
 import copy
 from collections.abc import Mapping
@@ -20,18 +20,18 @@ logger = init_logger("vllm.bwla")
 ADVICE = "convert or download the model again"
 
 OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
-"""Linears cut along their output, and how many one stored tensor holds; q, k and v vLLM checks by heads itself."""
+"""Linears sharded along their output, and how many of them a stored tensor fuses; vLLM checks q, k and v itself."""
 
 
 def local_folder(model: str, revision: str | None = None) -> str | None:
-    """Where the weights of `model` are on this machine.
+    """Return the folder with the weights of `model` on this machine.
 
     Args:
-        model: a folder, or a Hub id that is looked up in the Hub's local cache; nothing is downloaded.
+        model: a folder, or a Hub id to look up in the local Hub cache; nothing is downloaded.
         revision: the Hub revision.
 
-    Returns: the folder, or None where no weights or not all of them are there (a dummy load needs none,
-        a Hub model may still be downloaded).
+    Returns: the folder, or None where weights are missing (a dummy load needs none, a Hub model may be downloaded
+        later).
 
     Raises:
         FormatError: the cached index is not JSON.
@@ -44,8 +44,8 @@ def local_folder(model: str, revision: str | None = None) -> str | None:
     from huggingface_hub.errors import HFValidationError
 
     def cached(file: str) -> Path | None:
-        found = try_to_load_from_cache(model, file, revision=revision)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(model, file, revision=revision)
+        return Path(path) if isinstance(path, str) else None
 
     try:
         config, index, single = cached("config.json"), cached(INDEX_FILE), cached(SINGLE_FILE)
@@ -60,13 +60,13 @@ def local_folder(model: str, revision: str | None = None) -> str | None:
 
 
 def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec]:
-    """Check a checkpoint folder and that it fits the model that its config.json describes.
+    """Check a checkpoint folder, and compare it with the model that its config.json describes.
 
     Args:
         folder: the checkpoint.
-        hf_config: transformers' config of the model; without it only the folder itself is checked.
+        hf_config: the model's transformers config; if None, only the folder itself is checked.
 
-    Returns: the full sizes of every quantized linear, by name.
+    Returns: the full (unsharded) sizes of every quantized linear, by name.
 
     Raises:
         FormatError: the first problem found, naming file and tensor.
@@ -75,44 +75,46 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
     specs = check_folder(folder, entries)
     model = None if hf_config is None else _skeleton(hf_config)
     if model is not None and not check_model(model, specs, entries, folder):
-        logger.info("transformers names this model's layers differently: BWLA checks sizes while loading")
+        logger.info(
+            "BWLA checks the sizes of this model while loading: transformers names its layers differently"
+        )
     check_plain_values(folder, entries, specs)
     return specs
 
 
-def check_tensor_parallel(specs: Mapping[str, LayerSpec], ranks: int) -> None:
-    """Check that every layer can be cut into `ranks` equal parts.
+def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:
+    """Check that every layer can be sharded into `tp_size` equal parts.
 
     Raises:
-        FormatError: a layer whose rows or rotation blocks `ranks` does not divide.
+        FormatError: a layer whose rows or rotation groups `tp_size` does not divide.
     """
     for name, spec in specs.items():
         leaf = name.rpartition(".")[2]
         rows = spec.out_features // OUTPUT_SHARDED.get(leaf, 1)
-        if leaf in OUTPUT_SHARDED and rows % ranks:
+        if leaf in OUTPUT_SHARDED and rows % tp_size:
             raise FormatError(
                 f"{name}: expected a tensor-parallel size that divides its {rows} rows, "
-                f"found {ranks}: choose another --tensor-parallel-size"
+                f"found {tp_size}: choose another --tensor-parallel-size"
             )
         if leaf in INPUT_SHARDED_LINEARS:
-            check_rotation_groups(name, spec, ranks)
+            check_rotation_groups(name, spec, tp_size)
 
 
-def check_rotation_groups(name: str, spec: LayerSpec, ranks: int) -> None:
-    """Check that `ranks` ranks can hold whole rotation blocks of the layer called `name`.
+def check_rotation_groups(name: str, spec: LayerSpec, tp_size: int) -> None:
+    """Check that each of `tp_size` ranks can hold whole rotation groups of the layer called `name`.
 
     Raises:
         FormatError: they cannot.
     """
-    if spec.rotation_groups % ranks:
+    if spec.rotation_groups % tp_size:
         raise FormatError(
-            f"{name}: expected a tensor-parallel size that divides its {spec.rotation_groups} rotation blocks, found "
-            f"{ranks}: choose another --tensor-parallel-size, or convert the model again with more blocks"
+            f"{name}: expected a tensor-parallel size that divides its {spec.rotation_groups} rotation groups, found "
+            f"{tp_size}: choose another --tensor-parallel-size, or convert the model again with more rotation groups"
         )
 
 
 def _skeleton(hf_config: Any) -> nn.Module | None:
-    """The model's module tree on the meta device (shapes, no memory); None where transformers has no such model.
+    """Build the model on the meta device (shapes, no memory); return None if transformers has no such model.
 
     Raises:
         FormatError: transformers has such a model, but cannot build it from this config.
@@ -126,7 +128,9 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
     except Exception as error:  # any model code may run here
         reason = " ".join(str(error).split())
         if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
-            logger.info("transformers has no such language model: BWLA checks its sizes while loading")
+            logger.info(
+                "BWLA checks the sizes of this model while loading: transformers has no such language model"
+            )
             return None
         raise FormatError(
             f"config.json: transformers cannot build this model ({reason:.200}): restore the config.json that "

@@ -1,7 +1,7 @@
-"""`BWLAConfig`: what vLLM asks about a BWLA checkpoint before it builds a model.
+"""`BWLAConfig`: vLLM's quantization config of a BWLA checkpoint.
 
-The format's schema is imported inside the methods: it brings compressed-tensors, which takes seconds, and
-this module is imported by every vLLM process, also for models that are not quantized.
+The format's schema is imported inside the methods: it imports compressed-tensors, which takes seconds, and every vLLM
+process imports this module, even for models that are not quantized.
 """
 
 import os
@@ -20,14 +20,14 @@ from bwla_vllm.observe import Observer, calls_to_check
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
 
-# vLLM's log handlers hang on the logger "vllm"; a name below it is shown like vLLM's own.
+# vLLM attaches its log handlers to the logger "vllm"; loggers below it are formatted like vLLM's own.
 logger = init_logger("vllm.bwla")
 
 BACKEND_VARIABLE = "BWLA_BACKEND"
-"""Environment variable that forces a backend by name; read once, when the configuration is made."""
+"""Environment variable that forces a backend by name; read once, when the config is created."""
 
 EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names that the linears of an expert go by."""
+"""Names of the linears of an expert."""
 
 NO_CHECKPOINT = (
     "--quantization bwla needs a BWLA checkpoint, but the model's config.json has no quantization_config: "
@@ -36,15 +36,15 @@ NO_CHECKPOINT = (
 
 
 class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
-    """The `quantization_config` of a BWLA checkpoint, as vLLM's hook.
+    """vLLM's view of a checkpoint's `quantization_config`.
 
     Attributes:
-        format: the parsed config; None where vLLM made this object without a config (`--quantization bwla`
-            on a model that is not quantized), in which case every question ends in a `StartError`.
+        format: the parsed config; None where vLLM created this object without a config (`--quantization bwla`
+            on a model that is not quantized), in which case the methods raise a `StartError`.
         specs: full (unsharded) sizes of every quantized linear by checkpoint name, read from the
-            safetensors headers in the front process; empty where the files are not there yet.
-        backend: backend asked for in the environment, or None for the best one.
-        observer: what the layers report to.
+            safetensors headers in the front-end process; empty if the files are not downloaded yet.
+        backend: backend requested in the environment, or None for the fastest.
+        observer: collects the summaries of the layers.
     """
 
     def __init__(self, quantization: "BWLAFormat | None" = None) -> None:
@@ -59,21 +59,21 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         return f"BWLAConfig({self.format!r})"
 
     def get_name(self) -> str:
-        """The quantization method's name."""
+        """Return the name of the quantization method."""
         return "bwla"
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Dtypes of the activations between layers; inside a layer they are integers."""
+        """Return the dtypes of the activations between layers; inside a layer they are integers."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ampere, the oldest GPU that the kernels are built for."""
+        """Return the oldest compute capability that the kernels support, 8.0 (Ampere)."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """None: the config lives in config.json."""
+        """Return no files: the config is part of config.json."""
         return []
 
     @classmethod
@@ -90,17 +90,17 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
     @classmethod
     def override_quantization_method(cls, *args: Any, **kwargs: Any) -> None:
-        """Claim no other method's checkpoints. Any arguments: vLLM has changed them between releases."""
+        """Claim no checkpoints of other methods. The arguments differ between vLLM releases."""
         return
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None, *args: Any, **kwargs: Any
     ) -> None:
-        """Check the whole checkpoint by its headers, in the front process, before an engine starts.
+        """Check the whole checkpoint by its headers, in the front-end process, before an engine starts.
 
         Args:
-            model_name: folder or Hub id; of a Hub id, the local cache is checked if it is complete.
-            hf_config: transformers' config of the model, to compare the sizes with.
+            model_name: folder or Hub id; for a Hub id, the local cache is checked if it is complete.
+            hf_config: the model's transformers config, to compare the sizes with.
             revision: the Hub revision.
 
         Raises:
@@ -126,14 +126,14 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             folder = checks.local_folder(model_name, revision)
         if folder is None:
             logger.info(
-                "The weights of %s are not on this machine yet: BWLA checks them while loading", model_name
+                "The weights of %s are not downloaded yet: BWLA checks them while loading", model_name
             )
             return
         with one_sentence():
             self.specs = checks.check_checkpoint(Path(folder), hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Learn the names that modules have inside vLLM, beside those in the checkpoint."""
+        """Add the names that modules have inside vLLM to those in the checkpoint."""
         quantization = self.known_format()
         renamed = hf_to_vllm_mapper.apply_list(list(quantization.ignore))
         ignore = list(dict.fromkeys([*quantization.ignore, *renamed]))
@@ -141,7 +141,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         self.specs = {**hf_to_vllm_mapper.apply_dict(dict(self.specs)), **self.specs}
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
-        """Choose how a layer is computed.
+        """Choose the quantization method of a layer.
 
         Args:
             layer: the module under construction.
@@ -151,7 +151,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             unquantized method for another linear, None (vLLM's default) for everything else.
 
         Raises:
-            StartError: a fused layer whose parts are not quantized alike; one-bit experts or head; sizes that
+            StartError: a fused layer whose parts are quantized differently; one-bit experts or head; sizes that
                 the tensor-parallel size does not divide.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
@@ -178,7 +178,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def known_format(self) -> "BWLAFormat":
-        """The parsed config.
+        """Return the parsed config.
 
         Raises:
             StartError: there is none, because the model is not a BWLA checkpoint.
@@ -188,7 +188,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         return self.format
 
     def _check_sharding_once(self) -> None:
-        """Before the first layer allocates: vLLM asserts on sizes that do not divide, without a name."""
+        """Check the sharding before the first layer allocates: vLLM's own assertions do not name the layer."""
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         from bwla_vllm.checks import check_tensor_parallel
@@ -199,12 +199,12 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             self._sharding_checked = True
 
     def _quantized_parts(self, layer: Any, prefix: str) -> tuple[str, ...]:
-        """Checkpoint names of the linears that `layer` fuses (itself, if it fuses none); () if unquantized."""
+        """Return the checkpoint names of the linears that `layer` fuses (or its own name); () if unquantized."""
         stem, _, leaf = prefix.rpartition(".")
         leaves = self.packed_modules_mapping.get(leaf) or [leaf]
         parts = tuple(f"{stem}.{part}" if stem else part for part in leaves)
         with one_sentence():
-            # One output row stands for N: what must agree here is everything on the input side.
+            # N = 1 for all: the parts must agree in everything that describes the input transform.
             specs = [self.known_format().layer_spec(part, 1, layer.input_size) for part in parts]
             if all(spec is None for spec in specs):
                 return ()
@@ -219,21 +219,21 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         for name in names:
             if not quantization.is_ignored(name) and longest_suffix(quantization.rotation, name) is not None:
                 raise BackendError(
-                    f"{name}: this release of the plugin serves neither experts nor a language-model head in "
-                    f"one bit: convert the model again with --ignore {name.rpartition('.')[2]}"
+                    f"{name}: this release of the plugin does not serve one-bit experts or a one-bit language-model "
+                    f"head: convert the model again with --ignore {name.rpartition('.')[2]}"
                 )
 
 
 def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | None]) -> str:
-    def say(spec: LayerSpec | None) -> str:
+    def describe(spec: LayerSpec | None) -> str:
         if spec is None:
             return "not quantized"
         return (
             f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2}), rank {spec.rank}, clip {spec.clip:g}"
         )
 
-    found = "; ".join(f"{part}: {say(spec)}" for part, spec in zip(parts, specs, strict=True))
+    found = "; ".join(f"{part}: {describe(spec)}" for part, spec in zip(parts, specs, strict=True))
     return (
         f"{prefix}: vLLM computes {', '.join(part.rpartition('.')[2] for part in parts)} as one layer, so they "
-        f"must be quantized alike, found {found}: convert the model again with equal settings for them"
+        f"must be quantized identically, found {found}: convert the model again with equal settings for them"
     )

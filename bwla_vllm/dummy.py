@@ -1,4 +1,4 @@
-"""Stand-in tensors for `--load-format dummy`: vLLM fills parameters with noise, which is no valid rotation."""
+"""Placeholder tensors for `--load-format dummy`: vLLM's random values are not valid rotations."""
 
 import functools
 from typing import Any
@@ -11,22 +11,22 @@ SEED = 0
 
 
 def loads_dummy_weights(config: Any) -> bool:
-    """Whether vLLM, by its config (None outside an engine), was started with `--load-format dummy`."""
+    """Return whether vLLM's config (None outside an engine) has `--load-format dummy`."""
     return config is not None and str(config.load_config.load_format) == "dummy"
 
 
 @functools.lru_cache(maxsize=8)
 def _signs(shape: tuple[int, ...]) -> Tensor:
-    """Random packed signs, drawn once for all layers of a shape: a large model has hundreds."""
+    """Return random packed signs, drawn once for all layers of a shape: a large model has hundreds."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     return torch.randint(-(2**31), 2**31, shape, generator=generator, device="cpu").to(torch.int32)
 
 
 def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
-    """A valid layer of the sizes of `spec`, the same in every process.
+    """Return the tensors of a valid layer of the sizes of `spec`, the same in every process.
 
-    Random signs, identity rotations, a row scale that keeps the variance, and zeros for the correction:
-    right for measuring speed and memory, and finite through any depth.
+    Random signs, identity rotations, a row scale that preserves the variance, and a correction of zeros: suitable for
+    measuring speed and memory, and finite at any depth.
     """
     tensors = {}
     for name, want in tensor_specs(spec).items():

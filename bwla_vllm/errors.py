@@ -1,4 +1,4 @@
-"""Errors that end a start of vLLM."""
+"""Errors that stop vLLM during startup."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from bwla_kernels.errors import BWLAError
 
 
 class StartError(RuntimeError):
-    """This model cannot be served as asked; the message is one sentence, meant for the user.
+    """The model cannot be served as requested; the message is one sentence, meant for the user.
 
-    Not a ValueError: vLLM builds its configuration inside pydantic, which buries a ValueError's message in
-    the middle of a validation report, while any other exception stays the last line of the output.
+    Not a ValueError: vLLM builds its configuration inside pydantic, which moves the message of a ValueError to the
+    middle of a validation report, while that of any other exception is the last line of the output.
     """
 
 
 @contextmanager
 def one_sentence() -> Iterator[None]:
-    """Turn a BWLAError raised inside into a `StartError` with the same message and no chain."""
+    """Convert a BWLAError raised inside the context into a `StartError` with the same message and no cause."""
     try:
         yield
     except BWLAError as error:

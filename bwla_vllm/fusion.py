@@ -1,10 +1,10 @@
-"""RMSNorm, residual addition and SiLU * mul computed where a BWLA layer on a GPU loads its input.
+"""Fuse RMSNorm, residual addition and SiLU * mul into the load of a BWLA layer's input on a GPU.
 
-vLLM runs a custom pass over every compiled graph, before its own IR ops are lowered: the one that stands in
+vLLM runs a custom pass over every compiled graph, before its own IR ops are lowered: the one that is registered in
 `CompilationConfig.inductor_compile_config` under the platform's `pass_key` (vllm/compilation/backends.py,
 `configure_post_pass`). There a norm is still one node, `vllm_ir.rms_norm` or `vllm_ir.fused_add_rms_norm`
-(vllm/ir/ops/layernorm.py); SiLU * mul is written out in the compiler's elementary operations. vLLM fuses q, k, v and
-gate, up into one layer each, so that every norm feeds one layer, and a launch and a round trip to memory are saved.
+(vllm/ir/ops/layernorm.py); SiLU * mul is decomposed into elementary operations. vLLM fuses q, k, v and gate, up into
+one layer each, so every norm feeds a single layer, and fusing it saves a launch and a round trip to memory.
 """
 
 import operator
@@ -27,53 +27,53 @@ ADD_NORM_LINEAR = torch.ops.bwla.add_rms_norm_linear_triton.default
 SILU_MUL_LINEAR = torch.ops.bwla.silu_mul_linear_triton.default
 
 SWITCH = "bwla_fuse_inputs"
-"""Key of vLLM's `--additional-config` that turns this off: '{"bwla_fuse_inputs": false}'."""
+"""Key of vLLM's `--additional-config` that disables the fusion: '{"bwla_fuse_inputs": false}'."""
 
-_BLOCKS = 11
-"""Where the number of a linear's rotation blocks stands among its arguments."""
+_ROTATION_GROUPS = 11
+"""Index of the number of rotation groups among the arguments of a linear op."""
 
 _aten = torch.ops.aten
 _prims = torch.ops.prims
 
 
 class BWLAFusionPass(InductorPass):  # type: ignore[misc]
-    """Rewrites a graph in place: each norm or SiLU * mul that only one BWLA layer reads goes into that layer."""
+    """Rewrite a graph in place: fuse each norm or SiLU * mul that only one BWLA layer reads into that layer."""
 
     def __call__(self, graph: fx.Graph) -> None:
-        """Fuse what can be fused."""
+        """Run the pass on `graph`."""
         linears = graph.find_nodes(op="call_function", target=LINEAR)
         fused = sum(_fuse(graph, linear) for linear in linears)
         if fused:
-            logger.info_once("BWLA layers: norms and SiLU * mul are computed in the layers that read them")
+            logger.info_once("BWLA layers: norms and SiLU * mul are fused into the layers that read them")
         elif linears:
             logger.warning_once(
-                "BWLA layers: no norm or SiLU * mul was found before %d layers of a graph; they run as kernels of "
-                "their own, which is slower but right",
+                "BWLA layers: no norm or SiLU * mul was found before %d layers of a graph; they run as separate "
+                "kernels, which is slower but correct",
                 len(linears),
             )
         logger.debug("BWLA layers: %d of %d inputs fused", fused, len(linears))
 
     def uuid(self) -> str:
-        """Part of the compiler's cache key: changes with this file and with the ops."""
+        """Return a part of the compiler's cache key that changes with this file and with the ops."""
         return get_hash_for_files((__file__, backend.__file__)).hex()
 
 
 def install(config: Any) -> None:
-    """Put the pass where vLLM looks for one, once a backend on an NVIDIA GPU was chosen; say why where not.
+    """Register the pass with vLLM, once a backend on an NVIDIA GPU was chosen; log the reason if it cannot be used.
 
     Args:
-        config: vLLM's configuration while it builds the model, which is before it makes its compiler.
+        config: vLLM's config while it builds the model, which is before it creates its compiler.
     """
     compilation, additional = config.compilation_config, config.additional_config
     if isinstance(additional, dict) and not additional.get(SWITCH, True):
         logger.info_once(
-            "BWLA layers: norms and SiLU * mul are not fused into them, as asked for by %s", SWITCH
+            "BWLA layers: norms and SiLU * mul are not fused into them, as requested by %s", SWITCH
         )
         return
     if compilation.mode != CompilationMode.VLLM_COMPILE:
         logger.info_once(
             "BWLA layers: norms and SiLU * mul are not fused into them, because vLLM does not compile the model "
-            "(leave out --enforce-eager)"
+            "(remove --enforce-eager)"
         )
         return
     passes = compilation.inductor_compile_config
@@ -82,8 +82,8 @@ def install(config: Any) -> None:
         passes[current_platform.pass_key] = BWLAFusionPass()
     elif not isinstance(present, BWLAFusionPass):
         logger.warning_once(
-            "BWLA layers: norms and SiLU * mul are not fused into them, because the compilation config brings a "
-            "pass of its own under %r",
+            "BWLA layers: norms and SiLU * mul are not fused into them, because the compilation config has "
+            "another pass under %r",
             current_platform.pass_key,
         )
 
@@ -96,16 +96,16 @@ def _fuse(graph: fx.Graph, linear: fx.Node) -> bool:
 
 
 def _ir_op(name: str) -> Any:
-    """One of vLLM's IR ops; None in a vLLM that lacks it."""
+    """Return one of vLLM's IR ops, or None in a vLLM that lacks it."""
     packet = getattr(torch.ops.vllm_ir, name, None)
     return None if packet is None else packet.default
 
 
 def _norm_arguments(node: fx.Node, activations: int, linear: fx.Node) -> tuple[Any, ...] | None:
-    """(x, [residual], weight, epsilon) of a norm that the kernel can compute, else None.
+    """Return (x, [residual], weight, epsilon) of a norm that the kernel can compute, else None.
 
-    It must have a weight and cover the whole row, which is one block of the rotation: with more blocks every one
-    of them would compute the row's mean square again.
+    The norm must have a weight and cover the whole row, and the layer must have one rotation group: with more groups,
+    each of them would compute the mean square of the row again.
     """
     variance_size = node.args[activations + 2] if len(node.args) > activations + 2 else None
     inputs, (weight, epsilon) = node.args[:activations], node.args[activations : activations + 2]
@@ -113,7 +113,7 @@ def _norm_arguments(node: fx.Node, activations: int, linear: fx.Node) -> tuple[A
         variance_size is not None
         or not isinstance(weight, fx.Node)
         or node.kwargs
-        or linear.args[_BLOCKS] != 1
+        or linear.args[_ROTATION_GROUPS] != 1
     ):
         return None
     first = inputs[0]
@@ -129,28 +129,28 @@ def _value(node: Any) -> Any:
 def _fuse_norm(graph: fx.Graph, linear: fx.Node, source: fx.Node) -> bool:
     if source.op != "call_function" or source.target != _ir_op("rms_norm"):
         return False
-    found = _norm_arguments(source, 1, linear)
-    if found is None:
+    arguments = _norm_arguments(source, 1, linear)
+    if arguments is None:
         return False
-    x, weight, epsilon = found
+    x, weight, epsilon = arguments
     _replace(graph, linear, NORM_LINEAR, (x, *linear.args[1:], weight, epsilon))
     graph.erase_node(source)
     return True
 
 
 def _fuse_add_norm(graph: fx.Graph, linear: fx.Node, source: fx.Node) -> bool:
-    """fused_add_rms_norm returns the normalized sum, which the layer reads, and the sum, which others read."""
+    """Fuse fused_add_rms_norm, which returns the normalized sum (read by the layer) and the sum (read by others)."""
     if source.target != operator.getitem or source.args[1] != 0:
         return False
     norm = source.args[0]
     if not isinstance(norm, fx.Node) or norm.target != _ir_op("fused_add_rms_norm"):
         return False
-    found = _norm_arguments(norm, 2, linear)
+    arguments = _norm_arguments(norm, 2, linear)
     sums = [user for user in norm.users if user is not source]
-    if found is None or any(user.target != operator.getitem or user.args[1] != 1 for user in sums):
+    if arguments is None or any(user.target != operator.getitem or user.args[1] != 1 for user in sums):
         return False
-    x, residual, weight, epsilon = found
-    # The sum may be read before the layer, so both are computed where the norm stood: all else must be there by then.
+    x, residual, weight, epsilon = arguments
+    # The sum may be read before the layer, so both replace the norm: the layer's other inputs must exist by then.
     if any(
         node.op not in ("placeholder", "get_attr") for node in linear.all_input_nodes if node is not source
     ):
@@ -188,7 +188,7 @@ def _replace(graph: fx.Graph, linear: fx.Node, target: Any, arguments: tuple[Any
 
 
 def _custom_silu_mul(source: fx.Node) -> fx.Node | None:
-    """x of vLLM's own kernel: getitem(auto_functionalized(_C.silu_and_mul, result=..., input=x), 1)."""
+    """Return x of vLLM's own kernel: getitem(auto_functionalized(_C.silu_and_mul, result=..., input=x), 1)."""
     if source.target != operator.getitem or source.args[1] != 1:
         return None
     call = source.args[0]
@@ -200,7 +200,7 @@ def _custom_silu_mul(source: fx.Node) -> fx.Node | None:
 
 
 def _plain_silu_mul(source: fx.Node) -> fx.Node | None:
-    """x of silu(x[..., :d]) * x[..., d:], in the operations that the compiler writes it in."""
+    """Return x of silu(x[..., :d]) * x[..., d:], as the compiler decomposes it."""
     if not _calls(source, _aten.mul.Tensor):
         return None
     for activated, up in (source.args, source.args[::-1]):
@@ -216,7 +216,7 @@ def _calls(node: Any, *targets: Any) -> bool:
 
 
 def _half(node: Any, second: bool) -> fx.Node | None:
-    """x of a slice that is the first or second half of its last dimension."""
+    """Return x of a slice that is the first or second half of the last dimension of x."""
     if not _calls(node, _aten.slice.Tensor):
         return None
     defaults: list[Any] = [0, None, None, 1]
@@ -228,22 +228,22 @@ def _half(node: Any, second: bool) -> fx.Node | None:
     start, end = 0 if start is None else start, width if end is None else end
     if not isinstance(start, int) or not isinstance(end, int):
         return None
-    wanted = (width // 2, width) if second else (0, width // 2)
-    half: fx.Node = x
-    return half if (start, min(end, width)) == wanted else None
+    expected = (width // 2, width) if second else (0, width // 2)
+    whole: fx.Node = x
+    return whole if (start, min(end, width)) == expected else None
 
 
-def _widened(node: Any) -> Any:
-    """What a conversion to float32 reads; the node itself where it is none."""
+def _before_float32(node: Any) -> Any:
+    """Return the operand of a conversion to float32, or the node itself if it is something else."""
     if _calls(node, _prims.convert_element_type.default) and node.args[1] == torch.float32:
         return node.args[0]
     return node
 
 
 def _silu_input(node: Any) -> Any:
-    """v of silu(v), rounded to the dtype of v; None where the node is something else.
+    """Return v of silu(v), rounded to the dtype of v; None if the node is something else.
 
-    Known forms: aten.silu(v), v / (1 + exp(-v)) and v * sigmoid(v), in float32 inside.
+    Recognized forms: aten.silu(v), v / (1 + exp(-v)) and v * sigmoid(v), in float32 inside.
     """
     if _calls(node, _aten.silu.default):
         return node.args[0]
@@ -256,9 +256,13 @@ def _silu_input(node: Any) -> Any:
         v, logistic = inner.args[0], inner.args[1].args[0]
     else:
         return None
-    if logistic is None or _widened(v) is not _widened(logistic) or not isinstance(_widened(v), fx.Node):
+    if (
+        logistic is None
+        or _before_float32(v) is not _before_float32(logistic)
+        or not isinstance(_before_float32(v), fx.Node)
+    ):
         return None
-    source = _widened(v)
+    source = _before_float32(v)
     return source if _value(source).dtype == _value(node).dtype else None
 
 

@@ -1,4 +1,4 @@
-"""`BWLAHeadMethod`: how vLLM allocates, loads and computes the 8-bit language-model head."""
+"""`BWLAHeadMethod`: allocate, load and compute the 8-bit language-model head in vLLM."""
 
 import time
 from dataclasses import dataclass
@@ -23,12 +23,18 @@ from bwla_vllm.observe import Observer
 logger = init_logger("vllm.bwla")
 
 UNSET_CODE = -128
-"""What int8 weights hold until they are loaded; the format's codes stop at -127."""
+"""Value of the int8 weights before loading; the codes of the format are -127 or larger."""
 
 
 @dataclass(frozen=True)
 class LocalHead:
-    """How the head is computed on this rank: its sizes (the vocabulary padded), and what computes it."""
+    """The head as this tensor-parallel rank computes it.
+
+    Attributes:
+        spec: sizes of this rank's shard, with the padded vocabulary.
+        backend: backend that computes the head.
+        dummy: whether to replace the load by placeholder tensors.
+    """
 
     spec: HeadSpec
     backend: HeadBackend
@@ -36,15 +42,15 @@ class LocalHead:
 
 
 class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
-    """The head of a checkpoint with `lm_head` in its config.
+    """Quantization method of the head of a checkpoint with `lm_head` in its config.
 
     Args:
-        wanted: backend asked for, or None.
-        observer: what the head reports to.
+        backend_name: requested backend, or None for the fastest.
+        observer: collects the summary of the head.
     """
 
-    def __init__(self, wanted: str | None, observer: Observer) -> None:
-        self.wanted = wanted
+    def __init__(self, backend_name: str | None, observer: Observer) -> None:
+        self.backend_name = backend_name
         self.observer = observer
 
     def create_weights(
@@ -57,7 +63,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register codes and scales for this rank's rows of the padded vocabulary."""
+        """Register codes and scales for this tensor-parallel rank's rows of the padded vocabulary."""
         spec = HeadSpec(sum(output_partition_sizes), input_size_per_partition)
         for name, want in head_tensor_specs(spec).items():
             fill = float("nan") if want.dtypes[0].is_floating_point else UNSET_CODE
@@ -66,7 +72,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             set_weight_attrs(parameter, {"output_dim": 0, **extra_weight_attrs})
             layer.register_parameter(name, parameter)
         with one_sentence():
-            backend, reason = select_head_backend(spec, layer.weight_int8.device, self.wanted)
+            backend, reason = select_head_backend(spec, layer.weight_int8.device, self.backend_name)
         logger.info_once("BWLA head, 8 bits: %s", reason)
         backend = self.observer.watch_head(backend, HEAD_MODULE)
         self.observer.expect(HEAD_MODULE)
@@ -88,7 +94,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
                 "weight_scale": stored["weight_scale"],
             }
             stored["weight_scale"].fill_(1e-3)
-        # vLLM pads the vocabulary with zeros, which are no valid scales.
+        # vLLM pads the vocabulary with zeros, which are not valid scales.
         shard = layer.shard_indices
         rows = shard.org_vocab_end_index - shard.org_vocab_start_index
         with one_sentence():
@@ -107,7 +113,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         self.observer.loaded(HEAD_MODULE, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x."""
         local: LocalHead = layer.bwla
         y = local.backend.apply(x, {name: getattr(layer, name) for name in layer.bwla_tensors}, local.spec)
         return y if bias is None else y + bias

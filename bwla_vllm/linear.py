@@ -1,4 +1,4 @@
-"""`BWLALinearMethod`: how vLLM allocates, loads and computes one quantized linear."""
+"""`BWLALinearMethod`: allocate, load and compute a quantized linear in vLLM."""
 
 import importlib.metadata
 import time
@@ -42,16 +42,19 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.bwla")
 
+DEPENDENT_SWITCH = "bwla_dependent_launch"
+"""Key of vLLM's `--additional-config` that disables overlapping kernels: '{"bwla_dependent_launch": false}'."""
+
 
 @dataclass(frozen=True)
 class LocalLinear:
-    """How one layer is loaded and computed on this rank.
+    """A layer as this tensor-parallel rank loads and computes it.
 
     Attributes:
-        spec: sizes of this rank's share, without the bias, which vLLM owns.
+        spec: sizes of this rank's shard, without the bias, which vLLM owns.
         rows: output rows of each fused part on this rank.
-        backend: what computes the layer.
-        dummy: whether the first load is to be replaced by stand-ins.
+        backend: backend that computes the layer.
+        dummy: whether to replace the first load by placeholder tensors.
     """
 
     spec: LayerSpec
@@ -62,15 +65,15 @@ class LocalLinear:
 
 @register_weight_loader_v2_supported_method
 class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """One linear, or the linears that vLLM fuses into one (q, k, v; gate, up).
+    """Quantization method of a linear, or of the linears that vLLM fuses into one (q, k, v; gate, up).
 
     Args:
         quantization: the checkpoint's config.
         name: the layer's name inside vLLM, for messages.
         parts: checkpoint names of the fused linears; the name itself where nothing is fused.
         stored: sizes of the checkpoint's linears by name, as far as the headers were read.
-        wanted: backend asked for, or None.
-        observer: what the layer reports to.
+        backend_name: requested backend, or None for the fastest.
+        observer: collects the summary of the layer.
     """
 
     def __init__(
@@ -79,14 +82,14 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         name: str,
         parts: tuple[str, ...],
         stored: Mapping[str, LayerSpec],
-        wanted: str | None,
+        backend_name: str | None,
         observer: Observer,
     ) -> None:
         self.quantization = quantization
         self.name = name
         self.parts = parts
         self.stored = {part: stored[part] for part in parts if part in stored}
-        self.wanted = wanted
+        self.backend_name = backend_name
         self.observer = observer
 
     def create_weights(
@@ -110,7 +113,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             if isinstance(layer, ReplicatedLinear):
                 if len(output_partition_sizes) > 1:
                     raise FormatError(
-                        f"{self.name}: fused replicated layers cannot be quantized: use --ignore"
+                        f"{self.name}: fused replicated layers cannot be quantized: convert again with --ignore"
                     )
                 loader = load_replicated
             elif len(output_partition_sizes) > 1:
@@ -125,7 +128,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
                     loader,
                 )
                 layer.register_parameter(name, parameter)
-            backend, reason = select_backend(spec, layer.weight_packed.device, self.wanted)
+            backend, reason = select_backend(spec, layer.weight_packed.device, self.backend_name)
         logger.info_once("BWLA layers: %s", reason)
         if backend.name == "triton":
             _warn_of_untested_triton()
@@ -165,7 +168,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x; vLLM says by `bias` whether it is to be added here."""
+        """Compute x [..., K] -> [..., N] in the dtype of x; vLLM passes `bias` if it is to be added here."""
         local: LocalLinear = layer.bwla
         tensors = {name: getattr(layer, name) for name in layer.bwla_tensors}
         if bias is not None:
@@ -173,23 +176,26 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         return local.backend.apply(x, tensors, local.spec)
 
     def _local_spec(self, input_size: int, output_size: int, width: int, rows: list[int]) -> LayerSpec:
-        """This rank's share of the layer: `rows` a part and `width` columns."""
+        """Return the spec of this tensor-parallel rank's shard: `rows` of each part and `width` columns."""
         spec = self.quantization.layer_spec(self.parts[0], output_size, input_size)
-        assert spec is not None  # get_quant_method asked the same question
-        ranks = input_size // width
-        check_rotation_groups(self.name, spec, ranks)
+        assert spec is not None  # checked by get_quant_method
+        tp_size = input_size // width
+        check_rotation_groups(self.name, spec, tp_size)
         return replace(
-            spec, out_features=sum(rows), in_features=width, rotation_groups=spec.rotation_groups // ranks
+            spec, out_features=sum(rows), in_features=width, rotation_groups=spec.rotation_groups // tp_size
         )
 
     def _check_bias(self, layer: Any) -> None:
-        """vLLM fills a bias that the checkpoint lacks with nothing, and ignores one that the model lacks."""
-        wanted = getattr(layer, "bias", None) is not None
+        """Check that model and checkpoint agree on the bias.
+
+        vLLM leaves a bias that the checkpoint lacks uninitialized, and ignores one that the model lacks.
+        """
+        needs_bias = getattr(layer, "bias", None) is not None
         for part, spec in self.stored.items():
-            if spec.bias != wanted:
+            if spec.bias != needs_bias:
                 found = "has one" if spec.bias else "has none"
                 raise FormatError(
-                    f"{part}.bias: the model {'needs' if wanted else 'has no place for'} a bias, but the "
+                    f"{part}.bias: the model {'needs a' if needs_bias else 'has no'} bias, but the "
                     f"checkpoint {found}; {ADVICE}"
                 )
 
@@ -208,14 +214,14 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
 
 
 def load_replicated(param: CheckedParameter, loaded_weight: Tensor) -> None:
-    """Weight loader of layers that every rank holds whole (vLLM's own knows no slots)."""
+    """Load a layer that every tensor-parallel rank holds in full (vLLM's own loader does not support slots)."""
     param.load_replicated_weight(loaded_weight)
 
 
 def checks_merged(loader: Any, layer: Any) -> Any:
-    """A weight loader that refuses a tensor of all parts at once (Phi-3's qkv_proj) of another length.
+    """Wrap a weight loader so that it refuses a fused tensor (Phi-3's qkv_proj) with the wrong number of rows.
 
-    vLLM cuts such a tensor into parts itself, from its beginning, and would drop what is left over.
+    vLLM splits such a tensor into parts from its beginning, and would drop the remaining rows.
     """
 
     def load(param: CheckedParameter, loaded_weight: Tensor, *shard: Any, **named: Any) -> Any:
@@ -228,7 +234,7 @@ def checks_merged(loader: Any, layer: Any) -> Any:
 
 
 def _stored_rows(layer: Any) -> int:
-    """Rows of all parts of a fused layer together, over all ranks; copies of key and value heads counted once."""
+    """Return the total rows of a fused layer over all tensor-parallel ranks, copies of heads counted once."""
     if isinstance(layer, QKVParallelLinear):
         value_size = getattr(layer, "v_head_size", layer.head_size)  # not in older releases
         heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
@@ -248,7 +254,7 @@ def _make_parameter(
 
 
 def _merged(parameter: Parameter) -> Tensor:
-    """The parameter's values; of several equal slots only one, in memory of its own."""
+    """Return the parameter's values; of several equal slots only the first, copied."""
     data: Tensor = parameter.data
     if not isinstance(parameter, SharedParameter):
         return data
@@ -256,44 +262,37 @@ def _merged(parameter: Parameter) -> Tensor:
 
 
 def _warn_of_untested_triton() -> None:
-    """Say once a process where the kernels are about to be compiled by a Triton that they were not checked with."""
-    import triton  # as the backend does, only where a layer needs it
+    """Warn, once per process, if the kernels are about to be compiled by an untested Triton release."""
+    import triton  # only where a layer needs it, as in the backend
 
     warning = untested_triton(triton.__version__)
     if warning:
         logger.warning_once(warning)
 
 
-DEPENDENT_SWITCH = "bwla_dependent_launch"
-"""Key of vLLM's `--additional-config` that keeps kernels from overlapping: '{"bwla_dependent_launch": false}'."""
-
-
 def _switch_dependent_launch(additional: Any) -> None:
-    """Turn programmatic dependent launch off where the user asks for it, else on."""
-    wanted = not isinstance(additional, dict) or additional.get(DEPENDENT_SWITCH, True)
-    launch.set_dependent_launch(launch.EARLY if wanted else launch.OFF)
-    if not wanted:
-        logger.info_once(
-            "BWLA layers: kernels wait for one another to end, as asked for by %s", DEPENDENT_SWITCH
-        )
+    """Enable programmatic dependent launch unless the user disabled it."""
+    enabled = not isinstance(additional, dict) or additional.get(DEPENDENT_SWITCH, True)
+    launch.set_dependent_launch(launch.EARLY if enabled else launch.OFF)
+    if not enabled:
+        logger.info_once("BWLA layers: kernels do not overlap, as requested by %s", DEPENDENT_SWITCH)
 
 
 def _note_backend(name: str) -> bool:
-    """Make the backend part of vLLM's compile-cache key; returns whether vLLM loads dummy weights.
+    """Make the backend part of vLLM's compile-cache key; return whether vLLM loads dummy weights.
 
-    The key covers the model's config and the plugin's traced files, not the choice of a backend (or a
-    changed op): a graph compiled for another one would be loaded. `additional_config` is vLLM's place for
-    what a plugin adds to the key.
+    The key covers the model's config and the plugin's traced files, but not the choice of a backend (or a changed op):
+    a graph compiled for another backend would be loaded. `additional_config` is how a plugin adds to the key.
     """
     config = get_current_vllm_config_or_none()
     if config is None:
         return False
     if isinstance(config.additional_config, dict):
-        noted = config.additional_config.get("bwla", {})
-        names = sorted({name, *noted.get("backends", [])})
+        recorded = config.additional_config.get("bwla", {})
+        names = sorted({name, *recorded.get("backends", [])})
         config.additional_config["bwla"] = {"backends": names, "version": importlib.metadata.version("bwla")}
     if name == "triton":
-        from bwla_vllm import fusion  # brings vLLM's compiler: only where it is needed
+        from bwla_vllm import fusion  # imports vLLM's compiler: only where it is needed
 
         fusion.install(config)
         _switch_dependent_launch(config.additional_config)

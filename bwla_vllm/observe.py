@@ -1,7 +1,7 @@
-"""What the plugin tells about itself: one table at load, and, where asked, every layer against its definition.
+"""Load-time summary, plus an optional comparison of every layer with the reference implementation.
 
-`BWLA_CHECK_LAYERS=N vllm serve ... --enforce-eager` compares each layer's output in its first N calls (those of
-vLLM's own warm-up count) with `bwla_kernels.reference`, and names the worst layer after each pass. The stored
+`BWLA_CHECK_LAYERS=N vllm serve ... --enforce-eager` compares each layer's output in its first N calls
+(including those of vLLM's warm-up) with `bwla_kernels.reference`, and logs the worst layer after each pass. The stored
 tensors then stay in memory beside the repacked ones, and a pass takes seconds.
 """
 
@@ -25,25 +25,25 @@ if TYPE_CHECKING:  # imported by every vLLM process, so nothing that brings the 
 logger = init_logger("vllm.bwla")
 
 CHECK_VARIABLE = "BWLA_CHECK_LAYERS"
-"""Environment variable: calls of every layer to check; read once, when the configuration is made."""
+"""Environment variable with the number of calls of every layer to check; read once, when the config is created."""
 
 SUSPICIOUS = 0.05
-"""Relative error of a row above which a layer is reported as wrong. A rounding tie that falls the other way
-changes one code of a row (1 % of a row of 64 columns, far less of a wide one), bfloat16 outputs 0.4 %."""
+"""Relative error of a row above which a layer is reported as wrong. A rounding tie that is resolved differently changes
+one code of a row (1% of a row of 64 columns, far less of a wide one); rounding to bfloat16 changes outputs by 0.4%."""
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """One layer that is ready to compute.
+class LoadedLayer:
+    """Summary of one layer that is ready to compute.
 
     Attributes:
-        kind: the last part of its name.
-        size: "N x K" on this rank.
-        backend, variant: what computes it, and by which instruction set or on which compute capability.
+        kind: last part of its name.
+        size: "N x K" in this process.
+        backend, variant: name of the backend, and its instruction set or compute capability.
         numbers: bits of weights and activations.
         weights: N K.
         stored_bytes: memory of everything that the backend keeps for it.
-        seconds: of checking and repacking it.
+        seconds: time to check and repack it.
     """
 
     kind: str
@@ -57,7 +57,7 @@ class Loaded:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """Layers that agree in this share a row of the table."""
+        """The fields in which layers agree that share a row of the table."""
         return self.kind, self.size, self.backend, self.variant, self.numbers
 
 
@@ -67,13 +67,13 @@ def describe(
     spec: LayerSpec | HeadSpec,
     tensors: Mapping[str, Tensor],
     seconds: float,
-) -> Loaded:
-    """The table's view of one layer, whose repacked tensors are `tensors`."""
+) -> LoadedLayer:
+    """Summarize a layer whose repacked tensors are `tensors`."""
     from bwla_vllm.checked import stored_copy
 
     device = next(iter(tensors.values())).device
     numbers = "W8A16" if isinstance(spec, HeadSpec) else f"W1A{spec.bits} rank {spec.rank}"
-    return Loaded(
+    return LoadedLayer(
         name.rpartition(".")[2],
         f"{spec.out_features} x {spec.in_features}",
         backend.name,
@@ -85,8 +85,8 @@ def describe(
     )
 
 
-def load_table(layers: list[Loaded]) -> str:
-    """The table that is logged once a model is loaded: a row a kind of layer, in the order of the model."""
+def load_table(layers: list[LoadedLayer]) -> str:
+    """Format the table that is logged once a model is loaded: one row per kind of layer, in the order of the model."""
     from rich.console import Console
     from rich.table import Table
 
@@ -96,7 +96,7 @@ def load_table(layers: list[Loaded]) -> str:
     for heading in ("layers", "N x K", "MB", "bits/weight", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
 
-    def add(first: tuple[str, str, str, str], size: str, members: list[Loaded]) -> None:
+    def add(first: tuple[str, str, str, str], size: str, members: list[LoadedLayer]) -> None:
         stored, weights = (sum(getattr(one, what) for one in members) for what in ("stored_bytes", "weights"))
         seconds = sum(one.seconds for one in members)
         figures = f"{stored / 1e6:.1f}", f"{8 * stored / weights:.2f}", f"{seconds:.2f}"
@@ -116,10 +116,10 @@ def load_table(layers: list[Loaded]) -> str:
 
 
 def calls_to_check() -> int:
-    """The number in `BWLA_CHECK_LAYERS`, 0 where it is unset.
+    """Return the number in `BWLA_CHECK_LAYERS`, 0 if it is unset.
 
     Raises:
-        StartError: it is no number.
+        StartError: it is not a number.
     """
     text = os.environ.get(CHECK_VARIABLE, "").strip() or "0"
     if not text.isdecimal():
@@ -131,54 +131,54 @@ def calls_to_check() -> int:
 
 
 class Observer:
-    """Collects what the layers of one model report, in one process.
+    """Collect summaries and errors of the layers of one model, in one process.
 
     Args:
-        calls: calls of every layer to check against the definition.
+        calls: number of calls of every layer to compare with the reference implementation.
     """
 
     def __init__(self, calls: int = 0) -> None:
         self.calls = calls
         self._expected: set[str] = set()
-        self._loaded: list[Loaded] = []
+        self._loaded: list[LoadedLayer] = []
         self._watched: dict[str, set[str]] = {}
         self._errors: dict[tuple[str, int], dict[str, float]] = {}
 
     def expect(self, name: str) -> None:
-        """A layer was built; the table waits until it is loaded."""
+        """Announce a layer; the table is logged once all announced layers are loaded."""
         self._expected.add(name)
 
     def loaded(self, name: str, *about: Any) -> None:
-        """A layer is ready (arguments as `describe`); logs the table when it is the last one.
+        """Record that a layer is ready (arguments as for `describe`), and log the table after the last one.
 
-        Weights that are loaded anew while serving are not announced again.
+        Weights that are reloaded while serving are not announced again, and are ignored here.
         """
         if name not in self._expected:
             return
         self._expected.discard(name)
         self._loaded.append(describe(name, *about))
         if not self._expected:
-            logger.info("BWLA layers on this process:\n%s", load_table(self._loaded))
+            logger.info("BWLA layers in this process:\n%s", load_table(self._loaded))
             self._loaded = []
 
     def watch_layer(self, backend: "LinearBackend", name: str) -> "LinearBackend":
-        """The backend itself, or, where checks are asked for, one that reports how far it is from the definition.
+        """Return the backend itself, or, if checks are enabled, a wrapper that compares it with the reference.
 
         Raises:
-            StartError: checks are asked for, but the model is compiled.
+            StartError: checks are enabled, but the model is compiled.
         """
         return self._checked(backend, name) if self._watches(name, "layers") else backend
 
     def watch_head(self, backend: "HeadBackend", name: str) -> "HeadBackend":
-        """As `watch_layer`."""
+        """Do the same for the head, see `watch_layer`."""
         return self._checked(backend, name) if self._watches(name, "heads") else backend
 
     def wants(self, name: str) -> bool:
-        """Whether the next call of the layer called `name` is to be checked."""
+        """Return whether to check the next call of the layer called `name`."""
         return len(self._calls_of(name)) < self.calls
 
     def report(self, name: str, rows: int, error: float) -> None:
-        """A layer's call is off by `error`; logs the worst layer once all of its group have made this call."""
+        """Record the error of a layer's call; log the worst layer once all layers of its group have made this call."""
         (group,) = [group for group, names in self._watched.items() if name in names]
         call = len(self._calls_of(name)) + 1
         errors = self._errors.setdefault((group, call), {})
@@ -192,14 +192,14 @@ class Observer:
             f"relative error {errors[worst]:.2g}"
         )
         if wrong:
-            logger.error("%s; NOT what the definition gives: %s", message, ", ".join(wrong))
+            logger.error("%s; these differ from the reference implementation: %s", message, ", ".join(wrong))
         else:
             logger.info("%s", message)
 
     def _checked(self, backend: Any, name: str) -> Any:
-        from bwla_vllm.checked import Checked
+        from bwla_vllm.checked import CheckedBackend
 
-        return Checked(backend, name, self)
+        return CheckedBackend(backend, name, self)
 
     def _calls_of(self, name: str) -> list[int]:
         return [call for (_, call), errors in self._errors.items() if name in errors]
@@ -212,12 +212,14 @@ class Observer:
         config = get_current_vllm_config_or_none()
         if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
             raise StartError(
-                f"{CHECK_VARIABLE} looks at layers one by one, which a compiled model does not let it: "
+                f"{CHECK_VARIABLE} checks layers one by one, which is not possible in a compiled model: "
                 "add --enforce-eager, or unset the environment variable"
             )
         if not self._watched:
             logger.info(
-                "%s=%d: layers are checked against the definition, which is slow", CHECK_VARIABLE, self.calls
+                "%s=%d: layers are compared with the reference implementation, which is slow",
+                CHECK_VARIABLE,
+                self.calls,
             )
         self._watched.setdefault(group, set()).add(name)
         return True

@@ -1,8 +1,8 @@
-"""Parameters that a layer's stored tensors are loaded into.
+"""Parameters into which a layer's stored tensors are loaded.
 
-vLLM's stock parameters copy with a cast and narrow without looking at the full size: a float where packed
-words belong and a tensor of a wider model load silently. These refuse both, for checkpoints whose headers
-could not be checked beforehand. They follow vLLM's loader protocol, version 2: the layer decides which of
+vLLM's stock parameters cast while copying and narrow without checking the full size: a float tensor in place of packed
+words and a tensor of a wider model load silently. These parameters refuse both, for checkpoints whose headers could not
+be checked beforehand. They follow vLLM's loader protocol, version 2: the layer decides which of
 `load_column_parallel_weight`, `load_row_parallel_weight`, `load_merged_column_weight` and `load_qkv_weight`
 to call, the parameter narrows.
 """
@@ -24,22 +24,22 @@ from vllm.model_executor.parameter import (
 from bwla_vllm.errors import one_sentence
 
 UNSET_WORD = 0x5A3C96E1
-"""What a word of signs holds until it is loaded; a trained row repeats no 32 signs over its whole width."""
+"""Value of the sign words before loading; no trained row repeats the same 32 signs over its whole width."""
 
 
 def unset(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that validation refuses: NaN, or a repeated word where the dtype has no NaN."""
+    """Return a tensor that validation refuses: NaN, or a repeated word where the dtype has no NaN."""
     return torch.full(shape, float("nan") if dtype.is_floating_point else UNSET_WORD, dtype=dtype)
 
 
 def is_unset(tensor: Tensor) -> bool:
-    """Whether no part of `tensor` was loaded since `unset` made it."""
+    """Return whether nothing was loaded into a tensor made by `unset`."""
     holes = tensor.isnan() if tensor.is_floating_point() else tensor == UNSET_WORD
     return bool(holes.all())
 
 
 class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
-    """A parameter that knows its name and refuses tensors of another dtype or full size.
+    """A parameter that refuses tensors of another dtype or full size, naming itself.
 
     Args:
         label: layer and tensor, for messages.
@@ -51,7 +51,7 @@ class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
         super().__init__(**kwargs)
 
     def refuse_other(self, loaded: Tensor, shape: tuple[int, ...], part: str | int | None = None) -> None:
-        """Raise unless `loaded` is the full (unsharded) tensor that belongs here.
+        """Raise unless `loaded` has the dtype of this parameter and the full (unsharded) shape `shape`.
 
         Raises:
             StartError: another shape or dtype.
@@ -66,13 +66,13 @@ class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
                 )
 
     def load_replicated_weight(self, loaded_weight: Tensor) -> None:
-        """Load a layer that every rank holds whole, whatever this rank is."""
+        """Load a tensor that every tensor-parallel rank holds in full."""
         self.refuse_other(loaded_weight, tuple(self.data.shape))
         self.data.copy_(loaded_weight)
 
 
 class RowsParameter(CheckedParameter):
-    """Checks for tensors with one entry an output row along dim 0; combined with a vLLM class that loads."""
+    """Checks tensors with one entry per output row along dim 0; combined with a vLLM class that loads them."""
 
     def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
         rows, *rest = self.data.shape
@@ -85,7 +85,7 @@ class RowsParameter(CheckedParameter):
         super().load_merged_column_weight(loaded_weight, **kwargs)
 
     def load_qkv_weight(self, loaded_weight: Tensor, **kwargs: Any) -> None:
-        # `num_heads` is how many ranks hold a copy of the same key and value heads.
+        # `num_heads` is the number of tensor-parallel ranks that hold a copy of the same key and value heads.
         copies = 1 if kwargs["shard_id"] == "q" else kwargs["num_heads"]
         rows = kwargs["shard_size"] * self.tp_size // copies
         self.refuse_other(loaded_weight, (rows, *self.data.shape[1:]), kwargs["shard_id"])
@@ -93,7 +93,7 @@ class RowsParameter(CheckedParameter):
 
 
 class ScaleParameter(RowsParameter, ChannelQuantScaleParameter):  # type: ignore[misc]
-    """`weight_scale` [N] and `low_rank_b` [N, r]: sharded along N, whole where the input is sharded."""
+    """`weight_scale` [N] and `low_rank_b` [N, r]: sharded along N, or replicated where the input is sharded."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(output_dim=0, **kwargs)
@@ -115,14 +115,14 @@ class SignsParameter(RowsParameter, PackedvLLMParameter):  # type: ignore[misc]
 
 
 class SharedParameter(CheckedParameter, PerTensorScaleParameter):  # type: ignore[misc]
-    """An input-side tensor of which every part of a fused layer (q, k, v; gate, up) brings its own copy.
+    """A tensor of the input transform, of which every part of a fused layer (q, k, v; gate, up) stores its own copy.
 
-    One slot a part, [parts, ...]: were the copies loaded over each other, vLLM's weight reloading would
-    count the layer complete before it is. As vLLM's `PerTensorScaleParameter` it also takes a tensor of a
-    layer that is stored fused: vLLM then fills all slots with it.
+    One slot per part, [parts, ...]: if the copies were loaded over each other, vLLM's weight reloading would count
+    the layer as complete too early. Like vLLM's `PerTensorScaleParameter` it also accepts a tensor of a layer that is
+    stored fused: vLLM then fills all slots with it.
 
     Args:
-        shard_dim: dimension of the stored tensor that layers sharded along their input cut.
+        shard_dim: dimension of the stored tensor that is sharded in layers sharded along their input.
     """
 
     def __init__(self, *, shard_dim: int, **kwargs: Any) -> None:
@@ -148,5 +148,5 @@ class SharedParameter(CheckedParameter, PerTensorScaleParameter):  # type: ignor
         slot.copy_(loaded_weight)
 
     def copies_agree(self) -> bool:
-        """Whether all slots hold the same values."""
+        """Return whether all slots hold the same values."""
         return all(torch.equal(self.data[0], copy) for copy in self.data[1:])

@@ -137,7 +137,7 @@ DAMAGE = {
     ),
     "a block too few": (
         lambda f: edit_config(f, num_hidden_layers=3, layer_types=["full_attention"] * 3),
-        r"model.layers.2.*weight_packed is missing, although other blocks have it",
+        r"model.layers.2.*weight_packed is missing, although other layers have it",
     ),
     "another number of heads": (
         lambda f: edit_config(f, num_attention_heads=8),
@@ -165,7 +165,7 @@ DAMAGE = {
     ),
     "a head tied to an embedding with other values": (
         lambda f: edit_config(f, tie_word_embeddings=True),
-        r"lm_head.weight is not model.embed_tokens.weight, to which config.json ties it",
+        r"lm_head.weight differs from model.embed_tokens.weight, to which config.json ties it",
     ),
     "the class of another model": (
         lambda f: edit_config(f, architectures=["LlamaForCausalLM"]),

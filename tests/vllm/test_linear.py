@@ -342,7 +342,7 @@ def test_ranks_must_hold_whole_blocks(config: BWLAConfig, on_rank: OnRank) -> No
 
 
 @pytest.mark.parametrize(
-    ("model", "sentence"), [(True, "needs a bias, but .* has none"), (False, "no place for a bias")]
+    ("model", "sentence"), [(True, "needs a bias, but .* has none"), (False, "has no bias")]
 )
 def test_bias_must_be_where_the_model_has_one(
     model: bool, sentence: str, config: BWLAConfig, stored: Stored

@@ -57,7 +57,7 @@ def test_a_tied_head_that_is_stored_with_other_values(make_model, edit) -> None:
     edit.json(folder / "config.json", tie_word_embeddings=True)
     source = open_source(str(folder))
     with pytest.raises(
-        SourceError, match=r"lm_head.weight is not model.embed_tokens.weight, to which config.json"
+        SourceError, match=r"lm_head.weight differs from model.embed_tokens.weight, to which config.json"
     ):
         check_values(source)
 
