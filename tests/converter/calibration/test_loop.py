@@ -58,7 +58,7 @@ def test_a_group_is_quantized_for_its_inputs_in_the_quantized_model(source: Sour
     tensors = source.read(source.names_of_layer(0))
     loop.begin_layer(0, tensors)
     original, quantized = loop.layers
-    # Any change of the layer before the group: its inputs differ from the original's from here on.
+    # After any change before the group, its inputs differ from the original's.
     quantized.linear("model.layers.0.mlp.up_proj").weight.data *= 1.1
     result = loop.quantize({NAME: tensors[f"{NAME}.weight"]}, {NAME: SPEC})
     with torch.no_grad():

@@ -165,7 +165,7 @@ def test_hidden_states_on_disk_give_the_same_bytes(make_model, tmp_path: Path, m
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, model)
     words = tmp_path / "text.txt"
-    words.write_text("Some of the words that there are, again and again. " * 40)
+    words.write_text("It was a bright cold day in April. " * 60)
     options = Options(
         str(model), tmp_path / "memory", recipe="fast", rank=2, calibration=Calibration(str(words), 6, 16)
     )

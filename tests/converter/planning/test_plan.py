@@ -34,7 +34,7 @@ def plan(source: Source, rank: int | None = 2, bits: int = 6, clip: float | None
     return make_plan(source, rank, bits, clip, PROVENANCE)
 
 
-def widened(source: Source, factor: int) -> Source:
+def scaled_up(source: Source, factor: int) -> Source:
     """The headers of a model whose linears and norms are `factor` times as wide; there are no such files."""
     entries = {
         name: replace(entry, shape=tuple(factor * size for size in entry.shape))
@@ -67,7 +67,7 @@ def test_a_layer_with_another_width_gets_a_rotation_of_its_own(source: Source) -
 
 def test_the_automatic_rank_stays_within_the_bits(source: Source) -> None:
     assert (plan(source, rank=None).rank, plan(source, rank=3).fitting_rank) == (0, 3)
-    wide = widened(source, 32)
+    wide = scaled_up(source, 32)
     made = plan(wide, rank=None)
     assert made.fitting_rank == largest_fitting_rank(made.specs.values())
     assert made.rank == auto_rank(made.fitting_rank) > 0
