@@ -122,7 +122,7 @@ def follow(options: Options, processes: Processes) -> None:
     recipe = make_recipe(options, source, ActivationStore(None, device, processes))
     plan = _make_plan(options, source)
     conversion = Conversion(options, source, plan, recipe, device, Listener(), processes)
-    restored, *done = processes.broadcast([False] * (source.num_layers + 1))
+    restored, *done = processes.broadcast_flags([False] * (source.num_layers + 1))
     if restored:
         recipe.restore({})
     for index in range(source.num_layers):
@@ -172,7 +172,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
     published = work.is_published()
     if published or work.apply_replacements():
         work.adopt_all_shards()
-        conversion.processes.broadcast([False, *[True] * source.num_layers])
+        conversion.processes.broadcast_flags([False, *[True] * source.num_layers])
         conversion.listener.resumed(source.num_layers, plan.weights, work.notes)
     else:
         _quantize_layers(conversion, work)
@@ -248,7 +248,7 @@ def _quantize_layers(conversion: Conversion, work: WorkFolder) -> None:
     for record in done.values():
         work.writer.adopt_shard(record.shard.file, record.shard.sha256)
     restored = bool(done) and bool(done[max(done)].state)
-    conversion.processes.broadcast([restored, *(index in done for index in range(source.num_layers))])
+    conversion.processes.broadcast_flags([restored, *(index in done for index in range(source.num_layers))])
     if restored:
         recipe.restore(work.load_state(max(done)))
     weights = sum(linear.weights for record in done.values() for linear in record.report.linears)

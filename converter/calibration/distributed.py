@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,8 +24,6 @@ TIMEOUT = timedelta(days=2)
 
 DISTRIBUTED_RECIPES = ("fast",)
 """Recipes that can run in several processes."""
-
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,18 @@ class Processes:
             dist.send(part, target)
         return whole[self.samples_of(len(whole))].clone()
 
-    def broadcast(self, value: Value) -> Value:
-        """Return process 0's `value` (a flag, a number, a list of them) in every process."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, 0, device=torch.device("cpu"))
-        return values[0]
+    def broadcast_flags(self, flags: list[bool]) -> list[bool]:
+        """Return process 0's `flags` in every process; all processes pass lists of the same length."""
+        if self.world_size == 1:
+            return flags
+        return [bool(flag) for flag in self._broadcast_numbers([float(flag) for flag in flags])]
+
+    def _broadcast_numbers(self, numbers: list[float]) -> list[float]:
+        # As a tensor: broadcast_object_list would pickle.
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.broadcast(tensor, 0)
+        received: list[float] = tensor.tolist()
+        return received
 
     def broadcast_group(
         self, result: GroupResult | None, specs: Mapping[str, LayerSpec], device: torch.device
@@ -105,8 +108,9 @@ class Processes:
                 )
                 dist.broadcast(tensor, 0)
                 tensors[name][key] = tensor
-        clip = self.broadcast(None if result is None else result.clip)
-        return result or GroupResult(tensors, dict.fromkeys(specs, 0.0), clip=clip)
+        clip = None if result is None else result.clip
+        chosen, value = self._broadcast_numbers([float(clip is not None), clip or 0.0])
+        return result or GroupResult(tensors, dict.fromkeys(specs, 0.0), clip=value if chosen else None)
 
 
 def _receive(source: int) -> Tensor:

@@ -32,7 +32,7 @@ def exchange(process_rank: int, rendezvous: Path, results: Path) -> None:
     whole = torch.arange(5.0 * 2 * 3).view(5, 2, 3)
     part = processes.scatter(whole if first else None)
     result = {
-        "flags": torch.tensor(processes.broadcast([first, False, True])),
+        "flags": torch.tensor(processes.broadcast_flags([first, False, True])),
         "clips": torch.tensor([-1.0 if group.clip is None else group.clip for group in groups]),
         "gram": moments.gram,
         "count": torch.tensor(moments.count),

@@ -30,7 +30,7 @@ def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     start_processes(1)
     assert join_processes("paper", torch.device("cpu"), 8) == Processes(0, 1)
-    assert Processes().broadcast([True, False]) == [True, False]
+    assert Processes().broadcast_flags([True, False]) == [True, False]
 
 
 def test_a_recipe_without_calibration_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
