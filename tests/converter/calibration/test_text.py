@@ -1,6 +1,8 @@
 """Calibration text: what is read, which samples are cut from it, and what is refused."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,11 @@ def test_a_dataset_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) ->
         match="dataset wikitext2: (expected the datasets library|the dataset cannot be downloaded)",
     ):
         dataset_text("wikitext2")
+
+
+def test_the_rows_of_a_dataset_are_joined_by_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPTQ's script and its successors join WikiText-2, so that perplexities can be compared."""
+    library = types.ModuleType("datasets")
+    library.load_dataset = lambda **_: iter([{"text": "one\n"}, {"text": ""}, {"text": "two\n"}])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert dataset_text("wikitext2-test") == "one\n\n\n\n\ntwo\n"
