@@ -1,6 +1,6 @@
 """The CPU backend: the compiled kernel behind the interface of `ops.LinearBackend`, as a torch.library op.
 
-The op is defined here and implemented in the library itself (torch_ops.h), which registers it when it is loaded.
+The op is declared in this module and implemented in the library (torch_ops.h), which registers it when it is loaded.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,8 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LIBRARY.define(
-    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int blocks, int n1, int n2, int rank, "
-    "int bits, float clip) -> Tensor"
+    "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int rotation_groups, int n1, int n2, "
+    "int rank, int bits, float clip) -> Tensor"
 )
 
 
@@ -23,27 +23,27 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: i
 
 torch.library.register_fake("bwla::linear_cpu", _linear_fake, lib=_LIBRARY)
 _LINEAR = torch.ops.bwla.linear_cpu.default
-"""The overload itself: to search for it would take longer than the call."""
+"""The overload, because looking it up takes longer than the call."""
 
 
 class CpuBackend:
-    """The compiled table-lookup kernel, on the CPU."""
+    """Compute a layer with the compiled table-lookup kernel on the CPU."""
 
     name = "cpu"
 
     def can_implement(self, spec: LayerSpec, device: torch.device) -> tuple[bool, str]:
-        """Layers on the CPU with quantized activations, where the kernel was built."""
+        """Return whether the kernel was built and covers the layer, and the reason."""
         if device.type != "cpu":
             return False, f"the compiled kernel runs on the CPU, not on {device}"
         return kernel.can_implement(spec)
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Repack everything into one tensor, `packed`; a bias stays as it is."""
+        """Repack everything into one tensor, `packed`; a bias passes through."""
         bias = {"bias": tensors["bias"]} if "bias" in tensors else {}
         return {"packed": kernel.pack(tensors, spec), **bias}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-        """x [..., K] -> [..., N] in the dtype of x."""
+        """Compute x [..., K] -> [..., N] in the dtype of x."""
         y: Tensor = _LINEAR(
             x,
             tensors["packed"],

@@ -1,10 +1,10 @@
-"""Compile the CPU kernel: one command, used by `pip install` (setup.py) and by hand.
+"""Compile the CPU kernel; used by `pip install` (setup.py) and on the command line.
 
     python kernels/cpu/build.py
 
-Standard library only, and no imports from this package: setup.py loads this file by path. No `-march`: the
-instruction sets are variants inside the one library, chosen at run time. No OpenMP at link time: the loader
-hands over the runtime that torch brings.
+Standard library only, and no imports from this package: setup.py loads this file by path. No `-march`: the library
+contains a variant for each instruction set, chosen at run time. No OpenMP at link time: the loader passes the runtime
+that torch is linked to.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
 SOURCE = "binary_linear.cpp"
 LIBRARY = "_binary_linear.so"
 FAILURE = "_binary_linear.txt"
-"""Holds the reason, beside where the library would be, when it could not be built; the loader quotes it."""
+"""File beside the library with the reason why it could not be built; the loader quotes it."""
 
 FLAGS = (
     "-O3",
@@ -26,13 +26,13 @@ FLAGS = (
     "-shared",
     "-fPIC",
     "-fvisibility=hidden",
-    # a * b + c must not depend on which variant or tile the compiler looks at.
+    # a * b + c must not depend on the variant or tile that the compiler optimizes.
     "-ffp-contract=off",
     "-fno-math-errno",
 )
 
 LIBRARIES = ("-ldl",)
-"""dlsym, which older C libraries keep apart."""
+"""For dlsym, which is in a separate library in older C libraries."""
 
 
 class BuildError(Exception):
@@ -40,12 +40,12 @@ class BuildError(Exception):
 
 
 def sources(folder: Path = FOLDER) -> list[Path]:
-    """The files that the library is made of, in a fixed order."""
+    """Return the source files of the library, in a fixed order."""
     return [folder / SOURCE, *sorted(folder.glob("*.h"))]
 
 
 def build_id(folder: Path = FOLDER) -> str:
-    """A short hash of the sources and flags; the library carries the one that it was built from."""
+    """Return a short hash of the sources and flags; the library contains the one that it was built from."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
     for path in sources(folder):
         digest.update(path.read_bytes())
@@ -53,18 +53,18 @@ def build_id(folder: Path = FOLDER) -> str:
 
 
 def find_compiler() -> list[str]:
-    """The C++ compiler as the start of a command: $CXX, or the first of c++, g++, clang++ that is installed.
+    """Return the C++ compiler as the start of a command: $CXX, or the first of c++, g++, clang++ that is installed.
 
     Raises:
         BuildError: there is none.
     """
-    wanted = os.environ.get("CXX")
-    for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
+    requested = os.environ.get("CXX")
+    for candidate in [requested] if requested else ["c++", "g++", "clang++"]:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
             return command
     raise BuildError(
-        f"no C++ compiler found (looked for {wanted or 'c++, g++, clang++'}): "
+        f"no C++ compiler found (looked for {requested or 'c++, g++, clang++'}): "
         "install g++ or clang++, or set CXX"
     )
 
@@ -83,8 +83,10 @@ def compile_library(target: Path, folder: Path = FOLDER) -> None:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
-            said = "; ".join([line for line in lines if "error" in line][:3] or lines[-3:]) or "nothing"
-            raise BuildError(f"`{shlex.join(command)}` failed with status {done.returncode} and said: {said}")
+            errors = "; ".join([line for line in lines if "error" in line][:3] or lines[-3:]) or "nothing"
+            raise BuildError(
+                f"`{shlex.join(command)}` failed with status {done.returncode} with the output: {errors}"
+            )
         fresh.replace(target)
     finally:
         fresh.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ MAX_COLUMNS = 65536
 """Columns up to which the 32-bit sums of one plane of codes are exact."""
 
 ROWS_AT_ONCE = 8192
-"""Rows that are summed at a time: torch widens them first."""
+"""Rows that are summed at a time: torch converts them to int32 first."""
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LIBRARY.define("head_cpu(Tensor x, Tensor weight_int8, Tensor weight_scale, Tensor row_sum) -> Tensor")
@@ -27,7 +27,7 @@ def head(
     isa: Isa | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """Logits of x [..., K], as [..., V] in the dtype of x.
+    """Compute the logits of x [..., K]: [..., V] in the dtype of x.
 
     Args:
         x: bfloat16, float16 or float32; rows may be strided.
@@ -35,7 +35,7 @@ def head(
         weight_scale: float32 [V].
         row_sum: int32 [V], the sum of each row of `weight_int8`.
         isa: variant; by default the loaded one.
-        threads: at most so many, by default torch's number; negative: exactly so many, however small the work.
+        threads: maximum number of threads, by default torch's; negative: exactly that number, however small the work.
 
     Raises:
         BackendError: a tensor does not fit.
@@ -74,12 +74,12 @@ _HEAD = torch.ops.bwla.head_cpu.default
 
 
 class CpuHead:
-    """The compiled kernel, on the CPU."""
+    """Compute the head with the compiled kernel on the CPU."""
 
     name = "cpu"
 
     def can_implement(self, spec: HeadSpec, device: torch.device) -> tuple[bool, str]:
-        """Heads on the CPU, where the kernel was built."""
+        """Return whether the kernel was built and covers the head, and the reason."""
         if device.type != "cpu":
             return False, f"the compiled kernel runs on the CPU, not on {device}"
         if spec.in_features > MAX_COLUMNS:
@@ -87,13 +87,13 @@ class CpuHead:
         return available()
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
-        """The stored tensors, the codes on huge pages, and `row_sum`."""
+        """Return the stored tensors, with the codes on huge pages, and `row_sum`."""
         stored = tensors["weight_int8"]
         codes = empty_huge(stored.numel()).view(torch.int8).view(stored.shape).copy_(stored)
         row_sum = torch.cat([part.sum(1, dtype=torch.int32) for part in codes.split(ROWS_AT_ONCE)])
         return {"weight_int8": codes, "weight_scale": tensors["weight_scale"], "row_sum": row_sum}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x."""
         y: Tensor = _HEAD(x, tensors["weight_int8"], tensors["weight_scale"], tensors["row_sum"])
         return y

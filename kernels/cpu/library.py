@@ -1,4 +1,4 @@
-"""Load the compiled CPU kernel (binary_linear.cpp): find it, type it, give it threads, choose the variant."""
+"""Load the compiled CPU kernel (binary_linear.cpp): declare its functions, set its threads, choose the variant."""
 
 import ctypes
 import enum
@@ -26,7 +26,7 @@ class Isa(enum.IntEnum):
 
 
 class LayerStruct(ctypes.Structure):
-    """`bwla_layer`: what stays the same from call to call."""
+    """`bwla_layer`: the sizes of a layer; `blocks` is the number of rotation groups."""
 
     _fields_ = (
         ("isa", c_int32),
@@ -47,7 +47,7 @@ class CpuLibrary:
     Attributes:
         handle: the shared library with typed functions.
         isa: the variant in use: the fastest that the processor runs, or what BWLA_CPU_ISA says.
-        threading: whose threads a call runs on.
+        threading: description of the threads that a call runs on.
     """
 
     handle: ctypes.CDLL
@@ -75,11 +75,10 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
 
 
 def share_openmp(handle: ctypes.CDLL, torch_cpu: ctypes.CDLL) -> str:
-    """Hand the library the OpenMP runtime that torch itself is linked to, and say which threads it will use.
+    """Give the library the OpenMP runtime that torch is linked to; return a description of the threads.
 
-    The entry points are looked up through libtorch_cpu and its dependencies, so they are those of the copy that
-    torch uses, whatever its file is called. A second runtime in the process would mean a second pool of spinning
-    threads.
+    The entry points are looked up through libtorch_cpu and its dependencies, so they belong to the copy that torch
+    uses, whatever its file name. A second runtime in the process would have a second pool of spinning threads.
     """
     names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
     try:
@@ -89,33 +88,35 @@ def share_openmp(handle: ctypes.CDLL, torch_cpu: ctypes.CDLL) -> str:
     return "torch's OpenMP threads"
 
 
-def choose_isa(handle: ctypes.CDLL, wanted: str | None) -> Isa:
-    """The variant to use: the fastest, or the one called `wanted`.
+def choose_isa(handle: ctypes.CDLL, requested: str | None) -> Isa:
+    """Choose the variant: the fastest, or the one called `requested`.
 
     Raises:
         BackendError: there is no such variant, or this processor cannot run it.
     """
     best = Isa(handle.bwla_best_isa())
-    if not wanted:
+    if not requested:
         return best
-    if wanted.upper() not in Isa.__members__:
+    if requested.upper() not in Isa.__members__:
         names = ", ".join(isa.name.lower() for isa in Isa)
-        raise BackendError(f"{ISA_VARIABLE}: expected one of {names}, found {wanted!r}: correct or unset it")
-    isa = Isa[wanted.upper()]
+        raise BackendError(
+            f"{ISA_VARIABLE}: expected one of {names}, found {requested!r}: correct or unset it"
+        )
+    isa = Isa[requested.upper()]
     if not handle.bwla_isa_supported(isa):
         raise BackendError(
             f"{ISA_VARIABLE}: expected a variant that this processor runs (the best is {best.name.lower()}), "
-            f"found {wanted!r}: unset it"
+            f"found {requested!r}: unset it"
         )
     return isa
 
 
 def open_library(folder: Path) -> ctypes.CDLL:
-    """Open the shared library in `folder` and type its functions.
+    """Open the shared library in `folder` and declare its functions.
 
     Raises:
-        BackendError: it is missing (quotes why it was not built), cannot be loaded, or was built from other
-            sources than those beside it.
+        BackendError: it is missing (the message quotes why it was not built), cannot be loaded, or was built from
+            other sources than those beside it.
     """
     path, failure = folder / build.LIBRARY, folder / build.FAILURE
     advice = f"run `python {folder / 'build.py'}` or install bwla again"
@@ -129,8 +130,8 @@ def open_library(folder: Path) -> ctypes.CDLL:
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
         raise BackendError(f"the CPU kernel {path} cannot be loaded: {error}; {advice}") from error
-    found = handle.bwla_build_id().decode()
-    if (folder / build.SOURCE).exists() and found != build.build_id(folder):
+    built_from = handle.bwla_build_id().decode()
+    if (folder / build.SOURCE).exists() and built_from != build.build_id(folder):
         raise BackendError(
             f"the CPU kernel {path} was built from other sources than those beside it; {advice}"
         )
@@ -138,10 +139,10 @@ def open_library(folder: Path) -> ctypes.CDLL:
 
 
 def open_torch() -> ctypes.CDLL:
-    """The libtorch_cpu that this process runs on.
+    """Open the libtorch_cpu of this process.
 
     Raises:
-        BackendError: it is not where torch keeps it.
+        BackendError: it cannot be loaded.
     """
     path = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
@@ -173,7 +174,7 @@ def load() -> CpuLibrary:
 
 
 def available() -> tuple[bool, str]:
-    """Whether the CPU kernel can be used, and how or why not."""
+    """Return whether the CPU kernel can be used, and the reason."""
     try:
         library = load()
     except BackendError as error:

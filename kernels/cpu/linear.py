@@ -1,4 +1,4 @@
-"""The CPU kernel's functions on torch tensors: repack a layer once, then compute it, whole or side by side."""
+"""The CPU kernel's functions on torch tensors: repack a layer once, then compute it, whole or in two steps."""
 
 import ctypes
 import functools
@@ -15,13 +15,14 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-"""Numbers that the library knows them by."""
-STATUS = {1: "its sizes make no sense", 2: "out of memory", 3: "this processor lacks the instruction set"}
+"""The library's numbers for dtypes."""
+
+STATUS = {1: "its sizes are invalid", 2: "out of memory", 3: "this processor lacks the instruction set"}
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A spec as the library takes it; `address` is that of `struct`, `size` that of the packed layer in bytes."""
+    """A spec for the library; `address` is the address of `struct`, `size` the bytes of the packed layer."""
 
     struct: LayerStruct
     address: int
@@ -51,7 +52,7 @@ def _check(status: int, spec: LayerSpec) -> None:
 
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    """Raise BackendError unless a tensor is what the library will read through its bare pointer."""
+    """Raise BackendError unless a tensor has the dtype, shape and layout that the library reads through its pointer."""
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
         raise BackendError(
             f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, found {tensor.dtype} "
@@ -60,22 +61,22 @@ def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 
 
 def can_implement(spec: LayerSpec) -> tuple[bool, str]:
-    """Whether the kernel computes such a layer here, and how or why not."""
+    """Return whether the kernel can compute such a layer on this machine, and the reason."""
     if spec.bits == UNQUANTIZED_BITS:
         return False, "the table-lookup kernel needs quantized activations (2 to 8 bits)"
     return available()
 
 
 def packed_bytes(spec: LayerSpec) -> int:
-    """Size of a packed layer: everything that the kernel reads but x, N padded to 64 rows."""
+    """Return the bytes of a packed layer: everything that the kernel reads except x, with N padded to 64 rows."""
     return _layer(spec, None).size
 
 
 def empty_huge(size: int) -> Tensor:
-    """Uninitialised uint8 [size], on huge pages where it is large: they save a tenth of the time at M = 1.
+    """Allocate uninitialized uint8 [size], on huge pages if it is large: they save a tenth of the time at M = 1.
 
-    An ordinary tensor that owns its memory. It starts on a 2 MB boundary, so its storage is up to 2 MB longer
-    than it: address space, not memory, since those pages are never touched.
+    An ordinary tensor that owns its memory. It starts on a 2 MB boundary, so its storage is up to 2 MB longer: address
+    space, not memory, since those pages are never touched.
     """
     if size < HUGE_PAGE:
         return torch.empty(size, dtype=torch.uint8)
@@ -87,10 +88,10 @@ def empty_huge(size: int) -> Tensor:
 
 
 def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None) -> Tensor:
-    """Repack a layer once into the one piece of memory that the kernel reads (layout.h).
+    """Repack a layer, once, into the contiguous memory that the kernel reads (layout.h).
 
     Args:
-        tensors: the stored tensors (design section 3), contiguous, on the CPU; not changed. A bias is not packed.
+        tensors: the stored tensors (see docs/format.md), contiguous, on the CPU; not modified. A bias is not packed.
         spec: their sizes.
         isa: variant that will read it; by default the loaded one.
 
@@ -99,15 +100,15 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     Raises:
         BackendError: a tensor does not fit.
     """
-    wanted = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
-    for name, want in wanted.items():
+    specs = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
+    for name, want in specs.items():
         expect(name, tensors[name], want.dtypes[0], want.shape)
     tensors = to_compute_dtype(tensors)
     order = (
         "weight_packed", "weight_scale", "low_rank_b",
         "rotation_left", "rotation_right", "column_scale", "low_rank_a",
     )  # fmt: skip
-    pointers = [tensors[name].data_ptr() if name in wanted else None for name in order]
+    pointers = [tensors[name].data_ptr() if name in specs else None for name in order]
     layer = _layer(spec, isa)
     packed = empty_huge(layer.size)
     threads = torch.get_num_threads()
@@ -116,7 +117,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
 
 
 def _rows(x: Tensor, packed: Tensor, layer: _Layer, spec: LayerSpec) -> tuple[Tensor, int, int, int]:
-    """x with unit stride along K, its number of rows, their stride, its dtype; checks that all belong together."""
+    """Check x and `packed`; return x with unit stride along K, its number of rows, their stride, and its dtype."""
     dtype, k = DTYPES.get(x.dtype), spec.in_features
     if dtype is None or x.shape[-1] != k or not x.is_cpu:
         raise BackendError(
@@ -143,18 +144,18 @@ def linear(
     isa: Isa | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """The whole layer in one parallel region (design section 2).
+    """Compute the layer in one parallel region.
 
     Args:
         x: [..., K] bfloat16, float16 or float32; rows may be strided.
         packed: from `pack` with the same spec and variant.
-        spec: the layer; whether it has a bias is up to the next argument alone.
+        spec: the layer; `spec.bias` is ignored.
         bias: [N] bfloat16, float16 or float32, or None.
         isa: variant; by default the loaded one.
-        threads: at most so many, by default torch's number; negative: exactly so many, however small the work.
+        threads: maximum number of threads, by default torch's; negative: exactly that number, however small the work.
 
-    Returns: [..., N] in the dtype of x. A row's result does not depend, to the last bit, on the number of threads
-        or on the other rows.
+    Returns: [..., N] in the dtype of x. A row's result is bitwise independent of the number of threads and of the
+        other rows.
 
     Raises:
         BackendError: a tensor does not fit.
@@ -178,7 +179,7 @@ def linear(
 def prepare_input(
     x: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa | None = None, threads: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The input side alone; arguments as in `linear`.
+    """Compute only the input transform; arguments as in `linear`.
 
     Returns: codes int8 [M, K], scales float32 [M, G], u float32 [M, r], where M counts the rows of x.
 
@@ -208,7 +209,7 @@ def binary_matmul(
     isa: Isa | None = None,
     threads: int | None = None,
 ) -> Tensor:
-    """The weight side alone, without the bias.
+    """Compute only the GEMM, without the bias.
 
     Args:
         q: int8 [M, K], within +-spec.q_max (not checked), scale: float32 [M, G], u: float32 [M, r],
@@ -239,7 +240,7 @@ def binary_matmul(
 def dot_products(
     q: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa | None = None, threads: int | None = None
 ) -> Tensor:
-    """The exact integers of the weight side, sum_{k in g} S[n, k] q[m, k]: int32 [M, G, N]; for tests.
+    """Compute the exact integer sums of the GEMM, sum_{k in g} S[n, k] q[m, k]: int32 [M, G, N]; for tests.
 
     Arguments as in `binary_matmul`.
 

@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs: the input side, the binary matmul, and their ahead-of-time checks."""
+"""Triton kernels for NVIDIA GPUs: input transform, binary GEMM, 8-bit head, and ahead-of-time checks."""

@@ -1,6 +1,6 @@
-"""The weight side of a layer on an NVIDIA GPU: quantized activations times 1-bit weights.
+"""The GEMM of a layer on an NVIDIA GPU: quantized activations times 1-bit weights.
 
-y[m, n] = alpha[n] sum_g s[m, g] sum_{k in g} S[n, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]   (design section 2)
+y[m, n] = alpha[n] sum_g s[m, g] sum_{k in g} S[n, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]
 
 Three regimes, chosen by `tuning.select_config`: binary tensor cores for up to four tokens, or eight where the table
 has measured it (`binary_mma`), and integer tensor cores for a few (columns split among programs) and for many
@@ -24,7 +24,7 @@ from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
 from torch import Tensor
 
 GROUP_M = 8
-"""Token tiles that share a piece of the weights in the cache."""
+"""Token tiles that share part of the weights in the cache."""
 
 MAX_SPLIT_TILES = 4096
 """Tiles of a matmul that is split: length of the counters that a layer keeps."""
@@ -32,16 +32,16 @@ MAX_SPLIT_TILES = 4096
 
 @dataclass(frozen=True)
 class Weights:
-    """A layer's weight side, as `prepare_weights` makes it.
+    """A layer's repacked weights, as `prepare_weights` returns them.
 
     Attributes:
         packed: uint8 [chunks, N_padded, C / 8].
         scale: float32 [N].
         low_rank_b: bfloat16 [N_padded, r padded to 16], zeros beyond; None for rank 0.
         bias: [N] of any float dtype, or None.
-        counters: int32 [4096], zeros; what the shares of a split matmul count in, and before them the programs of
-            the input kernel for few tokens (zero again after each call, so one layer must not run on two streams
-            at once). None allocates them per call.
+        counters: int32 [4096], zeros; counted up by the shares of a split matmul, and before them by the programs of
+            the input kernel for few tokens (zero again after each call, so a layer must not run on two streams at
+            once). None allocates them for each call.
         layout: sizes.
     """
 
@@ -54,10 +54,10 @@ class Weights:
 
 
 def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-    """Repack a layer's stored weight side, once, at load.
+    """Repack a layer's stored weights, once, at load.
 
-    Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank, `low_rank_b` padded; a bias passes
-        through. The packed bytes are the only copy of the weights.
+    Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank other than 0, padded `low_rank_b`; a bias
+        passes through. The packed bytes are the only copy of the weights.
     """
     layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     packed = repack_weights(tensors["weight_packed"], layout)
@@ -120,12 +120,12 @@ def binary_matmul(
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
+    """Return whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
     return not isinstance(integer_mma_kernel, triton.JITFunction)
 
 
 def _rank(prepared: QuantizedInput, weights: Weights) -> tuple[int, int]:
-    """(r, padded r); zeros without a low-rank term."""
+    """Return (r, padded r); zeros without a low-rank term."""
     if prepared.u is None or weights.low_rank_b is None:
         return 0, 0
     return prepared.u.shape[1], weights.low_rank_b.shape[1]
@@ -169,12 +169,12 @@ def _launch_binary(
 
 
 def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[str, int | bool]:
-    """Compile-time arguments of `binary_mma_kernel` that follow from sizes and configuration."""
+    """Return the compile-time arguments of `binary_mma_kernel` that follow from sizes and configuration."""
     row_warps = config.num_warps // config.k_warps
-    by_block = layout.groups >= config.k_warps
-    step = 512 // layout.chunk * (1 if by_block else config.k_warps)
+    by_group = layout.groups >= config.k_warps
+    step = 512 // layout.chunk * (1 if by_group else config.k_warps)
     even_steps = layout.chunks_per_group % (step * config.unroll) == 0
-    even_blocks = not by_block or layout.groups % config.k_warps == 0
+    even_groups = not by_group or layout.groups % config.k_warps == 0
     return {
         "BLOCKS": layout.groups,
         "CHUNKS": layout.chunks_per_group,
@@ -186,8 +186,8 @@ def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[st
         "ROW_WARPS": row_warps,
         "K_WARPS": config.k_warps,
         "UNROLL": config.unroll,
-        "BY_BLOCK": by_block,
-        "MASKED": not (even_steps and even_blocks),
+        "BY_BLOCK": by_group,
+        "MASKED": not (even_steps and even_groups),
     }
 
 
@@ -240,7 +240,7 @@ def _launch_integer(
 
 
 def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | bool]:
-    """Compile-time arguments of `integer_mma_kernel` that follow from sizes and configuration."""
+    """Return the compile-time arguments of `integer_mma_kernel` that follow from sizes and configuration."""
     return {
         "BN": config.block_n,
         "BM": config.block_m,

@@ -2,7 +2,7 @@
 
 The planes of M tokens with `bits` planes each are the columns of the right operand, eight to an instruction; no
 weight is ever unpacked: one instruction covers 4,096 weights. Native on compute capability 8.0, 8.9 and 9.0
-(emulated from 10.0 on: there `integer_mma` serves).
+(emulated from 10.0 on, where `integer_mma` is used instead).
 
 Triton has no such dot. The instruction is written as inline assembly on tensors whose layout makes a thread's four
 neighbouring elements its fragment: [R, 128 warps], four elements (16 bytes) a thread, 32 threads a warp. Triton
@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _popcount(x):
-    """Bits set in each int32."""
+    """Count the bits set in each int32."""
     x = x.to(tl.uint32, bitcast=True)
     x = x - ((x >> 1) & 0x55555555)
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
@@ -33,7 +33,7 @@ def _popcount(x):
 
 @triton.jit
 def _multiply(low, high, b, c, R: tl.constexpr, WARPS: tl.constexpr, PURE: tl.constexpr):
-    """c + popcount(weights & planes) for 16 rows x 8 planes a warp, over 512 columns (two instructions).
+    """Compute c + popcount(weights & planes) for 16 rows x 8 planes per warp, over 512 columns (two instructions).
 
     Fragments [R, 128 WARPS] int32, element 128 warp + 4 lane + i: `low` and `high` hold word 4 (lane % 4) + i of row
     lane // 4 and of row lane // 4 + 8; `b` holds that word of plane lane // 4; `c` holds planes 2 (lane % 4) + {0, 1}
@@ -78,9 +78,9 @@ def _load_weights(
     BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_TURNS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The weights of one group of UNROLL steps: (low, high) fragments of each, loaded together; zeros beyond the last.
+    """Load the weights of UNROLL steps together: (low, high) fragments of each step, zeros beyond the last.
 
-    With MASKED also beyond the chunks of a block.
+    With MASKED also beyond the chunks of a rotation group.
     """
     turn = group // GROUPS
     first = (group % GROUPS) * UNROLL
@@ -131,12 +131,12 @@ def binary_mma_kernel(
     PDL: tl.constexpr,
     PURE: tl.constexpr,
 ):
-    """All M <= TOKENS tokens of 16 R ROW_WARPS rows; K_WARPS warps share the columns of a row.
+    """Multiply all M <= TOKENS tokens with 16 R ROW_WARPS rows; K_WARPS warps share the columns of a row.
 
-    They take turns by blocks (BY_BLOCK), else by steps of 512 columns within each block.
+    They take turns by rotation groups (BY_BLOCK), else by steps of 512 columns within each group.
 
     `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows, C / 32] in the chunk layout, of BLOCKS
-    blocks of CHUNKS chunks. TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
+    rotation groups of CHUNKS chunks. TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
     UNROLL: steps whose weights are loaded together, one group ahead of the one that is multiplied: what a thread has
     in flight.
     PDL: the launch may overlap the kernel before it, which makes the activations (see `launch`): until that is done,
@@ -181,7 +181,7 @@ def binary_mma_kernel(
         a_ptrs, chunk0, block0, 0, rows,
         BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
     )  # fmt: skip
-    # What the last steps need of the layer itself, so that none of them waits for memory.
+    # The layer's other tensors are loaded early, so that the last steps do not wait for memory.
     n = first_row + tl.arange(0, BN)
     inside = n < N
     alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
@@ -218,15 +218,15 @@ def binary_mma_kernel(
             live = ((first + i) * STRIDE + chunk0 < CHUNKS) & (g < BLOCKS)
             new = ()
             for tile in tl.static_range(TILES):
-                there = group + 8 * tile < tokens * BITS
+                exists = group + 8 * tile < tokens * BITS
                 if MASKED:
-                    there = there & live
-                b = tl.load(b_at + 8 * tile * PLANE, mask=there, other=0)
+                    exists = exists & live
+                b = tl.load(b_at + 8 * tile * PLANE, mask=exists, other=0)
                 b = tl.broadcast_to(b[None, :], (R, 128 * WARPS))
                 new = new + (_multiply(current[2 * i], current[2 * i + 1], b, counts[tile], R, WARPS, PURE),)
             counts = new
         if not ONE_BLOCK:
-            # A block's counts are scaled when it ends; before that the factor is 0 and they are kept.
+            # A rotation group's counts are scaled when it ends; before that the factor is 0 and they are kept.
             ends = step_group % GROUPS == GROUPS - 1
             added = ()
             cleared = ()
@@ -274,6 +274,6 @@ def binary_mma_kernel(
 
 @triton.jit
 def _plane_value(plane, BITS: tl.constexpr):
-    """Two's complement weight of a plane's bit: 2^bit, the last one negative."""
+    """Return the two's complement weight of a plane's bit: 2^bit, negative for the last one."""
     bit = plane % BITS
     return tl.where(bit == BITS - 1, -1, 1) * (1 << bit)

@@ -3,8 +3,8 @@
     python -m bwla_kernels.triton.compile_check [--arch 90] [--jobs 2] [--out FILE]
 
 Fails on spills, stack, too much shared memory, or a missing tensor-core instruction. scripts/check_tritons.py runs it
-with every supported Triton, not only the installed one. What Triton has compiled once it finds in its own cache, so a
-second run only reads the results.
+with every supported Triton, not only the installed one. Triton caches what it compiles, so that a second run only reads
+the results.
 """
 
 import argparse
@@ -39,19 +39,18 @@ CASE_MODULES = (
 )
 """Modules with a `compile_cases(arch) -> list[CompileCase]`."""
 
-
 SAVE_EVERY = 10
-"""Rows after which a table is written anew."""
+"""Rows after which the table is rewritten."""
 
 
 @functools.cache
 def all_cases(arch: int, modules: tuple[str, ...] = CASE_MODULES) -> tuple[CompileCase, ...]:
-    """The cases of all modules for compute capability `arch` / 10."""
+    """Return the cases of all modules for compute capability `arch` / 10."""
     return tuple(case for name in modules for case in importlib.import_module(name).compile_cases(arch))
 
 
 def sample(cases: Sequence[int], names: Sequence[str], count: int) -> list[int]:
-    """`count` cases of each kernel, spread over its configurations; `names` are those of their kernels."""
+    """Select `count` cases of each kernel, spread over its configurations; `names` are the kernels of the cases."""
     kernels: dict[str, list[int]] = {}
     for case, name in zip(cases, names, strict=True):
         kernels.setdefault(name, []).append(case)
@@ -63,27 +62,27 @@ def sample(cases: Sequence[int], names: Sequence[str], count: int) -> list[int]:
 
 
 def compile_one(modules: tuple[str, ...], arch: int, index: int) -> tuple[Row | None, list[str]]:
-    """Compile case `index` of `all_cases`: its row (None where it does not compile) and the gates it fails."""
+    """Compile case `index` of `all_cases`; return its row (None if it does not compile) and the gates that it fails."""
     try:
-        found = compile_case(all_cases(arch, modules)[index], arch)
+        compiled = compile_case(all_cases(arch, modules)[index], arch)
     except BackendError as error:
         return None, [str(error)]
-    return row_of(found), found.problems()
+    return row_of(compiled), compiled.problems()
 
 
 def _compiled(
-    wanted: Sequence[tuple[int, int]], modules: tuple[str, ...], jobs: int
+    selected: Sequence[tuple[int, int]], modules: tuple[str, ...], jobs: int
 ) -> Iterator[tuple[Row | None, list[str]]]:
-    arches, indices = [arch for arch, _ in wanted], [i for _, i in wanted]
+    arches, indices = [arch for arch, _ in selected], [i for _, i in selected]
     if jobs == 1:
-        yield from map(compile_one, [modules] * len(wanted), arches, indices)
+        yield from map(compile_one, [modules] * len(selected), arches, indices)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(compile_one, [modules] * len(wanted), arches, indices)
+        yield from pool.map(compile_one, [modules] * len(selected), arches, indices)
 
 
 def check(
-    wanted: Sequence[tuple[int, int]],
+    selected: Sequence[tuple[int, int]],
     modules: tuple[str, ...],
     jobs: int = 1,
     save: Callable[[list[Row]], None] = lambda rows: None,
@@ -91,15 +90,15 @@ def check(
     """Compile cases and print their lines; return the rows and the gates that failed, each one sentence.
 
     Args:
-        wanted: architecture, and index in its `all_cases`, of each.
-        modules: where the cases are from.
+        selected: architecture, and index in its `all_cases`, of each case.
+        modules: modules of the cases.
         jobs: processes that compile.
-        save: is given the rows so far now and then, and all of them at the end: a run may take an hour.
+        save: called with the rows so far at intervals, and with all of them at the end: a run may take an hour.
     """
     rows: list[Row] = []
     problems: list[str] = []
     print(header(), flush=True)
-    for row, failed in _compiled(wanted, modules, jobs):
+    for row, failed in _compiled(selected, modules, jobs):
         if row is not None:
             print(line(row), flush=True)
             rows.append(row)
@@ -115,22 +114,24 @@ def _arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--kernel", help="only kernels whose name contains this")
     parser.add_argument("--config", help="only configurations whose text contains this")
-    parser.add_argument("--sample", type=int, help="so many configurations of each kernel and architecture")
-    parser.add_argument("--slice", help="I/N: of what is left, every N-th from I (counted from 0) on")
+    parser.add_argument("--sample", type=int, help="number of configurations of each kernel and architecture")
+    parser.add_argument(
+        "--slice", help="I/N: of the remaining cases, every N-th, starting with I (counted from 0)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument("--cases", help="another module with a compile_cases(arch) instead of this package's")
     parser.add_argument("--out", type=Path, help="write the table as JSON")
     parser.add_argument(
-        "--merge", action="store_true", help="keep the rows of --out that are not compiled anew"
+        "--merge", action="store_true", help="keep the rows of --out that are not compiled again"
     )
     parser.add_argument(
-        "--missing", action="store_true", help="as --merge, and compile only what --out lacks"
+        "--missing", action="store_true", help="like --merge, and compile only what --out lacks"
     )
     return parser.parse_args(arguments)
 
 
-def _wanted(options: argparse.Namespace, modules: tuple[str, ...]) -> list[tuple[int, int]]:
-    wanted: list[tuple[int, int]] = []
+def _select(options: argparse.Namespace, modules: tuple[str, ...]) -> list[tuple[int, int]]:
+    selected: list[tuple[int, int]] = []
     for arch in options.arch or ARCHITECTURES:
         cases = all_cases(arch, modules)
         picked = [
@@ -140,30 +141,30 @@ def _wanted(options: argparse.Namespace, modules: tuple[str, ...]) -> list[tuple
         ]
         if options.sample:
             picked = sample(picked, [cases[i].name for i in picked], options.sample)
-        wanted += [(arch, i) for i in picked]
+        selected += [(arch, i) for i in picked]
     if options.slice:
         first, every = (int(number) for number in options.slice.split("/"))
-        wanted = wanted[first::every]
-    return wanted
+        selected = selected[first::every]
+    return selected
 
 
-def _names(wanted: Iterable[tuple[int, int]], modules: tuple[str, ...]) -> list[Key]:
-    cases = [(arch, all_cases(arch, modules)[i]) for arch, i in wanted]
+def _names(selected: Iterable[tuple[int, int]], modules: tuple[str, ...]) -> list[Key]:
+    cases = [(arch, all_cases(arch, modules)[i]) for arch, i in selected]
     return [(arch, case.name, case.config) for arch, case in cases]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     options = _arguments(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print(
-            "compile_check: TRITON_INTERPRET is set: unset it, interpreted kernels have no code",
+            "compile_check: TRITON_INTERPRET is set: unset it, interpreted kernels are not compiled",
             file=sys.stderr,
         )
         return 2
     modules = (options.cases,) if options.cases else CASE_MODULES
-    wanted = _wanted(options, modules)
-    if not wanted:
+    selected = _select(options, modules)
+    if not selected:
         print("compile_check: no such kernel or configuration", file=sys.stderr)
         return 2
     everything = [(arch, i) for arch in ARCHITECTURES for i in range(len(all_cases(arch, modules)))]
@@ -175,8 +176,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"compile_check: {error}", file=sys.stderr)
             return 2
     if options.missing:
-        there = {key_of(row) for row in kept if not row["spills"] + row["stack"]}
-        wanted = [one for one, name in zip(wanted, _names(wanted, modules), strict=True) if name not in there]
+        present = {key_of(row) for row in kept if not row["spills"] + row["stack"]}
+        selected = [
+            one for one, name in zip(selected, _names(selected, modules), strict=True) if name not in present
+        ]
     words = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m bwla_kernels.triton.compile_check", *words])
 
@@ -184,12 +187,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.out:
             write_rows(options.out, merge(kept, rows, _names(everything, modules)), command)
 
-    rows, problems = check(wanted, modules, options.jobs, save)
+    rows, problems = check(selected, modules, options.jobs, save)
     for text in summary(rows):
         print(text)
     for problem in problems:
         print(f"FAILED {problem}", file=sys.stderr)
-    print(f"{len(wanted)} compiled, {len(problems)} problems")
+    print(f"{len(selected)} compiled, {len(problems)} problems")
     return 1 if problems else 0
 
 

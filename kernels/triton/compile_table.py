@@ -1,4 +1,4 @@
-"""The table of the ahead-of-time check: its rows, as text and as JSON, and what they say in total."""
+"""The table of the ahead-of-time check: rows as text and as JSON, and their summary."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -25,31 +25,31 @@ class Row(TypedDict):
 
 
 Key = tuple[int, str, str]
-"""Architecture, kernel and configuration: what names a row."""
+"""Architecture, kernel and configuration, which identify a row."""
 
 
-def row_of(found: Compiled) -> Row:
-    """The row of a compiled kernel."""
+def row_of(compiled: Compiled) -> Row:
+    """Return the row of a compiled kernel."""
     return {
-        "kernel": found.case.name,
-        "config": found.case.config,
-        "arch": found.arch,
-        "registers": found.registers,
-        "spills": found.spills,
-        "stack": found.stack,
-        "shared_bytes": found.shared_bytes,
-        "tensor_core": found.tensor_core,
-        "instructions_per_weight": None if found.per_weight is None else round(found.per_weight, 4),
+        "kernel": compiled.case.name,
+        "config": compiled.case.config,
+        "arch": compiled.arch,
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "stack": compiled.stack,
+        "shared_bytes": compiled.shared_bytes,
+        "tensor_core": compiled.tensor_core,
+        "instructions_per_weight": None if compiled.per_weight is None else round(compiled.per_weight, 4),
     }
 
 
 def key_of(row: Row) -> Key:
-    """What names a row."""
+    """Return the key of a row."""
     return row["arch"], row["kernel"], row["config"]
 
 
 def header() -> str:
-    """The printed table's first line."""
+    """Return the first line of the printed table."""
     return (
         f"{'arch':>4}  {'kernel':<20} {'registers':>9} {'spills':>6} {'shared':>7} {'core':>8} "
         f"{'instr/weight':>12}  configuration"
@@ -57,7 +57,7 @@ def header() -> str:
 
 
 def line(row: Row) -> str:
-    """One line of the printed table."""
+    """Return one line of the printed table."""
     per_weight = row["instructions_per_weight"]
     return (
         f"{row['arch']:>4}  {row['kernel']:<20} {row['registers']:>9} {row['spills']:>6} {row['shared_bytes']:>7} "
@@ -66,7 +66,7 @@ def line(row: Row) -> str:
 
 
 def summary(rows: Iterable[Row]) -> list[str]:
-    """A line for each architecture and kernel: configurations, largest figures, instructions per weight."""
+    """Return a line for each architecture and kernel: configurations, largest figures, instructions per weight."""
     groups: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["arch"], row["kernel"]), []).append(row)
@@ -84,7 +84,7 @@ def summary(rows: Iterable[Row]) -> list[str]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier table, to be completed with the installed Triton.
+    """Read the rows of an earlier table, to be completed with the installed Triton.
 
     Raises:
         BackendError: the file is not such a table, or was made with another Triton.
@@ -97,21 +97,21 @@ def read_rows(path: Path) -> list[Row]:
             key_of(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BackendError(
-            f"{path}: expected a table written by compile_check, found {error!r}: leave out --merge to replace it"
+            f"{path}: expected a table written by compile_check, found {error!r}: remove --merge to replace it"
         ) from error
     if triton != version("triton"):
         raise BackendError(
             f"{path}: expected a table made with Triton {version('triton')}, which is installed, found one made with "
-            f"{triton}: give each Triton a file of its own, or leave out --merge and --missing to replace it"
+            f"{triton}: use a separate file for each Triton, or remove --merge and --missing to replace it"
         )
     return rows
 
 
 def merge(old: Iterable[Row], new: Iterable[Row], exists: Iterable[Key]) -> list[Row]:
-    """Old rows replaced and completed by new ones; those that name nothing in `exists` are dropped; sorted."""
+    """Replace and complete old rows by new ones, drop those whose key is not in `exists`, and sort."""
     rows = {key_of(row): row for row in (*old, *new)}
-    wanted = set(exists)
-    return [rows[key] for key in sorted(rows) if key in wanted]
+    existing = set(exists)
+    return [rows[key] for key in sorted(rows) if key in existing]
 
 
 def write_rows(path: Path, rows: Sequence[Row], command: str) -> None:

@@ -1,6 +1,6 @@
-"""Compile one kernel ahead of time, without a GPU, and read what the assembler made of it.
+"""Compile one kernel ahead of time, without a GPU, and inspect the assembled code.
 
-Triton carries `ptxas` and the disassemblers; registers and stack come from the cubin's own ELF notes
+Triton includes `ptxas` and the disassemblers; registers and stack come from the cubin's own ELF notes
 (`.nv.info`), instructions from its disassembly.
 """
 
@@ -17,7 +17,7 @@ ARCHITECTURES = (80, 89, 90, 100)
 """Compute capabilities, times ten, that every selectable kernel must compile for."""
 
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}
-"""Shared memory bytes that one block may use; the compiler does not check it, the driver does."""
+"""Shared memory bytes that one program may use; the driver checks it, the compiler does not."""
 
 _REGCOUNT, _FRAME_SIZE = 0x2F, 0x11
 """Attributes of `.nv.info` that hold (symbol, value) pairs."""
@@ -29,18 +29,18 @@ class CompileCase:
 
     Attributes:
         name: the kernel's name.
-        config: short text of the configuration.
+        config: short description of the configuration.
         kernel: the `triton.jit` function (not an interpreted one).
         signature: argument -> Triton type (`*bf16`, `i32`, ...), or `constexpr`.
         constexprs: values of the compile-time arguments.
         divisible: arguments that are divisible by 16 (aligned pointers, round sizes).
         num_warps, num_stages: as at launch.
-        tensor_core: acceptable SASS mnemonics (a prefix each), one of which must occur; () where none is needed.
-        loop_weights: weights that one round of the main loop consumes, to state instructions per weight.
-        loop_cores: tensor-core instructions of a warp in one round, by which unrolled rounds are counted; 0 where the
-            assembler is not expected to unroll the main loop.
+        tensor_core: prefixes of SASS mnemonics, one of which must occur; () if none is needed.
+        loop_weights: weights that one iteration of the main loop consumes, to compute instructions per weight.
+        loop_cores: tensor-core instructions of a warp in one iteration, by which unrolled iterations are counted; 0 if
+            the assembler is not expected to unroll the main loop.
         options: further compiler options.
-        fragment_layout: the tensor layout that inline tensor-core instructions rely on; "" where there are none.
+        fragment_layout: the tensor layout that inline tensor-core instructions rely on; "" if there are none.
     """
 
     name: str
@@ -60,19 +60,19 @@ class CompileCase:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a case became on one architecture.
+    """A case compiled for one architecture.
 
     Attributes:
         registers: per thread.
         spills: instructions that move registers to or from local memory (STL, LDL).
         stack: bytes of local memory per thread.
-        shared_bytes: shared memory per block.
+        shared_bytes: shared memory per program.
         instructions: count by mnemonic (`IMMA`, `LDG`, ...) over the whole kernel.
         loop: the same over the main loop: the innermost one with a tensor-core instruction, without what a forward
-            branch may skip (the end of a block, which most rounds do not reach). Where the assembler has unrolled
-            that loop as a whole, everything.
-        tensor_core: the wanted mnemonic that was found, "" where none was.
-        per_weight: thread instructions of the main loop per weight, None where not stated.
+            branch may skip (the end of a rotation group, which most iterations do not reach). The whole kernel if the
+            assembler has unrolled that loop completely.
+        tensor_core: the expected mnemonic that occurs, "" if none does.
+        per_weight: thread instructions of the main loop per weight, None if not computed.
         fragment_layouts: layouts of the tensors that inline tensor-core instructions work on.
         undefined: uniform registers that are read but never written, see `sass.undefined_registers`.
     """
@@ -91,35 +91,35 @@ class Compiled:
     undefined: tuple[str, ...] = ()
 
     def problems(self) -> list[str]:
-        """The gates that this kernel fails, each one sentence; empty where it is sound."""
+        """Return one sentence for each check that the kernel fails; empty if it passes."""
         where = f"{self.case.name} [{self.case.config}] on sm_{self.arch}"
         limit = SHARED_LIMIT[self.arch]
-        found = []
+        problems = []
         if self.spills:
-            found.append(f"{where}: {self.spills} spill instructions (LDL/STL), the limit is 0")
+            problems.append(f"{where}: {self.spills} spill instructions (LDL/STL), the limit is 0")
         if self.stack:
-            found.append(f"{where}: {self.stack} bytes of stack, the limit is 0")
+            problems.append(f"{where}: {self.stack} bytes of stack, the limit is 0")
         if self.shared_bytes > limit:
-            found.append(f"{where}: {self.shared_bytes} bytes of shared memory, the limit is {limit}")
+            problems.append(f"{where}: {self.shared_bytes} bytes of shared memory, the limit is {limit}")
         if self.case.tensor_core and not self.tensor_core:
-            wanted = " or ".join(self.case.tensor_core)
-            found.append(f"{where}: no tensor-core instruction ({wanted}) found, at least one is wanted")
+            expected = " or ".join(self.case.tensor_core)
+            problems.append(f"{where}: no tensor-core instruction ({expected}) found, expected at least one")
         if self.undefined:
-            found.append(
+            problems.append(
                 f"{where}: wrong code, registers are read but never written: {'; '.join(self.undefined)}"
             )
-        wanted_layout = self.case.fragment_layout
-        if wanted_layout and self.fragment_layouts != {wanted_layout}:
-            seen = " and ".join(sorted(self.fragment_layouts)) or "none"
-            found.append(f"{where}: inline mma on layout {seen}, it relies on {wanted_layout}")
-        return found
+        expected_layout = self.case.fragment_layout
+        if expected_layout and self.fragment_layouts != {expected_layout}:
+            layouts = " and ".join(sorted(self.fragment_layouts)) or "none"
+            problems.append(f"{where}: inline mma on layout {layouts}, it relies on {expected_layout}")
+        return problems
 
 
 def compile_case(case: CompileCase, arch: int) -> Compiled:
     """Compile a case for compute capability `arch` / 10.
 
     Raises:
-        BackendError: the kernel is an interpreted one, the compiler refuses it, or no disassembler is there.
+        BackendError: the kernel is interpreted, the compiler rejects it, or there is no disassembler.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -171,7 +171,7 @@ def compile_case(case: CompileCase, arch: int) -> Compiled:
 
 
 def inline_mma_layouts(ttgir: str) -> frozenset[str]:
-    """The layouts that the results of inline `mma` instructions have in Triton's GPU dialect, whitespace removed."""
+    """Return the layouts of the results of inline `mma` instructions in Triton's GPU dialect, without whitespace."""
     named = {
         name: "".join(text.split()) for name, text in re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE)
     }
@@ -184,7 +184,7 @@ def inline_mma_layouts(ttgir: str) -> frozenset[str]:
 
 
 def read_notes(cubin: bytes) -> dict[int, int]:
-    """The largest value of each (symbol, value) attribute in the `.nv.info` section of an ELF cubin."""
+    """Return the largest value of each (symbol, value) attribute in the `.nv.info` section of an ELF cubin."""
     if cubin[:4] != b"\x7fELF":
         raise BackendError(f"expected an ELF cubin, found {cubin[:4]!r}: this Triton is not supported")
     (table,) = struct.unpack_from("<Q", cubin, 0x28)

@@ -1,4 +1,4 @@
-"""Last steps of both matmul kernels: low-rank term, bias, rounding to the output's dtype."""
+"""The last steps of both matmul kernels: the low-rank term."""
 
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
@@ -15,10 +15,10 @@ _LARGE_TILE = tl.constexpr(128 * 128)
 
 @triton.jit
 def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexpr):
-    """y [BN, BM] + B[n, :] . u[m, :], exact to float32's rounding although B is bfloat16.
+    """Add B[n, :] . u[m, :] to y [BN, BM], exact to float32 rounding although B is bfloat16.
 
-    u is cut into three bfloat16 parts that add up to all of its 24 bits; each product with the tensor cores'
-    float32 sums is then exact. The interpreter cannot compute in bfloat16 (PURE): there it is float32.
+    u is split into three bfloat16 parts that add up to all of its 24 bits, so that each product on the tensor cores is
+    exact in float32. The interpreter cannot compute in bfloat16 (PURE) and uses float32.
 
     RANK is walked in steps of 16: it need not be a power of two, and the operands of one step fit the registers.
 
@@ -36,7 +36,7 @@ def low_rank_term(y, u, low_b, m, n, rank, RANK: tl.constexpr, PURE: tl.constexp
 
 @triton.jit
 def _low_rank_step(y, u, low_b, m, n, rank, start, RANK: tl.constexpr, PURE: tl.constexpr):
-    """`low_rank_term` over 16 ranks from `start` on."""
+    """Add the part of `low_rank_term` over 16 ranks from `start` on."""
     r = start + tl.arange(0, _STEP)
     b = tl.load(low_b + n[:, None] * RANK + r[None, :])
     x = tl.load(u + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None], other=0.0)
@@ -52,7 +52,7 @@ def _low_rank_step(y, u, low_b, m, n, rank, start, RANK: tl.constexpr, PURE: tl.
 
 @triton.jit
 def load_low_rank_rows(low_b, n, RANK: tl.constexpr):
-    """B[n, :] as bfloat16 tiles [BN, 16], to be loaded before they are needed."""
+    """Load B[n, :] as bfloat16 tiles [BN, 16], ahead of their use."""
     tiles = ()
     for start in tl.static_range(0, RANK, _STEP):
         tiles = tiles + (tl.load(low_b + n[:, None] * RANK + (start + tl.arange(0, _STEP))[None, :]),)
@@ -61,7 +61,7 @@ def load_low_rank_rows(low_b, n, RANK: tl.constexpr):
 
 @triton.jit
 def low_rank_row(tiles, u, m, rank, RANK: tl.constexpr):
-    """B[n, :] . u[m, :] for one token m and the rows of `load_low_rank_rows`: float32 [BN], without tensor cores."""
+    """Compute B[n, :] . u[m, :] for one token m and the rows of `load_low_rank_rows`: float32 [BN], no tensor cores."""
     total = tiles[0].to(tl.float32) * _row_of_u(u, m, rank, 0)[None, :]
     for i in tl.static_range(1, RANK // _STEP):
         total += tiles[i].to(tl.float32) * _row_of_u(u, m, rank, i * _STEP)[None, :]

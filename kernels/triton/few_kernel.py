@@ -1,13 +1,13 @@
-"""The input side for a few tokens: several programs a token, whose last one to arrive quantizes.
+"""The input transform for few tokens: several programs per token, the last of which to arrive quantizes.
 
-One processor that rotates a whole token is slow: its tensor cores need a microsecond for the arithmetic alone, and
-every step of it waits for the one before. Here a program computes 16 columns of L^T X R of one block (`rotate_piece`)
-and leaves them in memory; of the programs of a block the last one to arrive reads them all, finds the scale, and
-writes codes, sum and bit planes. u = x A^T is cut along its columns in the same way (`project_slice`).
+Rotating a whole token on one multiprocessor is slow: its tensor cores need a microsecond for the arithmetic alone, and
+every step waits for the one before. Here a program computes 16 columns of L^T X R of one rotation group
+(`rotate_piece`) and writes them to memory; the last program of a group to arrive reads them all, computes the scale,
+and writes codes, sum and bit planes. u = x A^T is split along its columns in the same way (`project_slice`).
 
 **tf32 tensor cores, as accurate as float32.** The stored rotations are pairs of fp16 numbers (see `rotate.py`) of 11
 significant bits each, which tf32 holds; so does it hold a bf16 or fp16 input. X R takes two products, L^T (X R) three,
-with X R cut into two tf32 numbers that are rounded to nearest. What is left out is below 2^-21 of the block's norm.
+with X R cut into two tf32 numbers that are rounded to nearest. The omitted product is below 2^-21 of the group's norm.
 tf32 has float32's range: unlike fp16 it needs no scaling, and so no maximum of the input before the first product.
 
 **Dependent launch** (PDL). The programs read what they need of the layer itself, then wait for the kernel before them
@@ -42,7 +42,7 @@ def _split_tf32(value):
 
 @triton.jit
 def _arrive(counter, programs: tl.constexpr, PDL: tl.constexpr):
-    """Whether this program is the last of `programs` to come here; what the others wrote may then be read."""
+    """Return whether this program is the last of `programs` to arrive; it may then read what the others wrote."""
     if PDL == PDL_LATE:
         gdc_launch_dependents()
     tl.debug_barrier()  # this program's own writes come first
@@ -69,7 +69,7 @@ def prepare_few_kernel(
     Args (arrays are row-major and contiguous unless a stride is named):
         x_ptr [m, K] with row stride `x_stride`; [m, 2 K] for SILU_MUL.
         left_ptr fp16 [G, 2, ROWS, ROWS], right_ptr fp16 [G, 2, N2P, N2P]: `prepare_input.split_rotations`.
-        turned_ptr float32 [m, K], u_parts_ptr float32 [m, SLICES, RANK]: work space.
+        turned_ptr float32 [m, K], u_parts_ptr float32 [m, SLICES, RANK]: workspace.
         counters_ptr int32 [m, G + 1]: zeros, and zeros again afterwards.
         level: clip / q_max. CHUNK: columns of a chunk of bit planes; PLANES: whether they are written.
     """
@@ -88,15 +88,15 @@ def prepare_few_kernel(
     turned_ptr += start * K
     counters_ptr += token * (G + 1)
     if part < ROTATIONS:
-        block = part // PIECES
+        group = part // PIECES
         rotate_piece(
             x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr, residual_out_ptr, turned_ptr,
-            x_stride, residual_stride, eps, block, part % PIECES,
+            x_stride, residual_stride, eps, group, part % PIECES,
             K, G, N1, N2, N2P, ROWS, STARTS, WIDTHS, PIECE, FUSE, SPLIT_X, PDL,
         )  # fmt: skip
-        if _arrive(counters_ptr + block, PIECES, PDL):
-            quantize_block(
-                turned_ptr, q_ptr + start * K, scale_ptr + start * G, q_sum_ptr + start * G, planes_ptr, token, block,
+        if _arrive(counters_ptr + group, PIECES, PDL):
+            quantize_group(
+                turned_ptr, q_ptr + start * K, scale_ptr + start * G, q_sum_ptr + start * G, planes_ptr, token, group,
                 level, K, G, N1 * N2, BITS, CHUNK, PLANES,
             )  # fmt: skip
     elif RANK > 0:
@@ -112,24 +112,24 @@ def prepare_few_kernel(
 @triton.jit
 def rotate_piece(
     x_ptr, residual_ptr, norm_weight_ptr, left_ptr, right_ptr, column_scale_ptr, residual_out_ptr, turned_ptr,
-    x_stride, residual_stride, eps, block, piece,
+    x_stride, residual_stride, eps, group, piece,
     K: tl.constexpr, G: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N2P: tl.constexpr, ROWS: tl.constexpr,
     STARTS: tl.constexpr, WIDTHS: tl.constexpr, PIECE: tl.constexpr, FUSE: tl.constexpr,
     SPLIT_X: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """PIECE columns of a block's L^T X R times the column scale, and 2^12 (the rotations' scaling), to memory."""
+    """Write PIECE columns of a rotation group's L^T X R, times the column scale and 2^12 (the rotations' scaling)."""
     row = tl.arange(0, ROWS)[:, None]
     c = piece * PIECE + tl.arange(0, PIECE)[None, :]
-    left_at = left_ptr + block * (2 * ROWS * ROWS) + row * ROWS + tl.arange(0, ROWS)[None, :]
+    left_at = left_ptr + group * (2 * ROWS * ROWS) + row * ROWS + tl.arange(0, ROWS)[None, :]
     left_hi = tl.load(left_at).to(tl.float32)
     left_lo = tl.load(left_at + ROWS * ROWS).to(tl.float32)
     rights = ()
     for i in tl.static_range(len(WIDTHS)):
         j = STARTS[i] + tl.arange(0, WIDTHS[i])
-        right_at = right_ptr + block * (2 * N2P * N2P) + j[:, None] * N2P + c
+        right_at = right_ptr + group * (2 * N2P * N2P) + j[:, None] * N2P + c
         rights = rights + (tl.load(right_at).to(tl.float32), tl.load(right_at + N2P * N2P).to(tl.float32))
     inside = (row < N1) & (c < N2)
-    at = block * (N1 * N2) + row * N2
+    at = group * (N1 * N2) + row * N2
     factor = tl.load(column_scale_ptr + at + c, mask=inside, other=0.0)
     norms = ()
     if FUSE >= NORMS:
@@ -137,7 +137,7 @@ def rotate_piece(
             j = STARTS[i] + tl.arange(0, WIDTHS[i])[None, :]
             norms = norms + (tl.load(norm_weight_ptr + at + j, mask=(row < N1) & (j < N2), other=0.0),)
     if PDL:
-        gdc_wait()  # what the kernel before this one made may be read from here on
+        gdc_wait()  # from here on the outputs of the kernel before this one may be read
 
     inputs = ()
     squares = 0.0
@@ -176,14 +176,16 @@ def rotate_piece(
 
 
 @triton.jit
-def quantize_block(
-    turned_ptr, q_ptr, scale_ptr, q_sum_ptr, planes_ptr, token, block, level,
+def quantize_group(
+    turned_ptr, q_ptr, scale_ptr, q_sum_ptr, planes_ptr, token, group, level,
     K: tl.constexpr, G: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, CHUNK: tl.constexpr,
     PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Scale, codes, their sum and bit planes of one token's block: bit j of byte b of chunk t is column
-    t * CHUNK + (CHUNK / 8) * j + b. A thread reads four neighbouring bytes' columns of all eight j, which make the
-    words of the planes that it writes."""
+    """Write scale, codes, their sum and bit planes of one token's rotation group.
+
+    Bit j of byte b of chunk t is column t * CHUNK + (CHUNK / 8) * j + b. A thread reads the columns of four
+    neighbouring bytes for all eight j, which make up the words of the planes that it writes.
+    """
     Q_MAX: tl.constexpr = (1 << (BITS - 1)) - 1
     WORDS: tl.constexpr = CHUNK // 32
     CHUNKS: tl.constexpr = (WIDTH + CHUNK - 1) // CHUNK
@@ -192,7 +194,7 @@ def quantize_block(
     byte = tl.arange(0, 4)[None, :]
     column = (index // WORDS * CHUNK + index % WORDS * 4)[:, None] + byte
     valid = (index < CHUNKS * WORDS)[:, None]
-    turned_ptr += block * WIDTH
+    turned_ptr += group * WIDTH
     # Magnitudes are compared as integers: there NaN is the largest and cannot get lost.
     values = ()
     peaks = tl.zeros([PADDED, 4], tl.int32)
@@ -204,7 +206,7 @@ def quantize_block(
     peak = tl.max(peaks)
     step = tl.where(peak < INFINITY, peak.to(tl.float32, bitcast=True) * level, float("nan"))
     inverse = tl.where(step > 0.0, 1.0 / step, 0.0)
-    tl.store(scale_ptr + block, step * UNSCALE)
+    tl.store(scale_ptr + group, step * UNSCALE)
 
     total = tl.zeros([PADDED, 4], tl.int32)
     planes = ()
@@ -215,17 +217,17 @@ def quantize_block(
         value = tl.minimum(tl.maximum(values[j] * inverse, -Q_MAX), Q_MAX)
         code = round_half_even(value)
         total += code
-        tl.store(q_ptr + block * WIDTH + at, code.to(tl.int8), mask=valid & (at < WIDTH))
+        tl.store(q_ptr + group * WIDTH + at, code.to(tl.int8), mask=valid & (at < WIDTH))
         if PLANES:
             word = tl.sum((code & 0xFF) << (8 * byte), 1)
             added = ()
             for p in tl.static_range(BITS):
                 added = added + (planes[p] | (((word >> p) & 0x01010101) << j),)
             planes = added
-    tl.store(q_sum_ptr + block, tl.sum(total))
+    tl.store(q_sum_ptr + group, tl.sum(total))
     if PLANES:
         for p in tl.static_range(BITS):
-            row = (token.to(tl.int64) * BITS + p) * G + block
+            row = (token.to(tl.int64) * BITS + p) * G + group
             tl.store(planes_ptr + row * (CHUNKS * WORDS) + index, planes[p], mask=index < CHUNKS * WORDS)
 
 
@@ -235,7 +237,7 @@ def project_slice(
     K: tl.constexpr, RANK: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
     FUSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """All ranks' share of u over STEPS * STEP columns, in float32: parts[part, rank]."""
+    """Compute the share of u over STEPS * STEP columns, for all ranks, in float32: parts[part, rank]."""
     ranks = tl.arange(0, RANKS)[:, None]
     first = part * (STEPS * STEP)
     rows = ()

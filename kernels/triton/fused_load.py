@@ -1,4 +1,4 @@
-"""Reading the input of a layer, with what comes before it fused into the load: a norm, an addition, SiLU * mul."""
+"""Load the input of a layer, with RMSNorm, residual addition or SiLU * mul fused into the load."""
 
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
@@ -18,7 +18,7 @@ _NORM_TILE = tl.constexpr(4096)  # elements a step where a row's mean square is 
 
 @triton.jit
 def raw_input(x_ptr, residual_ptr, x_at, residual_at, mask, K: tl.constexpr, FUSE: tl.constexpr):
-    """float32 input before a norm: x, x + residual, or silu(gate) * up rounded as vLLM's kernel does."""
+    """Load the float32 input before a norm: x, x + residual, or silu(gate) * up rounded as in vLLM's kernel."""
     stored = tl.load(x_ptr + x_at, mask=mask, other=0.0)
     value = stored.to(tl.float32)
     if FUSE == ADDS_AND_NORMS:
@@ -32,13 +32,13 @@ def raw_input(x_ptr, residual_ptr, x_at, residual_at, mask, K: tl.constexpr, FUS
 
 @triton.jit
 def apply_norm(x_ptr, norm_weight_ptr, value, inverse_rms, columns, mask):
-    """Normalize, round to the weight's dtype, weigh, round: the order of vLLM's RMSNorm."""
+    """Normalize, round to the weight's dtype, multiply by the weight, round: the order of vLLM's RMSNorm."""
     return weigh(x_ptr, value, inverse_rms, tl.load(norm_weight_ptr + columns, mask=mask, other=0.0))
 
 
 @triton.jit
 def weigh(x_ptr, value, inverse_rms, weight):
-    """`apply_norm` with a weight that is loaded already."""
+    """Apply the norm with a weight that is already loaded (see `apply_norm`)."""
     value = (value * inverse_rms).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
     return value.to(weight.dtype).to(x_ptr.dtype.element_ty).to(tl.float32)
 
@@ -48,7 +48,7 @@ def inverse_rms_of(
     x_ptr, residual_ptr, x_stride, residual_stride, rows, eps,
     TOKENS: tl.constexpr, K: tl.constexpr, FUSE: tl.constexpr,
 ):  # fmt: skip
-    """1 / sqrt(mean(input^2) + eps) of the first TOKENS rows, of which `rows` exist: a scalar or [TOKENS]."""
+    """Compute 1 / sqrt(mean(input^2) + eps) of the first TOKENS rows, of which `rows` exist: a scalar or [TOKENS]."""
     STEP: tl.constexpr = _NORM_TILE // TOKENS
     row = tl.arange(0, TOKENS)[:, None]
     total = tl.zeros([TOKENS, STEP], tl.float32)
@@ -65,5 +65,5 @@ def inverse_rms_of(
 
 @triton.jit
 def over_columns(value, TOKENS: tl.constexpr):
-    """A value of each token as something that broadcasts over a tile."""
+    """Reshape a value of each token so that it broadcasts over a tile."""
     return value if TOKENS == 1 else value[:, None]

@@ -1,6 +1,6 @@
 """The 8-bit head on NVIDIA GPUs: two launches, one pass over the weights, as a torch.library op.
 
-Triton is imported when a head first needs it: a machine without a GPU need not have it.
+Triton is imported when a head first needs it, so that a machine without a GPU need not have it.
 """
 
 import functools
@@ -63,7 +63,7 @@ CONFIGS = (
 
 
 def selectable(capability: tuple[int, int]) -> tuple[HeadConfig, ...]:
-    """The configurations for a GPU.
+    """Return the configurations for a GPU.
 
     Only on 9.x and 10.x do tensor cores read shared memory; elsewhere the largest tile takes too many registers.
     """
@@ -71,7 +71,7 @@ def selectable(capability: tuple[int, int]) -> tuple[HeadConfig, ...]:
 
 
 def select_config(tokens: int, capability: tuple[int, int]) -> HeadConfig:
-    """The configuration for so many tokens: the smallest tile that holds them all, else the largest.
+    """Choose the configuration for a number of tokens: the smallest tile that holds them all, else the largest.
 
     Rows and columns do not matter: a vocabulary has far more rows than any GPU has tiles at once.
     """
@@ -80,7 +80,7 @@ def select_config(tokens: int, capability: tuple[int, int]) -> HeadConfig:
 
 
 def quantize_step(in_features: int) -> int:
-    """Columns that `head_quantize_kernel` takes at once: a power of two."""
+    """Return the columns that `head_quantize_kernel` processes at once: a power of two."""
     return int(min(QUANTIZE_STEP, max(16, 1 << (in_features - 1).bit_length())))
 
 
@@ -91,11 +91,11 @@ def head(
     config: HeadConfig | None = None,
     pdl: bool = False,
 ) -> Tensor:
-    """Logits of x [..., K], as [..., V] in the dtype of x, equal to `head_reference` to the last bit.
+    """Compute the logits of x [..., K]: [..., V] in the dtype of x, equal to `head_reference` to the last bit.
 
     Both halves of the codes are summed exactly in int32, joined exactly in int64, rounded once to float32 and
-    multiplied by the float32 product of both scales, which is what the definition does. A token with a NaN or an
-    infinity gives NaN logits (the definition: NaN, or for an infinity also infinities).
+    multiplied by the float32 product of both scales, like in the reference implementation. A token with a NaN or an
+    infinity gives NaN logits (in the reference: NaN, or for an infinity also infinities).
 
     Args:
         x: bfloat16, float16 or float32; rows may be strided.
@@ -161,7 +161,7 @@ def quantize_tokens(x: Tensor, pdl: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def quantize_warps(step: int) -> int:
-    """Warps that quantize `step` columns: 16 a thread, two 16-byte loads of 16-bit numbers."""
+    """Return the warps that quantize `step` columns: 16 per thread, two 16-byte loads of 16-bit numbers."""
     return max(1, step // 512)
 
 
@@ -197,7 +197,7 @@ def _multiply(
 
 
 def matmul_meta(in_features: int, config: HeadConfig) -> dict[str, int | bool]:
-    """Compile-time arguments of `head_matmul_kernel` that follow from sizes and configuration."""
+    """Return the compile-time arguments of `head_matmul_kernel`."""
     return {
         "BN": config.block_n,
         "BM": config.block_m,
@@ -215,7 +215,7 @@ that the code that was checked is the code that serves."""
 def self_check(
     device: torch.device, dtype: torch.dtype = torch.float32, columns: int = 1024, pdl: bool = False
 ) -> None:
-    """Compute a small head in every configuration and compare it with the definition; run it before serving.
+    """Compute a small head in every configuration and compare it with the reference implementation, before serving.
 
     Args:
         device: where the kernels run.
@@ -238,10 +238,10 @@ def self_check(
     for config in selectable(gpu_properties(device).capability):
         tokens = config.block_m + 1
         x = torch.randn(tokens, columns, generator=generator, dtype=single, device=cpu).to(dtype)
-        got = head(x.to(device), weight.to(device), weight_scale.to(device), config, pdl).cpu()
-        want = head_reference(x, weight, weight_scale)
-        if not torch.equal(got, want):
-            worst = (got.double() - want.double()).abs().max().item()
+        logits = head(x.to(device), weight.to(device), weight_scale.to(device), config, pdl).cpu()
+        expected = head_reference(x, weight, weight_scale)
+        if not torch.equal(logits, expected):
+            worst = (logits.double() - expected.double()).abs().max().item()
             raise BackendError(
                 f"the Triton kernel of the 8-bit head ({config}) is wrong on {device} with Triton "
                 f"{triton.__version__} (largest error {worst:g}): use another backend and report this"
@@ -266,7 +266,7 @@ torch.library.register_fake("bwla::head_triton", _head_fake, lib=_LIBRARY)
 
 
 class TritonHead:
-    """Integer tensor cores, on NVIDIA GPUs from compute capability 8.0 on."""
+    """Compute the head with integer tensor cores, on NVIDIA GPUs of compute capability 8.0 or newer."""
 
     name = "triton"
 
@@ -277,7 +277,7 @@ class TritonHead:
         return can_run(device)
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
-        """As stored (copied only where not contiguous); on a GPU, compile and check every kernel of this head.
+        """Return contiguous tensors; on a GPU, compile and check every kernel of this head.
 
         Raises:
             BackendError: a kernel computes wrong numbers with this GPU and Triton.
@@ -296,6 +296,6 @@ class TritonHead:
         return prepared
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
-        """x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x."""
         y: Tensor = torch.ops.bwla.head_triton.default(x, tensors["weight_int8"], tensors["weight_scale"])
         return y

@@ -1,4 +1,4 @@
-"""Every form of the head's kernels that can be selected, as compile cases."""
+"""Every configuration of the head's kernels that can be selected, as compile cases."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from bwla_kernels.triton.head_kernel import head_matmul_kernel, head_quantize_ke
 from bwla_kernels.triton.matmul_cases import INTEGER_MNEMONICS
 
 WIDTHS = (1024, 1056, 2048, 4096, 5120, 8192, 16384)
-"""Widths that bring every form: among them one of no whole steps, and one of several passes of the quantizer."""
+"""Widths that select every configuration, among them one that is no multiple of a step and one with several passes."""
 
 _POINTERS = {
     "x": "*bf16",
@@ -21,7 +21,7 @@ _POINTERS = {
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """All cases for compute capability `arch` / 10, bfloat16 in and out; dependent launches from 9.0 on."""
+    """Return all cases for compute capability `arch` / 10, bfloat16 in and out; dependent launches from 9.0 on."""
     cases = {}
     for pdl in (False, True)[: 1 + (arch >= 90)]:
         for width in WIDTHS:
@@ -42,7 +42,7 @@ def _case(
     tensor_core: tuple[str, ...] = (),
     loop_weights: int = 0,
 ) -> CompileCase:
-    """Types and divisibility as at a launch: aligned tensors, sizes of multiples of 16 (but tokens)."""
+    """Build a case with types and divisibility as at a launch: aligned tensors, sizes divisible by 16 (not tokens)."""
     signature = {
         name: "constexpr" if name in constexprs else _POINTERS.get(name, "i32") for name in kernel.arg_names
     }
@@ -63,7 +63,7 @@ def _case(
 
 
 def quantize_case(width: int, pdl: bool) -> CompileCase:
-    """A case of `head_quantize_kernel`."""
+    """Return a case of `head_quantize_kernel`."""
     step = quantize_step(width)
     constexprs = {"STEP": step, "ONE_STEP": width <= step, "PDL": pdl}
     text = f"{step} columns{'' if width <= step else ' at once'}"
@@ -71,7 +71,7 @@ def quantize_case(width: int, pdl: bool) -> CompileCase:
 
 
 def matmul_case(width: int, config: HeadConfig, arch: int, pdl: bool) -> CompileCase:
-    """A case of `head_matmul_kernel`; one round covers a tile of weights."""
+    """Return a case of `head_matmul_kernel`; one iteration covers a tile of weights."""
     meta = matmul_meta(width, config)
     return _case(
         head_matmul_kernel,

@@ -21,7 +21,7 @@ _STEP_OF_LARGEST = tl.constexpr(1.0 / Q_MAX)
 @triton.jit
 def _store_codes(value, step, sound, high, low, at, inside):
     """Quantize float32 values and store both halves of their codes; zeros where the token is not `sound`."""
-    # The division of IEEE 754, as in the definition: `/` is an approximation here.
+    # IEEE 754 division, as in the reference implementation: `/` is an approximation in Triton.
     divisor = tl.where(sound, step, 1.0)
     code = round_half_even(tl.div_rn(value, tl.zeros_like(value) + divisor))
     # Beyond the range by more than rounding only where the step is a subnormal number.
@@ -45,7 +45,7 @@ def head_quantize_kernel(
     m = tl.program_id(0)
     if PDL:
         gdc_launch_dependents()
-        gdc_wait()  # what the kernel before it makes may be read from here on
+        gdc_wait()  # from here on the outputs of the kernel before this one may be read
     at = tl.arange(0, STEP)
     row = x + m.to(tl.int64) * x_stride
     high = codes + m.to(tl.int64) * K * 2
@@ -111,19 +111,19 @@ def head_matmul_kernel(
     row = tl.minimum(tl.arange(0, BN), V - 1 - tile_n * BN)
     w_ptrs = weight + tile_n.to(tl.int64) * BN * K + (row[:, None] * K + k[None, :])
     half = tl.arange(0, 2 * BM)
-    there = half < 2 * (M - tile_m * BM)
+    exists = half < 2 * (M - tile_m * BM)
     q_ptrs = codes + tile_m.to(tl.int64) * (2 * BM) * K + (half[None, :] * K + k[:, None])
     if PDL:
-        gdc_wait()  # what the kernel before it makes may be read from here on
+        gdc_wait()  # from here on the outputs of the kernel before this one may be read
     acc = tl.zeros([BN, 2 * BM], tl.int32)
     for start in range(0, K, BK):
         if EVEN:
             w = tl.load(w_ptrs)
-            q = tl.load(q_ptrs, mask=there[None, :], other=0)
+            q = tl.load(q_ptrs, mask=exists[None, :], other=0)
         else:
             inside = k < K - start
             w = tl.load(w_ptrs, mask=inside[None, :], other=0)
-            q = tl.load(q_ptrs, mask=there[None, :] & inside[:, None], other=0)
+            q = tl.load(q_ptrs, mask=exists[None, :] & inside[:, None], other=0)
         acc = tl.dot(w, q, acc, out_dtype=tl.int32)
         w_ptrs += BK
         q_ptrs += BK

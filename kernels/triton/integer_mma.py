@@ -1,4 +1,4 @@
-"""Integer tensor cores on bits unpacked in registers: the binary matmul of more tokens (or without binary cores).
+"""Integer tensor cores on bits unpacked in registers, for more tokens or GPUs without binary tensor cores.
 
 The weights are on the M side of the dot: y^T [BN, BM] = W [BN, C] q^T [C, BM]. A tile of packed bytes goes through
 shared memory (cp.async) into the registers of the dot's left operand, where `(w >> j) & 0x01010101` makes four
@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def _plane(w, J: tl.constexpr, PURE: tl.constexpr):
-    """Bit J of every byte as int8 {0, 1}; four bytes at a time on the GPU."""
+    """Extract bit J of every byte as int8 {0, 1}; four bytes at a time on the GPU."""
     if PURE:
         result = ((w >> J) & 1).to(tl.int8)
     elif J == 0:
@@ -39,7 +39,7 @@ def _plane(w, J: tl.constexpr, PURE: tl.constexpr):
 
 @triton.jit
 def unpack_chunk(w, BN: tl.constexpr, C: tl.constexpr, PURE: tl.constexpr):
-    """Bytes [BN, C / 8] -> int8 {0, 1} [BN, C] in the order of the columns: (C / 8) j + b."""
+    """Unpack bytes [BN, C / 8] to int8 {0, 1} [BN, C] in the order of the columns: (C / 8) j + b."""
     even = tl.join(
         tl.join(_plane(w, 0, PURE), _plane(w, 1, PURE)), tl.join(_plane(w, 2, PURE), _plane(w, 3, PURE))
     )
@@ -52,7 +52,7 @@ def unpack_chunk(w, BN: tl.constexpr, C: tl.constexpr, PURE: tl.constexpr):
 
 @triton.jit
 def _block_scale(scale, m, g, blocks):
-    """scale[m, g], read as a tile of eight blocks: spread over the threads, it costs few addresses.
+    """Load scale[m, g] as a tile of eight rotation groups: spread over the threads, it costs few addresses.
 
     (Read as a vector, every thread would load it for each of its columns and keep their addresses.)
     """
@@ -96,7 +96,10 @@ def integer_mma_kernel(
     PDL: tl.constexpr,
     PURE: tl.constexpr,
 ):
-    """One tile y[m, n] of BM tokens and BN rows, or a share of its chunks (SPLIT).
+    """Compute one tile y[m, n] of BM tokens and BN rows, or a share of its chunks (SPLIT).
+
+    The weights have `blocks` rotation groups of `block_width` columns in `chunks_per_block` chunks of C columns;
+    ONE_BLOCK: they are one group; PADDED: a group ends with a partly empty chunk.
 
     Grid: (tiles of N times tiles of M, splits). Of a tile that is split, every program leaves its share in
     `partial` float32 [tiles, splits, BN, BM], and the last one to arrive (`counters` int32 [tiles], zero before
@@ -116,7 +119,7 @@ def integer_mma_kernel(
     tile_n = local // in_group
 
     if PDL:
-        gdc_wait()  # what the kernel before it makes may be read from here on
+        gdc_wait()  # from here on the outputs of the kernel before this one may be read
     n = tile_n * BN + tl.arange(0, BN)
     m = tile_m * BM + tl.arange(0, BM)
     m_read = tl.minimum(m, M - 1)
@@ -140,7 +143,7 @@ def integer_mma_kernel(
         if PADDED:
             g = t // chunks_per_block
             at = g * block_width + (t - g * chunks_per_block) * C + column
-            # Beyond a block the weights' bits are 0: what is read there does not matter, if it may be read.
+            # Beyond a rotation group the weights' bits are 0: any readable codes will do.
             x = tl.load(q_rows + at[:, None], mask=(at < K)[:, None], other=0)
         else:
             x = tl.load(q_rows + (t * C + column)[:, None])
@@ -153,7 +156,7 @@ def integer_mma_kernel(
                 acc = tl.zeros([BN, BM], tl.int32)
     if PDL == PDL_LATE:
         gdc_launch_dependents()
-    # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}; of a split tile the share that ends a block takes sum q.
+    # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}; of a split tile the share that ends a group takes sum q.
     if ONE_BLOCK:
         s = tl.load(scale + m_read)
         lift = tl.load(q_sum + m_read)

@@ -1,9 +1,9 @@
-"""The weights as the GPU kernels read them: chunks of columns, each a contiguous run of rows (one layout for all).
+"""The layout in which all GPU kernels read the weights: chunks of columns, each a contiguous run of rows.
 
-A chunk holds C = 256 columns (or 128) of one rotation block for all rows: `[chunks][N_padded][C / 8 bytes]`.
-Within chunk t of block g, bit j of byte b is column g * group_width + C t + (C / 8) j + b, 1 = +1. So `(w >> j) & 1`
+A chunk holds C = 256 columns (or 128) of one rotation group for all rows: `[chunks][N_padded][C / 8 bytes]`.
+Within chunk t of group g, bit j of byte b is column g * group_width + C t + (C / 8) j + b, 1 = +1. So `(w >> j) & 1`
 turns the bytes of a row into C / 8 neighbouring columns, and a tile of rows is one contiguous piece of memory.
-Columns beyond a block and rows beyond N are 0 bits.
+Columns beyond a group and rows beyond N are 0 bits.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ ROW_MULTIPLE = 128
 """Rows are padded to whole tiles, so that no weight load needs a mask."""
 
 _SLAB = 1024
-"""Rows repacked at a time: bounds the unpacked work space."""
+"""Rows repacked at a time: bounds the unpacked workspace."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class ChunkLayout:
 
     Attributes:
         out_features: N.
-        blocks: G.
-        group_width: columns of a block, a multiple of 32.
+        groups: G, the number of rotation groups.
+        group_width: columns of a group, a multiple of 32.
         chunk: C, columns of a chunk.
     """
 
@@ -53,7 +53,7 @@ class ChunkLayout:
 
     @property
     def padded(self) -> bool:
-        """Whether the last chunk of a block is partly empty."""
+        """Whether the last chunk of a group is partly empty."""
         return self.group_width % self.chunk != 0
 
     @property
@@ -63,12 +63,12 @@ class ChunkLayout:
 
 
 def chunk_columns(group_width: int) -> int:
-    """C: 128 where that divides a block and 256 does not, else 256."""
+    """Return C: 128 where that divides the group width and 256 does not, else 256."""
     return 128 if group_width % 256 == 128 else 256
 
 
 def chunk_layout(out_features: int, groups: int, group_width: int) -> ChunkLayout:
-    """The layout of a weight [N, G * group_width].
+    """Return the layout of a weight [N, G * group_width].
 
     Raises:
         BackendError: sizes that the format does not allow.
@@ -82,12 +82,12 @@ def chunk_layout(out_features: int, groups: int, group_width: int) -> ChunkLayou
 
 
 def _to_chunks(bits: Tensor, layout: ChunkLayout) -> Tensor:
-    """uint8 {0, 1} [rows, G * group_width] -> bytes [rows, chunks, C / 8]."""
+    """Pack uint8 {0, 1} [rows, G * group_width] into bytes [rows, chunks, C / 8]."""
     cells = bits.unflatten(1, (layout.groups, layout.group_width))
     spare = layout.chunks_per_group * layout.chunk - layout.group_width
     cells = torch.nn.functional.pad(cells, (0, spare))
     cells = cells.reshape(bits.shape[0], layout.chunks, 8, layout.chunk // 8)
-    # Bit by bit: a sum over a strided axis would be to_compute_dtype to int64.
+    # Bit by bit: a sum over a strided axis would use int64.
     packed = torch.zeros_like(cells[:, :, 0])
     for j in range(8):
         packed |= cells[:, :, j] << j
@@ -124,10 +124,10 @@ def unpack_weights(weight: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def pack_planes(q: Tensor, bits: int, layout: ChunkLayout) -> Tensor:
-    """The bit planes of codes q int8 [M, K] in the weights' chunk layout: int32 [M, bits, chunks, C / 32].
+    """Return the bit planes of codes q int8 [M, K] in the weights' chunk layout: int32 [M, bits, chunks, C / 32].
 
-    Two's complement: plane i < bits - 1 has weight 2^i, the last one -2^(bits-1). What the input kernel emits;
-    this plain form serves tests and callers that have codes only.
+    Two's complement: plane i < bits - 1 has weight 2^i, the last one -2^(bits-1). The input kernel writes the same
+    planes; this function is for tests and for callers that only have codes.
     """
     codes = q.view(torch.uint8)
     planes = [_to_chunks((codes >> i) & 1, layout) for i in range(bits)]

@@ -24,7 +24,8 @@ LAYOUTS = {
     "8 blocks, chunks of 128": chunk_layout(5120, 8, 3200),
     "8 padded blocks": chunk_layout(5120, 8, 1056),
 }
-"""Qwen3-32B's gate_up and down, and both with blocks that fill no whole chunks (the masked variants)."""
+"""Qwen3-32B's gate_up and down, and both with partly empty chunks (the masked variants). The names are keys of compile
+tables; a block is a rotation group."""
 
 INTEGER_MNEMONICS = {80: ("IMMA",), 89: ("IMMA",), 90: ("IGMMA",), 100: ("UTCIMMA", "UTCQMMA", "IMMA")}
 """Int8 tensor-core instructions in SASS: mma.sync, wgmma, tcgen05.mma."""
@@ -46,7 +47,7 @@ _POINTERS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What a launch may add: `pdl` a dependent launch; `bare` leaves low-rank term and bias out; padded `rank`."""
+    """Options of a launch: `pdl` is a dependent launch, `bare` has neither low-rank term nor bias, `rank` is padded."""
 
     pdl: bool = False
     bare: bool = False
@@ -58,14 +59,14 @@ class Variant:
 
 
 WIDER = [Variant(rank=rank) for rank in (2 * RANK_STEP, 3 * RANK_STEP, 4 * RANK_STEP)]
-"""Other padded ranks, of the commonest layout."""
+"""Other padded ranks, compiled for the most common layout."""
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """All cases for compute capability `arch` / 10: with a low-rank term and a bias, bfloat16 out.
+    """Return all cases for compute capability `arch` / 10: with a low-rank term and a bias, bfloat16 out.
 
-    Launches are dependent from 9.0 on, as they are served; a layer without both, and launches in turn, are compiled for
-    the commonest layout.
+    Launches are dependent from 9.0 on, as in serving; a layer without both, and launches that do not overlap, are
+    compiled for the most common layout.
     """
     cases = []
     for name, layout in LAYOUTS.items():
@@ -78,7 +79,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
             if config.kernel == BINARY:
                 config = fit_unroll(config, layout.groups, layout.chunks_per_group, layout.chunk)
             if config.split > 2:
-                continue  # the same code as for two shares: their number is no compile-time argument
+                continue  # the same code as for two shares: their number is not a compile-time argument
             for variant in variants + WIDER * (name == "1 block"):
                 if config.kernel == BINARY:
                     cases.append(binary_case(config, layout, name, variant))
@@ -97,7 +98,10 @@ def _case(
     loop_weights: int,
     variant: Variant,
 ) -> CompileCase:
-    """Types and divisibility as at a launch: aligned tensors, sizes of multiples of 16 (but tokens and ranks)."""
+    """Build a case with types and divisibility as at a launch: aligned tensors, sizes divisible by 16.
+
+    The numbers of tokens and ranks need not be.
+    """
     absent = ("u", "low_b", "bias") * variant.bare + ("partial", "counters") * (config.split == 1)
     constexprs = {
         **meta,
@@ -130,7 +134,7 @@ def _case(
 def binary_case(
     config: MatmulConfig, layout: ChunkLayout, what: str, variant: Variant | None = None
 ) -> CompileCase:
-    """A case of `binary_mma_kernel`; one round covers 512 columns of every warp's rows."""
+    """Return a case of `binary_mma_kernel`; one iteration covers 512 columns of every warp's rows."""
     meta = binary_meta(layout, BITS, config)
     weights = 512 * config.block_n * config.k_warps
     case = _case(binary_mma_kernel, config, what, "*i32", meta, ("BMMA",), weights, variant or Variant())
@@ -144,7 +148,7 @@ def binary_case(
 def integer_case(
     config: MatmulConfig, layout: ChunkLayout, what: str, arch: int, variant: Variant | None = None
 ) -> CompileCase:
-    """A case of `integer_mma_kernel`; one round covers a chunk."""
+    """Return a case of `integer_mma_kernel`; one iteration covers a chunk."""
     meta = {**integer_meta(layout, config), "GROUP_M": GROUP_M}
     weights = config.block_n * layout.chunk
     core = INTEGER_MNEMONICS[arch]

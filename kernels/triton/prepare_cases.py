@@ -1,4 +1,4 @@
-"""Every configuration of the input side that serving can select, for the ahead-of-time check."""
+"""Every configuration of the input transform that serving can select, for the ahead-of-time check."""
 
 from collections.abc import Iterator
 
@@ -24,21 +24,21 @@ from bwla_kernels.triton.prepare_config import (
 from bwla_kernels.triton.prepare_kernel import prepare_input_kernel
 
 HIDDEN = (1024, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192)
-"""Widths into q, k, v, gate and up: Qwen3-0.6B to 32B, Qwen2.5-1.5B to 72B, Llama-2 and 3, Mistral, Phi-3."""
+"""Input widths of q, k, v, gate and up: Qwen3-0.6B to 32B, Qwen2.5-1.5B to 72B, Llama-2 and 3, Mistral, Phi-3."""
 
 ATTENTION = (1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 8192)
-"""Widths into o, cut into blocks for tensor parallelism."""
+"""Input widths of o, split into rotation groups for tensor parallelism."""
 
 INTERMEDIATE = (3072, 6144, 8192, 11008, 12288, 13824, 14336, 17408, 18944, 25600, 27648, 28672)
-"""Widths into down, likewise."""
+"""Input widths of down, split likewise."""
 
 WIDE = ((8, 40, 128), (1, 64, 128), (1, 96, 128), (1, 112, 128), (1, 128, 128))
-"""Rotations that the converter can be asked for, up to the largest factors."""
+"""Further rotations that the converter supports, up to the largest factors."""
 
 RANK = 16
 
 RANKS = (0, 1, 5, 32, 35, 48, 64)
-"""Other ranks, of one rotation (the commonest of a large model): sizes of tiles follow from them."""
+"""Other ranks, compiled for one rotation (the most common one of large models): they determine tile sizes."""
 
 TENSOR_CORE = {80: ("HMMA",), 89: ("HMMA",), 90: ("HGMMA", "HMMA"), 100: ("UTCHMMA", "HMMA")}
 
@@ -64,7 +64,7 @@ _TYPES = {
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """The cases for compute capability `arch` / 10; fused loads where a model has them, launches as they are served."""
+    """Return the cases for compute capability `arch` / 10: fused loads as in models, launches as in serving."""
     pdl = EARLY if arch >= 90 else OFF
     hidden = {choose_rotation(width) for width in HIDDEN}
     sharded = {choose_rotation(width, SHARDED_ROTATION_GROUPS) for width in (*ATTENTION, *INTERMEDIATE)}
@@ -93,12 +93,12 @@ def compile_cases(arch: int) -> list[CompileCase]:
 
 
 def _configurations(spec: LayerSpec, arch: int) -> Iterator[tuple[int, InputConfig | FewConfig]]:
-    """Each configuration of a layer, with the smallest number of tokens that selects it."""
-    seen = set()
+    """Yield each configuration of a layer, with the smallest number of tokens that selects it."""
+    selected = set()
     for m in sorted(edge + 1 for edge in (0, few_tokens(spec), FILLS_GPU // spec.rotation_groups)):
         config = select_config(spec, m, divmod(arch, 10))
-        if config not in seen:
-            seen.add(config)
+        if config not in selected:
+            selected.add(config)
             yield m, config
 
 
@@ -111,7 +111,7 @@ def compile_case_of(
     chunk: int,
     pdl: int = OFF,
 ) -> CompileCase:
-    """One configuration as the launcher would compile it, for aligned tensors."""
+    """Return one configuration as the launcher would compile it, for aligned tensors."""
     few = isinstance(config, FewConfig)
     kernel = prepare_few_kernel if few else prepare_input_kernel
     if isinstance(config, FewConfig):

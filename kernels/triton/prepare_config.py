@@ -1,7 +1,7 @@
-"""How the input kernels are cut, from a layer's sizes and the number of tokens alone; nothing is measured.
+"""Choose the tiles of the input kernels, from a layer's sizes and the number of tokens; nothing is measured.
 
-Few tokens are cut into several programs each (`FewConfig`, few_kernel.py), many tokens into a program for each token
-and block, or for several tokens (`InputConfig`, prepare_kernel.py).
+Few tokens are split among several programs each (`FewConfig`, few_kernel.py); for many tokens a program handles one
+rotation group of one token, or of several tokens (`InputConfig`, prepare_kernel.py).
 """
 
 import itertools
@@ -14,27 +14,27 @@ from bwla_kernels.factorize import MAX_FACTOR
 from bwla_kernels.format import LayerSpec
 
 PLANES_MAX_TOKENS = 8
-"""Most tokens for which bit planes are written."""
+"""Largest number of tokens for which bit planes are written."""
 
 MIN_TILE = 16
 """Smallest side of a tensor-core tile."""
 
 
 EQUAL = 0
-"""Width of a piece that stands for `equal_pieces`."""
+"""Width of a piece that selects `equal_pieces`."""
 
 FEW_PROGRAMS = 6144
-"""Most programs of the kernel for few tokens: about a dozen rounds of a large GPU. Its time grows with them, from 5
-microseconds for Qwen3-32B's down at one token; the other kernel took 78 there at 64 tokens (5,760 programs; H200)."""
+"""Most programs of the kernel for few tokens: about a dozen waves on a large GPU. Its time grows with them, from 5
+microseconds for Qwen3-32B's down at one token; the other kernel took 78 for it at 64 tokens (5,760 programs; H200)."""
 
 FEW_COLUMNS = 640
-"""Columns of a share of u, about."""
+"""Approximate number of columns of a share of u."""
 
 MOST_STEPS = 6
-"""Steps of such a share: what its thread holds of A."""
+"""Most steps of such a share: they bound what a thread holds of A."""
 
 FEW_REGISTERS = 255
-"""Registers that a thread of the kernel for few tokens may have: left alone the assembler spills for more programs."""
+"""Registers that a thread of the kernel for few tokens may use: without it the assembler may spill a few."""
 
 FEW_PIECE = 16
 """Columns of a rotation group that a program of the kernel for few tokens rotates: the least of a tensor core."""
@@ -43,19 +43,19 @@ FILLS_GPU = 256
 """Pairs of a token and a rotation group from which throughput counts more than the time of one."""
 
 U_TOKENS, U_STEP = 16, 128
-"""Tokens and columns a step of a program that projects: many programs, since each walks the whole width."""
+"""Tokens and columns per step of a program that projects: small, for many programs, as each covers the width."""
 
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How the kernel for many tokens is cut.
+    """Tiles of the kernel for many tokens.
 
     Attributes:
-        tokens: tokens whose block one program rotates (a power of two).
+        tokens: tokens of which one program rotates a rotation group (a power of two).
         piece, out_piece: widest piece of columns of L^T X, and of (L^T X) R; EQUAL for `equal_pieces`.
         num_warps: warps of a program.
-        max_registers: registers a thread may have; None lets the assembler trade them for occupancy.
-        u_tokens, u_ranks, u_step: tokens, rows of A and columns a step of a program that projects.
+        max_registers: registers that a thread may use; None lets the assembler trade them for occupancy.
+        u_tokens, u_ranks, u_step: tokens, rows of A and columns per step of a program that projects.
     """
 
     tokens: int
@@ -70,7 +70,7 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class FewConfig:
-    """How the kernel for few tokens is cut.
+    """Tiles of the kernel for few tokens.
 
     Attributes:
         num_warps: warps of a program.
@@ -119,13 +119,13 @@ PIECES = (
 
 
 def padded_rows(n1: int) -> int:
-    """Rows of a token's tile: n1 padded to what a tensor core takes."""
+    """Return the rows of a token's tile: n1 padded to a size that tensor cores support."""
     return max(MIN_TILE, int(triton.next_power_of_2(n1)))
 
 
 @cache
 def column_pieces(n2: int, widest: int = MAX_FACTOR) -> tuple[int, ...]:
-    """Cut n2, padded to a multiple of 16, into powers of two of at most `widest`: 80 -> (64, 16)."""
+    """Split n2, padded to a multiple of 16, into powers of two of at most `widest`: 80 -> (64, 16)."""
     rest = -(-n2 // MIN_TILE) * MIN_TILE
     pieces = []
     while rest:
@@ -136,29 +136,29 @@ def column_pieces(n2: int, widest: int = MAX_FACTOR) -> tuple[int, ...]:
 
 @cache
 def equal_pieces(n2: int) -> tuple[int, ...]:
-    """Cut n2 into pieces of one width (32, 64 or 128) that pad it least: 80 -> (32, 32, 32), 48 -> (64,)."""
+    """Split n2 into pieces of one width (32, 64 or 128) that pad it least: 80 -> (32, 32, 32), 48 -> (64,)."""
     width = min((128, 64, 32), key=lambda wide: -(-n2 // wide) * wide)
     return (width,) * -(-n2 // width)
 
 
 def right_columns(n2: int) -> int:
-    """Rows and columns of a stored right rotation: n2 padded to a multiple of 16."""
+    """Return the rows and columns of a stored right rotation: n2 padded to a multiple of 16."""
     return -(-n2 // MIN_TILE) * MIN_TILE
 
 
 def few_programs(spec: LayerSpec) -> int:
-    """Programs that rotate one token, where it is cut into several."""
+    """Return the number of programs that rotate one token in the kernel for few tokens."""
     return spec.rotation_groups * right_columns(spec.n2) // FEW_PIECE
 
 
 def few_tokens(spec: LayerSpec) -> int:
-    """Most tokens for which the kernel for few tokens is chosen."""
+    """Return the largest number of tokens for which the kernel for few tokens is chosen."""
     programs = few_programs(spec) + (select_few(spec).slices if spec.rank else 0)
     return max(PLANES_MAX_TOKENS, FEW_PROGRAMS // programs)
 
 
 def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> InputConfig | FewConfig:
-    """Choose the tiles for `m` tokens, from the layer's sizes alone: nothing is measured at request time.
+    """Choose the tiles for `m` tokens, from the layer's sizes alone; nothing is measured at request time.
 
     Args:
         spec: the layer.
@@ -171,15 +171,15 @@ def select_config(spec: LayerSpec, m: int, capability: tuple[int, int]) -> Input
 
 
 def _spills_many(spec: LayerSpec) -> bool:
-    """Whether the kernel for many tokens spills below 9.0, where operands go through registers; found by compiling."""
+    """Return whether the kernel for many tokens spills below 9.0, where operands go through registers."""
     rows = padded_rows(spec.n1)
     return right_columns(spec.n2) > 96 and (rows > 64 or spec.n1 < rows)
 
 
 def select_few(spec: LayerSpec) -> FewConfig:
-    """Cut u into shares whose part of A a thread holds while it waits: at most 320 numbers of 16 bits up to rank 64.
+    """Split u into shares whose part of A a thread holds in registers: at most 320 16-bit numbers up to rank 64.
 
-    A higher rank can make them more than the registers hold.
+    With a higher rank they may exceed the registers.
     """
     warps = 8 if padded_rows(spec.n1) > 64 else 4
     step = max(16, min(1024, 1024 * warps // triton.next_power_of_2(max(spec.rank, 1))))
@@ -207,7 +207,7 @@ def launch_constants(
     fuse: int,
     pdl: int,
 ) -> dict[str, object]:
-    """Compile-time arguments of `prepare_input_kernel`."""
+    """Return the compile-time arguments of `prepare_input_kernel`."""
     if config.piece == EQUAL:
         widths = out_widths = equal_pieces(spec.n2)
     else:
@@ -243,7 +243,7 @@ def launch_constants(
 def few_constants(
     spec: LayerSpec, config: FewConfig, x_dtype: torch.dtype, fuse: int, chunk: int, pdl: int
 ) -> dict[str, object]:
-    """Compile-time arguments of `prepare_few_kernel`; chunk 0 for no planes."""
+    """Return the compile-time arguments of `prepare_few_kernel`; chunk 0 for no planes."""
     right = right_columns(spec.n2)
     widths = column_pieces(spec.n2)
     return {

@@ -1,7 +1,7 @@
 """The kernel behind `prepare_input` for many tokens: one grid, two roles.
 
 The first programs compute u = x A^T from the unrotated input, so that the low-rank matrix does not go through the
-few processors that rotate; each of the others rotates and quantizes one block of `TOKENS` tokens.
+few multiprocessors that rotate; each of the others rotates and quantizes one rotation group of `TOKENS` tokens.
 """
 
 # mypy: ignore-errors

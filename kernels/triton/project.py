@@ -1,4 +1,4 @@
-"""The role that projects: u = x A^T for 16 tokens and some rows of A, from the unrotated input."""
+"""Project the unrotated input: u = x A^T for 16 tokens and some rows of A."""
 
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
@@ -34,7 +34,7 @@ def project_role(
     K: tl.constexpr, RANK: tl.constexpr, FUSE: tl.constexpr, U_TOKENS: tl.constexpr, U_RANKS: tl.constexpr,
     U_STEP: tl.constexpr, U_DOT: tl.constexpr,
 ):  # fmt: skip
-    """u for U_TOKENS tokens and U_RANKS rows of A, over the whole width: no atomics, the same sum every time.
+    """Compute u for U_TOKENS tokens and U_RANKS rows of A, over the whole width: no atomics, a reproducible sum.
 
     U_DOT: how tensor cores multiply: "native" for two bf16 operands, or the name of an input precision for float32
     ones (tf32 is exact for bf16 and fp16 values).

@@ -1,17 +1,17 @@
-"""The role that rotates many tokens: a block of one or several of them, from the input to codes, scale and sum.
+"""Rotate and quantize many tokens: one rotation group of one or several of them for each program.
 
 **fp16 tensor cores, as accurate as float32.** fp16 holds 11 significant bits, so a float32 number is the sum of
 two fp16 numbers to 2^-24, and three products hi*hi + hi*lo + lo*hi with float32 accumulation carry that accuracy
 (what is left out, lo*lo, is below 2^-24 too). fp16's narrow range is no obstacle: the tokens are scaled by a power
-of two so that their largest magnitude in the block lies in [16, 32), the rotations by 2^`ROTATION_EXPONENT`, and
+of two so that their largest magnitude in the group lies in [16, 32), the rotations by 2^`ROTATION_EXPONENT`, and
 X -> L^T X cannot exceed 32 * sqrt(128) * 2^6 < 65504. A bf16 or fp16 input is one fp16 number after that scaling
-(bits below 2^-29 of the block's largest are dropped), so L^T X takes two products and (L^T X) R three: 2.5 passes
+(bits below 2^-29 of the group's largest are dropped), so L^T X takes two products and (L^T X) R three: 2.5 passes
 at the fp16 rate. tf32 would take as many at half the rate, bf16 six or lose eight bits. Powers of two cancel
 exactly.
 
 **Bound.** Tensor cores accumulate in float32 and may truncate where float32 arithmetic rounds. With partial sums
-never above the block's 2-norm (rows and columns of a rotation have norm 1), each of at most 2 * 8 + 3 * 8 steps of
-16 products loses at most 2 * 2^-23 of it: |error of x_hat| < 2^-16 |block|_2 before the column scale, for every
+never above the group's 2-norm (rows and columns of a rotation have norm 1), each of at most 2 * 8 + 3 * 8 steps of
+16 products loses at most 2 * 2^-23 of it: |error of x_hat| < 2^-16 |group|_2 before the column scale, for every
 input; errors that do not conspire give 2^-21.
 
 **Pieces.** The columns are processed in pieces (80 as 64 + 16), because Triton's tiles are powers of two and padding

@@ -1,4 +1,4 @@
-"""What the assembler made of a kernel: its SASS, instruction counts, loops, and a check for wrong code."""
+"""Inspect a kernel's SASS: instruction counts, loops, and a check for miscompiled code."""
 
 import re
 import shutil
@@ -14,10 +14,10 @@ from bwla_kernels.errors import BackendError
 
 @cache
 def disassembler() -> tuple[str, ...]:
-    """The command that turns a cubin into SASS: Triton's own tools first, then those on the path.
+    """Return the command that disassembles a cubin: Triton's own tools first, then those on the path.
 
     Raises:
-        BackendError: neither nvdisasm nor cuobjdump is there.
+        BackendError: neither nvdisasm nor cuobjdump is installed.
     """
     import triton
 
@@ -28,12 +28,12 @@ def disassembler() -> tuple[str, ...]:
             return (found, *arguments)
     raise BackendError(
         f"neither nvdisasm nor cuobjdump was found in {tools} or on the path: instructions cannot be checked; "
-        "install the CUDA toolkit or a Triton wheel that carries them"
+        "install the CUDA toolkit or a Triton wheel that includes them"
     )
 
 
 def disassemble(cubin: bytes) -> list[str]:
-    """The SASS of a cubin, one instruction or label a line."""
+    """Disassemble a cubin into SASS, one instruction or label per line."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -48,24 +48,24 @@ _LABEL = re.compile(r"^\s*(\.L_\w+):")
 
 
 def _instructions(lines: list[str]) -> list[tuple[int, str, str]]:
-    """(address, mnemonic with suffixes, operands) of every instruction."""
-    found = []
+    """Return (address, mnemonic with suffixes, operands) of every instruction."""
+    instructions = []
     for line in lines:
         match = _INSTRUCTION.search(line)
         if match:
-            found.append((int(match[1], 16), match[2], match[3]))
-    return found
+            instructions.append((int(match[1], 16), match[2], match[3]))
+    return instructions
 
 
 def count_mnemonics(lines: list[str]) -> Counter[str]:
-    """How often each mnemonic occurs, without its suffixes and without padding."""
+    """Count each mnemonic, without its suffixes and without padding."""
     counts = Counter(name.split(".")[0] for _, name, _ in _instructions(lines))
     del counts["NOP"]
     return counts
 
 
 def loops(lines: list[str]) -> list[list[str]]:
-    """The bodies of all loops (targets of backward branches) without what forward branches inside may skip.
+    """Return the bodies of all loops (targets of backward branches) without what forward branches inside may skip.
 
     Each is a list of mnemonics without suffixes.
     """
@@ -73,7 +73,7 @@ def loops(lines: list[str]) -> list[list[str]]:
 
 
 def _loop_bodies(lines: list[str]) -> list[tuple[list[str], list[str]]]:
-    """The body of each loop twice: without what forward branches inside may skip, and whole."""
+    """Return the body of each loop twice: without what forward branches inside may skip, and whole."""
     labels: dict[str, int] = {}
     waiting: list[str] = []
     flat: list[tuple[int, str]] = []
@@ -103,7 +103,7 @@ def _loop_bodies(lines: list[str]) -> list[tuple[list[str], list[str]]]:
 
 
 def _target(operands: str, labels: Mapping[str, int]) -> int | None:
-    """Where a branch goes: a label (nvdisasm) or an address (cuobjdump)."""
+    """Return the address that a branch targets, by a label (nvdisasm) or an address (cuobjdump)."""
     for label in re.findall(r"\.L_\w+", operands):
         if label in labels:
             return labels[label]
@@ -112,10 +112,11 @@ def _target(operands: str, labels: Mapping[str, int]) -> int | None:
 
 
 def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
-    """Mnemonics of the main loop: the shortest one with a tensor-core instruction.
+    """Count the mnemonics of the main loop: the shortest one with a tensor-core instruction.
 
-    It may stand in a branch of the loop, as on Blackwell, where one thread alone issues it. Where no loop has one, all
-    of the kernel's: the loop ran a constant number of times and was unrolled. Without tensor cores, the longest loop.
+    The instruction may be in a branch of the loop, as on Blackwell, where one thread issues it. If no loop has one,
+    count the whole kernel: the loop ran a constant number of times and was unrolled. Without tensor cores, count the
+    longest loop.
     """
     bodies = sorted(_loop_bodies(lines), key=lambda body: len(body[0]))
     if not tensor_core:
@@ -128,9 +129,9 @@ def main_loop(lines: list[str], tensor_core: tuple[str, ...]) -> Counter[str]:
 
 
 def _descriptors(first: int, name: str, second_operand: str) -> range:
-    """Registers of `gdesc[UR first]`: of one descriptor on sm_100, of both operands' on sm_90.
+    """Return the registers of `gdesc[UR first]`: one descriptor on sm_100, those of both operands on sm_90.
 
-    There those of the left operand are idle where it is in registers.
+    On sm_90 those of the left operand are unused if it is in registers.
     """
     if name.startswith("UTC"):
         return range(first, first + 2)
@@ -138,12 +139,12 @@ def _descriptors(first: int, name: str, second_operand: str) -> range:
 
 
 def undefined_registers(lines: list[str]) -> list[str]:
-    """Uniform registers that are read but written nowhere, each with the instruction that reads it first.
+    """Return the uniform registers that are read but never written, each with the instruction that reads it first.
 
-    The assembler of CUDA 12.8 (ptxas 12.8.93, which Triton 3.6 carries) makes such code where the descriptors of two
+    The assembler of CUDA 12.8 (ptxas 12.8.93, which Triton 3.6 includes) generates such code if the descriptors of two
     wgmma operands have the same address in shared memory but different layouts: it adds to a register that was never
-    set, and the product reads whatever lies elsewhere. CUDA 12.9 and 13.0 assemble the same PTX rightly. Seen on an
-    H100 as wrong codes and illegal memory accesses.
+    set, and the product reads unrelated memory. CUDA 12.9 and 13.0 assemble the same PTX correctly. Observed on an H100
+    as wrong codes and illegal memory accesses.
     """
     written: set[int] = set()
     read: dict[int, str] = {}

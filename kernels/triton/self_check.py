@@ -1,8 +1,8 @@
-"""Compute a small problem with every kernel that will serve, and compare with plain torch, before the first request.
+"""Compare every kernel that will serve with plain torch on a small problem, before the first request.
 
-A new release of Triton or a new GPU may lay tensors out or assemble code in another way than the one these kernels
-were tested with; a model that answers nonsense is the worst way to find out. Each check launches what the layer will
-launch (same blocks, bits, rank and dtypes), so it compiles nothing of its own, and runs once a process and device.
+A new release of Triton or a new GPU may choose tensor layouts or assemble code differently than the tested ones, and a
+model that computes wrong results should not be served. Each check launches what the layer will launch (same rotation
+groups, bits, rank and dtypes), so it compiles nothing additional, and runs once per process and device.
 """
 
 import functools
@@ -25,18 +25,20 @@ from bwla_kernels.triton.tuning import INTEGER, MatmulConfig
 from torch import Tensor
 
 PLAIN, NORM, ADD_NORM, SILU_MUL = "", "norm", "add+norm", "silu*mul"
-"""What is fused into the load of a layer's input, by name."""
+"""Names of what is fused into the load of a layer's input."""
 
 MOST_TOKENS = 65
 """Most tokens of a check of the input kernel: several of its widest tiles (16 tokens), and one that is not full."""
 
 ROWS = 256
-"""Rows of a check's weight, padded; the last of them do not exist."""
+"""Padded rows of a check's weight; the last of them do not exist."""
 
 CPU = torch.device("cpu")
 
+ADVICE = "serve with BWLA_BACKEND=torch, or with another release of Triton, and report this"
+
 X_HAT_ERROR = 2.0**-16
-"""Bound on the error of x_hat in units of the 2-norm of the token's block (see `prepare_input`)."""
+"""Bound on the error of x_hat in units of the 2-norm of the token's rotation group (see `prepare_input`)."""
 
 U_ERROR = 2.0**-16
 """Bound on the error of u in units of |x| |A|^T; float32 sums of 28,672 columns stay far below."""
@@ -55,19 +57,19 @@ class Draw:
         self.generator = torch.Generator("cpu").manual_seed(seed)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        """int64 in [low, high]."""
+        """Draw int64 in [low, high]."""
         return torch.randint(low, high + 1, shape, generator=self.generator, device="cpu")
 
     def powers(self, low: int, high: int, *shape: int) -> Tensor:
-        """float32, 2^low to 2^high."""
+        """Draw float32 powers of two, 2^low to 2^high."""
         return torch.exp2(self.integers(low, high, *shape).float())
 
     def uniform(self, *shape: int) -> Tensor:
-        """float32 in [0, 1)."""
+        """Draw float32 in [0, 1)."""
         return torch.rand(shape, generator=self.generator, device="cpu", dtype=torch.float32)
 
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Of mean 0 and variance 1."""
+        """Draw from the normal distribution with mean 0 and variance 1."""
         return torch.randn(shape, generator=self.generator, device="cpu", dtype=dtype)
 
 
@@ -83,7 +85,7 @@ def check_matmul(
     """Multiply with one configuration; every number is chosen so that float32 holds all sums exactly.
 
     Args:
-        spec: the layer; blocks, bits and rank are its own, the check's rows are few. See `matmul_spec`.
+        spec: the layer, reduced to few rows; see `matmul_spec`.
         config: how to multiply.
         dtype: of the output.
         bias_dtype: of the bias; None for none.
@@ -95,7 +97,7 @@ def check_matmul(
     """
     name = f"{config.kernel}_mma ({config})"
     draw = Draw(0)
-    # As a layer of its own: a multiple of 16 where the layer's is one (Triton compiles another kernel for others).
+    # As in the layer: a multiple of 16 where the layer's is one (Triton compiles another kernel for others).
     rows = max(ROWS, config.block_n) - (48 if spec.out_features % 16 == 0 else 55)
     layout = chunk_layout(rows, spec.rotation_groups, spec.group_width)
     m = config.block_m + (3 if config.kernel == INTEGER else 0)
@@ -106,45 +108,45 @@ def check_matmul(
     q_sum = q.unflatten(1, (spec.rotation_groups, spec.group_width)).sum(-1, dtype=torch.int32)
     scale, alpha = draw.powers(-1, 1, m, spec.rotation_groups), draw.powers(-8, -7, rows)
     sums = reference.group_sums(q, unpack_weights(packed, layout), spec.rotation_groups)
-    want = (sums.double() * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
+    expected = (sums.double() * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
     u = low_b = bias = None
     if spec.rank:
         # u has more bits than bfloat16 holds.
         u = draw.integers(-(2**15), 2**15, m, spec.rank).float() / 2**13
         low_b = draw.integers(-2, 2, rows, spec.rank).bfloat16()
-        want += u.double() @ low_b.double().t()
+        expected += u.double() @ low_b.double().t()
         low_b = torch.nn.functional.pad(low_b, (0, -spec.rank % RANK_STEP, 0, layout.rows - rows))
     if bias_dtype is not None:
         bias = draw.integers(-8, 8, rows).to(bias_dtype)
-        want += bias.double()
+        expected += bias.double()
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
     prepared = QuantizedInput(
         q.to(device),
         scale.to(device),
         q_sum.to(device),
-        _there(u, device),
+        _to(u, device),
         pack_planes(q, spec.bits, layout).to(device),
     )
     weights = Weights(
-        packed.to(device), alpha.to(device), _there(low_b, device), _there(bias, device), counters, layout
+        packed.to(device), alpha.to(device), _to(low_b, device), _to(bias, device), counters, layout
     )
     with _compiled(name, device):
         y = binary_matmul(prepared, weights, spec.bits, config, dtype, dependent_launch).cpu()
-    if not torch.equal(y, want.to(dtype)):
-        worst = (y.double() - want).abs().max().item()
+    if not torch.equal(y, expected.to(dtype)):
+        worst = (y.double() - expected).abs().max().item()
         _fail(name, f"products (largest error {worst:g})", device)
     if counters.any():
         _fail(name, "counters, which the next call relies on,", device)
 
 
 def matmul_spec(spec: LayerSpec) -> LayerSpec:
-    """What `check_matmul` looks at of a layer: layers that agree in it share a check."""
+    """Reduce a spec to what `check_matmul` depends on, so that layers that agree in it share a check."""
     rows = ROWS if spec.out_features % 16 == 0 else ROWS - 1
     return LayerSpec(rows, spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits)
 
 
 def input_spec(spec: LayerSpec) -> LayerSpec:
-    """What `check_input` looks at of a layer."""
+    """Reduce a spec to what `check_input` depends on."""
     return LayerSpec(
         ROWS, spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, clip=spec.clip
     )
@@ -180,21 +182,21 @@ def check_input(
     """
     name = f"prepare_input{f' with {fused}' if fused else ''} ({config})"
     draw = Draw(1)
-    tensors = _input_side(spec, draw)
+    tensors = _draw_transform(spec, draw)
     left, right = split_rotations(tensors["rotation_left"], tensors["rotation_right"])
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
-    side = {**tensors, "left_split": left, "right_split": right, "split_counters": counters}
+    transform = {**tensors, "left_split": left, "right_split": right, "split_counters": counters}
     drawn = draw_input(fused, min(tokens, MOST_TOKENS), spec.in_features, dtype, norm_dtype, draw)
     layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
     with _compiled(name, device):
         prepared = prepare_input(
             drawn.x.to(device),
-            {key: tensor.to(device) for key, tensor in side.items()},
+            {key: tensor.to(device) for key, tensor in transform.items()},
             spec,
             planes=planes,
             chunk=layout.chunk,
             fused=FusedInput(
-                _there(drawn.norm_weight, device), EPS, _there(drawn.residual, device), fused == SILU_MUL
+                _to(drawn.norm_weight, device), EPS, _to(drawn.residual, device), fused == SILU_MUL
             ),
             config=config,
             dependent_launch=dependent_launch,
@@ -203,7 +205,7 @@ def check_input(
             prepared.q.cpu(),
             prepared.scale.cpu(),
             prepared.q_sum.cpu(),
-            *(_there(part, CPU) for part in (prepared.u, prepared.planes, prepared.residual)),
+            *(_to(part, CPU) for part in (prepared.u, prepared.planes, prepared.residual)),
         )
     problem = input_problem(found, drawn, tensors, spec)
     if problem is None and counters.any():
@@ -270,26 +272,26 @@ def draw_input(
 def input_problem(
     found: QuantizedInput, drawn: DrawnInput, tensors: Mapping[str, Tensor], spec: LayerSpec
 ) -> str | None:
-    """Say which output of the input kernel is wrong, all tensors on the CPU; None where none is."""
-    x, blocks = drawn.plain, spec.rotation_groups
-    wanted = reference.prepare_input(x, tensors, spec)
+    """Return which output of the input kernel is wrong, or None; all tensors are on the CPU."""
+    x, groups = drawn.plain, spec.rotation_groups
+    expected = reference.prepare_input(x, tensors, spec)
     rotated = reference.rotate(x, tensors["rotation_left"], tensors["rotation_right"])
-    x_hat = (rotated * tensors["column_scale"]).unflatten(1, (blocks, -1))
-    norm = x.unflatten(1, (blocks, -1)).norm(dim=-1)
+    x_hat = (rotated * tensors["column_scale"]).unflatten(1, (groups, -1))
+    norm = x.unflatten(1, (groups, -1)).norm(dim=-1)
     error = X_HAT_ERROR * norm * tensors["column_scale"].max()
-    step = wanted.scale.double()
+    step = expected.scale.double()
     # `not (a <= b)` catches NaN, too.
     if not ((found.scale - step).abs() <= error * spec.clip / spec.q_max + 1e-6 * step).all():
         return "scales"
-    q = found.q.unflatten(1, (blocks, -1))
+    q = found.q.unflatten(1, (groups, -1))
     ideal = (x_hat / step.unsqueeze(-1)).clamp(-spec.q_max, spec.q_max)
-    if (found.q.int() - wanted.q.int()).abs().max() > 1:
+    if (found.q.int() - expected.q.int()).abs().max() > 1:
         return "codes"
     if not ((q - ideal).abs() <= 0.5 + (3 * error / step).unsqueeze(-1)).all():
         return "codes (not only at rounding ties)"
     if not torch.equal(found.q_sum, q.sum(-1, dtype=torch.int32)):
         return "sums of codes"
-    layout = chunk_layout(spec.out_features, blocks, spec.group_width)
+    layout = chunk_layout(spec.out_features, groups, spec.group_width)
     if found.planes is not None and not torch.equal(found.planes, pack_planes(found.q, spec.bits, layout)):
         return "bit planes"
     if found.u is not None:
@@ -303,8 +305,8 @@ def input_problem(
     return None
 
 
-def _input_side(spec: LayerSpec, draw: Draw) -> dict[str, Tensor]:
-    """Random rotations, column scales and A."""
+def _draw_transform(spec: LayerSpec, draw: Draw) -> dict[str, Tensor]:
+    """Draw random rotations, column scales and A."""
 
     def rotation(order: int) -> Tensor:
         square = draw.normal(spec.rotation_groups, order, order, dtype=torch.float64)
@@ -321,13 +323,13 @@ def _input_side(spec: LayerSpec, draw: Draw) -> dict[str, Tensor]:
     return tensors
 
 
-def _there(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
 
 
 @contextmanager
 def _compiled(kernel: str, device: torch.device) -> Iterator[None]:
-    """Say in one sentence that Triton cannot compile or launch a kernel."""
+    """Convert Triton's errors to a BackendError of one sentence."""
     try:
         yield
     except triton.TritonError as error:
@@ -335,9 +337,6 @@ def _compiled(kernel: str, device: torch.device) -> Iterator[None]:
             f"the Triton kernel {kernel} cannot run on {_gpu(device)} with Triton {triton.__version__} "
             f"({' '.join(str(error).split())[:300]}): {ADVICE}"
         ) from error
-
-
-ADVICE = "serve with BWLA_BACKEND=torch, or with another release of Triton, and report this"
 
 
 def _fail(kernel: str, what: str, device: torch.device) -> None:
@@ -348,7 +347,7 @@ def _fail(kernel: str, what: str, device: torch.device) -> None:
 
 
 def _gpu(device: torch.device) -> str:
-    """A GPU's name and compute capability; the interpreter has none."""
+    """Return a GPU's name and compute capability, or the device's name for the interpreter."""
     if device.type != "cuda":
         return str(device)
     major, minor = torch.cuda.get_device_capability(device)

@@ -56,7 +56,7 @@ MOST_FIRST, VARIED = 16, 2
 """Candidates of the first round, and how many of them the second one varies."""
 
 IN_FLIGHT = 48 << 10
-"""Bytes of weights that a multiprocessor should have under way: what hides the memory's latency, with some reserve."""
+"""Bytes of weights that a multiprocessor should have in flight to hide the memory latency, with some reserve."""
 
 SAMPLE = 128
 """Rows and tokens at each end of the product that are compared."""
@@ -68,7 +68,7 @@ sign still shows: it changes most outputs by several hundredths of themselves.""
 
 @dataclass(frozen=True)
 class Problem:
-    """What the candidates are given.
+    """The inputs of the candidates, and part of the expected output.
 
     Attributes:
         prepared: m random tokens.
@@ -88,22 +88,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a candidate: its microseconds, or what is wrong with it."""
+    """The result of a candidate: its microseconds, or its error."""
 
     config: MatmulConfig
     microseconds: float | None = None
     error: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """As a line of the record."""
-        found = {"config": str(self.config), **asdict(self.config), "us": self.microseconds}
-        return found | {"ok": self.error is None, **({"error": self.error} if self.error else {})}
+        """Return the finding as a row of the .jsonl record."""
+        columns = {"config": str(self.config), **asdict(self.config), "us": self.microseconds}
+        return columns | {"ok": self.error is None, **({"error": self.error} if self.error else {})}
 
 
 def candidates(
     layout: ChunkLayout, m: int, capability: tuple[int, int], multiprocessors: int
 ) -> list[MatmulConfig]:
-    """The first round for m tokens, most promising first: at most 16, or 32 where two kernels compete."""
+    """Return the first round for m tokens, most promising first: at most 16, or 32 if both kernels are candidates."""
     tokens = token_limit(m)
     found = []
     if tokens <= PLANES_MAX_TOKENS and binary_is_native(capability):
@@ -118,7 +118,7 @@ def candidates(
 
 
 def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[MatmulConfig]:
-    """Cuts with a program for most multiprocessors and few enough to start; those that load about enough at once."""
+    """Return tiles with about one program per multiprocessor or more, those with about IN_FLIGHT bytes first."""
 
     def distance(config: MatmulConfig) -> float:
         fragments = layout.rows // 16 * config.k_warps * config.unroll  # of 16 rows by 512 columns: 1 KiB
@@ -139,7 +139,7 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
 def _skinny(
     layout: ChunkLayout, tokens: int, capability: tuple[int, int], multiprocessors: int
 ) -> list[MatmulConfig]:
-    """Few tokens on integer tensor cores: columns split until there are one to five programs a multiprocessor."""
+    """Return splits of the columns for integer tensor cores that give one to five programs per multiprocessor."""
     least = 16 if capability[0] == 9 else 8  # eight columns are no wgmma
     found = []
     for rows in (128, 64, 256):
@@ -154,7 +154,7 @@ def _skinny(
 
 
 def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
-    """Many tokens: tiles that divide the rows."""
+    """Return tiles for many tokens that divide the rows."""
     cuts = (
         (256, 128, 8),
         (128, 128, 8),
@@ -172,7 +172,7 @@ def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
 
 
 def variations(config: MatmulConfig) -> list[MatmulConfig]:
-    """The second round around a fast configuration: other loads in flight, another limit on registers."""
+    """Return the second round around a fast configuration: other loads in flight, another limit on registers."""
     if config.kernel == BINARY:
         row_warps = config.num_warps // config.k_warps
         fragments = config.block_n // (16 * row_warps)
@@ -190,10 +190,10 @@ def draw(
     cold: int = COLD_BYTES,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Problem:
-    """Random activations and weights, and part of the product in float64.
+    """Draw random activations and weights, and compute part of the product in float64.
 
-    What the low-rank term multiplies are bfloat16 numbers: its products are exact whatever unit computes them, and
-    a single wrong sign shows.
+    The operands of the low-rank term are bfloat16 numbers: its products are exact on any unit, so that a single wrong
+    sign is detected.
     """
     generator = torch.Generator(device).manual_seed(0)
     width = layout.groups * layout.group_width
@@ -212,7 +212,7 @@ def draw(
     copies = max(1, min(64, cold // math.prod(layout.shape)))
     words = layout.out_features, width // PACK_FACTOR
 
-    def weight() -> Tensor:  # repacked, for what pads a block must be zeros
+    def weight() -> Tensor:  # repacked, because the padding of a rotation group must be zeros
         signs = torch.randint(-(2**31), 2**31, words, device=device, generator=generator)
         return repack_weights(signs.int(), layout)
 
@@ -229,13 +229,13 @@ def draw(
 
 
 def _ends(count: int, device: torch.device) -> Tensor:
-    """The first and the last SAMPLE of `count` indices."""
+    """Return the first and the last SAMPLE of `count` indices."""
     first = torch.arange(min(count, SAMPLE), device=device)
     return torch.cat([first, torch.arange(max(len(first), count - SAMPLE), count, device=device)])
 
 
 def microseconds(problem: Problem, config: MatmulConfig) -> float:
-    """Time of one call with cold weights, launches in a CUDA graph; the best of three rounds."""
+    """Measure one call with cold weights, launched from a CUDA graph; the best of three rounds."""
     prepared, weights = problem.prepared, problem.weights
     binary_matmul(prepared, weights[0], BITS, config, problem.dtype)
     torch.cuda.synchronize()
@@ -258,7 +258,7 @@ def microseconds(problem: Problem, config: MatmulConfig) -> float:
 def try_config(
     problem: Problem, config: MatmulConfig, timer: Callable[[Problem, MatmulConfig], float] = microseconds
 ) -> Finding:
-    """Check a configuration, then time it; whatever it raises is in the finding."""
+    """Check a configuration, then time it; exceptions become the finding's error."""
     try:
         y = binary_matmul(problem.prepared, problem.weights[0], BITS, config, problem.dtype)
         error = (y[problem.tokens][:, problem.rows].double() - problem.expected).abs()
@@ -268,18 +268,18 @@ def try_config(
             worst = (error.max() / magnitude.max()).item()
             return Finding(config, error=f"wrong by up to {worst:.1e} of the largest output")
         return Finding(config, timer(problem, config))
-    except Exception as error:  # a candidate's own failure, of any kind, must not end the run
+    except Exception as error:  # a candidate's failure of any kind must not end the run
         last = traceback.format_exception_only(error)[-1].strip()
         return Finding(config, error=last[:400])
 
 
 def fastest(findings: Iterable[Finding]) -> list[Finding]:
-    """The right ones, fastest first."""
+    """Return the findings without errors, fastest first."""
     return sorted((f for f in findings if f.microseconds is not None), key=lambda f: f.microseconds or 0.0)
 
 
 def second_round(findings: Sequence[Finding]) -> list[MatmulConfig]:
-    """Variations of the fastest of the first round that were not in it."""
+    """Return variations of the fastest of the first round that were not part of it."""
     tried = {finding.config for finding in findings}
     varied = [config for finding in fastest(findings)[:VARIED] for config in variations(finding.config)]
     return [config for config in dict.fromkeys(varied) if config not in tried]
@@ -288,7 +288,7 @@ def second_round(findings: Sequence[Finding]) -> list[MatmulConfig]:
 def measure(
     layout: ChunkLayout, m: int, device: torch.device, done: Sequence[Finding] = ()
 ) -> Iterator[Finding]:
-    """Both rounds for m tokens, one finding a candidate; those in `done` are not tried again."""
+    """Run both rounds for m tokens and yield a finding for each candidate that is not in `done`."""
     known = {finding.config: finding for finding in done}
     problem = draw(layout, m, device)
     properties = torch.cuda.get_device_properties(device)
@@ -305,23 +305,23 @@ def measure(
 
 
 def read_findings(path: Path) -> dict[tuple[str, int], list[Finding]]:
-    """The record of an earlier run: findings by shape and number of tokens; a line that was cut off is left out."""
-    found: dict[tuple[str, int], list[Finding]] = {}
+    """Read the record of an earlier run: findings by shape and number of tokens; truncated lines are skipped."""
+    findings: dict[tuple[str, int], list[Finding]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except ValueError:
             continue
         config = MatmulConfig(**{name: row[name] for name in MatmulConfig.__dataclass_fields__})
-        found.setdefault((row["shape"], row["m"]), []).append(Finding(config, row["us"], row.get("error")))
-    return found
+        findings.setdefault((row["shape"], row["m"]), []).append(Finding(config, row["us"], row.get("error")))
+    return findings
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """`NxK/G` -> (N, K, G).
+    """Parse `NxK/G` into (N, K, G).
 
     Raises:
-        BackendError: it is none.
+        BackendError: the text has another form.
     """
     try:
         n, k, g = (int(part) for part in text.replace("/", "x").split("x"))
@@ -331,7 +331,7 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 def new_table(name: str, arch: str) -> dict[str, Any]:
-    """A copy of the package's table that says where its shapes for `arch` are from."""
+    """Copy the package's table, and record the origin of its shapes for `arch`."""
     table: dict[str, Any] = json.loads(json.dumps(load_table()))
     table["origin"] = (
         f"defaults hand-chosen from compiled code; shapes of sm_{arch} measured on {name}, "
@@ -343,18 +343,18 @@ def new_table(name: str, arch: str) -> dict[str, Any]:
 def enter(
     table: dict[str, Any], arch: str, shape: tuple[int, int, int], m: int, config: MatmulConfig
 ) -> None:
-    """Put a measured configuration into a table."""
+    """Enter a measured configuration into a table."""
     rows = table["architectures"][arch]["shapes"].setdefault(shape_key(*shape), {})
     rows[str(token_limit(m))] = as_entry(config)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bwla_kernels.triton.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the table to write (see tuning.json)")
     parser.add_argument("--shapes", default=SHAPES, help="NxK/G, comma-separated")
     parser.add_argument("--tokens", default=TOKENS, help="numbers of tokens, comma-separated powers of two")
-    parser.add_argument("--resume", action="store_true", help="go on after the last line of the .jsonl")
+    parser.add_argument("--resume", action="store_true", help="continue after the last line of the .jsonl")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune: no NVIDIA GPU found: run it on the machine that will serve", file=sys.stderr)
@@ -388,10 +388,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _restart_if_lost(device: torch.device, arguments: Sequence[str]) -> None:
-    """Go on in a new process where a kernel's failure has ended this one's use of the GPU."""
+    """Continue in a new process if a kernel's failure has made the GPU unusable in this one."""
     try:
         torch.cuda.synchronize(device)
-    except Exception:  # whatever CUDA raises then, nothing more runs here
+    except Exception:  # CUDA raises various errors then, and nothing more runs in this process
         words = [*arguments, *([] if "--resume" in arguments else ["--resume"])]
         os.execv(sys.executable, [sys.executable, "-m", "bwla_kernels.triton.tune", *words])
 

@@ -1,7 +1,7 @@
-"""Which configuration a matmul runs with: from a small table per architecture, never by timing a request.
+"""Choose the configuration of a matmul from a small table per architecture, never by timing a request.
 
 `tuning.json` holds, per architecture, an ordered list of choices for each regime (the first one that gives the GPU
-enough programs wins) and, where `tune` has measured them, exact shapes. It says itself where it is from.
+enough programs is chosen) and, where `tune` has measured them, exact shapes; `origin` says how they were obtained.
 """
 
 import json
@@ -17,14 +17,14 @@ BINARY, INTEGER = "binary", "integer"
 
 BINARY_MAX_TOKENS = 4
 SKINNY_MAX_TOKENS = 128
-"""Most tokens of a matmul whose columns may be cut into shares, where the table has such a tile."""
+"""Most tokens of a matmul whose columns may be split into shares, if the table has such a tile."""
 SPLITS = (1, 2, 4, 8)
-"""Shares that the columns of a skinny matmul may be cut into."""
+"""Allowed numbers of shares of the columns of a skinny matmul."""
 
 
 @dataclass(frozen=True)
 class MatmulConfig:
-    """One way to run the matmul; frozen and hashable, to be kept with a layer.
+    """A configuration of the matmul.
 
     Attributes:
         kernel: "binary" (binary tensor cores on bit planes) or "integer" (int8 tensor cores).
@@ -34,8 +34,8 @@ class MatmulConfig:
         split: integer only: shares of the columns, added by the last program to arrive.
         k_warps: binary only: warps of a program that share the columns of a row.
         unroll: binary only: steps of 512 columns whose weights a warp loads together.
-        max_registers: per thread; 0 leaves it to the assembler, which may spill a few of them to fit
-            more programs in (compile_check would say so), 255 keeps it from that.
+        max_registers: per thread; 0 leaves it to the assembler, which may spill a few to fit more programs
+            (`compile_check` reports that), 255 prevents it.
     """
 
     kernel: str
@@ -58,12 +58,12 @@ class MatmulConfig:
 
 
 def binary_is_native(capability: tuple[int, int]) -> bool:
-    """Whether binary tensor-core instructions run in hardware (8.x and 9.x; emulated from 10.0 on)."""
+    """Return whether binary tensor-core instructions run in hardware (8.x and 9.x; emulated from 10.0 on)."""
     return capability[0] in (8, 9)
 
 
 def table_arch(capability: tuple[int, int]) -> str:
-    """The architecture whose table serves a capability: the one with as much shared memory and the same dot.
+    """Return the architecture whose table applies to a capability: with the same shared memory and tensor cores.
 
     Raises:
         BackendError: below 8.0, which has no int8 tensor cores that these kernels use.
@@ -82,19 +82,19 @@ def table_arch(capability: tuple[int, int]) -> str:
 
 @cache
 def load_table() -> Mapping[str, Any]:
-    """The table of this package (`tuning.json`), read once."""
+    """Return the table of this package (`tuning.json`), read once."""
     text = resources.files("bwla_kernels.triton").joinpath("tuning.json").read_text(encoding="utf-8")
     table: Mapping[str, Any] = json.loads(text)
     return table
 
 
 def shape_key(n: int, k: int, g: int) -> str:
-    """Name of an exact shape in the table: `NxK/G`."""
+    """Return the name of an exact shape in the table: `NxK/G`."""
     return f"{n}x{k}/{g}"
 
 
 def token_limit(m: int) -> int:
-    """The row of the table that m tokens fall in: the next power of two, at most 8192."""
+    """Return the row of the table for m tokens: the next power of two, at most 8192."""
     return min(1 << max(m - 1, 0).bit_length(), 8192)
 
 
@@ -108,7 +108,16 @@ def select_config(
     capability: tuple[int, int],
     sm_count: int,
 ) -> MatmulConfig:
-    """Choose how to multiply m tokens of `bits` bits with a weight [n, k] of g blocks in chunks of `chunk` columns.
+    """Choose how to multiply m tokens of `bits` bits with a weight [n, k].
+
+    Args:
+        n, k: rows and columns of the weight.
+        g: rotation groups.
+        chunk: columns of a chunk.
+        m: tokens.
+        bits: of an activation code.
+        capability: compute capability of the GPU.
+        sm_count: its number of multiprocessors.
 
     Raises:
         BackendError: the GPU is too old.
@@ -131,29 +140,29 @@ def select_config(
 
 
 def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> MatmulConfig:
-    """The largest tile that still makes two programs per multiprocessor."""
+    """Choose the largest tile that still gives each multiprocessor two programs."""
     tokens = 1 if m <= 1 else 2 if m == 2 else 4
     configs = binary_configs(arch, tokens)
     return next((c for c in configs if rows // c.block_n >= 2 * sm_count), configs[-1])
 
 
 def binary_steps(g: int, chunks_per_group: int, chunk: int, k_warps: int) -> int:
-    """Steps of 512 columns that a warp takes in a block: warps share blocks where there are enough, else columns."""
+    """Return a warp's steps of 512 columns in a rotation group: warps share groups if possible, else columns."""
     step = 512 // chunk * (1 if g >= k_warps else k_warps)
     return -(-chunks_per_group // step)
 
 
 def fit_unroll(config: MatmulConfig, g: int, chunks_per_group: int, chunk: int) -> MatmulConfig:
-    """A binary configuration that loads no more steps together than a block has."""
+    """Limit the steps that a binary configuration loads together to those of a rotation group."""
     steps = binary_steps(g, chunks_per_group, chunk, config.k_warps)
     return replace(config, unroll=min(config.unroll, steps))
 
 
 def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
-    """The table's choices for 1, 2 or 4 tokens.
+    """Return the table's choices for 1, 2 or 4 tokens.
 
-    The assembler may take all the registers it needs: left alone it gives up loads in flight for more programs, which
-    took up to twice the time (down of Qwen3-32B on an H200: 15.4 microseconds for 7.9).
+    The assembler may use all registers: otherwise it reduces the loads in flight to fit more programs, which took up to
+    twice the time (down of Qwen3-32B on an H200: 15.4 microseconds for 7.9).
     """
     return [
         MatmulConfig(kernel=BINARY, block_m=tokens, **{"max_registers": 255, **entry})
@@ -162,7 +171,7 @@ def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
 
 
 def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int) -> MatmulConfig:
-    """Few tokens: cut the columns into shares of two chunks or more until each multiprocessor has two programs."""
+    """Choose for few tokens: split the columns into shares of two or more chunks, for two programs per multiprocessor."""
     entry = next(e for e in arch["skinny"] if m <= e["block_m"])
     tiles = rows // entry["block_n"]
     split = next(
@@ -173,7 +182,7 @@ def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_co
 
 
 def choose_tiled(arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: int) -> MatmulConfig:
-    """Many tokens: the largest tile that divides the rows and gives every multiprocessor a program."""
+    """Choose for many tokens: the largest tile that divides the rows and gives every multiprocessor a program."""
     entries = arch["tiled_one_group" if g == 1 else "tiled_groups"]
     configs = [MatmulConfig(kernel=INTEGER, **entry) for entry in entries]
     fitting = [c for c in configs if rows % c.block_n == 0]
@@ -181,23 +190,23 @@ def choose_tiled(arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: i
     return next((c for c in useful if rows // c.block_n * -(-m // c.block_m) >= sm_count), useful[-1])
 
 
-def selectable(arch: str, one_block: bool) -> list[MatmulConfig]:
-    """Every configuration that `select_config` can return on an architecture, for blocks of one kind."""
+def selectable(arch: str, one_group: bool) -> list[MatmulConfig]:
+    """Return every configuration that `select_config` can return on an architecture, for one or several groups."""
     table = load_table()["architectures"][arch]
-    found: list[MatmulConfig] = []
+    configs: list[MatmulConfig] = []
     if binary_is_native((int(arch) // 10, int(arch) % 10)):
-        found += [config for tokens in (1, 2, 4) for config in binary_configs(table, tokens)]
-    found += [
+        configs += [config for tokens in (1, 2, 4) for config in binary_configs(table, tokens)]
+    configs += [
         MatmulConfig(kernel=INTEGER, split=split, **entry) for split in SPLITS for entry in table["skinny"]
     ]
-    tiled = table["tiled_one_group" if one_block else "tiled_groups"]
-    found += [MatmulConfig(kernel=INTEGER, **entry) for entry in tiled]
+    tiled = table["tiled_one_group" if one_group else "tiled_groups"]
+    configs += [MatmulConfig(kernel=INTEGER, **entry) for entry in tiled]
     for key, rows in table["shapes"].items():
-        if key.endswith("/1") == one_block:
-            found += [MatmulConfig(**entry) for entry in rows.values()]
-    return list(dict.fromkeys(found))
+        if key.endswith("/1") == one_group:
+            configs += [MatmulConfig(**entry) for entry in rows.values()]
+    return list(dict.fromkeys(configs))
 
 
 def as_entry(config: MatmulConfig) -> dict[str, Any]:
-    """A configuration as the table stores it."""
+    """Return a configuration as the table stores it."""
     return asdict(config)

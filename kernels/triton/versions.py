@@ -1,4 +1,4 @@
-"""Which Triton releases these kernels are compiled with and checked on, and what brings each of them.
+"""The Triton releases with which these kernels are tested, and the torch and vLLM releases that depend on them.
 
 Standard library only: scripts read this file before anything is installed.
 """
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class TritonRelease(NamedTuple):
-    """A Triton release and where users get it from.
+    """A Triton release and the packages that depend on it.
 
     Attributes:
         version: as on the package index.
@@ -26,10 +26,10 @@ RELEASES = (
     TritonRelease("3.8.0", "2.14", "0.33"),
     TritonRelease("3.9.0", "none yet", "none yet"),
 )
-"""Oldest first: every one that a supported vLLM release brings, then the newest on the package index.
+"""Oldest first: those of the supported vLLM releases, then the newest on the package index.
 
-The last is what `make setup` installs: a CPU build of torch pins no Triton, and vLLM asks for any.
+`make setup` installs the last one: a CPU build of torch pins no Triton, and vLLM accepts any.
 """
 
 TESTED = tuple(release.version for release in RELEASES)
-"""Their versions, which scripts/check_tritons.py compiles every kernel with."""
+"""The versions with which scripts/check_tritons.py compiles every kernel."""

@@ -20,12 +20,12 @@ def test_known_widths(width: int, blocks: int, expected: tuple[int, int, int]) -
     assert choose_rotation(width, blocks) == expected
 
 
-@pytest.mark.parametrize("wished", [1, 8])
-def test_every_choice_covers_the_width_in_whole_words(wished: int) -> None:
+@pytest.mark.parametrize("preferred", [1, 8])
+def test_every_choice_covers_the_width_in_whole_words(preferred: int) -> None:
     refused = []
     for width in range(32, 8193, 32):
         try:
-            blocks, n1, n2 = choose_rotation(width, wished)
+            blocks, n1, n2 = choose_rotation(width, preferred)
         except FormatError:
             refused.append(width)
             continue

@@ -1,4 +1,4 @@
-"""The 8-bit head: every backend and variant equals the definition, exactly up to the output's rounding."""
+"""The 8-bit head: every backend and variant equals the reference implementation up to the output's rounding."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Properties of the definition itself."""
+"""Properties of the reference implementation itself."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The compiled 8-bit head: every variant equals the definition to the last bit, whatever the shape."""
+"""The compiled 8-bit head: every variant equals the reference implementation to the last bit, whatever the shape."""
 
 import random
 

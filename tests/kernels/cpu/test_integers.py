@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """A layer with random signs; its input side does not matter here."""
+    """A layer with random signs; its input transform does not matter here."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
     words = torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator).to(torch.int32)
     tensors = {

@@ -106,7 +106,7 @@ def test_a_failed_build_quotes_the_compiler_and_keeps_the_old_library(tmp_path: 
         build.find_compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    with pytest.raises(build.BuildError, match="failed with status 1 and said: .*error"):
+    with pytest.raises(build.BuildError, match="failed with status 1 with the output: .*error"):
         build.compile_library(target, tmp_path)
     assert target.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == [build.SOURCE, build.LIBRARY][::-1]

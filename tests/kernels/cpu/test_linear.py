@@ -45,7 +45,7 @@ def assert_prepared(
 def exact_output(
     q: Tensor, scale: Tensor, u: Tensor, layer: dict[str, Tensor], spec: LayerSpec
 ) -> tuple[Tensor, Tensor]:
-    """The weight side in float64 without the bias, and the sum of the magnitudes of its terms."""
+    """The GEMM in float64 without the bias, and the sum of the magnitudes of its terms."""
     shape = (spec.rotation_groups, spec.group_width)
     signs = unpack_signs(layer["weight_packed"], torch.float64).unflatten(1, shape)
     blocks = torch.einsum("mgk,ngk->mgn", q.double().unflatten(1, shape), signs) * scale.double()[..., None]

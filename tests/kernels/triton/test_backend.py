@@ -1,4 +1,4 @@
-"""The GPU backend: its op against the definition, what it refuses, and that a request never waits for a compiler."""
+"""The GPU backend: results, refusals, and that a request never waits for a compiler."""
 
 import pytest
 import torch

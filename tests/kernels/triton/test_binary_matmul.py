@@ -1,4 +1,4 @@
-"""The matmul kernels against the definition: in the interpreter here, for real where there is a GPU."""
+"""The matmul kernels against the reference implementation: in the interpreter here, for real where there is a GPU."""
 
 import random
 from dataclasses import dataclass

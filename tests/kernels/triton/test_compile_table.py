@@ -56,7 +56,7 @@ def test_tables_of_two_tritons_are_not_mixed(tmp_path: Path) -> None:
 def test_other_files_are_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     path.write_text(text)
-    with pytest.raises(BackendError, match="leave out --merge"):
+    with pytest.raises(BackendError, match="remove --merge"):
         read_rows(path)
 
 

@@ -1,4 +1,4 @@
-"""The head's GPU kernels equal the definition to the last bit: in the interpreter here, for real on a GPU."""
+"""The head's GPU kernels equal the reference implementation bit for bit, in the interpreter or on a GPU."""
 
 import random
 
@@ -68,7 +68,7 @@ def test_tokens_are_quantized_as_defined(columns: int, dtype: torch.dtype, devic
 
 @pytest.mark.parametrize("magnitude", [1e-45, 3e-45, 1e-41, 1e-38, 3e38])
 def test_smallest_and_largest_numbers(magnitude: float, device: torch.device) -> None:
-    """Where the step is subnormal or zero the codes saturate, as the definition's."""
+    """Where the step is subnormal or zero the codes saturate, as the reference implementation's."""
     x = torch.linspace(-1, 1, 33).unsqueeze(0) * magnitude
     codes, scale = triton_head.quantize_tokens(x.to(device))
     want, want_scale = head.quantize_tokens(x)

@@ -32,8 +32,8 @@ def test_column_pieces() -> None:
 
 def _all_configs() -> Iterator[tuple[LayerSpec, int, InputConfig]]:
     for width in (1024, 2048, 3072, 4096, 5120, 11008, 14336, 25600):
-        for wished in (1, 8):
-            blocks, n1, n2 = choose_rotation(width, wished)
+        for preferred in (1, 8):
+            blocks, n1, n2 = choose_rotation(width, preferred)
             for rank in (0, 1, 16, 100):
                 spec = LayerSpec(64, width, blocks, n1, n2, rank=rank)
                 for m in (1, 4, 5, 33, 128, 129, 300, 1024, 1025, 8192):

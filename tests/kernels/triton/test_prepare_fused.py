@@ -1,10 +1,10 @@
-"""What is fused into the load of the input side: norms, the residual's addition, SiLU * mul, as vLLM rounds them."""
+"""Operations fused into the input transform: norms, the residual's addition, SiLU * mul, rounded as in vLLM."""
 
 import pytest
 import torch
 from bwla_kernels.triton.prepare_config import select_config
 from bwla_kernels.triton.prepare_input import FusedInput, prepare_input
-from input_side import assert_fused, make_input, make_layer, make_spec, vllm_rms_norm
+from input_transform import assert_fused, make_input, make_layer, make_spec, vllm_rms_norm
 
 TENSOR_CORES = torch.cuda.is_available()
 

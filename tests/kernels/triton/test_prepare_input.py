@@ -1,7 +1,7 @@
-"""The input side on a GPU against its definition; in Triton's interpreter where there is no GPU.
+"""The GPU's input transform equals the reference implementation, in Triton's interpreter or on a GPU.
 
-A code may differ from the definition's only where x_hat / scale lies on a rounding tie to within the error of a
-float32 rotation; `assert_close_to` checks that against float64.
+A code may differ only where x_hat / scale lies on a rounding tie to within the error of a float32 rotation;
+`assert_close_to` checks that against float64.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from bwla_kernels.triton.prepare_config import (
     select_many,
 )
 from bwla_kernels.triton.prepare_input import FusedInput, prepare_input
-from input_side import assert_close_to, make_input, make_layer, make_spec, planes_by_definition
+from input_transform import assert_close_to, make_input, make_layer, make_spec, reference_planes
 
 TENSOR_CORES = torch.cuda.is_available()
 
@@ -135,7 +135,7 @@ def test_bit_planes(blocks: int, n1: int, n2: int, bits: int, chunk: int, device
     x = make_input(3, spec.in_features, torch.float16, device)
     prepared = prepare_input(x, tensors, spec, planes=True, chunk=chunk)
     assert prepared.planes is not None
-    assert torch.equal(prepared.planes.cpu(), planes_by_definition(prepared.q.cpu(), spec, chunk))
+    assert torch.equal(prepared.planes.cpu(), reference_planes(prepared.q.cpu(), spec, chunk))
     assert_close_to(prepared, x, tensors, spec)
 
 
