@@ -58,7 +58,7 @@ def talk(server: Server) -> None:
     def ask(**more: object) -> object:
         return client.completions.create(
             model=server.model, prompt=PROMPT, max_tokens=48, temperature=0, **more
-        )  # type: ignore[call-overload]
+        )
 
     text = ask().choices[0].text  # type: ignore[attr-defined]
     print(f"completion: {PROMPT}{text}")

@@ -78,11 +78,11 @@ def compute() -> int:
     attention = flash_attn_varlen_func(q, k, v, **lengths, causal=True, fa_version=3)
     parts = []
     for part in (slice(0, 100), slice(100, 256)):
-        heads = [t[part].float().transpose(0, 1)[None] for t in (q, k, v)]
+        query, key, value = (t[part].float().transpose(0, 1)[None] for t in (q, k, v))
         parts.append(
-            functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)[0].transpose(
-                0, 1
-            )
+            functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[
+                0
+            ].transpose(0, 1)
         )
     return bad + compare("FlashAttention 3", attention, torch.cat(parts))
 

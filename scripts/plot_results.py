@@ -21,7 +21,7 @@ from benchmarks.serving.engines import COMMON, SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 
 OURS, THEIRS, INK = "#2563eb", "#9ca3af", "#6b7280"
-STYLE = {
+STYLE: Any = {
     "svg.hashsalt": "bwla",
     "font.size": 10,
     "text.color": INK,
@@ -49,7 +49,8 @@ def bfloat16_bytes(model: str) -> int:
     attention = hidden * (2 * heads * head + 2 * keys) + 2 * head
     layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
     vocabulary = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    return 2 * (shape["num_hidden_layers"] * layer + vocabulary + hidden)
+    parameters: int = shape["num_hidden_layers"] * layer + vocabulary + hidden
+    return 2 * parameters
 
 
 def bars(

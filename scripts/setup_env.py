@@ -83,7 +83,11 @@ def install_torch(pip: Path, index: str) -> None:
     local = "+cpu" if platform.machine() == "x86_64" else ""
     where = ["--index-url", index] if index else []
     run(
-        *(pip, "install", "--quiet", *where, f"torch=={TORCH_VERSION}{local}"),
+        pip,
+        "install",
+        "--quiet",
+        *where,
+        f"torch=={TORCH_VERSION}{local}",
         failure=(
             f"pip found no CPU build of torch {TORCH_VERSION}: name an index that has one, for example\n"
             "    make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu\n"
@@ -148,10 +152,12 @@ def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> N
     install_torch(pip, torch_index)
     torch_pin = env / "torch-pin.txt"
     torch_pin.write_text(f"torch=={TORCH_VERSION}\n")
+    command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)]
+    command += ["--override", OVERRIDES, "--constraint", torch_pin, *(["--editable"] if editable else [])]
     run(
-        *(uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)),
-        *("--override", OVERRIDES, "--constraint", torch_pin, *(["--editable"] if editable else [])),
-        *(f".[{extras}]", SHIM),
+        *command,
+        f".[{extras}]",
+        SHIM,
         failure="the packages could not be installed: see the output above",
     )
     run(

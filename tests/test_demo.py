@@ -1,4 +1,4 @@
-"""The main job as a user runs it: `make demo`'s script, from conversion to an OpenAI client's answer."""
+"""The script behind `make demo`, from the conversion to the answer of an OpenAI client."""
 
 import re
 import subprocess
@@ -17,16 +17,16 @@ def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def processes_using(folder: Path) -> list[str]:
-    """Command lines of processes that name `folder`."""
-    found = []
+    """Return the command lines of processes that contain `folder`."""
+    commands = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if str(folder) in words:
-            found.append(words)
-    return found
+            commands.append(words)
+    return commands
 
 
 def test_demo_ends_with_ok_and_leaves_nothing_running(tmp_path: Path) -> None:

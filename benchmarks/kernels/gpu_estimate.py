@@ -129,20 +129,20 @@ def sheet(model: str, day: Mapping[str, Any]) -> Iterator[str]:
         total["bytes"] += cost.bytes
         total["before"] += before
         total["after"] += after
-        seen = found.get((cost.layer, cost.side))
+        time_us = found.get((cost.layer, cost.side))
         yield (
             f"| {cost.layer} | {cost.side} | {cost.bytes / 1e6:.2f} | {cost.barriers} | {before:.1f} | {after:.1f} | "
-            f"{'unmeasured' if seen is None else f'{seen:.1f}'} |"
+            f"{'unmeasured' if time_us is None else f'{time_us:.1f}'} |"
         )
     chain = measured_chain(day, model)
-    seen = (
+    chain_us = (
         f"{chain['early']:.1f} (in turn {chain['in turn']:.1f}, late {chain['late']:.1f})"
         if chain
         else "unmeasured"
     )
     yield (
         f"| all four | 8 launches | {total['bytes'] / 1e6:.1f} | "
-        f"| {total['before']:.1f} | {total['after']:.1f} | {seen} |"
+        f"| {total['before']:.1f} | {total['after']:.1f} | {chain_us} |"
     )
     floor = total["bytes"] / BANDWIDTH / 1e6
     ends = " to ".join(f"{layers * total[when] / 1e3:.2f}" for when in ("before", "after"))

@@ -38,6 +38,8 @@ class FakeLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, bits: int) -> None:
         super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
         self.register_buffer("weight", weight)
         self.register_buffer("bias", bias)
         self.bits = bits
@@ -66,7 +68,7 @@ def hadamard(order: int) -> Tensor:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     if len(matrix) != order:
         raise ValueError(f"expected a power of two as the order of a Sylvester matrix, found {order}")
-    return matrix / order**0.5
+    return matrix.div(order**0.5)
 
 
 def random_hadamard(groups: int, order: int, generator: torch.Generator) -> Tensor:

@@ -160,7 +160,7 @@ async def worst_gap(client: AsyncOpenAI, model: str, prompt: list[int], answer: 
     reply = await client.completions.create(
         model=model, prompt=[*prompt, *answer], max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
     )
-    tables = reply.choices[0].prompt_logprobs[len(prompt) :]  # type: ignore[attr-defined]
+    tables = reply.choices[0].prompt_logprobs[len(prompt) :]
     gaps = []
     for token, table in zip(answer, tables, strict=True):
         values = {int(key): float(value["logprob"]) for key, value in table.items()}
@@ -176,7 +176,9 @@ async def judge(
     for index, reference in enumerate(references):
         others.setdefault(tuple(reference.tokens), set()).add(index)
     counts = dict.fromkeys(("compared", "identical", "mixed_up", "rescored"), 0)
-    gaps, controls, different = [], [], []
+    gaps: list[float] = []
+    controls: list[float] = []
+    different: list[dict[str, Any]] = []
     async with AsyncOpenAI(base_url=server.url, api_key="none") as client:
         for request, answer in zip(plan, answers, strict=True):
             if request.kind == "malformed" or answer.error:

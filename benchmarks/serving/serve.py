@@ -44,7 +44,8 @@ def weight_bytes(folder: Path) -> int:
     hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     attention = config["head_dim"] * 2 * (heads + config["num_key_value_heads"])
     vocabulary = config["vocab_size"] * (1 if config["tie_word_embeddings"] else 2)
-    return 2 * hidden * (config["num_hidden_layers"] * (attention + 3 * wide) + vocabulary)
+    total: int = 2 * hidden * (config["num_hidden_layers"] * (attention + 3 * wide) + vocabulary)
+    return total
 
 
 def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ them, and a server started with --enable-auto-tool-choice --tool-call-parser NAM
 
 import argparse
 import json
+from typing import Any
 
 from openai import APIConnectionError, BadRequestError, OpenAI
 
@@ -36,7 +37,7 @@ def weather(town: str) -> str:
 
 def call_tools(client: OpenAI, model: str, max_tokens: int) -> str:
     """Offer a tool, run it when the model calls it, and return the answer."""
-    messages: list = [{"role": "user", "content": "Do I need an umbrella in Bergen now?"}]
+    messages: list[Any] = [{"role": "user", "content": "Do I need an umbrella in Bergen now?"}]
     try:
         reply = client.chat.completions.create(
             model=model, messages=messages, tools=TOOLS, max_tokens=max_tokens

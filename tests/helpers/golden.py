@@ -1,7 +1,7 @@
-"""Prompts whose activations stay clear of rounding ties, and what the definition answers to them.
+"""Prompts whose activations stay clear of rounding ties, with the reference implementation's answers.
 
-At a tie, float32 sums in another order may round to the neighbouring code, which is no error but moves the fourth
-decimal of a log probability.
+Near a tie, float32 sums in another order may round to the neighbouring code, which is not an error but changes the
+fourth decimal of a log probability.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SAFE_MARGIN = 1.5e-4
 
 @dataclass(frozen=True)
 class Golden:
-    """A prompt, what the reference answers, and its log probabilities [length, vocabulary] for both."""
+    """A prompt, the reference's answer, and its log probabilities [length, vocabulary] for both."""
 
     prompt: list[int]
     answer: list[int]
@@ -30,7 +30,7 @@ class Golden:
 
 
 def margin_of(x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> float:
-    """How close an input x [..., K] of a layer comes to a rounding tie, in codes."""
+    """Return the distance of a layer's input x [..., K] from a rounding tie, in codes."""
     if spec.bits == 16:
         return 0.5
     flat = x.reshape(-1, spec.in_features)
@@ -43,27 +43,29 @@ def margin_of(x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> float:
 
 
 def load_reference(folder: Path) -> nn.Module:
-    """transformers' model in float32 with the definition in every quantized layer."""
+    """Load a checkpoint with transformers in float32, with the reference implementation in every quantized layer."""
     from transformers import AutoModelForCausalLM
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(hf.BACKEND_VARIABLE, hf.REFERENCE)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    model.eval()
+    assert isinstance(model, nn.Module)
+    return model
 
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Callable[[], float]]:
-    """Watch the quantized layers of `load_reference`: the function given tells the margin since it was last asked."""
+    """Watch the quantized layers of a model; yield a function that returns the smallest margin since its last call."""
     margins: list[float] = []
 
     def watch(layer: hf.BWLALinear, inputs: tuple[Tensor, ...]) -> None:
         margins.append(margin_of(inputs[0], layer.stored(), layer.spec))
 
     def smallest() -> float:
-        found = min(margins)
+        margin = min(margins)
         margins.clear()
-        return found
+        return margin
 
     layers = [module for module in model.modules() if isinstance(module, hf.BWLALinear)]
     handles = [layer.register_forward_pre_hook(watch) for layer in layers]
@@ -76,7 +78,7 @@ def watched(model: nn.Module) -> Iterator[Callable[[], float]]:
 def find_golden(
     model: nn.Module, margin: Callable[[], float], vocabulary: int, length: int = PROMPT_LENGTH
 ) -> Golden:
-    """A random prompt that stays clear of ties while `model` answers it; `margin` tells of its last run."""
+    """Return a random prompt that `model` answers without ties; `margin` returns the margin of its last run."""
     for seed in range(1000):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, vocabulary, (length,), generator=generator).tolist()
@@ -87,4 +89,4 @@ def find_golden(
                 break
         else:
             return Golden(tokens[:length], tokens[length:], logits.log_softmax(-1))
-    raise AssertionError("no prompt stays clear of rounding ties")
+    raise AssertionError("expected a prompt that stays clear of rounding ties, found none in 1000 seeds")

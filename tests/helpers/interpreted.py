@@ -1,8 +1,8 @@
-"""Sees to it that the Triton kernels are interpreted where there is no GPU, whoever imports them first.
+"""Run the Triton kernels in the interpreter if there is no GPU.
 
-A kernel is interpreted or compiled according to TRITON_INTERPRET at the moment its decorator runs. Every conftest.py
-whose test modules import kernels imports this module, which sets the variable, and its `pytest_collection_finish`,
-which takes it back after the collection: the servers that other tests start must not inherit it.
+A kernel is interpreted or compiled depending on TRITON_INTERPRET when its decorator runs. Each conftest.py whose test
+modules import kernels imports this module, which sets the variable, and its `pytest_collection_finish`, which unsets it
+after the collection: servers that other tests start must not inherit it.
 """
 
 import os
@@ -16,10 +16,9 @@ VARIABLE = "TRITON_INTERPRET"
 
 
 def _interpret_library() -> None:
-    """Turn Triton's own helpers (`tl.sum`, `tl.zeros`, ...) into interpreted ones.
+    """Replace Triton's own helpers (`tl.sum`, `tl.zeros`, ...) by interpreted ones.
 
-    Another test may have imported Triton before (transformers does); then they were decorated for the compiler,
-    and the interpreter cannot call them.
+    If Triton was imported before, as transformers does, they are compiled functions, which the interpreter cannot call.
     """
     import triton.language as tl
     from triton import JITFunction
@@ -48,6 +47,6 @@ else:
 
 
 def pytest_collection_finish() -> None:
-    """Let nothing outside these tests see the variable."""
+    """Unset the variable."""
     if INTERPRETED:
         os.environ.pop(VARIABLE, None)

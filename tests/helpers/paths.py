@@ -1,4 +1,4 @@
-"""Where the repository and its example stand, for every test."""
+"""Paths of the repository and of its example."""
 
 from pathlib import Path
 

@@ -18,7 +18,8 @@ def normal(*shape: int, seed: int = 1) -> Tensor:
 def random_rotation(groups: int, order: int, generator: torch.Generator) -> Tensor:
     """Return orthogonal matrices, float64 [G, order, order]."""
     square = torch.randn(groups, order, order, generator=generator, dtype=torch.float64)
-    return torch.linalg.qr(square).Q
+    orthogonal: Tensor = torch.linalg.qr(square).Q
+    return orthogonal
 
 
 def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Whole engines on tiny checkpoints. The golden test: at float32, vLLM answers as the definition, to 4 decimals."""
+"""Engines on tiny checkpoints: at float32, log probabilities equal the reference implementation's to 4 decimals."""
 
 import copy
 import json
@@ -50,7 +50,7 @@ def test_compiled_equals_reference(
 def test_bfloat16_is_as_close_as_transformers(
     qwen3: Any, golden: Any, start: Callable[..., Any], score: Callable[..., Any]
 ) -> None:
-    """The yardstick is the definition's own error when everything around the layers is bfloat16."""
+    """The yardstick is the reference implementation's own error when everything around the layers is bfloat16."""
     with torch.no_grad():
         logits = copy.deepcopy(qwen3.model).bfloat16()(torch.tensor([golden.prompt])).logits[0]
     yardstick = (logits.float().log_softmax(-1) - golden.logprobs[: len(golden.prompt)]).abs().mean()

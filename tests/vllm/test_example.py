@@ -1,4 +1,4 @@
-"""The converted example in vLLM against the definition put into transformers' model."""
+"""The converted example in vLLM against the reference implementation put into transformers' model."""
 
 import copy
 from pathlib import Path
@@ -19,7 +19,7 @@ SAFE_MARGIN = 3e-5
 
 
 @pytest.fixture(scope="module")
-def definition(example_bwla: Path):
+def reference_model(example_bwla: Path):
     """The reference model of the shared checkpoint."""
     return load_reference(example_bwla)
 
@@ -64,19 +64,19 @@ def test_greedy_answers_and_logprobs_agree_without_activation_rounding(
         assert (wanted[range(STEPS), tokens] - torch.tensor(logprobs)).abs().max() <= 1e-3
 
 
-def test_six_bit_answers_differ_no_more_than_the_definition_from_itself(
-    example_bwla: Path, definition, text_ids: Tensor, start
+def test_six_bit_answers_differ_no_more_than_the_reference_model_from_itself(
+    example_bwla: Path, reference_model, text_ids: Tensor, start
 ) -> None:
-    """Rounding activations to 6 bits turns the last bit of a float32 sum, at a tie, into a whole code, and that
-    into differences of up to 0.5 in a log probability, whoever computes it. The yardstick is the definition with
-    its embeddings changed by one part in 10^7.
+    """At a rounding tie, the last bit of a float32 sum changes a 6-bit code, and log probabilities by up to 0.5.
+
+    The difference is compared with that of the reference implementation, whose embeddings are changed by 1e-7.
     """
-    nudged = copy.deepcopy(definition)
+    nudged = copy.deepcopy(reference_model)
     noise = torch.randn(nudged.model.embed_tokens.weight.shape, generator=torch.Generator().manual_seed(0))
     nudged.model.embed_tokens.weight.data *= 1 + 1e-7 * noise
     ours, yardstick, same = [], [], []
     for prompt, tokens, logprobs in greedy(start(example_bwla, max_model_len=128), text_ids):
-        wanted = logprobs_of(definition, [*prompt, *tokens])[len(prompt) - 1 : -1]
+        wanted = logprobs_of(reference_model, [*prompt, *tokens])[len(prompt) - 1 : -1]
         other = logprobs_of(nudged, [*prompt, *tokens])[len(prompt) - 1 : -1]
         picked = wanted[range(STEPS), tokens]
         ours += (picked - torch.tensor(logprobs)).abs().tolist()
@@ -84,7 +84,7 @@ def test_six_bit_answers_differ_no_more_than_the_definition_from_itself(
         same += (wanted.argmax(-1) == torch.tensor(tokens)).tolist()
     mean, allowed = sum(ours) / len(ours), sum(yardstick) / len(yardstick)
     print(
-        f"mean difference {mean:.5f}, the definition's from itself {allowed:.5f}, same tokens {sum(same)}/{len(same)}"
+        f"mean difference {mean:.5f}, the reference's from itself {allowed:.5f}, same tokens {sum(same)}/{len(same)}"
     )
     assert mean <= 0.05
     assert mean <= 5 * allowed + 1e-3
@@ -92,20 +92,20 @@ def test_six_bit_answers_differ_no_more_than_the_definition_from_itself(
 
 
 def test_golden_prompt_logprobs_agree_to_four_decimals(
-    example_bwla: Path, definition, text_ids: Tensor, start, score
+    example_bwla: Path, reference_model, text_ids: Tensor, start, score
 ) -> None:
     """At a rounding tie the next code is as right, so prompts that come close to one are left out."""
     prompts = [text_ids[50 * i : 50 * i + 8].tolist() for i in range(60)]
     safe = []
-    with watched(definition) as margin:
+    with watched(reference_model) as margin:
         for prompt in prompts:
-            logprobs_of(definition, prompt)
+            logprobs_of(reference_model, prompt)
             safe += [prompt] if margin() > SAFE_MARGIN else []
     safe = safe[:6]
     assert len(safe) >= 3
     engine = start(example_bwla, max_model_len=128)
     for prompt in safe:
-        wanted = logprobs_of(definition, prompt)
+        wanted = logprobs_of(reference_model, prompt)
         for step, table in enumerate(score(engine, prompt)):
             for token, value in table.items():
                 assert value == pytest.approx(wanted[step, token].item(), abs=1e-4)

@@ -1,4 +1,4 @@
-"""Every family from end to end: a tiny random model is converted and served, and answers as the definition does."""
+"""A tiny random model of every family is converted, served, and answers as the reference implementation does."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -220,7 +220,7 @@ def test_what_stays(which: str) -> None:
 
 
 def test_vllms_own_silu_kernel() -> None:
-    """Where vLLM is told to use its custom op, the graph holds it functionalized."""
+    """If vLLM is configured to use its custom op, the graph holds it functionalized."""
     from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
     packet = getattr(torch.ops._C, "silu_and_mul", None)

@@ -1,7 +1,7 @@
 """`BWLALinearMethod` and its parameters, in vLLM's own layer classes, on made-up tensor-parallel ranks.
 
 Only the rank and the size are made up: constructors, weight loaders and narrowing are vLLM's, so what comes
-out of all ranks together must equal the definition.
+out of all ranks together must equal the reference implementation.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def config() -> BWLAConfig:
 
 @pytest.fixture
 def stored(config: BWLAConfig, make_layer: Callable[..., Any]) -> Stored:
-    """What the checkpoint holds for each linear; groups share their input side."""
+    """What the checkpoint holds for each linear; groups share their input transform."""
     sizes = {
         **{name: (rows, HIDDEN) for name, rows in QKV_ROWS.items()},
         "gate_proj": (INNER, HIDDEN),

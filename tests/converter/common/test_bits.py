@@ -1,4 +1,4 @@
-"""The bits ledger: every stored bit is counted, and the automatic rank stays within its budget."""
+"""Bits per weight: everything stored is counted, and the automatic rank stays within its budget."""
 
 import pytest
 from bwla_converter.common.bits import (

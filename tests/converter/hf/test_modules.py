@@ -1,4 +1,4 @@
-"""A BWLA checkpoint in transformers: same numbers as the definition, saves back unchanged, refuses damage."""
+"""BWLA checkpoints in transformers: the reference implementation's numbers, saving, and refusal of damage."""
 
 import hashlib
 import json

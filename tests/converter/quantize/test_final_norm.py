@@ -1,4 +1,4 @@
-"""The last norm in closed form: least squares a channel, for every kind of norm."""
+"""The final norm in closed form: least squares a channel, for every kind of norm."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Layers, inputs and the comparison with the definition for tests of the GPU's input side."""
+"""Layers, inputs and comparisons with the reference implementation for tests of the GPU's input transform."""
 
 import torch
 from bwla_kernels import reference
@@ -9,7 +9,7 @@ from random_tensors import random_layer
 from torch import Tensor
 
 NORM_BOUND = 2.0**-16
-"""Worst-case error of x_hat, in units of the 2-norm of the token's block (the kernel's docstring derives it)."""
+"""Worst-case error of x_hat in units of the 2-norm of the token's rotation group, see the kernel's docstring."""
 
 
 def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -22,12 +22,12 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> dict[str
     return tensors
 
 
-def make_spec(blocks: int, n1: int, n2: int, rank: int = 0, bits: int = 6, clip: float = 1.0) -> LayerSpec:
-    return LayerSpec(64, blocks * n1 * n2, blocks, n1, n2, rank=rank, bits=bits, clip=clip)
+def make_spec(groups: int, n1: int, n2: int, rank: int = 0, bits: int = 6, clip: float = 1.0) -> LayerSpec:
+    return LayerSpec(64, groups * n1 * n2, groups, n1, n2, rank=rank, bits=bits, clip=clip)
 
 
 def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> Tensor:
-    """Tokens of very different magnitudes, with outliers."""
+    """Return tokens of very different magnitudes, with outliers."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(m, k, generator=generator) * 10.0 ** torch.randint(-2, 3, (m, 1), generator=generator)
     x[:, :: max(1, k // 5)] *= 20
@@ -36,26 +36,26 @@ def make_input(m: int, k: int, dtype: torch.dtype, device: torch.device, seed: i
 
 def assert_close_to(prepared: QuantizedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
     """Check every output against float64 on the same input."""
-    m, blocks = x.shape[0], spec.rotation_groups
+    m, groups = x.shape[0], spec.rotation_groups
     exact = reference.rotate(x.double(), tensors["rotation_left"], tensors["rotation_right"])
-    cells = (exact * tensors["column_scale"].double()).unflatten(1, (blocks, spec.group_width))
-    norm = x.double().unflatten(1, (blocks, spec.group_width)).norm(dim=-1, keepdim=True)
+    cells = (exact * tensors["column_scale"].double()).unflatten(1, (groups, spec.group_width))
+    norm = x.double().unflatten(1, (groups, spec.group_width)).norm(dim=-1, keepdim=True)
     error = norm * NORM_BOUND * tensors["column_scale"].max().double()
     step = cells.abs().amax(-1, keepdim=True) * spec.clip / spec.q_max
     assert prepared.scale.dtype == torch.float32
-    assert prepared.scale.shape == (m, blocks)
+    assert prepared.scale.shape == (m, groups)
     off = (prepared.scale.double().unsqueeze(-1) - step).abs()
     assert (off <= error / spec.q_max + 1e-6 * step).all()
 
-    q = prepared.q.unflatten(1, (blocks, spec.group_width))
+    q = prepared.q.unflatten(1, (groups, spec.group_width))
     assert prepared.q.dtype == torch.int8
     nonzero = step > 0
     ideal = torch.where(nonzero, cells / step, 0).clamp(-spec.q_max, spec.q_max)
     slack = torch.where(nonzero, 3 * error / step, 0)
     assert ((q.double() - ideal).abs() <= 0.5 + slack).all()
-    wanted = reference.prepare_input(x, tensors, spec)
-    differing = (prepared.q != wanted.q).sum().item()
-    assert (prepared.q.int() - wanted.q.int()).abs().max() <= 1
+    expected = reference.prepare_input(x, tensors, spec)
+    differing = (prepared.q != expected.q).sum().item()
+    assert (prepared.q.int() - expected.q.int()).abs().max() <= 1
     assert differing <= 2 + prepared.q.numel() // 1000
 
     assert prepared.q_sum.dtype == torch.int32
@@ -69,8 +69,8 @@ def assert_close_to(prepared: QuantizedInput, x: Tensor, tensors: dict[str, Tens
         assert prepared.u is None
 
 
-def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
-    """Bit by bit, as `QuantizedInput.planes` describes it."""
+def reference_planes(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
+    """Build the planes bit by bit, as documented in `QuantizedInput.planes`."""
     chunks = -(-spec.group_width // chunk)
     out = torch.zeros(q.shape[0], spec.bits, spec.rotation_groups * chunks, chunk // 8, dtype=torch.uint8)
     for g in range(spec.rotation_groups):
@@ -86,22 +86,22 @@ def planes_by_definition(q: Tensor, spec: LayerSpec, chunk: int) -> Tensor:
 
 
 def vllm_rms_norm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The definition in vLLM's `ir/ops/layernorm.py`, in our words."""
+    """Compute RMSNorm as vLLM's `ir/ops/layernorm.py` does."""
     total = x.float() if residual is None else x.float() + residual.float()
     scaled = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
     return (scaled.to(weight.dtype) * weight).to(x.dtype), total.to(x.dtype)
 
 
 def assert_fused(prepared: QuantizedInput, x: Tensor, tensors: dict[str, Tensor], spec: LayerSpec) -> None:
-    """Fused inputs may differ from torch's by one rounding of an element (exp, rsqrt): a few codes by one."""
-    wanted = reference.prepare_input(x, tensors, spec)
-    difference = (prepared.q.int() - wanted.q.int()).abs()
+    """Compare with the reference; fused inputs may differ by one rounding (exp, rsqrt), and so a few codes by one."""
+    expected = reference.prepare_input(x, tensors, spec)
+    difference = (prepared.q.int() - expected.q.int()).abs()
     assert difference.max() <= 1
     assert difference.sum() <= 1 + difference.numel() // 100
-    torch.testing.assert_close(prepared.scale, wanted.scale, rtol=1e-3, atol=0)
+    torch.testing.assert_close(prepared.scale, expected.scale, rtol=1e-3, atol=0)
     assert torch.equal(
         prepared.q_sum, prepared.q.unflatten(1, (spec.rotation_groups, -1)).int().sum(-1).int()
     )
     assert prepared.u is not None
-    assert wanted.u is not None
-    torch.testing.assert_close(prepared.u, wanted.u, rtol=1e-3, atol=1e-3 * wanted.u.abs().max().item())
+    assert expected.u is not None
+    torch.testing.assert_close(prepared.u, expected.u, rtol=1e-3, atol=1e-3 * expected.u.abs().max().item())
