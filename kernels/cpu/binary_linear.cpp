@@ -261,7 +261,7 @@ BWLA_API int32_t bwla_linear(const bwla_layer* layer, const uint8_t* packed, con
     return execute(*layer, c, threads);
 }
 
-// The input side alone: x -> codes q [m, k], scale float32 [m, blocks], u float32 [m, rank].
+// Only the input transform: x -> codes q [m, k], scale float32 [m, blocks], u float32 [m, rank].
 BWLA_API int32_t bwla_prepare_input(const bwla_layer* layer, const uint8_t* packed, const void* x, int64_t m,
                                     int64_t x_stride, int32_t dtype, int8_t* q, float* scale, float* u,
                                     int32_t threads) {
@@ -271,7 +271,7 @@ BWLA_API int32_t bwla_prepare_input(const bwla_layer* layer, const uint8_t* pack
     return execute(*layer, c, threads);
 }
 
-// The weight side alone, without the bias, from codes that fit the layer's bits: q, scale, u -> out [m, n].
+// Only the GEMM, without the bias, from codes that fit the layer's bits: q, scale, u -> out [m, n].
 BWLA_API int32_t bwla_binary_matmul(const bwla_layer* layer, const uint8_t* packed, const int8_t* q,
                                     const float* scale, const float* u, int64_t m, void* out, int32_t dtype,
                                     int32_t threads) {

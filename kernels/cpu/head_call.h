@@ -1,5 +1,5 @@
-// One call of the 8-bit head (kernels/head.py is its definition), and the codes of its tokens. Nothing here
-// depends on the instruction set.
+// One call of the 8-bit head (reference implementation: kernels/head.py), and the codes of its tokens.
+// Nothing here depends on the instruction set.
 #pragma once
 
 #include "plan.h"

@@ -40,7 +40,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Sizes {
-    int64_t n, blocks, n1, n2, rank;
+    int64_t n, blocks, n1, n2, rank;  // blocks: rotation groups of n1 x n2 columns
 
     int64_t width() const { return n1 * n2; }
     int64_t k() const { return blocks * n1 * n2; }

@@ -1,4 +1,4 @@
-// The weight side: panels of 64 rows times tiles of at most kMaxTile code planes.
+// The GEMM: panels of 64 rows times tiles of at most kMaxTile code planes.
 
 static void store_output(int32_t dtype, void* out, int64_t at, V a, int64_t n) {
     if (dtype == kFloat32) {

@@ -8,7 +8,7 @@ namespace bwla {
 
 enum Dtype : int32_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2 };
 
-// One call. The input side is computed where `x` is set (else q, scale and u are given), the weight side
+// One call. The input transform is computed where `x` is set (else q, scale and u are given), the GEMM
 // where `out` or `sums` is set.
 struct Call {
     const uint8_t* packed;
@@ -16,15 +16,15 @@ struct Call {
     int64_t m;
     int32_t bits;
     double clip;
-    // Input side.
+    // Input transform.
     const void* x;  // [m, k], rows x_stride elements apart
     int64_t x_stride;
     int32_t x_dtype;
-    // Between the sides; null: kept in the workspace.
+    // Between the two; null: kept in the workspace.
     int8_t* q;     // [m, k]
     float* scale;  // [m, blocks]
     float* u;      // [m, rank]
-    // Weight side.
+    // GEMM.
     const void* bias;  // [n], or null
     int32_t bias_dtype;
     void* out;  // [m, n]
@@ -63,8 +63,8 @@ struct Scratch {
     Tables tables;   // where tables are not shared
 };
 
-// How a call is cut. The input side: threads take whole blocks, or, where there are too few, share each block
-// (`split`). The tables: with many tiles threads share them; with a single tile each builds its own from the
+// How a call is cut. The input transform: threads take whole blocks, or, where there are too few, share each
+// block (`split`). The tables: with many tiles threads share them; with a single tile each builds its own from the
 // codes (`private_tables`), since they are four times larger than the codes and cores may be far apart.
 struct Plan {
     int threads;

@@ -1,4 +1,4 @@
-// The input side of a batch of tokens: codes, scales and u, and the lookup tables.
+// The input transform of a batch of tokens: codes, scales and u, and the lookup tables.
 
 struct Batch {
     int64_t first, tokens;

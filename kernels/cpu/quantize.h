@@ -1,4 +1,4 @@
-// Elementwise steps of the input side: conversion, column scale and maximum, codes, digits.
+// Elementwise steps of the input transform: conversion, column scale and maximum, codes, digits.
 
 static void convert(int32_t dtype, const void* from, int64_t offset, float* to, int64_t n) {
     if (dtype == kFloat32) {

@@ -177,8 +177,8 @@ inline void check_status(int32_t status) {
     if (status) throw std::runtime_error("bwla: the CPU kernel failed with status " + std::to_string(status));
 }
 
-// linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int blocks, int n1, int n2, int rank, int bits,
-//            float clip) -> Tensor
+// linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int rotation_groups, int n1, int n2,
+//            int rank, int bits, float clip) -> Tensor
 inline void linear_op(Value* stack, uint64_t, uint64_t) {
     const Tensor packed(stack[1]);
     const std::optional<Tensor> bias = optional_tensor(stack[2]);

@@ -171,7 +171,7 @@ def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
 
 
 def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int) -> MatmulConfig:
-    """Choose for few tokens: split the columns into shares of two or more chunks, for two programs per multiprocessor."""
+    """Choose for few tokens: split the columns into shares of two or more chunks, for two programs per SM."""
     entry = next(e for e in arch["skinny"] if m <= e["block_m"])
     tiles = rows // entry["block_n"]
     split = next(
