@@ -16,7 +16,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def read_documents(path: Path) -> list[str]:
-    """The documents of one UTF-8 file; two or more blank lines separate documents.
+    """Return the documents of a UTF-8 file; two or more blank lines separate documents.
 
     Byte order marks are removed: some public-domain editions have them inside sentences.
     Raises ValueError when the file cannot be read, is not UTF-8 or holds no text.
@@ -37,13 +37,13 @@ def read_documents(path: Path) -> list[str]:
 
 
 def describe_file(path: Path) -> dict[str, object]:
-    """Name, size in bytes and SHA-256 of one input file, for the record."""
+    """Return the name, size in bytes and SHA-256 of an input file."""
     data = path.read_bytes()
     return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocab_size` entries; <|endoftext|> (begin and end) is entry 0.
+    """Train a byte-level BPE tokenizer of `vocab_size` entries; <|endoftext|> (begin and end) is entry 0.
 
     Raises ValueError when the text is too small to fill the vocabulary.
     """
@@ -73,9 +73,9 @@ def train_tokenizer(documents: list[str], vocab_size: int, max_length: int) -> P
 def load_stream(
     tokenizer: PreTrainedTokenizerFast, paths: list[Path], option: str, window: int
 ) -> tuple[Tensor, int]:
-    """One int64 token stream [tokens] of some files, and the size of their text in bytes.
+    """Return one int64 token stream [tokens] of several files, and the size of their text in bytes.
 
-    Every document starts with <|endoftext|>. Raises ValueError when there is no more than one window.
+    Every document starts with <|endoftext|>. Raises ValueError when the text does not exceed one window.
     """
     documents = [document for path in paths for document in read_documents(path)]
     end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
@@ -87,7 +87,7 @@ def load_stream(
 
 
 def batches(stream: Tensor, window: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless int64 [batch, window + 1] batches of `stream` [tokens].
+    """Yield int64 batches [batch, window + 1] of `stream` [tokens] without end.
 
     Each pass over the text cuts it at a new random phase and takes the pieces in a new random order.
     """

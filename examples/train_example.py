@@ -36,7 +36,7 @@ from examples.example_text import batches, describe_file, load_stream, read_docu
 
 MAX_WEIGHT_BYTES = 4_000_000  # the folder lives in git
 SCORED_WINDOWS = 600  # about 300,000 tokens
-SPEED_STEPS = 30  # with --minutes: steps measured before the number of steps is fixed
+SPEED_STEPS = 30  # with --minutes: steps that are timed before the number of steps is fixed
 EXAMPLES = """examples:
   %(prog)s --text book1.txt book2.txt --valid other.txt --out my-model --minutes 20
   %(prog)s --text books/*.txt --valid valid.txt --test heldout.txt --out my-model --steps 3000
@@ -46,9 +46,9 @@ EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the weights, next to the text; sizes are in tokens.
+    """Training hyperparameters; sizes are in tokens.
 
-    Most steps take short windows, which are faster; the last ones teach the positions of the long window.
+    Most steps use short windows, which are faster; the last ones train the positions of the long window.
     """
 
     seed: int = 0
@@ -67,9 +67,9 @@ class Recipe:
 
 
 def model_config(**changes: object) -> Qwen3Config:
-    """The example's shape: 1,968,064 parameters; hidden and intermediate sizes are multiples of 64.
+    """Return the example's config (1,968,064 parameters), with `changes`; hidden sizes are multiples of 64.
 
-    `changes` replace any part of it.
+    `changes` replace entries of the config.
     """
     shape: dict[str, object] = {
         "vocab_size": 2048,
@@ -91,7 +91,7 @@ def model_config(**changes: object) -> Qwen3Config:
 
 
 def learning_rate(step: int, steps: int | None, recipe: Recipe) -> float:
-    """Linear warm-up, then cosine to a hundredth of `lr`; `steps` may be unknown during the warm-up."""
+    """Return the learning rate: linear warm-up, then cosine decay to `lr` / 100; `steps` may be unknown in the warm-up."""
     if step < recipe.warmup or steps is None:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / (steps - recipe.warmup)
@@ -99,7 +99,7 @@ def learning_rate(step: int, steps: int | None, recipe: Recipe) -> float:
 
 
 def make_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; matrices decay, norm weights do not."""
+    """Return AdamW with weight decay for matrices only."""
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -109,9 +109,9 @@ def make_optimizer(model: Qwen3ForCausalLM, recipe: Recipe) -> torch.optim.AdamW
 
 @torch.no_grad()
 def evaluate(model: Qwen3ForCausalLM, stream: Tensor, window: int, limit: int | None = None) -> float:
-    """Mean next-token loss in nats over non-overlapping windows of `stream`, int64 [tokens].
+    """Return the mean next-token loss in nats over non-overlapping windows of `stream`, int64 [tokens].
 
-    Every window stands alone, so 512 tokens give 511 predictions. `limit` takes that many windows, spread
+    Windows share no context, so 512 tokens give 511 predictions. With `limit`, only that many windows are used, spread
     evenly over the stream.
     """
     windows = stream[: len(stream) // window * window].view(-1, window)
@@ -125,7 +125,7 @@ def evaluate(model: Qwen3ForCausalLM, stream: Tensor, window: int, limit: int | 
 
 
 def steps_for(minutes: float, seconds_a_step: float, recipe: Recipe) -> int:
-    """How many steps fit into `minutes`; at least twice the warm-up, so that the rate can fall again."""
+    """Return the number of steps that fit into `minutes`, at least twice the warm-up."""
     return max(2 * recipe.warmup, round(minutes * 60 / seconds_a_step))
 
 
@@ -211,7 +211,7 @@ def train(
 
 
 def scores(model: Qwen3ForCausalLM, stream: Tensor, text_bytes: int, window: int) -> dict[str, float]:
-    """Loss (nats a token), perplexity, and bits a byte of text, which do not depend on the tokenizer.
+    """Return the loss (nats per token), the perplexity, and bits per byte, which do not depend on the tokenizer.
 
     A long text is scored on `SCORED_WINDOWS` windows, spread evenly.
     """
@@ -221,7 +221,7 @@ def scores(model: Qwen3ForCausalLM, stream: Tensor, text_bytes: int, window: int
 
 
 def processor_name() -> str:
-    """The processor's name where Linux tells it, otherwise its architecture."""
+    """Return the processor's name on Linux, otherwise its architecture."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(), re.M) if info.exists() else []
     return str(names[0]) if names else platform.machine()
@@ -245,14 +245,14 @@ def save_folder(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, out
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Read the command line; `--help` shows examples."""
     parser = argparse.ArgumentParser(
-        prog="train_example.py",
+        prog="python -m examples.train_example",
         description="Train the small example language model from scratch on plain text files.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, recipe = parser.add_argument, Recipe()
     add("--text", nargs="+", type=Path, required=True, metavar="FILE", help="text to train on")
-    add("--valid", type=Path, required=True, metavar="FILE", help="text to watch the loss on")
+    add("--valid", type=Path, required=True, metavar="FILE", help="text for the validation loss")
     add("--test", type=Path, metavar="FILE", help="text scored once, at the end")
     add("--out", type=Path, required=True, metavar="DIR", help="new or empty folder for the model")
     length = parser.add_mutually_exclusive_group()
@@ -260,7 +260,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     length.add_argument("--steps", type=int, help="exact number of steps instead of --minutes")
     add("--seed", type=int, default=recipe.seed, help="(default: %(default)s)")
     add("--lr", type=float, default=recipe.lr, help="highest learning rate (default: %(default)s)")
-    add("--batch", type=int, default=recipe.batch, help="tokens a step (default: %(default)s)")
+    add("--batch", type=int, default=recipe.batch, help="tokens per step (default: %(default)s)")
     add("--warmup", type=int, default=recipe.warmup, help="warm-up steps (default: %(default)s)")
     add("--every", type=int, default=100, help="steps between loss records (default: %(default)s)")
     add("--threads", type=int, default=recipe.threads, help="CPU threads (default: %(default)s)")
@@ -269,7 +269,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise ValueError, before any work, on values that cannot lead to a model."""
+    """Raise ValueError on invalid options."""
     for name in ("batch", "warmup", "every", "threads", "lr", "minutes"):
         value = getattr(args, name)
         if value <= 0:
@@ -283,12 +283,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.steps is None and args.warmup < SPEED_STEPS:
         raise ValueError(f"--warmup: --minutes needs at least {SPEED_STEPS}, found {args.warmup}; raise it")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"{args.out}: expected a new or empty folder, found something; choose another --out")
+        raise ValueError(
+            f"{args.out}: expected a new or empty folder, found files in it; choose another --out"
+        )
 
 
 def command_line(arguments: list[str]) -> str:
-    """The command as it was given, every path cut to its last part."""
-    return shlex.join(["python", "train_example.py", *(Path(a).name if "/" in a else a for a in arguments)])
+    """Return the command line, with the last component of each path only."""
+    return shlex.join(
+        ["python", "-m", "examples.train_example", *(Path(a).name if "/" in a else a for a in arguments)]
+    )
 
 
 def run(arguments: list[str], console: Console) -> None:
@@ -315,7 +319,7 @@ def run(arguments: list[str], console: Console) -> None:
     record = train(model, data, valid, recipe, args.steps, args.minutes, args.every, console)
     save_folder(model.to(torch.bfloat16), tokenizer, args.out)
 
-    # What counts is the file: bfloat16 weights, read back.
+    # Score the bfloat16 weights as written.
     saved = Qwen3ForCausalLM.from_pretrained(args.out, dtype=torch.bfloat16)
     final = {name: scores(saved, *streams[name], recipe.window) for name in streams}
     packages = ("torch", "transformers", "tokenizers", "safetensors")
