@@ -91,7 +91,7 @@ def model_config(**changes: object) -> Qwen3Config:
 
 
 def learning_rate(step: int, steps: int | None, recipe: Recipe) -> float:
-    """Return the learning rate: linear warm-up, then cosine decay to `lr` / 100; `steps` may be unknown in the warm-up."""
+    """Return the learning rate: linear warm-up, cosine decay to `lr` / 100; the warm-up does not need `steps`."""
     if step < recipe.warmup or steps is None:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / (steps - recipe.warmup)
