@@ -109,7 +109,7 @@ def greedy_answers(engine: Any) -> list[tuple[list[int], list[dict[int, Any]]]]:
 def test_the_example_says_the_same_on_two_ranks(
     example_bwla: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Converted with the 8-bit head; o_proj and down_proj are cut between rotation blocks."""
+    """Converted with the 8-bit head; o_proj and down_proj are sharded between rotation groups."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     one = greedy_answers(start(example_bwla, max_model_len=128))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -48,7 +48,7 @@ def test_tables_of_two_tritons_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     write_rows(path, [row("a")], "command")
     path.write_text(path.read_text().replace(f'"triton": "{version("triton")}"', '"triton": "2.0.0"'))
-    with pytest.raises(BackendError, match="found one made with 2.0.0: give each Triton a file of its own"):
+    with pytest.raises(BackendError, match="found one made with 2.0.0: use a separate file for each Triton"):
         read_rows(path)
 
 
