@@ -150,7 +150,7 @@ def test_mlp_inputs_over_ranks(size: int, config: BWLAConfig, stored: Stored, on
 def test_input_sharded_layer_over_ranks(
     size: int, config: BWLAConfig, stored: Stored, on_rank: OnRank
 ) -> None:
-    """Each tensor-parallel rank rotates and scales whole rotation groups, so the sum of the ranks is the unsharded layer."""
+    """Each rank rotates and scales whole rotation groups, so the sum of the ranks is the unsharded layer."""
     x, total = tokens(INNER), torch.zeros(5, HIDDEN)
     for rank, piece in enumerate(x.chunk(size, dim=1)):
         on_rank(rank, size)
