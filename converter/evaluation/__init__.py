@@ -1,1 +1,1 @@
-"""Perplexity of checkpoints on text."""
+"""Evaluation of checkpoints: perplexity on text."""

@@ -1,4 +1,4 @@
-"""Perplexity, from one function for demo, tests and benchmarks."""
+"""Perplexity of a model on text; the demo, the tests, `bwla-eval` and the benchmarks all use this module."""
 
 import math
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexities of an original and its BWLA version on the same windows."""
+    """Perplexities of the original model and of its BWLA checkpoint on the same text."""
 
     original: float
     bwla: float
 
     @property
     def ratio(self) -> float:
-        """BWLA's perplexity over the original's."""
+        """Perplexity of the BWLA checkpoint divided by that of the original."""
         return self.bwla / self.original
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Perplexity:
 
 
 def windows_of(ids: Tensor, window: int) -> Tensor:
-    """Cut a token stream [T] into whole windows [T // window, window]; the rest is dropped.
+    """Split token ids [T] into consecutive windows [T // window, window]; the remainder is dropped.
 
     Raises:
         SourceError: the text is shorter than one window.
@@ -36,7 +36,7 @@ def windows_of(ids: Tensor, window: int) -> Tensor:
     count = ids.numel() // window
     if count == 0:
         raise SourceError(
-            f"expected at least {window} tokens of text, found {ids.numel()}: give a longer file"
+            f"expected at least {window} tokens of text, found {ids.numel()}: use a longer text or a shorter window"
         )
     return ids[: count * window].view(count, window)
 
@@ -48,13 +48,13 @@ def perplexity(
     batch: int = 4,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> float:
-    """exp of the mean next-token negative log likelihood over independent windows, as the papers do it.
+    """Return exp of the mean negative log-likelihood of the next token, over independent windows, as papers report it.
 
     Args:
         model: a causal language model.
-        windows: token ids [count, window]; each window predicts its tokens 1.. from those before.
-        batch: windows at a time.
-        on_batch: called with the number of windows done.
+        windows: token ids [count, window]; every token but the first of a window is predicted from those before it.
+        batch: number of windows in a batch.
+        on_batch: called after each batch with its number of windows.
     """
     total, count = 0.0, 0
     for rows in windows.split(batch):
@@ -68,14 +68,14 @@ def perplexity(
 
 
 def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | None = None) -> Perplexity:
-    """Perplexity of a model and of its BWLA checkpoint on the same windows of a text.
+    """Measure the perplexity of a model and of its BWLA checkpoint on the same text.
 
     Args:
         model: folder of the original.
-        bwla: folder of the checkpoint that was made from it.
-        text: what to predict.
-        window: tokens a window.
-        limit: windows to use at most.
+        bwla: folder of the checkpoint that was converted from it.
+        text: the text to predict.
+        window: tokens per window.
+        limit: maximum number of windows; None for all.
 
     Raises:
         SourceError: the text is shorter than one window.
@@ -92,5 +92,5 @@ def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | 
 
 
 def compare(model: Path, bwla: Path, text: Path, window: int = 512, limit: int | None = None) -> Perplexity:
-    """`compare_texts` on a UTF-8 text file."""
+    """Call `compare_texts` with the contents of a UTF-8 text file."""
     return compare_texts(model, bwla, text.read_text(encoding="utf-8"), window, limit)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 from xml.etree import ElementTree
 
 from markupsafe import Markup
@@ -20,12 +21,7 @@ COLOURS = 8
 """Number of colours that the page defines: classes `k0`... for lines, `b0`... for areas."""
 
 WIDTH, HEIGHT = 980, 300
-SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "bwla",
-    "path.simplify": True,
-    "axes.unicode_minus": False,
-}
+SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "bwla", "axes.unicode_minus": False}
 SVG = "{http://www.w3.org/2000/svg}"
 
 

@@ -136,7 +136,7 @@ def add_evaluation(folder: Path, evaluation: Path) -> None:
         )
     lines = "\n".join(f"| {name} | {original:.4g} | {bwla:.4g} |" for name, (original, bwla) in rows.items())
     section = (
-        f"\n## Evaluation\n\nText: {text_name}, in samples of {data.get('window')} tokens.\n\n"
+        f"\n## Evaluation\n\nText: {text_name}, sequence length {data.get('window')} tokens.\n\n"
         f"| | original | this model |\n|---|---|---|\n{lines}\n"
     )
     card = ModelCard(before + begin + section + end + after)

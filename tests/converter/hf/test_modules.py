@@ -121,7 +121,9 @@ def test_importing_the_package_is_enough_in_either_order(checkpoint: Path, impor
 
 
 def test_another_auto_class_is_refused_with_the_right_one(checkpoint: Path) -> None:
-    with pytest.raises(FormatError, match="found none called .*: load the checkpoint with AutoModelForCausalLM"):
+    with pytest.raises(
+        FormatError, match="found none called .*: load the checkpoint with AutoModelForCausalLM"
+    ):
         AutoModel.from_pretrained(checkpoint)
 
 

@@ -46,7 +46,9 @@ def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Pat
 def test_a_head_of_its_own_is_refused_where_vllm_has_no_place_for_it(make_model, tmp_path: Path) -> None:
     for options, config in (({"head_bits": 8}, {}), ({}, {"tie_word_embeddings": False})):
         folder = make_model("Gemma 2", **config)
-        with pytest.raises(SourceError, match="vLLM always uses the embedding as the head of Gemma2ForCausalLM"):
+        with pytest.raises(
+            SourceError, match="vLLM always uses the embedding as the head of Gemma2ForCausalLM"
+        ):
             convert(Options(str(folder), tmp_path / "out", **options))
     assert not (tmp_path / "out").exists()
 

@@ -80,7 +80,9 @@ def test_a_truncated_file(make_model, keep: int) -> None:
 def test_an_unknown_architecture(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", architectures=["MambaForCausalLM"])
-    refused(folder, "found the architecture MambaForCausalLM", "Qwen3ForCausalLM", "converter/source/families.py")
+    refused(
+        folder, "found the architecture MambaForCausalLM", "Qwen3ForCausalLM", "converter/source/families.py"
+    )
     refused(folder, GUIDE)
     assert (ROOT / GUIDE).is_file()
 
@@ -118,7 +120,11 @@ def test_values_that_are_not_finite_are_listed_whatever_they_belong_to(
     names = [WEIGHT, "model.norm.weight", "model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.bias"]
     for name in names:
         edit.tensor(folder / "model.safetensors", name, spoil)
-    refused(folder, "found 4 problem(s)", *(f"model.safetensors: {name}: expected finite values, found NaN or inf" for name in names))
+    refused(
+        folder,
+        "found 4 problem(s)",
+        *(f"model.safetensors: {name}: expected finite values, found NaN or inf" for name in names),
+    )
 
 
 @pytest.mark.parametrize(

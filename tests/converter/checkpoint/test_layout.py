@@ -1,0 +1,53 @@
+"""Layout of the output: names of the shards, free disk space, config.json."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bwla_converter.checkpoint import layout
+from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
+from bwla_converter.checkpoint.writer import OutputError
+from bwla_kernels.format.files import Entry
+
+
+def source_with(sizes: dict[str, int], num_layers: int = 2) -> SimpleNamespace:
+    """A source whose tensors outside the decoder layers have these sizes in bytes."""
+    entries = {name: Entry("", (size // 2,), torch.bfloat16) for name, size in sizes.items()}
+    return SimpleNamespace(num_layers=num_layers, entries=entries, names_outside_layers=lambda: list(entries))
+
+
+def test_every_layer_has_a_file_and_the_rest_is_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "SHARD_BYTES", 100)
+    shards = Shards(source_with({"a": 60, "b": 40, "c": 2, "large": 300, "d": 10}))
+    assert [shards.layer_file(index) for index in range(2)] == [
+        "model-00001-of-00006.safetensors",
+        "model-00002-of-00006.safetensors",
+    ]
+    assert shards.rest() == [
+        ("model-00003-of-00006.safetensors", ["a", "b"]),
+        ("model-00004-of-00006.safetensors", ["c"]),
+        ("model-00005-of-00006.safetensors", ["large"]),
+        ("model-00006-of-00006.safetensors", ["d"]),
+    ]
+
+
+def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_020_000_000))
+    check_space(tmp_path / "out", 1_000_000_000)
+    with pytest.raises(OutputError, match=r"out: expected 1\.01 GB of free disk space, found 1\.02 GB"):
+        check_space(tmp_path / "out", 1_010_000_000)
+
+
+@pytest.mark.parametrize("head_source", [None, "model.embed_tokens.weight"])
+def test_an_8_bit_head_is_not_tied_to_the_embeddings(head_source: str | None) -> None:
+    source = SimpleNamespace(config={"tie_word_embeddings": True, "hidden_size": 8})
+    plan = SimpleNamespace(head_source=head_source, format=SimpleNamespace(to_json=lambda: {"bits": 6}))
+    config = output_config(source, plan)
+    assert config["tie_word_embeddings"] is (head_source is None)
+    assert config["quantization_config"] == {"bits": 6}
+    assert source.config == {"tie_word_embeddings": True, "hidden_size": 8}
+
+
+def test_the_tensors_of_the_head_have_their_stored_names() -> None:
+    assert quantized_head(torch.randn(16, 8)).keys() == {"lm_head.weight_int8", "lm_head.weight_scale"}
