@@ -6,6 +6,7 @@ PYTHON ?= python3
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 ENV := .env/bin
+HELPERS := $(basename $(notdir $(wildcard tests/helpers/*.py)))
 
 .PHONY: demo test lint format docs setup clean
 
@@ -22,6 +23,7 @@ lint: setup
 	$(ENV)/ruff check .
 	$(ENV)/ruff format --check .
 	$(ENV)/mypy
+	$(ENV)/mypy --exclude '^scripts/mypy/' -p benchmarks -p scripts -p examples $(HELPERS:%=-m %)
 	PYTHONPATH=scripts/mypy $(ENV)/lint-imports --no-cache
 
 docs: setup

@@ -123,7 +123,7 @@ def test_values_that_are_not_finite_are_listed_whatever_they_belong_to(
     refused(
         folder,
         "found 4 problem(s)",
-        *(f"model.safetensors: {name}: expected finite values, found NaN or inf" for name in names),
+        *(f"{name}: expected finite values, found NaN or inf" for name in names),
     )
 
 
