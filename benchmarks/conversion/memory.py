@@ -89,8 +89,9 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert
     from bwla_converter.planning.budget import Budget
-    from bwla_converter.quantize import fast, gptq_binary, paper
+    from bwla_converter.quantize import fast, paper
     from bwla_converter.recipes import base as recipes
+    from bwla_kernels import gptq_binary
 
     if arguments.quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)

@@ -11,12 +11,12 @@ import torch
 from bwla_converter.calibration.loop import CalibrationLoop
 from bwla_converter.common.bits import bits_per_weight
 from bwla_converter.options import Calibration
-from bwla_converter.quantize.gptq_binary import INITIAL_SCALE_FACTORS, gptq_binarize, inverse_cholesky
 from bwla_converter.quantize.group import GroupResult, check_group, pool_rows, store_group
 from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from bwla_kernels.gptq_binary import INITIAL_SCALE_FACTORS, gptq_binarize, inverse_cholesky
 from bwla_kernels.reference import quantize, rotate
 from torch import Tensor, nn
 

@@ -8,7 +8,6 @@ from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, QuantizeGroup
 from bwla_converter.options import Calibration
 from bwla_converter.quantize import fast
-from bwla_converter.quantize.gptq_binary import row_chunk_elements
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.recipes.workload import (
@@ -23,6 +22,7 @@ from bwla_converter.recipes.workload import (
 )
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.gptq_binary import row_chunk_elements
 from torch import Tensor
 
 

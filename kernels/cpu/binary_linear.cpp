@@ -10,11 +10,14 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
+#include <utility>
 
 #include "head_call.h"
 #include "layout.h"
 #include "plan.h"
 #include "runtime.h"
+#include "gptq_call.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -122,16 +125,18 @@ static bool supported(int32_t isa) {
 struct Variant {
     void (*run)(const Call&, const Plan&, Team&);
     void (*run_head)(const HeadCall&, const HeadPlan&, Team&);
+    void (*run_gptq)(const GptqCall&, const GptqScratch*, Share*, int64_t, Team&);
+    int lanes;
 };
 
 static Variant variant(int32_t isa) {
     switch (isa) {
 #if BWLA_X86
-        case kAvx2: return {avx2::run, avx2::run_head};
-        case kAvx512bw: return {avx512bw::run, avx512bw::run_head};
-        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head};
+        case kAvx2: return {avx2::run, avx2::run_head, avx2::run_gptq, avx2::kLanes};
+        case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_gptq, avx512bw::kLanes};
+        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_gptq, avx512vbmi::kLanes};
 #endif
-        default: return {scalar::run, scalar::run_head};
+        default: return {scalar::run, scalar::run_head, scalar::run_gptq, scalar::kLanes};
     }
 }
 
@@ -149,6 +154,15 @@ struct HeadBody {
     const HeadPlan& plan;
     Variant isa;
     void operator()(Team& team) const { isa.run_head(call, plan, team); }
+};
+
+struct GptqBody {
+    const GptqCall& call;
+    const GptqScratch* scratch;
+    Share* shares;
+    int64_t tiles;
+    Variant isa;
+    void operator()(Team& team) const { isa.run_gptq(call, scratch, shares, tiles, team); }
 };
 
 struct PackBody {
@@ -308,6 +322,36 @@ BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale
     const bwla::HeadPlan plan = bwla::place_head(c, threads, arena);
     std::memset(plan.shares, 0, std::size_t(threads) * sizeof(bwla::Share));
     bwla::HeadBody body{c, plan, bwla::variant(isa)};
+    bwla::run_parallel(threads, body);
+    return bwla::kOk;
+}
+
+// Binarizes the rows of a weight with GPTQ and coordinate descent; all arrays are float32 and contiguous, see
+// bwla::GptqCall. `factor` may be null: then the search starts from the weight's own signs.
+BWLA_API int32_t bwla_gptq_binarize(int32_t isa, const float* weight, const float* weight_hessian, const float* hessian,
+                                   const float* factor, const float* mean, const float* scale_factors, int32_t scale_count,
+                                   int32_t sweeps, int32_t refine_all, int64_t n, int64_t k, float* sign, float* scale,
+                                   float* error, int32_t threads) {
+    if (!bwla::supported(isa)) return bwla::kUnsupportedIsa;
+    if (n < 1 || k < 1 || k % bwla::kColumns || sweeps < 0) return bwla::kBadArgument;
+    if (scale_count < 1 || scale_count > bwla::kMaxScales) return bwla::kBadArgument;
+    bwla::GptqCall c{weight, weight_hessian, hessian, factor, mean, {}, factor ? scale_count : 1, sweeps, refine_all,
+                     n, k, sign, scale, error};
+    for (int32_t i = 0; i < scale_count; ++i) c.scale_factors[i] = scale_factors[i];
+    const bwla::Variant variant = bwla::variant(isa);
+    const int64_t tiles = bwla::gptq_tiles(c, variant.lanes);
+    threads = threads < 0 ? -threads : threads < 1 ? 1 : threads;
+    bwla::Arena measure{nullptr, 0};
+    measure.array<bwla::Share>(threads), measure.array<bwla::GptqScratch>(threads);
+    for (int32_t i = 0; i < threads; ++i) bwla::place_gptq(c, tiles, variant.lanes, measure);
+    char* base = bwla::workspace().reserve(measure.used);
+    if (!base) return bwla::kNoMemory;
+    bwla::Arena arena{base, 0};
+    bwla::Share* shares = arena.array<bwla::Share>(threads);
+    std::memset(static_cast<void*>(shares), 0, std::size_t(threads) * sizeof(bwla::Share));
+    bwla::GptqScratch* scratch = arena.array<bwla::GptqScratch>(threads);
+    for (int32_t i = 0; i < threads; ++i) scratch[i] = bwla::place_gptq(c, tiles, variant.lanes, arena);
+    bwla::GptqBody body{c, scratch, shares, tiles, variant};
     bwla::run_parallel(threads, body);
     return bwla::kOk;
 }

@@ -5,3 +5,4 @@
 #include "prepare.h"
 #include "multiply.h"
 #include "head.h"
+#include "gptq_binary.h"

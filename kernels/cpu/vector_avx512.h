@@ -14,6 +14,19 @@ static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
 static inline float reduce_add(V a) { return _mm512_reduce_add_ps(a); }
+static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
+static inline V negate(V a) { return _mm512_xor_ps(a, set1(-0.0f)); }
+// -1 where a < 0, else 1.
+static inline V sign_of(V a) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GE_OQ), set1(-1.0f), set1(1.0f));
+}
+// b where a > 0, else 0, or c.
+static inline V where_positive(V a, V b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), b); }
+static inline V blend_positive(V a, V b, V c) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), c, b);
+}
+static inline bool any(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ) != 0; }
 
 // Bits of |a|: as integers they order like the floats, and NaN is above everything, so a maximum keeps it.
 static inline __m512i magnitude(V a, __m512i high) {

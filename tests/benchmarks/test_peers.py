@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.quantize.gptq_binary import inverse_cholesky
+from bwla_kernels.gptq_binary import inverse_cholesky
 from torch import Tensor
 
 from benchmarks.quality.peers import GROUP, billm, grouped_one_bit, row_errors

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.quantize import gptq_binary
-from bwla_converter.quantize.gptq_binary import (
+from bwla_kernels import gptq_binary
+from bwla_kernels.gptq_binary import (
     coordinate_descent_sweep,
     fit_row_scales,
     gptq_binarize,

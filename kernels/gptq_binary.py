@@ -3,14 +3,22 @@
 GPTQ's error feedback (arXiv 2210.17323) with one-bit codes chooses the signs column by column. Coordinate descent then
 flips single signs as long as the error falls. Both minimize, for each row w with scale a and signs s,
 f(s) = (w - a s) H (w - a s)^T. Both cost O(N K^2) operations in K sequential steps.
+
+`binarize_reference` defines the result. `gptq_binarize` uses the compiled kernel where there is one; its sums run in
+another order, so it may choose the other sign where both are almost equally good.
 """
 
+import functools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
+from bwla_kernels.cpu.gptq_binary import can_binarize
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 COLUMN_CHUNK = 128
 """Columns processed before their updates are applied to the remaining ones in one matrix product."""
@@ -61,7 +69,7 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of H, float32 [K, K], from which GPTQ propagates errors."""
     lower = torch.linalg.cholesky(hessian.double())
     upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return upper.float()
+    return upper.float().contiguous()
 
 
 def gptq_signs(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
@@ -145,8 +153,12 @@ def gptq_binarize(
             error, but trying all multiplies the cost of the sweeps.
     """
     chunk_rows = max(1, row_chunk_elements(weight.device.type) // weight.shape[1])
+    compiled, reason = can_binarize(weight)
+    if weight.is_cpu and not compiled:
+        _warn_slow(reason)
+    binarize = _binarize_compiled if compiled else binarize_reference
     chunks = [
-        _binarize_chunk(chunk, hessian, factor, sweeps, error_feedback, refine_all)
+        binarize(chunk, hessian, factor, sweeps, error_feedback, refine_all)
         for chunk in weight.split(chunk_rows)
     ]
     return BinaryWeight(
@@ -156,10 +168,34 @@ def gptq_binarize(
     )
 
 
-def _binarize_chunk(
+@functools.cache
+def _warn_slow(reason: str) -> None:
+    log.warning(
+        "signs are searched by the reference implementation, which is about ten times slower: %s", reason
+    )
+
+
+def _binarize_compiled(
     weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, error_feedback: bool, refine_all: bool
 ) -> BinaryWeight:
-    """Binarize a chunk of rows, see `gptq_binarize`."""
+    """Binarize rows with the compiled kernel; arguments as in `gptq_binarize`."""
+    weight, hessian = weight.contiguous(), hessian.contiguous()
+    sign, scale, error = torch.ops.bwla.gptq_binarize_cpu(
+        weight,
+        weight @ hessian,
+        hessian,
+        factor.contiguous() if error_feedback else None,
+        INITIAL_SCALE_FACTORS,
+        sweeps,
+        refine_all,
+    )
+    return BinaryWeight(sign, scale, error)
+
+
+def binarize_reference(
+    weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, error_feedback: bool, refine_all: bool
+) -> BinaryWeight:
+    """Binarize rows; arguments as in `gptq_binarize`."""
     weight_hessian = weight @ hessian
     weight_norm = (weight_hessian * weight).sum(1)
 
