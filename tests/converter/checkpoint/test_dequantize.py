@@ -42,9 +42,9 @@ def test_logits_are_those_of_the_checkpoint(
 
 def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
-    seen: list[str] = []
-    done = write_dequantized(example_bwla, plain, on_linear=seen.append)
-    assert len(seen) == done.linears == 28
+    names: list[str] = []
+    done = write_dequantized(example_bwla, plain, on_linear=names.append)
+    assert len(names) == done.linears == 28
     config = json.loads((plain / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"

@@ -38,19 +38,19 @@ def identity(order: int) -> torch.Tensor:
     ],
 )
 def test_known_distributions(kind: str, kurtosis: float, bimodality: float, error: float) -> None:
-    found = describe([rows(kind)], 4.0)
-    assert found.kurtosis == pytest.approx(kurtosis, rel=0.05)
-    assert found.bimodality == pytest.approx(bimodality, rel=0.03)
-    assert found.binarization_error == pytest.approx(error, rel=0.02)
+    distribution = describe([rows(kind)], 4.0)
+    assert distribution.kurtosis == pytest.approx(kurtosis, rel=0.05)
+    assert distribution.bimodality == pytest.approx(bimodality, rel=0.03)
+    assert distribution.binarization_error == pytest.approx(error, rel=0.02)
 
 
 def test_two_values_are_as_bimodal_as_can_be() -> None:
-    found = describe([TWO_PEAKS], 4.0)
-    assert found.kurtosis == pytest.approx(1.0)
+    distribution = describe([TWO_PEAKS], 4.0)
+    assert distribution.kurtosis == pytest.approx(1.0)
     # The sample correction makes it a little more than 1.
-    assert found.bimodality == pytest.approx(1.0, abs=0.01)
-    assert found.binarization_error == pytest.approx(0.0, abs=1e-9)
-    assert found.peak == pytest.approx(1.0)
+    assert distribution.bimodality == pytest.approx(1.0, abs=0.01)
+    assert distribution.binarization_error == pytest.approx(0.0, abs=1e-9)
+    assert distribution.peak == pytest.approx(1.0)
 
 
 def test_the_sample_correction_is_that_of_the_definition() -> None:
@@ -65,10 +65,10 @@ def test_the_sample_correction_is_that_of_the_definition() -> None:
 
 
 def test_histograms_count_every_value() -> None:
-    found = describe([rows("gaussian", 8), rows("exponential", 8)], 4.0)
-    assert len(found.histogram) == BINS
-    assert sum(found.histogram) + found.outside == pytest.approx(1.0, abs=1e-5)
-    assert found.outside > 0
+    distribution = describe([rows("gaussian", 8), rows("exponential", 8)], 4.0)
+    assert len(distribution.histogram) == BINS
+    assert sum(distribution.histogram) + distribution.outside == pytest.approx(1.0, abs=1e-5)
+    assert distribution.outside > 0
     # The scale of a row does not matter.
     assert (
         describe([rows("gaussian", 8) * 7], 4.0).histogram == describe([rows("gaussian", 8)], 4.0).histogram
@@ -76,8 +76,8 @@ def test_histograms_count_every_value() -> None:
 
 
 def test_rows_without_variance_do_no_harm() -> None:
-    found = describe([torch.zeros(3, 64)], 4.0)
-    assert (found.kurtosis, found.bimodality, found.peak) == (0.0, 0.0, 0.0)
+    distribution = describe([torch.zeros(3, 64)], 4.0)
+    assert (distribution.kurtosis, distribution.bimodality, distribution.peak) == (0.0, 0.0, 0.0)
     mixed = describe([torch.cat([torch.zeros(1, 1024), TWO_PEAKS])], 4.0)
     assert mixed.kurtosis == pytest.approx(1.0)
 
