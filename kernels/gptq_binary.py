@@ -171,7 +171,7 @@ def gptq_binarize(
 @functools.cache
 def _warn_slow(reason: str) -> None:
     log.warning(
-        "signs are searched by the reference implementation, which is about ten times slower: %s", reason
+        "signs are searched by the reference implementation, which is several times slower: %s", reason
     )
 
 

@@ -17,6 +17,7 @@ from bwla_converter.planning.budget import BudgetError, MachineSpeed, check_budg
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.model import Source, open_source
 from bwla_converter.training.stages import Stage
+from bwla_kernels.cpu.library import available
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.schema import Provenance
 from paths import EXAMPLE
@@ -71,14 +72,14 @@ def text(samples: int) -> Calibration:
     ("shape", "recipe", "device", "work", "step", "seconds"),
     [
         (TINY, "paper", "cpu", 160360832.0, "layer 0, q_proj", 0.058195968),
-        (TINY, "fast", "cpu", 198306944.0, "layer 0, o_proj, its inputs", 3.7324088934399997),
-        (TINY, "best", "cpu", 303889280.0, "layer 0, tuning", 33.6253812736),
+        (TINY, "fast", "cpu", 198306944.0, "layer 0, o_proj, its inputs", 3.4881132298239996),
+        (TINY, "best", "cpu", 303889280.0, "layer 0, tuning", 33.381085609984),
         (QWEN3_1_7B, "paper", "cpu", 1093494784.0, "writing model.embed_tokens.weight", 1090.2237609984),
-        (QWEN3_1_7B, "fast", "cpu", 2324286976.0, "layer 0, down_proj", 64481.38017570816),
+        (QWEN3_1_7B, "fast", "cpu", 2324286976.0, "layer 0, down_proj", 58655.752033665),
         (QWEN3_1_7B, "fast", "cuda", 2693385728.0, "layer 0, gate_proj", 64481.38017570816),
-        (QWEN3_1_7B, "best", "cpu", 50412388352.0, "distillation", 530454.4080271769),
+        (QWEN3_1_7B, "best", "cpu", 50412388352.0, "distillation", 524628.7798851337),
         (LLAMA_8B, "paper", "cpu", 2475272192.0, "layer 0, gate_proj", 6360.8465653759995),
-        (LLAMA_8B, "fast", "cpu", 11451115520.0, "layer 0, down_proj", 386339.65266927617),
+        (LLAMA_8B, "fast", "cpu", 11451115520.0, "layer 0, down_proj", 342922.5927781905),
         (LLAMA_8B, "fast", "cuda", 11836991488.0, "layer 0, gate_proj", 386339.65266927617),
         (LLAMA_8B, "best", "cuda", 92731867136.0, "distillation", 2523614.335205376),
     ],
@@ -86,7 +87,9 @@ def text(samples: int) -> Calibration:
 def test_predictions_of_known_models(
     tmp_path: Path, shape: dict[str, object], recipe: str, device: str, work: float, step: str, seconds: float
 ) -> None:
-    """The numbers were computed before each recipe got estimates of its own; benchmarks confirm their memory."""
+    """Benchmarks confirm the memory. The times on the CPU are those of the compiled kernels."""
+    if device == "cpu" and not available()[0]:
+        pytest.skip("the compiled kernels are not available")
     architecture = ARCHITECTURES[str(shape["model_type"])]
     config = {"tie_word_embeddings": False, **shape, "architectures": [architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
