@@ -297,5 +297,5 @@ def _choose_clip(state: State, inputs: Tensor, spec: LayerSpec) -> float:
 
 
 def _relative(error: Tensor, norm: Tensor) -> float:
-    """Return the square root of sum(error) / sum(norm), which are squared norms; 0 if nothing is there to lose."""
+    """Return the square root of sum(error) / sum(norm), which are squared norms; 0 for a target of zeros."""
     return math.sqrt(max(float(error.sum()), 0.0) / (float(norm.sum()) or 1.0))

@@ -57,14 +57,14 @@ def test_auto_rank_drops_a_step_that_is_less_than_half_full(fitting: int, chosen
 
 
 def test_auto_rank_of_qwen3_32b() -> None:
-    """q, k, v, o, gate, up and down: 35 fits the bits, and costs a GPU as much as 48."""
+    """q, k, v, o, gate, up and down: rank 35 fits the budget but costs a GPU as much as 48."""
     sizes = [(8192, 5120, 1), (1024, 5120, 1), (1024, 5120, 1), (5120, 8192, 8)]
     sizes += [(25600, 5120, 1), (25600, 5120, 1), (5120, 25600, 8)]
-    specs = [LayerSpec(n, k, *choose_rotation(k, blocks)) for n, k, blocks in sizes]
+    specs = [LayerSpec(n, k, *choose_rotation(k, groups)) for n, k, groups in sizes]
     assert largest_fitting_rank(specs) == 35
     assert auto_rank(35) == 32
 
 
-def test_the_choice_is_told_in_words() -> None:
+def test_the_choice_is_described() -> None:
     assert describe_rank(32, 35) == "rank 32 (35 would fit, but a GPU would read 48 columns)"
     assert describe_rank(5, 5) == "rank 5"

@@ -75,7 +75,7 @@ def test_logits_equal_those_of_dequantized_weights_without_activation_quantizati
 
 
 @torch.no_grad()
-def test_best_backend_agrees_with_the_definition(checkpoint: Path, monkeypatch) -> None:
+def test_the_best_backend_agrees_with_the_reference(checkpoint: Path, monkeypatch) -> None:
     best = load(checkpoint, dtype=torch.float32)(IDS).logits
     defined = load(checkpoint, "reference", monkeypatch, dtype=torch.float32)(IDS).logits
     assert (best - defined).norm() <= 2e-3 * defined.norm()
@@ -95,9 +95,9 @@ def test_saves_back_unchanged(make_model, tmp_path: Path, family: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @torch.no_grad()
 def test_runs_on_a_gpu_through_the_same_ops(checkpoint: Path) -> None:
-    here = load(checkpoint, dtype=torch.float32)(IDS).logits
-    there = load(checkpoint, dtype=torch.float32).cuda()(IDS.cuda()).logits.cpu()
-    assert (here - there).norm() <= 2e-3 * here.norm()
+    on_cpu = load(checkpoint, dtype=torch.float32)(IDS).logits
+    on_gpu = load(checkpoint, dtype=torch.float32).cuda()(IDS.cuda()).logits.cpu()
+    assert (on_gpu - on_cpu).norm() <= 2e-3 * on_cpu.norm()
 
 
 def run_python(code: str) -> str:
@@ -120,7 +120,7 @@ def test_importing_the_package_is_enough_in_either_order(checkpoint: Path, impor
     assert run_python(f"{imports}\n{LOAD.format(folder=str(checkpoint))}") == "BWLALinear"
 
 
-def test_another_auto_class_is_refused_with_the_right_one(checkpoint: Path) -> None:
+def test_another_auto_class_is_refused(checkpoint: Path) -> None:
     with pytest.raises(
         FormatError, match="found none called .*: load the checkpoint with AutoModelForCausalLM"
     ):
@@ -140,7 +140,7 @@ def test_another_auto_class_is_refused_with_the_right_one(checkpoint: Path) -> N
     ],
 )
 def test_what_is_not_quantized_is_checked_too(checkpoint: Path, edit, change, sentence: str) -> None:
-    """transformers itself would start a missing norm at random and only warn."""
+    """transformers only warns about a missing norm and initializes it at random."""
     edit.tensor(checkpoint / read_folder(checkpoint)["model.norm.weight"].file, "model.norm.weight", change)
     with pytest.raises(FormatError, match=sentence):
         load(checkpoint)
@@ -159,7 +159,7 @@ def test_an_index_that_is_no_json_is_refused_before_transformers_reads_it(checkp
         load(checkpoint)
 
 
-def test_damage_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
+def test_invalid_values_are_refused(checkpoint: Path, edit) -> None:
     shard = checkpoint / read_folder(checkpoint)["model.layers.0.mlp.up_proj.rotation_left"].file
     edit.tensor(shard, "model.layers.0.mlp.up_proj.rotation_left", lambda t: t * 2)
     with pytest.raises(
@@ -168,7 +168,7 @@ def test_damage_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
         load(checkpoint)
 
 
-def test_a_missing_tensor_is_refused_with_one_sentence(checkpoint: Path, edit) -> None:
+def test_a_missing_tensor_is_refused(checkpoint: Path, edit) -> None:
     shard = checkpoint / read_folder(checkpoint)["model.layers.0.mlp.up_proj.weight_scale"].file
     edit.tensor(shard, "model.layers.0.mlp.up_proj.weight_scale", lambda t: None)
     with pytest.raises(FormatError, match=r"up_proj\.weight_scale should be in"):

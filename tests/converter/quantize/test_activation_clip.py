@@ -30,16 +30,16 @@ def test_no_other_clip_is_better(bits: int) -> None:
     assert errors[choose_clip(x_hat, weight, spec)] == pytest.approx(min(errors.values()), rel=1e-6)
 
 
-def test_few_levels_want_a_clip_and_one_large_value_a_smaller_one() -> None:
+def test_few_levels_need_a_clip_unless_all_values_are_equally_large() -> None:
     generator = torch.Generator().manual_seed(0)
     x_hat, weight = torch.randn(200, 64, generator=generator), torch.eye(64)
     spec = LayerSpec(64, 64, 1, 8, 8, bits=3)
     assert choose_clip(x_hat, weight, spec) < 1.0
-    flat = x_hat.sign()  # every value is the largest: any clip would cut all of them
+    flat = x_hat.sign()  # every value is the largest: any clip would saturate all of them
     assert choose_clip(flat, weight, spec) == 1.0
 
 
-def test_nothing_to_choose() -> None:
+def test_without_inputs_or_with_many_bits_nothing_is_clipped() -> None:
     x_hat = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
     for bits in (6, 16):
         assert choose_clip(x_hat, torch.eye(64), LayerSpec(64, 64, 1, 8, 8, bits=bits)) == 1.0

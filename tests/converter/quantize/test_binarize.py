@@ -1,4 +1,4 @@
-"""Signs and scales: the best rank-one fit of |W|, within the bounds that the format and the codes set."""
+"""Signs and scales: the best rank-one approximation of |W|, within the bounds of the scales."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def weights(rows: int = 48, columns: int = 96) -> Tensor:
-    """Rows and columns of different size, two-peaked."""
+    """Return Gaussian rows with row and column scales of different sizes."""
     generator = torch.Generator().manual_seed(3)
     base = torch.randn(rows, columns, generator=generator)
     row = torch.rand(rows, 1, generator=generator) + 0.2
@@ -34,14 +34,14 @@ def test_the_fit_reaches_the_best_rank_one_approximation() -> None:
     assert fit.trace[-1] == pytest.approx(best.item(), abs=1e-6)
 
 
-def test_every_round_lowers_the_error_and_the_trace_is_true() -> None:
+def test_every_round_lowers_the_error_and_the_trace_is_that_error() -> None:
     weight = weights()
     fit = fit_scales(weight)
     assert len(fit.trace) == 13
     assert all(after <= before + 1e-7 for before, after in pairwise(fit.trace))
     assert fit.trace[-1] < fit.trace[0] - 0.01
-    found = (weight - rebuild(weight, fit.row, fit.column)).norm() / weight.norm()
-    assert found.item() == pytest.approx(fit.trace[-1], abs=1e-6)
+    error = (weight - rebuild(weight, fit.row, fit.column)).norm() / weight.norm()
+    assert error.item() == pytest.approx(fit.trace[-1], abs=1e-6)
 
 
 def test_row_scales_alone_are_the_mean_magnitudes() -> None:
@@ -84,26 +84,26 @@ def test_a_weight_of_zeros_gets_valid_scales() -> None:
     assert set(fit.trace) == {0.0}
 
 
-def test_unbiased_scales_keep_all_of_every_row() -> None:
+def test_unbiased_scales_preserve_the_projection_on_every_row() -> None:
     weight = weights()
     weight[5] = 0
     least_squares = fit_scales(weight)
-    kept = unbiased(weight, least_squares)
+    corrected = unbiased(weight, least_squares)
     power = weight.square().sum(1)
-    torch.testing.assert_close((rebuild(weight, kept.row, kept.column) * weight).sum(1), power)
+    torch.testing.assert_close((rebuild(weight, corrected.row, corrected.column) * weight).sum(1), power)
     shrunk = (rebuild(weight, least_squares.row, least_squares.column) * weight).sum(1) / power
     away = power > 0
     assert shrunk[away].mean().item() == pytest.approx(2 / torch.pi, abs=0.03), "Gaussian rows"
-    assert torch.equal(kept.column, least_squares.column)
-    assert 0 < kept.row[5] < 1e-20
+    assert torch.equal(corrected.column, least_squares.column)
+    assert 0 < corrected.row[5] < 1e-20
 
 
-def test_a_row_with_an_outlier_is_not_blown_up() -> None:
+def test_the_correction_of_a_row_with_an_outlier_is_bounded() -> None:
     weight = weights()
     weight[4] = 0
     weight[4, 11] = 1.0
-    kept = unbiased(weight, fit_scales(weight))
-    error = (weight - rebuild(weight, kept.row, kept.column))[4].norm() / weight[4].norm()
+    corrected = unbiased(weight, fit_scales(weight))
+    error = (weight - rebuild(weight, corrected.row, corrected.column))[4].norm() / weight[4].norm()
     assert error.item() == pytest.approx(1.0, abs=1e-4)
 
 
@@ -115,10 +115,10 @@ def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(whole.row, chunked.row)
 
 
-def test_the_weight_stays() -> None:
+def test_the_weight_is_not_modified() -> None:
     weight = weights()
-    kept = weight.clone()
+    copy = weight.clone()
     fit_scales(weight)
     unbiased(weight, fit_scales(weight))
     signs(weight)
-    assert torch.equal(weight, kept)
+    assert torch.equal(weight, copy)

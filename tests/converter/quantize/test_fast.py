@@ -18,7 +18,7 @@ SPECS = {"q": LayerSpec(48, 64, 1, 8, 8, rank=2), "k": LayerSpec(24, 64, 1, 8, 8
 
 
 def inputs(seed: int = 0, noise: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Correlated inputs, and the same as a quantized model would give them."""
+    """Return correlated inputs, and the same with noise, as in a quantized model."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(64, 64, generator=generator) * torch.logspace(0, -1, 64)
     x = torch.randn(600, 64, generator=generator) @ mix.mT
@@ -27,8 +27,8 @@ def inputs(seed: int = 0, noise: float = 0.0) -> tuple[Tensor, Tensor]:
 
 def moments_of(x: Tensor, x_hat: Tensor) -> Moments:
     moments = Moments.zeros(64, torch.device("cpu"), cross_gram=True)
-    for here, there in zip(x_hat.split(100), x.split(100), strict=True):
-        moments.add(here, there)
+    for batch_hat, batch in zip(x_hat.split(100), x.split(100), strict=True):
+        moments.add(batch_hat, batch)
     return moments
 
 
@@ -39,12 +39,12 @@ def weights() -> dict[str, Tensor]:
 
 
 def output_error(weights: dict[str, Tensor], result: GroupResult, x: Tensor, x_hat: Tensor) -> float:
-    lost = sum(
+    squared_error = sum(
         (x @ weight.mT - x_hat @ dequantize(result.tensors[name], SPECS[name]).mT).square().sum()
         for name, weight in weights.items()
     )
-    power = sum((x @ weight.mT).square().sum() for weight in weights.values())
-    return float((lost / power).sqrt())
+    squared_norm = sum((x @ weight.mT).square().sum() for weight in weights.values())
+    return float((squared_error / squared_norm).sqrt())
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
@@ -71,39 +71,39 @@ def test_the_reported_error_is_that_of_the_stored_tensors(weights: dict[str, Ten
 def test_same_seed_same_bytes_and_inputs_unchanged(weights: dict[str, Tensor]) -> None:
     x, x_hat = inputs(noise=0.1)
     moments, copies = moments_of(x, x_hat), {name: weight.clone() for name, weight in weights.items()}
-    seen = moments.gram.clone()
+    gram = moments.gram.clone()
     first, again = (fast.quantize_group(weights, SPECS, moments, seed=1, options=QUICK) for _ in range(2))
     other = fast.quantize_group(weights, SPECS, moments, seed=2, options=QUICK)
     for name, tensors in first.tensors.items():
         assert all(torch.equal(tensor, again.tensors[name][key]) for key, tensor in tensors.items())
         assert not torch.equal(tensors["rotation_left"], other.tensors[name]["rotation_left"])
         assert torch.equal(weights[name], copies[name])
-    assert torch.equal(moments.gram, seen)
+    assert torch.equal(moments.gram, gram)
 
 
 def test_the_target_is_the_least_squares_fit(weights: dict[str, Tensor]) -> None:
     x, x_hat = inputs(noise=0.5)
     weight = weights["q"]
-    found = corrected_target(weight, moments_of(x, x_hat), 1e-6)
+    target = corrected_target(weight, moments_of(x, x_hat), 1e-6)
     expected = torch.linalg.lstsq(x_hat.double(), (x @ weight.mT).double()).solution.mT.float()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(target, expected, rtol=1e-2, atol=1e-2)
     assert torch.equal(corrected_target(weight, moments_of(x, x_hat), float("inf")), weight)
     same = corrected_target(weight, moments_of(x, x), 0.1)
     torch.testing.assert_close(same, weight, rtol=1e-3, atol=1e-3)
 
 
-def test_the_target_makes_good_what_the_stream_lost(weights: dict[str, Tensor]) -> None:
+def test_the_target_compensates_the_error_of_the_residual_stream(weights: dict[str, Tensor]) -> None:
     x, x_hat = inputs(noise=0.5)
     generator = torch.Generator().manual_seed(2)
     stream, mix = torch.randn(600, 48, generator=generator), torch.randn(64, 48, generator=generator)
-    stream_hat = stream - 0.1 * x_hat @ mix  # a loss that the inputs tell
+    stream_hat = stream - 0.1 * x_hat @ mix  # an error that the inputs predict
     moments = moments_of(x, x_hat)
-    for here, lost, kept in zip(x_hat.split(100), stream_hat.split(100), stream.split(100), strict=True):
-        moments.add_residual(here, lost, kept)
-    found = corrected_target(weights["q"], moments, 1e-6)
-    wanted = (x @ weights["q"].mT + stream - stream_hat).double()
-    expected = torch.linalg.lstsq(x_hat.double(), wanted).solution.mT.float()
-    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+    for batch in zip(x_hat.split(100), stream_hat.split(100), stream.split(100), strict=True):
+        moments.add_residual(*batch)
+    target = corrected_target(weights["q"], moments, 1e-6)
+    outputs = (x @ weights["q"].mT + stream - stream_hat).double()
+    expected = torch.linalg.lstsq(x_hat.double(), outputs).solution.mT.float()
+    torch.testing.assert_close(target, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_the_clip_is_chosen_by_the_inputs(weights: dict[str, Tensor]) -> None:
@@ -119,7 +119,7 @@ def test_the_clip_is_chosen_by_the_inputs(weights: dict[str, Tensor]) -> None:
     assert left.clip is None
 
 
-def test_rotated_metric_measures_the_same() -> None:
+def test_the_rotated_hessian_measures_the_same_error() -> None:
     x, _ = inputs()
     generator = torch.Generator().manual_seed(4)
     left, right = (torch.linalg.qr(torch.randn(1, 8, 8, generator=generator)).Q for _ in range(2))
@@ -133,7 +133,7 @@ def test_rotated_metric_measures_the_same() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_inputs_that_say_nothing_are_refused(weights: dict[str, Tensor], value: float) -> None:
+def test_inputs_without_information_are_refused(weights: dict[str, Tensor], value: float) -> None:
     x = torch.full((10, 64), value)
     with pytest.raises(SourceError, match="calibration: expected finite, nonzero inputs"):
         fast.quantize_group(weights, SPECS, moments_of(x, x), options=QUICK)

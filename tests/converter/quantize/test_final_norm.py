@@ -1,4 +1,4 @@
-"""The final norm in closed form: least squares a channel, for every kind of norm."""
+"""The final norm in closed form: least squares per channel, for every kind of norm."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def with_weight(norm: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", list(NORMS))
-def test_nothing_lost_leaves_the_weight(kind: str, generator: torch.Generator) -> None:
+def test_without_quantization_error_the_weight_is_unchanged(kind: str, generator: torch.Generator) -> None:
     norm, hidden = make_norm(kind, generator), torch.randn(3, 5, HIDDEN, generator=generator)
     torch.testing.assert_close(fit_norm(norm, [(hidden, hidden)]), norm.get_parameter("weight"))
 
@@ -41,10 +41,10 @@ def test_nothing_lost_leaves_the_weight(kind: str, generator: torch.Generator) -
 def test_no_other_weight_is_closer(kind: str, generator: torch.Generator) -> None:
     norm, hidden = make_norm(kind, generator), torch.randn(3, 40, HIDDEN, generator=generator)
     noisy = hidden + 0.5 * torch.randn(3, 40, HIDDEN, generator=generator)
-    weight, wanted = fit_norm(norm, [(hidden[:1], noisy[:1]), (hidden[1:], noisy[1:])]), norm(hidden)
+    weight, original = fit_norm(norm, [(hidden[:1], noisy[:1]), (hidden[1:], noisy[1:])]), norm(hidden)
 
-    def error(tried: Tensor) -> float:
-        return float((with_weight(norm, tried, noisy) - wanted).double().square().sum())
+    def error(candidate: Tensor) -> float:
+        return float((with_weight(norm, candidate, noisy) - original).double().square().sum())
 
     best = error(weight)
     assert best < 0.95 * error(norm.get_parameter("weight"))

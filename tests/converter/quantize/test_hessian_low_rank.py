@@ -1,4 +1,4 @@
-"""The low-rank part in the metric of the inputs against a dense singular value decomposition."""
+"""The low-rank correction with the smallest output error, against a full singular value decomposition."""
 
 import pytest
 import torch

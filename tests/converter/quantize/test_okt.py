@@ -1,4 +1,4 @@
-"""OKT: the objective falls at every half step, and the rotation finds two peaks where there are some."""
+"""OKT: the objective falls at every half step, and the rotation recovers two hidden peaks."""
 
 import math
 from itertools import pairwise
@@ -16,27 +16,27 @@ from torch import Tensor
 SIZES = (2, 8, 12)
 WIDTH = 192
 SLACK = 1e-6
-"""What rounding to float32 may add to an objective of about 1."""
+"""Bound of the rounding error of an objective of about 1 in float32."""
 
 
 def student(rows: int, columns: int, seed: int = 1) -> Tensor:
-    """Student-t with 4 degrees of freedom: the tails of a weight with outliers."""
+    """Return Student-t values with 4 degrees of freedom, whose tails are those of a weight with outliers."""
     chi = normal(4, rows, columns, seed=seed + 100).square().mean(0)
     return normal(rows, columns, seed=seed) / chi.sqrt()
 
 
 def group() -> list[Tensor]:
-    """Two members of one input group, with rows of very different size."""
+    """Return two weights of one input group, with rows of very different norms."""
     return [student(40, WIDTH) * torch.logspace(-4, 4, 40).unsqueeze(1), normal(25, WIDTH, seed=2)]
 
 
 def binarization_error(weight: Tensor) -> float:
-    """Relative error of signs with the best scale a row, squared: 1 - mean|w|^2 / mean(w^2)."""
+    """Return the mean squared relative error of signs with the best row scales, 1 - mean|w|^2 / mean(w^2)."""
     return float((1 - weight.abs().mean(1).square() / weight.square().mean(1)).mean())
 
 
 def planted(rows: int, n1: int, n2: int, noise: float = 0.2) -> Tensor:
-    """Rows with two clear peaks, hidden by a random Kronecker rotation."""
+    """Return rows with two clear peaks, hidden by a random Kronecker rotation."""
     peaks = torch.where(normal(rows, n1 * n2, seed=5) > 0, 1.0, -1.0) + noise * normal(rows, n1 * n2, seed=6)
     left, right = (okt.random_orthogonal(1, n, make_generator(7 + n)).float() for n in (n1, n2))
     return rotate(peaks, left, right)
@@ -65,12 +65,12 @@ def test_the_trace_is_the_objective_after_each_round() -> None:
     for _ in range(3):
         state = okt.right_step(okt.left_step(okt.mixture_step(state)))
         values.append(okt.objective(state))
-    heard: list[tuple[int, float]] = []
+    calls: list[tuple[int, float]] = []
     rotation = learn_rotation(
-        group(), SIZES, rounds=3, generator=make_generator(), on_round=lambda *pair: heard.append(pair)
+        group(), SIZES, rounds=3, generator=make_generator(), on_round=lambda *pair: calls.append(pair)
     )
     assert rotation.trace == values
-    assert heard == list(enumerate(values))
+    assert calls == list(enumerate(values))
 
 
 def test_the_state_holds_the_unit_rows_rotated_as_the_kernels_rotate_them() -> None:
@@ -130,19 +130,19 @@ def test_rotations_are_orthogonal_and_keep_the_product() -> None:
 
 def test_planted_peaks_are_found() -> None:
     weight = planted(64, 4, 8)
-    found = learn_rotation([weight], (1, 4, 8), generator=make_generator())
+    rotation = learn_rotation([weight], (1, 4, 8), generator=make_generator())
     assert binarization_error(weight) > 0.3
-    assert binarization_error(rotate_all([weight], found)) < 0.05
+    assert binarization_error(rotate_all([weight], rotation)) < 0.05
 
 
-def test_heavy_tails_are_cured() -> None:
+def test_heavy_tails_are_removed() -> None:
     weight = student(96, 384)
-    found = rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=make_generator()))
-    by_chance = rotate_all(
+    learned = rotate_all([weight], learn_rotation([weight], (1, 16, 24), generator=make_generator()))
+    at_random = rotate_all(
         [weight], learn_rotation([weight], (1, 16, 24), rounds=0, generator=make_generator())
     )
     assert binarization_error(weight) > 0.45
-    assert binarization_error(found) < binarization_error(by_chance) - 0.02
+    assert binarization_error(learned) < binarization_error(at_random) - 0.02
 
 
 def test_the_ceiling_keeps_the_peaks_apart() -> None:
@@ -156,7 +156,7 @@ def test_the_ceiling_keeps_the_peaks_apart() -> None:
     assert errors[0] < errors[1] - 0.003
 
 
-def test_members_share_one_rotation_learned_from_their_pooled_rows() -> None:
+def test_one_rotation_is_learned_from_the_rows_of_all_linears() -> None:
     apart = learn_rotation(group(), SIZES, rounds=5, generator=make_generator())
     pooled = learn_rotation([torch.cat(group())], SIZES, rounds=5, generator=make_generator())
     torch.testing.assert_close(apart.left, pooled.left, atol=1e-4, rtol=0)
@@ -190,9 +190,9 @@ def test_a_factor_of_order_one_is_a_sign() -> None:
     assert rotation.left.abs().item() == pytest.approx(1.0)
 
 
-def test_the_seed_decides_and_the_weights_stay() -> None:
+def test_the_seed_determines_the_rotation_and_the_weights_are_not_modified() -> None:
     weights = group()
-    kept = [weight.clone() for weight in weights]
+    copies = [weight.clone() for weight in weights]
     first, again, other = (
         learn_rotation(weights, SIZES, rounds=3, generator=make_generator(s)) for s in (0, 0, 1)
     )
@@ -200,7 +200,7 @@ def test_the_seed_decides_and_the_weights_stay() -> None:
     assert torch.equal(first.right, again.right)
     assert first.trace == again.trace
     assert not torch.equal(first.left, other.left)
-    assert all(torch.equal(before, after) for before, after in zip(kept, weights, strict=True))
+    assert all(torch.equal(before, after) for before, after in zip(copies, weights, strict=True))
 
 
 def test_bad_weights_are_refused() -> None:

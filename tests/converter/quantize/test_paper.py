@@ -1,4 +1,4 @@
-"""Recipe `paper`: what is stored is valid, computes what it says, and depends on seed and names alone."""
+"""Recipe `paper`: the stored tensors are valid, have the reported error, and depend only on seed and names."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_
 
 
 def group(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Three linears that read one input, with rows and columns of different size."""
+    """Return three weights of one input group, with rows and columns of different norms."""
     generator = torch.Generator().manual_seed(11)
     columns = torch.rand(WIDTH, generator=generator) + 0.5
     return {
@@ -39,21 +39,21 @@ def quantize(rank: int = 2, seed: int = 0, options: PaperOptions = QUICK) -> Gro
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_the_tensors_are_valid_and_the_error_is_theirs(rank: int, dtype: torch.dtype) -> None:
+def test_the_tensors_are_valid_and_have_the_reported_error(rank: int, dtype: torch.dtype) -> None:
     weights = group(dtype)
     specs = specs_of(weights, rank)
     result = quantize_group(weights, specs, options=QUICK)
     assert list(result.tensors) == list(result.errors) == list(weights)
     for name, weight in weights.items():
         validate_layer(name, result.tensors[name], specs[name])
-        found = weight.float() - dequantize(result.tensors[name], specs[name])
-        assert result.errors[name] == pytest.approx((found.norm() / weight.float().norm()).item(), rel=1e-4)
+        error = weight.float() - dequantize(result.tensors[name], specs[name])
+        assert result.errors[name] == pytest.approx((error.norm() / weight.float().norm()).item(), rel=1e-4)
         assert 0.3 < result.errors[name] < 0.8
     assert (len(result.traces["okt"]), len(result.traces["psp"])) == (5, 5 if rank else 0)
     assert len(result.traces["scales"]) == 13
 
 
-def test_the_stored_layer_computes_nearly_the_product() -> None:
+def test_the_stored_layer_has_the_reported_output_error() -> None:
     """On white inputs the output error is the reported error of the weight."""
     result, weights = quantize(), group()
     x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(3))
@@ -68,7 +68,7 @@ def test_the_stored_layer_computes_nearly_the_product() -> None:
         assert float((six_bits - plain).norm() / plain.norm()) < 0.05
 
 
-def test_members_share_the_input_side() -> None:
+def test_linears_of_a_group_share_the_input_transform() -> None:
     first, *others = quantize().tensors.values()
     for other in others:
         for key in INPUT_TRANSFORM:
@@ -90,7 +90,7 @@ def test_signs_are_those_of_the_residual_of_the_stored_factors() -> None:
         t = result.tensors[name]
         low = t["low_rank_b"].float() @ t["low_rank_a"].float()
         residual = rotate(weight - low, t["rotation_left"], t["rotation_right"])
-        away = residual.abs() > 1e-6  # rounding may turn what is almost zero
+        away = residual.abs() > 1e-6  # rounding may change the sign of a value close to 0
         assert torch.equal((residual > 0)[away], (unpack_signs(t["weight_packed"]) > 0)[away])
         assert away.float().mean() > 0.99
 
@@ -107,18 +107,18 @@ def test_rank_and_rotation_lower_the_error() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_the_unbiased_layer_keeps_all_of_the_weight(rank: int) -> None:
-    """Scales by least squares are closer to W, but shrink what the low-rank part does not hold."""
+def test_the_unbiased_layer_preserves_the_projection_on_the_weight(rank: int) -> None:
+    """Least-squares scales are closer to W but shrink what the low-rank correction leaves."""
     both = [quantize(rank, options=replace(QUICK, unbiased=choice)) for choice in (True, False)]
-    kept: list[float] = []
+    unbiased: list[float] = []
     shrunk: list[float] = []
-    for result, gains in zip(both, (kept, shrunk), strict=True):
+    for result, gains in zip(both, (unbiased, shrunk), strict=True):
         for name, weight in group().items():
             t, spec = result.tensors[name], specs_of(group(), rank)[name]
             low = t["low_rank_b"].float() @ t["low_rank_a"].float() if rank else torch.zeros_like(weight)
             rest = weight - low
             gains.append(float(((dequantize(t, spec) - low) * rest).sum() / rest.square().sum()))
-    assert kept == pytest.approx([1.0] * 3, abs=1e-3)
+    assert unbiased == pytest.approx([1.0] * 3, abs=1e-3)
     assert max(shrunk) < 0.75
     assert all(both[1].errors[name] < both[0].errors[name] for name in group())
 
@@ -136,7 +136,7 @@ def test_a_row_mean_takes_one_rank() -> None:
     assert result.traces["psp"] == []
 
 
-def test_a_row_mean_is_that_of_what_the_low_rank_part_leaves() -> None:
+def test_a_row_mean_is_that_of_what_the_low_rank_correction_leaves() -> None:
     offset = {name: weight + 0.05 for name, weight in group().items()}
     result = quantize_group(offset, specs_of(offset, rank=3), options=replace(QUICK, row_mean=True))
     for name, weight in offset.items():
@@ -168,7 +168,7 @@ def test_zero_rows_and_zero_weights_are_valid() -> None:
     assert max(quantize_group(nothing, specs_of(nothing), options=QUICK).errors.values()) < 1e-20
 
 
-def test_seed_and_names_decide_and_nothing_else() -> None:
+def test_the_result_depends_only_on_seed_and_names() -> None:
     torch.manual_seed(1)
     first = quantize()
     torch.manual_seed(2)
@@ -186,26 +186,26 @@ def test_seed_and_names_decide_and_nothing_else() -> None:
 
 
 def test_the_generator_is_the_same_in_every_process() -> None:
-    """Python's own hash() would differ from run to run; the number is SHA-256 of "0\\na\\nb" cut to 63 bits."""
+    """Python's hash() differs from run to run; the number is SHA-256 of "0\\na\\nb" cut to 63 bits."""
     assert group_generator(0, ["a", "b"]).initial_seed() == 5910630467023845803
     assert group_generator(0, ["a", "b"]).initial_seed() != group_generator(0, ["ab"]).initial_seed()
 
 
-def test_inputs_stay() -> None:
+def test_the_weights_are_not_modified() -> None:
     weights = group()
-    kept = {name: weight.clone() for name, weight in weights.items()}
+    copies = {name: weight.clone() for name, weight in weights.items()}
     quantize_group(weights, specs_of(weights), options=QUICK)
-    assert all(torch.equal(weights[name], kept[name]) for name in kept)
+    assert all(torch.equal(weights[name], copies[name]) for name in copies)
 
 
-def test_strided_weights_are_read_as_they_look() -> None:
+def test_strides_do_not_matter() -> None:
     weights = group()
     strided = {name: weight.t().contiguous().t() for name, weight in weights.items()}
     plain, other = (quantize_group(w, specs_of(w), options=QUICK) for w in (weights, strided))
     assert plain.errors == pytest.approx(other.errors, rel=1e-4)
 
 
-def test_bad_groups_are_refused_before_work() -> None:
+def test_bad_groups_are_refused() -> None:
     weights, specs = group(), specs_of(group())
     spoiled = {**weights, "layers.0.k_proj": weights["layers.0.k_proj"].clone()}
     spoiled["layers.0.k_proj"][2, 5] = math.nan

@@ -1,4 +1,4 @@
-"""PSP: the objective falls at every half step, and a planted low-rank part is taken out."""
+"""PSP: the objective falls at every half step, and a planted low-rank part is removed."""
 
 import math
 from itertools import pairwise
@@ -16,15 +16,15 @@ SLACK = 1e-6
 
 
 def planted(rank: int = 3, rows: int = 60, columns: int = 96) -> tuple[Tensor, Tensor]:
-    """Two-peaked rows of different size plus a part of low rank; both."""
+    """Return bimodal rows of different norms plus a low-rank matrix, and that matrix."""
     peaks = torch.where(normal(rows, columns, seed=5) > 0, 1.0, -1.0) + 0.2 * normal(rows, columns, seed=6)
     low = 0.7 * normal(rows, rank, seed=7) @ normal(rank, columns, seed=8)
     size = torch.logspace(-3, 3, rows).unsqueeze(1)
     return (peaks + low) * size, low * size
 
 
-def row_errors(found: Tensor, true: Tensor) -> Tensor:
-    errors: Tensor = (found - true).norm(dim=1) / true.norm(dim=1)
+def row_errors(estimate: Tensor, true: Tensor) -> Tensor:
+    errors: Tensor = (estimate - true).norm(dim=1) / true.norm(dim=1)
     return errors
 
 
@@ -44,17 +44,17 @@ def test_every_half_step_lowers_the_objective(rank: int, ceiling: float) -> None
 
 def test_a_planted_low_rank_part_is_found() -> None:
     weight, low = planted()
-    found = proximal_low_rank(weight, 3, generator=make_generator())
-    assert row_errors(found.b @ found.a, low).median() < 0.25
-    rest = weight - found.b @ found.a
-    two_peaked = 1 - rest.abs().mean(1).square() / rest.square().mean(1)
-    assert two_peaked.mean() < 0.1
+    fitted = proximal_low_rank(weight, 3, generator=make_generator())
+    assert row_errors(fitted.b @ fitted.a, low).median() < 0.25
+    residual = weight - fitted.b @ fitted.a
+    bimodal = 1 - residual.abs().mean(1).square() / residual.square().mean(1)
+    assert bimodal.mean() < 0.1
     raw = 1 - weight.abs().mean(1).square() / weight.square().mean(1)
     assert raw.mean() > 0.25
 
 
 def test_the_step_is_the_whitened_truncated_svd_of_the_target() -> None:
-    """Run to convergence, the subspace iteration gives what an exact SVD gives."""
+    """At convergence, subspace iteration agrees with an exact SVD."""
     weight, _ = planted()
     state = psp.mixture_step(psp.start_state(weight, 3, make_generator()))
     mixture = state.mixtures[0]
@@ -71,7 +71,7 @@ def test_the_step_is_the_whitened_truncated_svd_of_the_target() -> None:
     assert distance[1] <= distance[0] <= 1.02 * distance[1]
 
 
-def test_captured_power_never_falls() -> None:
+def test_the_captured_squared_norm_never_falls() -> None:
     matrix = normal(50, 40)
     basis = torch.linalg.qr(normal(40, 6, seed=2))[0]
     captured = []
@@ -84,24 +84,24 @@ def test_captured_power_never_falls() -> None:
 
 def test_shapes_trace_and_progress() -> None:
     weight, _ = planted()
-    heard: list[tuple[int, float]] = []
-    found = proximal_low_rank(
-        weight, 2, rounds=5, generator=make_generator(), on_round=lambda *pair: heard.append(pair)
+    calls: list[tuple[int, float]] = []
+    fitted = proximal_low_rank(
+        weight, 2, rounds=5, generator=make_generator(), on_round=lambda *pair: calls.append(pair)
     )
-    assert (found.b.shape, found.a.shape) == ((60, 2), (2, 96))
-    assert heard == list(enumerate(found.trace))
-    assert len(found.trace) == 6
-    torch.testing.assert_close(found.a @ found.a.mT, torch.eye(2), atol=1e-5, rtol=0)
+    assert (fitted.b.shape, fitted.a.shape) == ((60, 2), (2, 96))
+    assert calls == list(enumerate(fitted.trace))
+    assert len(fitted.trace) == 6
+    torch.testing.assert_close(fitted.a @ fitted.a.mT, torch.eye(2), atol=1e-5, rtol=0)
 
 
 def test_rank_zero_is_empty() -> None:
-    found = proximal_low_rank(normal(5, 32), 0, generator=make_generator())
-    assert (found.b.shape, found.a.shape, found.trace) == ((5, 0), (0, 32), [])
+    fitted = proximal_low_rank(normal(5, 32), 0, generator=make_generator())
+    assert (fitted.b.shape, fitted.a.shape, fitted.trace) == ((5, 0), (0, 32), [])
 
 
 def test_full_rank_works() -> None:
-    found = proximal_low_rank(normal(4, 32), 4, rounds=3, generator=make_generator())
-    assert torch.isfinite(found.b @ found.a).all()
+    fitted = proximal_low_rank(normal(4, 32), 4, rounds=3, generator=make_generator())
+    assert torch.isfinite(fitted.b @ fitted.a).all()
 
 
 def test_zero_rows_stay_zero_and_change_nothing() -> None:
@@ -124,13 +124,13 @@ def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row_errors(chunked.b @ chunked.a, whole.b @ whole.a).max() < 1e-3
 
 
-def test_the_seed_decides_and_the_weight_stays() -> None:
+def test_the_seed_determines_the_result_and_the_weight_is_not_modified() -> None:
     weight, _ = planted()
-    kept = weight.clone()
+    copy = weight.clone()
     first, again = (proximal_low_rank(weight, 3, rounds=3, generator=make_generator()) for _ in range(2))
     assert torch.equal(first.a, again.a)
     assert torch.equal(first.b, again.b)
-    assert torch.equal(weight, kept)
+    assert torch.equal(weight, copy)
 
 
 def test_bad_input_is_refused() -> None:

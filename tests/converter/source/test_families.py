@@ -1,4 +1,4 @@
-"""The registry itself, and recipe `fast` through every family's blocks."""
+"""The registry of families, and recipe `fast` on every family."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ def test_no_two_families_claim_an_architecture() -> None:
 
 
 def write_words(folder: Path) -> None:
-    """A tokenizer of words t0 .. t95, and a text of them."""
+    """Write a tokenizer of the words t0 .. t95 and a text of them."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -31,8 +31,8 @@ def write_words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
-def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Path, family: str) -> None:
-    """That it measures what a linear gets in the whole model is `test_shell.py`'s to show."""
+def test_recipe_fast_converts_every_family(make_model, tmp_path: Path, family: str) -> None:
+    """`test_layer_runner.py` compares the inputs of the linears with those in the whole model."""
     folder, out = make_model(family, lively=True), tmp_path / "out"
     write_words(folder)
     text = Calibration(str(folder / "text.txt"), num_samples=4, max_seq_length=16)
@@ -43,7 +43,7 @@ def test_recipe_fast_runs_through_every_familys_blocks(make_model, tmp_path: Pat
         assert torch.isfinite(AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits).all()
 
 
-def test_a_head_of_its_own_is_refused_where_vllm_has_no_place_for_it(make_model, tmp_path: Path) -> None:
+def test_a_separate_head_is_refused_if_vllm_does_not_support_it(make_model, tmp_path: Path) -> None:
     for options, config in (({"head_bits": 8}, {}), ({}, {"tie_word_embeddings": False})):
         folder = make_model("Gemma 2", **config)
         with pytest.raises(
@@ -54,7 +54,7 @@ def test_a_head_of_its_own_is_refused_where_vllm_has_no_place_for_it(make_model,
 
 
 def test_a_tied_head_that_is_stored_with_other_values(make_model, edit) -> None:
-    """Loaders would drop it without a word."""
+    """Loaders would ignore it silently."""
     folder = make_model()
     edit.json(folder / "config.json", tie_word_embeddings=True)
     source = open_source(str(folder))

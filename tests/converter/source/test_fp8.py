@@ -1,4 +1,4 @@
-"""Sources in 8-bit floats: dequantized as their scales say, in every layout, and refused where a scale does not fit."""
+"""Source models with fp8 weights: dequantized in every layout, refused if a scale does not fit."""
 
 import json
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 BLOCK = (48, 32)
-"""Does not divide all of the tiny sizes: the last blocks are cut."""
+"""Does not divide all of the tiny sizes, so that the last scale blocks are smaller."""
 
 
 def per_block(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """One scale for each block of rows and columns, cell by cell, to compare with."""
+    """Quantize with one scale per block, in a plain loop over the blocks."""
     rows, columns = weight.shape
     down, across = -(-rows // BLOCK[0]), -(-columns // BLOCK[1])
     scale = torch.zeros(down, across)
@@ -51,7 +51,7 @@ LAYOUTS: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], str, dict[st
 
 
 def to_fp8(folder: Path, layout: str) -> dict[str, Tensor]:
-    """Rewrite a model's linears in fp8; returns their weights as they were."""
+    """Quantize the linears of a model to fp8 and return their original weights."""
     make, key, config = LAYOUTS[layout]
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -68,7 +68,7 @@ def to_fp8(folder: Path, layout: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_weights_are_read_as_bfloat16_close_to_what_they_were(make_model, layout: str) -> None:
+def test_weights_are_read_as_bfloat16_close_to_the_originals(make_model, layout: str) -> None:
     folder = make_model(dtype=torch.float32, num_attention_heads=3, num_key_value_heads=1)
     before = to_fp8(folder, layout)
     source = open_source(str(folder))
@@ -77,18 +77,18 @@ def test_weights_are_read_as_bfloat16_close_to_what_they_were(make_model, layout
         name for name in source.entries if not name.endswith("_proj.weight")
     }
     for name, weight in before.items():
-        found = source.read([name])[name]
-        assert found.dtype == source.entries[name].dtype == torch.bfloat16
-        # Three bits of mantissa: a sixteenth of each value, or of the smallest normal number of its block.
+        dequantized = source.read([name])[name]
+        assert dequantized.dtype == source.entries[name].dtype == torch.bfloat16
+        # Three bits of mantissa: a sixteenth of each value, or of the smallest normal number of its scale block.
         bound = weight.abs() * 2**-4 + weight.abs().max() / 448 * 2**-6
-        assert ((found.float() - weight).abs() <= bound * 1.01).all()
+        assert ((dequantized.float() - weight).abs() <= bound * 1.01).all()
 
 
 def test_dequantization_is_code_times_scale() -> None:
     code = torch.tensor([[1.0, -2.0, 4.0], [0.5, 3.0, -6.0], [8.0, 1.5, 0.25]]).to(torch.float8_e4m3fn)
     scale = torch.tensor([[2.0, 3.0], [0.5, 4.0]])
-    wanted = torch.tensor([[2.0, -4.0, 12.0], [1.0, 6.0, -18.0], [4.0, 0.75, 1.0]])
-    assert torch.equal(dequantize(code, scale, (2, 2)).float(), wanted)
+    expected = torch.tensor([[2.0, -4.0, 12.0], [1.0, 6.0, -18.0], [4.0, 0.75, 1.0]])
+    assert torch.equal(dequantize(code, scale, (2, 2)).float(), expected)
     assert torch.equal(dequantize(code, torch.tensor(2.0), None).float(), 2 * code.float())
     rows = torch.tensor([1.0, 2.0, 4.0])
     assert torch.equal(dequantize(code, rows, (2, 2)).float(), rows[:, None] * code.float())

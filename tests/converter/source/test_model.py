@@ -1,4 +1,4 @@
-"""Pre-flight: what can be converted opens; what cannot is refused with its own sentence, before any work."""
+"""Checks before a conversion: every sound model opens, and every other one is refused with a specific message."""
 
 import json
 import shutil
@@ -31,9 +31,9 @@ def test_every_family_opens_single_and_sharded(make_model, family: str, shards: 
     check_values(source)
     assert source.family.name == family
     assert source.num_layers == 2
-    block = source.read(source.names_of_layer(1))
-    assert block["model.layers.1.mlp.down_proj.weight"].shape == (64, 128)
-    assert all(name.startswith("model.layers.1.") for name in block)
+    layer = source.read(source.names_of_layer(1))
+    assert layer["model.layers.1.mlp.down_proj.weight"].shape == (64, 128)
+    assert all(name.startswith("model.layers.1.") for name in layer)
     assert "model.embed_tokens.weight" in source.names_outside_layers()
 
 
@@ -42,7 +42,7 @@ def test_tied_embeddings_need_no_head(make_model) -> None:
     assert "lm_head.weight" not in source.entries
 
 
-def test_biases_are_tensors_of_the_block(make_model) -> None:
+def test_biases_are_tensors_of_the_decoder_layer(make_model) -> None:
     source = open_source(str(make_model("Qwen2")))
     assert "model.layers.0.self_attn.q_proj.bias" in source.names_of_layer(0)
 
@@ -108,9 +108,7 @@ def test_a_width_that_is_no_multiple_of_32(make_model) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_are_listed_whatever_they_belong_to(
-    make_model, edit, value: float
-) -> None:
+def test_all_tensors_with_values_that_are_not_finite_are_listed(make_model, edit, value: float) -> None:
     folder = make_model("Qwen2")
 
     def spoil(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,7 +175,7 @@ def test_a_long_list_is_cut_with_its_count(make_model, edit) -> None:
     refused(folder, "found 77 problem(s)", "and 57 more")
 
 
-def test_more_blocks_than_any_model_has_are_not_built(make_model, edit) -> None:
+def test_more_layers_than_any_model_has_are_not_built(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", num_hidden_layers=10**9, layer_types=None)
     refused(folder, "expected at most 10000 num_hidden_layers, found 1000000000")
@@ -190,7 +188,7 @@ def test_an_index_beside_a_single_file_that_it_does_not_list(make_model) -> None
 
 
 def test_a_header_that_names_a_tensor_twice(make_model) -> None:
-    """The library takes the last of the two without a word."""
+    """The safetensors library silently takes the last of the two."""
     folder = make_model()
     path = folder / "model.safetensors"
     raw = path.read_bytes()
@@ -233,11 +231,11 @@ def test_every_flipped_byte_of_the_index_is_noticed_or_harmless(make_model) -> N
         bad[position] ^= 0x04
         index.write_bytes(bytes(bad))
         try:
-            found = open_source(str(folder)).entries
+            entries = open_source(str(folder)).entries
         except SourceError:
             noticed += 1
         else:
-            # Only what no loader uses may differ: white space and the metadata.
-            assert found == expected
+            # Only white space and metadata, which no loader uses, may differ.
+            assert entries == expected
             assert json.loads(bytes(bad))["weight_map"] == json.loads(good)["weight_map"]
     assert noticed > 100
