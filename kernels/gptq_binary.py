@@ -69,7 +69,7 @@ def inverse_cholesky(hessian: Tensor) -> Tensor:
     """Return the upper Cholesky factor of the inverse of H, float32 [K, K], from which GPTQ propagates errors."""
     lower = torch.linalg.cholesky(hessian.double())
     upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
-    return upper.float().contiguous()
+    return upper.float()
 
 
 def gptq_signs(weight: Tensor, scale: Tensor, factor: Tensor) -> Tensor:
@@ -156,6 +156,8 @@ def gptq_binarize(
     compiled, reason = can_binarize(weight)
     if weight.is_cpu and not compiled:
         _warn_slow(reason)
+    if compiled:
+        weight, hessian, factor = weight.contiguous(), hessian.contiguous(), factor.contiguous()
     binarize = _binarize_compiled if compiled else binarize_reference
     chunks = [
         binarize(chunk, hessian, factor, sweeps, error_feedback, refine_all)
@@ -178,13 +180,12 @@ def _warn_slow(reason: str) -> None:
 def _binarize_compiled(
     weight: Tensor, hessian: Tensor, factor: Tensor, sweeps: int, error_feedback: bool, refine_all: bool
 ) -> BinaryWeight:
-    """Binarize rows with the compiled kernel; arguments as in `gptq_binarize`."""
-    weight, hessian = weight.contiguous(), hessian.contiguous()
+    """Binarize rows with the compiled kernel; arguments as in `gptq_binarize`, all contiguous."""
     sign, scale, error = torch.ops.bwla.gptq_binarize_cpu(
         weight,
         weight @ hessian,
         hessian,
-        factor.contiguous() if error_feedback else None,
+        factor if error_feedback else None,
         INITIAL_SCALE_FACTORS,
         sweeps,
         refine_all,

@@ -77,18 +77,18 @@ def random_hadamard(groups: int, order: int, generator: torch.Generator) -> Tens
     return signs * hadamard(order)
 
 
-class LoopRecipe:
+class LoopRecipe(ABC):
     """A method that quantizes one input group after another, in the calibration loop of recipe `fast`."""
 
     def __init__(self, source: Source, calibration: Calibration, seed: int) -> None:
         self.seed = seed
         self.loop = CalibrationLoop(source, calibration, seed, self.group)
 
+    @abstractmethod
     def group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
         """Quantize an input group, given the moments of its inputs and some of the inputs [M, K]."""
-        raise NotImplementedError
 
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Build decoder layer `index` from its stored tensors."""

@@ -79,7 +79,7 @@ class Processes:
         return [bool(flag) for flag in self._broadcast_numbers([float(flag) for flag in flags])]
 
     def _broadcast_numbers(self, numbers: list[float]) -> list[float]:
-        # As a tensor: broadcast_object_list would pickle.
+        # A tensor, because broadcast_object_list would serialize Python objects.
         tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(tensor, 0)
         received: list[float] = tensor.tolist()

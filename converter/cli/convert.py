@@ -65,7 +65,9 @@ def convert(
 ) -> None:
     """Convert a language model to 1-bit weights and low-bit activations, to be served by vLLM."""
     head_bits = quantization.lm_head_bits
-    calibration = Calibration(text.calibration or "", text.num_calibration_samples, text.max_seq_length)
+    calibration = None
+    if text.calibration is not None:
+        calibration = Calibration(text.calibration, text.num_calibration_samples, text.max_seq_length)
     options = Options(
         target.model,
         target.out,
@@ -77,7 +79,7 @@ def convert(
         overwrite=target.overwrite,
         head_bits=None if head_bits == "auto" else int(head_bits),
         ignore=tuple(quantization.ignore or ()),
-        calibration=calibration if text.calibration is not None else None,
+        calibration=calibration,
         tune_epochs=training.tune_epochs,
         distill_epochs=training.distill_epochs,
         minutes=training.minutes,

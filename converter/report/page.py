@@ -1,12 +1,19 @@
 """The report as one HTML page without scripts or network access, for light and dark mode; see `data.build_report`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bwla_converter.checkpoint.contents import kind_of
 from bwla_converter.common.durations import duration
 from bwla_converter.report.charts import COLOURS, Series, line_chart
-from bwla_converter.report.layers import activation_panel, by_kind, decoder_layers, layer_of, weight_panel
+from bwla_converter.report.layers import (
+    Panel,
+    activation_panel,
+    by_kind,
+    decoder_layers,
+    layer_of,
+    weight_panel,
+)
 from bwla_converter.report.templating import environment
 from markupsafe import Markup
 from rich.filesize import decimal
@@ -100,10 +107,7 @@ def _weights(report: Report) -> dict[str, Any] | None:
     colours = kind_colours(report, changes)
     return {
         "colours": colours,
-        "panels": [
-            weight_panel(f"{kind} ({len(names)})", [changes[name] for name in names])
-            for kind, names in by_kind(changes).items()
-        ],
+        "panels": _panels(changes, weight_panel),
         "bimodality_chart": _change_chart(changes, colours, "bimodality", "bimodality"),
         "error_chart": _change_chart(changes, colours, "binarization_error", "binarization error"),
     }
@@ -117,12 +121,19 @@ def _activations(report: Report) -> dict[str, Any] | None:
     colours = kind_colours(report, changes)
     return {
         "colours": colours,
-        "panels": [
-            activation_panel(f"{kind} ({len(names)})", [changes[name] for name in names])
-            for kind, names in by_kind(changes).items()
-        ],
+        "panels": _panels(changes, activation_panel),
         "peak_chart": _change_chart(changes, colours, "peak", "max / rms", log=True),
     }
+
+
+def _panels(
+    changes: Mapping[str, Any], panel: Callable[[str, Sequence[Mapping[str, Any]]], Panel]
+) -> list[Panel]:
+    """Return a panel for each kind of linear, titled with the kind and the number of its linears."""
+    return [
+        panel(f"{kind} ({len(names)})", [changes[name] for name in names])
+        for kind, names in by_kind(changes).items()
+    ]
 
 
 def _change_chart(

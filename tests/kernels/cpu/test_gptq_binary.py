@@ -34,7 +34,7 @@ def binarize(
     isa: Isa | None = None,
     threads: int = 1,
 ) -> BinaryWeight:
-    factor = inverse_cholesky(hessian) if feedback else None
+    factor = inverse_cholesky(hessian).contiguous() if feedback else None
     return BinaryWeight(
         *gptq_binarize(
             weight, weight @ hessian, hessian, factor, INITIAL_SCALE_FACTORS, sweeps, refine_all, isa, threads
