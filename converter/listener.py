@@ -1,6 +1,7 @@
 """The interface through which a caller follows a conversion."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
@@ -13,6 +14,15 @@ class Listener:
 
     A listener may raise KeyboardInterrupt in `layer_done` to stop the conversion without losing any work.
     """
+
+    def dequantized(self, folder: Path, done: int, total: int) -> None:
+        """Weights of a GGUF file have been dequantized, before anything else is called. Other models need none of this.
+
+        Args:
+            folder: the folder that is being written, in the cache.
+            done: number of weights that have been written, 0 in the first call.
+            total: number of weights of the model.
+        """
 
     def planned(self, source: Source, plan: ConversionPlan) -> None:
         """The model has been opened and its structure checked; `plan` is what will be written."""

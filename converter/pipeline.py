@@ -87,7 +87,7 @@ def convert(
     device = choose_device(options.device)
     if not check_work(options.out, options.resume, options.restart):
         check_output(options.out, options.overwrite)
-    source = open_source(options.model, options.ignore)
+    source = open_source(options.model, options.ignore, listener.dequantized)
     if options.out.resolve() == source.folder.resolve():
         raise OutputError(
             f"{options.out}: the output folder is the model to convert: choose another output folder"
@@ -133,7 +133,7 @@ def follow(options: Options, processes: Processes) -> None:
 
 def _make_plan(options: Options, source: Source) -> ConversionPlan:
     provenance = Provenance(
-        base_model=options.model if source.revision else source.folder.resolve().name,
+        base_model=source.name,
         revision=source.revision,
         recipe=options.recipe,
         seed=options.seed,

@@ -11,7 +11,8 @@ from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.families import find_family
-from bwla_converter.source.model import Source, build_meta_model
+from bwla_converter.source.meta_model import build_meta_model
+from bwla_converter.source.model import Source
 from bwla_converter.source.names import HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from bwla_converter.source import fp8
 from bwla_converter.source.families import Family, InputGroup, find_family
+from bwla_converter.source.gguf_path import SUFFIX, OnProgress, ignore_progress, is_gguf
+from bwla_converter.source.meta_model import build_meta_model
+from bwla_converter.source.problems import raise_if_any
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.files import Entry, Scan, read_json, read_tensors, scan_folder
@@ -18,13 +21,10 @@ from bwla_kernels.format.schema import is_ignored
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
-MAX_LISTED_PROBLEMS = 20
-MAX_LAYERS = 10_000
-"""Largest accepted num_hidden_layers. More means that config.json is damaged, and would take hours to build."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Source:
             are no files.
         tied: name of a tensor that config.json ties to another one -> name of that tensor.
         scale_block: rows and columns of the scale blocks of fp8 weights, if they have scale blocks.
+        name: name of the model for reports: the Hub id, or the name of the folder or of the GGUF file.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Source:
     stored: Mapping[str, Entry] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     scale_block: tuple[int, int] | None = None
+    name: str = ""
 
     def groups_of_layer(self, index: int) -> Iterator[tuple[InputGroup, list[str]]]:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
@@ -101,20 +103,29 @@ class Source:
         return {name: dequantized.get(name, tensors[name]) for name in names}
 
 
-def locate(model: str) -> tuple[Path, str]:
-    """Find a model folder, or download a model from the Hub by its id (safetensors and text files only).
+def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path, str]:
+    """Find a model folder, prepare one from a GGUF file, or download a model from the Hub by its id.
 
-    Returns: the folder, and the commit for a Hub id or an empty string for a folder.
+    Args:
+        model: a folder, a GGUF file, or a Hub id, of which safetensors and text files are downloaded.
+        on_progress: called while a GGUF file is written as a folder, see `gguf_folder.prepare`.
+
+    Returns: the folder, and the commit for a Hub id or an empty string for anything else.
 
     Raises:
-        SourceError: `model` is neither a folder nor a Hub id, or the download failed.
+        SourceError: `model` is none of the three, the GGUF file cannot be used, or the download failed.
     """
     path = Path(model).expanduser()
+    if is_gguf(path):
+        from bwla_converter.source.gguf_folder import prepare  # imports gguf, which few models need
+
+        return prepare(path, on_progress), ""
     if path.is_dir():
+        _check_not_gguf_only(path)
         return path, ""
     if path.exists() or not HUB_ID.fullmatch(model):
         raise SourceError(
-            f"{model}: expected a folder or a Hub id like Qwen/Qwen3-8B, found neither: check the path"
+            f"{model}: expected a folder, a GGUF file or a Hub id like Qwen/Qwen3-8B, found neither: check the path"
         )
     try:
         snapshot = Path(snapshot_download(model, allow_patterns=HUB_FILES))
@@ -127,13 +138,28 @@ def locate(model: str) -> tuple[Path, str]:
     return snapshot, snapshot.name
 
 
-def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
+def _check_not_gguf_only(folder: Path) -> None:
+    """Raise if a folder holds GGUF files instead of a model with a config.json."""
+    files = [] if (folder / "config.json").exists() else sorted(folder.glob(f"*{SUFFIX}"))
+    if files:
+        raise SourceError(
+            f"{folder}: expected a config.json, found GGUF files: give one of them instead of the folder, for example "
+            f"{files[0]}"
+        )
+
+
+def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress = ignore_progress) -> Source:
     """Locate a model, read its headers and check that it can be converted; `check_values` checks the values.
+
+    Args:
+        model: a folder, a GGUF file or a Hub id.
+        ignore: linears to leave unquantized.
+        on_progress: called while a GGUF file is written as a folder, see `gguf_folder.prepare`.
 
     Raises:
         SourceError: config.json cannot be used, or a list of all tensors and files with problems.
     """
-    folder, revision = locate(model)
+    folder, revision = locate(model, on_progress)
     config_path = folder / "config.json"
     config = read_json(config_path, SourceError)
     family = find_family(config, str(config_path))
@@ -152,6 +178,7 @@ def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
         stored=scan.entries,
         tied=tied_names(meta_model),
         scale_block=fp8.scale_block(quantization),
+        name=_name(model, folder, revision),
     )
     problems = [
         *scan.problems,
@@ -160,8 +187,15 @@ def open_source(model: str, ignore: Sequence[str] = ()) -> Source:
         *_tensor_problems(source, meta_model, scan),
         *_width_problems(source),
     ]
-    _raise_if_any(folder, problems)
+    raise_if_any(folder, problems)
     return source
+
+
+def _name(model: str, folder: Path, revision: str) -> str:
+    if revision:
+        return model
+    path = Path(model).expanduser()
+    return path.name if is_gguf(path) else folder.resolve().name
 
 
 def _fp8_config(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
@@ -205,42 +239,13 @@ def check_values(
         if name in quantized:
             on_tensor(name)
     problems += filter(None, [tied_conflict(source.folder, source.stored, source.tied)])
-    _raise_if_any(source.folder, problems)
+    raise_if_any(source.folder, problems)
 
 
 def _linear_weights(source: Source) -> Iterator[str]:
     """Yield the names of all weights that will be quantized, without the head's."""
     for index in range(source.num_layers):
         yield from (f"{name}.weight" for name in source.linears_of_layer(index))
-
-
-def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """Build the model that the config.json in `folder` describes on the meta device, without memory for its weights.
-
-    Args:
-        folder: a folder with a config.json.
-        config: its contents.
-
-    Raises:
-        SourceError: transformers cannot build the model.
-    """
-    num_layers = config.get("num_hidden_layers")
-    if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
-        raise SourceError(
-            f"{folder / 'config.json'}: expected at most {MAX_LAYERS} num_hidden_layers, found {num_layers}: "
-            "restore the model's own config.json"
-        )
-    try:
-        with torch.device("meta"):
-            hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config)
-    except Exception as cause:  # transformers raises many types of exceptions for an inconsistent config
-        reason = " ".join(str(cause).split())
-        raise SourceError(
-            f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
-            "restore the model's own config.json"
-        ) from None
-    return model
 
 
 def _architecture_problems(source: Source, meta_model: PreTrainedModel) -> Iterator[str]:
@@ -278,13 +283,3 @@ def _width_problems(source: Source) -> Iterator[str]:
                 choose_rotation(entry.shape[1], group.preferred_rotation_groups)
             except FormatError as problem:
                 yield f"{entry.file}: {name}: {problem}"
-
-
-def _raise_if_any(folder: Path, problems: list[str]) -> None:
-    """Raise `SourceError` with a list of `problems`, unless there are none."""
-    if not problems:
-        return
-    shown = problems[:MAX_LISTED_PROBLEMS]
-    more = f"\n  and {len(problems) - len(shown)} more" if len(problems) > len(shown) else ""
-    lines = "".join(f"\n  {problem}" for problem in shown)
-    raise SourceError(f"{folder}: cannot be converted, found {len(problems)} problem(s):{lines}{more}")

@@ -147,7 +147,7 @@ def test_bad_input_is_one_sentence_and_a_failure(tmp_path: Path) -> None:
     result = run(app, [str(tmp_path / "nowhere"), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert "error:" in result.output
-    assert "expected a folder or a Hub id" in result.output
+    assert "expected a folder, a GGUF file or a Hub id" in result.output
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
 

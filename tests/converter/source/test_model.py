@@ -48,7 +48,7 @@ def test_biases_are_tensors_of_the_decoder_layer(make_model) -> None:
 
 
 def test_a_path_that_is_neither_folder_nor_hub_id() -> None:
-    with pytest.raises(SourceError, match="expected a folder or a Hub id"):
+    with pytest.raises(SourceError, match="expected a folder, a GGUF file or a Hub id"):
         open_source("/no/such/folder/at all")
 
 
