@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from bwla_converter.calibration.distributed import Processes
 from bwla_converter.common.atomic_files import sync
 from torch import Tensor
-
-ITEM_BYTES = torch.float32.itemsize
 
 
 @dataclass
@@ -36,17 +36,14 @@ class ActivationStore:
 
     def keep(self, shape: torch.Size, parts: Iterable[Tensor]) -> "Activations":
         """Store hidden states of `shape` [S, T, hidden], given in consecutive parts [S_i, T, hidden], as float32."""
-        if self.folder is None:
-            whole, first = torch.empty(shape), 0
+        with self.writer(shape[0]) as writer:
             for part in parts:
-                whole[first : first + len(part)] = part
-                first += len(part)
-            return Activations(self, whole, None)
-        path = self._new_file()
-        with path.open("wb") as file:
-            for part in parts:
-                file.write(part.to("cpu", torch.float32).contiguous().numpy().data.cast("B"))
-        return Activations(self, None, StoredStates(path, shape))
+                writer.append(part)
+        return writer.activations
+
+    def writer(self, count: int, dtype: torch.dtype = torch.float32) -> "ActivationWriter":
+        """Return a writer of the activations of `count` samples, to be used in a `with` statement."""
+        return ActivationWriter(self, count, dtype)
 
     def empty(self) -> "Activations":
         """Return hidden states of no samples."""
@@ -68,22 +65,24 @@ class ActivationStore:
             return self.keep(
                 source.shape, (read_samples(source, first, 1) for first in range(source.shape[0]))
             )
-        path = self._new_file()
+        path = self.new_file()
         path.hardlink_to(source.path)
         return Activations(self, None, StoredStates(path, source.shape))
 
-    def _new_file(self) -> Path:
+    def new_file(self) -> Path:
+        """Return the path of a new file."""
         assert self.folder is not None
         self.folder.mkdir(exist_ok=True)
-        return self.folder / f"{next(self._numbers)}.f32"
+        return self.folder / f"{next(self._numbers)}.bin"
 
 
 @dataclass(frozen=True)
 class StoredStates:
-    """A file that contains float32 [S, T, hidden] and nothing else."""
+    """A file that contains the values of a tensor [S, T, hidden] and nothing else."""
 
     path: Path
     shape: torch.Size
+    dtype: torch.dtype = torch.float32
 
     def link_to(self, path: Path) -> None:
         """Create a hard link to the file at `path`, durably; the file is never changed afterwards."""
@@ -93,20 +92,72 @@ class StoredStates:
 
 
 def read_samples(stored: StoredStates, first: int, count: int) -> Tensor:
-    """Read `count` consecutive samples from number `first` on, float32 [count, T, hidden].
+    """Read `count` consecutive samples from number `first` on [count, T, hidden].
 
     Raises:
         OSError: the file is too short.
     """
-    part = torch.empty(count, *stored.shape[1:])
+    part = torch.empty(count, *stored.shape[1:], dtype=stored.dtype)
     with stored.path.open("rb") as file:
-        file.seek(first * part[:1].numel() * ITEM_BYTES)
-        count_read = file.readinto(part.numpy().data.cast("B"))
-    if count_read != part.numel() * ITEM_BYTES:
-        raise OSError(
-            f"{stored.path}: expected {part.numel() * ITEM_BYTES} bytes of hidden states, found {count_read}"
-        )
+        file.seek(first * part[:1].nbytes)
+        count_read = file.readinto(_bytes_of(part))
+    if count_read != part.nbytes:
+        raise OSError(f"{stored.path}: expected {part.nbytes} bytes of hidden states, found {count_read}")
     return part
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor on the CPU."""
+    array: np.ndarray[Any, Any] = tensor.view(torch.uint8).numpy()
+    return array.data.cast("B")
+
+
+class ActivationWriter:
+    """Store activations part by part.
+
+    Args:
+        store: where they are stored.
+        count: number of samples S.
+        dtype: dtype in which they are stored.
+
+    Attributes:
+        activations: all of them, at the end of the `with` statement.
+    """
+
+    activations: "Activations"
+
+    def __init__(self, store: ActivationStore, count: int, dtype: torch.dtype) -> None:
+        self._store, self._count, self._dtype = store, count, dtype
+        self._whole: Tensor | None = None
+        self._shape, self._first = torch.Size((0, 0, 0)), 0
+        self._path = store.new_file() if store.folder is not None else None
+        self._file = self._path.open("wb") if self._path is not None else None
+
+    def append(self, part: Tensor) -> None:
+        """Store the activations of the next samples [S_i, T, K]."""
+        self._shape = torch.Size((self._count, *part.shape[1:]))
+        if self._file is not None:
+            self._file.write(_bytes_of(part.to("cpu", self._dtype).contiguous()))
+            return
+        if self._whole is None:
+            self._whole = torch.empty(self._shape, dtype=self._dtype)
+        self._whole[self._first : self._first + len(part)] = part
+        self._first += len(part)
+
+    def __enter__(self) -> "ActivationWriter":
+        return self
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        if self._file is not None and failure is not None:
+            self._file.close()
+            return
+        if self._file is None:
+            whole = torch.empty(self._shape) if self._whole is None else self._whole
+            self.activations = Activations(self._store, whole, None)
+            return
+        assert self._path is not None
+        self._file.close()
+        self.activations = Activations(self._store, None, StoredStates(self._path, self._shape, self._dtype))
 
 
 class Activations:

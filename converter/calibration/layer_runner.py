@@ -1,14 +1,18 @@
 """Run a single decoder layer by the model's own code: a transformers model with one layer."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bwla_converter.hf.attention import attention_implementation
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoConfig, AutoModel
 
 
@@ -27,7 +31,7 @@ class LayerRunner:
         self.types = getattr(self.config, "layer_types", None)
         # transformers' other attention implementations ignore the soft cap (Gemma 2).
         capped = getattr(self.config, "attn_logit_softcapping", None) is not None
-        self.attention = "eager" if capped else None
+        self.attention = "eager" if capped else attention_implementation(device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the hidden states before layer 0 for token ids [S, T]: [S, T, hidden]."""
@@ -72,6 +76,19 @@ class LayerRunner:
         return config
 
 
+@dataclass(frozen=True)
+class Tail:
+    """A linear whose output is that of the submodule around it, such as `o_proj` of the attention.
+
+    Attributes:
+        submodule: path of that submodule in the decoder layer.
+        num_outputs: how many values the submodule returns, the linear's output first; None if it is not a tuple.
+    """
+
+    submodule: str
+    num_outputs: int | None
+
+
 class DecoderLayer:
     """A decoder layer that can be run, inspected and modified.
 
@@ -102,6 +119,59 @@ class DecoderLayer:
         """Replace the linear with the given full name by another module."""
         parent, _, child = name.removeprefix(self.prefix).rpartition(".")
         setattr(self.layer.get_submodule(parent), child, module)
+
+    def find_tails(self, names: Iterable[str], hidden: Tensor) -> dict[str, Tail]:
+        """Run the layer on `hidden` [S, T, hidden] and return those of the linears `names` that are tails."""
+        tails: dict[str, Tail] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def watch(name: str, path: str) -> Iterator[RemovableHandle]:
+            def linear_done(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+                outputs[name] = output
+
+            def submodule_done(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                first = output[0] if isinstance(output, tuple) else output
+                if first is outputs.get(name):
+                    tails[name] = Tail(path, len(output) if isinstance(output, tuple) else None)
+
+            yield self.linear(name).register_forward_hook(linear_done)
+            yield self.layer.get_submodule(path).register_forward_hook(submodule_done)
+
+        handles: list[RemovableHandle] = []
+        for name in names:
+            path = name.removeprefix(self.prefix).rpartition(".")[0]
+            if path:
+                handles += watch(name, path)
+        try:
+            self.run(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tails
+
+    @contextmanager
+    def resumed(self, tails: Mapping[Tail, tuple[nn.Module, Tensor]]) -> Iterator[None]:
+        """Let submodules return what their last linear makes of known inputs, instead of computing these.
+
+        Args:
+            tails: tail -> the linear and its inputs [S, T, K].
+        """
+
+        def forward_of(tail: Tail, linear: nn.Module, inputs: Tensor) -> Callable[..., Any]:
+            def forward(*_: object, **__: object) -> Any:
+                output = linear(inputs)
+                return output if tail.num_outputs is None else (output, *[None] * (tail.num_outputs - 1))
+
+            return forward
+
+        modules = [self.layer.get_submodule(tail.submodule) for tail in tails]
+        for module, (tail, (linear, inputs)) in zip(modules, tails.items(), strict=True):
+            module.forward = forward_of(tail, linear, inputs)
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own method again
 
     def inputs_of(self, name: str, hidden: Tensor) -> Tensor:
         """Return the inputs of a linear when the layer runs on `hidden`; what follows it is not computed.

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
+from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer
 from bwla_converter.calibration.text import calibration_samples
+from bwla_converter.common.precision import fast_products
 from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
@@ -22,9 +24,6 @@ from bwla_converter.source.model import Source
 from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
-
-SAMPLES_PER_BATCH = 4
-"""Calibration samples that run through a decoder layer at a time."""
 
 QuantizeGroup = Callable[[Mapping[str, Tensor], Mapping[str, LayerSpec], Moments, Tensor], GroupResult]
 """Quantizes an input group: (weights, specs, moments of its inputs, some of the inputs [M, K]) -> result."""
@@ -78,13 +77,19 @@ class CalibrationLoop:
         self.runner = LayerRunner(source, self.store.device)
         self.hidden = self.original_hidden = self.store.empty()
         self._quantize_group, self._follow_stream = quantize_group, follow_stream
-        self._layers: tuple[DecoderLayer, DecoderLayer] | None = None
+        self._current: tuple[StepwiseLayer, StepwiseLayer] | None = None
+
+    @property
+    def current(self) -> tuple[StepwiseLayer, StepwiseLayer]:
+        """The current decoder layer with its hidden states, of the original and of the quantized model."""
+        assert self._current is not None
+        return self._current
 
     @property
     def layers(self) -> tuple[DecoderLayer, DecoderLayer]:
         """The current decoder layer: the original, and the one whose linears are replaced by quantized ones."""
-        assert self._layers is not None
-        return self._layers
+        original, quantized = self.current
+        return original.layer, quantized.layer
 
     @torch.no_grad()
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
@@ -93,7 +98,11 @@ class CalibrationLoop:
             parts = map(self.runner.embed, self.ids.split(SAMPLES_PER_BATCH))
             shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
             self.hidden = self.original_hidden = self.store.keep(shape, parts)
-        self._layers = (self.runner.layer(index, tensors), self.runner.layer(index, tensors))
+        names = [members[0] for _, members in self.runner.source.groups_of_layer(index)]
+        self._current = (
+            StepwiseLayer(self.runner.layer(index, tensors), self.original_hidden, self.store, names),
+            StepwiseLayer(self.runner.layer(index, tensors), self.hidden, self.store, names),
+        )
 
     @torch.no_grad()
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
@@ -119,39 +128,40 @@ class CalibrationLoop:
 
         Returns: the moments of its inputs over all processes, and some of this process's inputs [M, K].
         """
-        original, quantized = self.layers
+        original, quantized = self.current
         moments = Moments.zeros(width, self.store.device, cross_gram=True)
         limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.hidden)
         reader = self.runner.source.family.group_of(name).stream if self._follow_stream else None
         sampled = []
-        for batch, original_batch in zip(
-            self.hidden.split(SAMPLES_PER_BATCH), self.original_hidden.split(SAMPLES_PER_BATCH), strict=True
-        ):
-            inputs, stream_hat = quantized.inputs_and_stream(name, reader, batch)
-            original_inputs, stream = original.inputs_and_stream(name, reader, original_batch)
-            moments.add(inputs, original_inputs)
-            if stream is not None and stream_hat is not None:
-                moments.add_residual(inputs, stream_hat, stream)
-            sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
+        with fast_products(self.store.device):
+            batches = zip(quantized.inputs_of(name, reader), original.inputs_of(name, reader), strict=True)
+            for (inputs, stream_hat), (original_inputs, stream) in batches:
+                moments.add(inputs, original_inputs)
+                if stream is not None and stream_hat is not None:
+                    moments.add_residual(inputs, stream_hat, stream)
+                sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)
 
     @torch.no_grad()
     def advance_original(self) -> None:
         """Replace the original model's hidden states by the outputs of its current layer."""
-        original, _ = self.layers
-        self.original_hidden = self.original_hidden.map(original.run, SAMPLES_PER_BATCH)
+        original, _ = self.current
+        with fast_products(self.store.device):
+            self.original_hidden = original.outputs()
+        original.hidden = self.store.empty()
 
     @torch.no_grad()
     def quantized_outputs(self) -> Activations:
         """Return the outputs of the current quantized layer."""
-        _, quantized = self.layers
-        return self.hidden.map(quantized.run, SAMPLES_PER_BATCH)
+        _, quantized = self.current
+        with fast_products(self.store.device):
+            return quantized.outputs()
 
     def advance_quantized(self, outputs: Activations) -> None:
         """Replace the quantized model's hidden states by `outputs`, and release the current layer."""
         self.hidden = outputs
-        self._layers = None
+        self._current = None
 
     def end_layer(self) -> None:
         """Replace the hidden states of both models by the outputs of the current layer, and release it."""

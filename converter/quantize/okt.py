@@ -25,7 +25,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from bwla_converter.common.tensors import count_not_finite, in_one_buffer, row_rms, split_rows, sum_in_double
+from bwla_converter.common.tensors import (
+    count_not_finite,
+    in_one_buffer,
+    row_rms,
+    sample_rows,
+    split_rows,
+    sum_in_double,
+)
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.layer import ROTATION_DTYPE
 from bwla_kernels.reference import rotate
@@ -36,6 +43,9 @@ VARIANCE_FLOOR = 1e-3
 
 VARIANCE_CEILING = 0.15
 """Upper bound of a component's variance v, in the same units; 1 leaves the likelihood unconstrained."""
+
+WEIGHTS_PER_PARAMETER = 512
+"""Weights, for each entry of a rotation's factors, from which the rotation is learned; more hardly improve it."""
 
 Start = Literal["random", "identity"]
 
@@ -152,7 +162,8 @@ def learn_rotation(
 ) -> Rotation:
     """Learn the rotation that the linears of one input group share.
 
-    Holds two float32 copies of the group's weights in addition to the weights.
+    Of a group with more than WEIGHTS_PER_PARAMETER weights for each entry of the factors, evenly spaced rows are used.
+    Holds two float32 copies of these rows in addition to the weights.
 
     Args:
         weights: the group's weights [N_i, K], any float dtype, all on one device.
@@ -207,6 +218,10 @@ def start_state(
         left, right = random_orthogonal(groups, n1, generator), random_orthogonal(groups, n2, generator)
     else:
         left, right = (torch.eye(n, dtype=torch.float64).repeat(groups, 1, 1) for n in (n1, n2))
+
+    limit = WEIGHTS_PER_PARAMETER * groups * (n1 * n1 + n2 * n2)
+    share = min(1.0, limit / sum(map(Tensor.numel, weights)))
+    weights = [sample_rows(weight, math.ceil(share * weight.numel())) for weight in weights]
 
     def unit_cells() -> Iterator[Tensor]:
         for weight in weights:

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer
-from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, clipped_specs
+from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
+from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions

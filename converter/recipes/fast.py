@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
-from bwla_converter.calibration.loop import SAMPLES_PER_BATCH, CalibrationLoop, QuantizeGroup
+from bwla_converter.calibration.loop import CalibrationLoop, QuantizeGroup
+from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
 from bwla_converter.options import Calibration
 from bwla_converter.quantize import fast
 from bwla_converter.quantize.group import GroupResult

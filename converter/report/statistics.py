@@ -18,6 +18,9 @@ from bwla_converter.common.tensors import sample_rows, split_rows
 from bwla_kernels.reference import rotate
 from torch import Tensor
 
+MAX_ELEMENTS = 2**19
+"""Elements of a matrix that are looked at, in evenly spaced rows: some ten milliseconds' work."""
+
 BINS = 64
 WEIGHT_SPAN = 4.0
 ACTIVATION_SPAN = 8.0
@@ -112,7 +115,7 @@ def weight_statistics(weight: Tensor, left: Tensor, right: Tensor, column_scale:
         left, right: the rotation's factors, see `bwla_kernels.reference.rotate`.
         column_scale: [K].
     """
-    rows = sample_rows(weight)
+    rows = sample_rows(weight, MAX_ELEMENTS)
     left, right, column_scale = (each.to(rows.device) for each in (left, right, column_scale))
     binarized = (rotate(part.float(), left, right) / column_scale for part in split_rows(rows))
     return Change(describe(split_rows(rows), WEIGHT_SPAN), describe(binarized, WEIGHT_SPAN))
@@ -125,7 +128,7 @@ def activation_statistics(x: Tensor, left: Tensor, right: Tensor, column_scale: 
         x: any float dtype; evenly spaced tokens are sampled.
         left, right, column_scale: as in `weight_statistics`.
     """
-    rows = sample_rows(x.reshape(-1, x.shape[-1]))
+    rows = sample_rows(x.reshape(-1, x.shape[-1]), MAX_ELEMENTS)
     left, right, column_scale = (each.to(rows.device) for each in (left, right, column_scale))
     quantized = (rotate(part.float(), left, right) * column_scale for part in split_rows(rows))
     return Change(describe(split_rows(rows), ACTIVATION_SPAN), describe(quantized, ACTIVATION_SPAN))

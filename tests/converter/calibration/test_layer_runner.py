@@ -75,6 +75,34 @@ def test_inspecting_and_modifying_a_layer(make_model) -> None:
     assert layer.linear(name) is layer.layer.mlp.down_proj
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: str) -> None:
+    source = open_source(str(make_model(family, dtype=torch.float32, lively=True)))
+    layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
+    hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
+    tails = layer.find_tails([names[0] for _, names in source.groups_of_layer(0)], hidden)
+    assert {name.rpartition(".")[2] for name in tails} == {"o_proj", "down_proj"}
+    before = layer.run(hidden)
+    known = {tail: (layer.linear(name), layer.inputs_of(name, hidden)) for name, tail in tails.items()}
+
+    def fail(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    handles = [
+        layer.linear(names[0]).register_forward_pre_hook(fail) for _, names in source.groups_of_layer(0)
+    ]
+    for name in tails:
+        handles.append(layer.linear(name).register_forward_pre_hook(lambda *_: None))
+    with pytest.raises(AssertionError):
+        layer.run(hidden)
+    for handle in handles:
+        handle.remove()
+    with layer.resumed(known):
+        assert torch.equal(layer.run(hidden), before)
+    assert torch.equal(layer.run(hidden), before)
+
+
 def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
     source = open_source(str(make_model()))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
