@@ -30,7 +30,7 @@ class Options:
     the reporting options `report`, `text_samples` and `hub_repo`. On one machine, equal options give equal tensors.
 
     Attributes:
-        model: a folder with a Hugging Face model, or the id of one on the Hub, like "Qwen/Qwen3-8B".
+        model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
         recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
         rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest

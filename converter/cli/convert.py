@@ -32,6 +32,8 @@ Examples:
 
   bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/
 
+  bwla-convert ./my-llama.Q8_0.gguf ./my-llama-bwla
+
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1 --resume

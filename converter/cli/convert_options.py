@@ -31,7 +31,8 @@ class ModelAndOutput(Panel):
     model: Annotated[
         str,
         typer.Argument(
-            help="A folder with a Hugging Face model, or the id of one on the Hub.", metavar="MODEL"
+            help="A folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub.",
+            metavar="MODEL",
         ),
     ]
     out: Annotated[

@@ -99,7 +99,9 @@ def show(rows: dict[str, Row]) -> None:
 def evaluate(
     original: Annotated[
         str,
-        typer.Argument(help="The original model: a folder or the id of one on the Hub.", metavar="ORIGINAL"),
+        typer.Argument(
+            help="The original model: a folder, a GGUF file, or the id of one on the Hub.", metavar="ORIGINAL"
+        ),
     ],
     bwla: Annotated[
         Path, typer.Argument(help="The folder that bwla-convert wrote from it.", metavar="CHECKPOINT")
@@ -134,9 +136,10 @@ def evaluate(
     """Compare a BWLA checkpoint with the original model on the same text and tasks."""
     console = Console(stderr=True)
     with errors_reported(console):
-        rows = _perplexity(original, bwla, text, window, limit)
+        folder = _locate(console, original)
+        rows = _perplexity(folder, bwla, text, window, limit)
         if tasks:
-            rows |= _scores(original, bwla, task_names(tasks), limit, backend)
+            rows |= _scores(folder, bwla, task_names(tasks), limit, backend)
         _warn_of_training_text(console, bwla, text)
         show(rows)
         if out is not None:
@@ -150,29 +153,35 @@ def evaluate(
             out.write_text(json.dumps({**settings, "results": rows}, indent=1) + "\n", encoding="utf-8")
 
 
-def _perplexity(original: str, bwla: Path, text: str, window: int, limit: int | None) -> dict[str, Row]:
+def _locate(console: Console, original: str) -> Path:
+    """Return the folder of the original model; show how much of a GGUF file has been dequantized."""
+    from bwla_converter.cli.progress import DequantizationBar, ProgressListener
+    from bwla_converter.source.model import locate
+    from rich.progress import Progress
+
+    with Progress(*ProgressListener.columns(), console=console, transient=True) as progress:
+        folder, _ = locate(original, DequantizationBar(progress))
+    return folder
+
+
+def _perplexity(original: Path, bwla: Path, text: str, window: int, limit: int | None) -> dict[str, Row]:
     from bwla_converter.calibration.text import dataset_text
     from bwla_converter.evaluation.perplexity import compare_texts
-    from bwla_converter.source.model import locate
 
-    folder, _ = locate(original)
     if text == "wikitext2":
         content = dataset_text("wikitext2-test")
     elif Path(text).is_file():
         content = Path(text).read_text(encoding="utf-8")
     else:
         raise SourceError(f"--text {text}: expected a file or wikitext2, found neither: check the path")
-    result = compare_texts(folder, bwla, content, window, limit)
+    result = compare_texts(original, bwla, content, window, limit)
     return {"perplexity": {"original": result.original, "bwla": result.bwla}}
 
 
 def _scores(
-    original: str, bwla: Path, tasks: list[str], limit: int | None, backend: Backend
+    original: Path, bwla: Path, tasks: list[str], limit: int | None, backend: Backend
 ) -> dict[str, Row]:
-    from bwla_converter.source.model import locate
-
-    folder, _ = locate(original)
-    before, after = (task_scores(model, tasks, limit, backend) for model in (folder, bwla))
+    before, after = (task_scores(model, tasks, limit, backend) for model in (original, bwla))
     return {name: {"original": before[name], "bwla": after[name]} for name in before}
 
 

@@ -1,6 +1,7 @@
 """Progress of a conversion on a terminal: two bars with an ETA, and a line with the error of every linear."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from bwla_converter.cli.interrupt import Interrupts
 from bwla_converter.common.bits import describe_rank
@@ -21,11 +22,31 @@ from rich.progress import (
 )
 
 
+class DequantizationBar:
+    """Shows as a bar how much of a GGUF file has been dequantized; nothing for other models. An `OnProgress`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: TaskID | None = None
+
+    def __call__(self, folder: Path, done: int, total: int) -> None:
+        if self._task is None:
+            self._progress.console.print(
+                f"dequantizing to bfloat16 into {folder}, where later runs find it; you may delete it",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+            self._task = self._progress.add_task("reading   ", total=total)
+        self._progress.update(self._task, completed=done)
+
+
 class ProgressListener(Listener):
     """Shows the checks and the quantization as bars, and stops after a decoder layer if `interrupts` got a signal."""
 
     def __init__(self, progress: Progress, interrupts: Interrupts) -> None:
         self._progress, self._interrupts = progress, interrupts
+        self._dequantization_bar = DequantizationBar(progress)
         self._checking: TaskID | None = None
         self._quantizing: TaskID | None = None
 
@@ -40,6 +61,9 @@ class ProgressListener(Listener):
             TextColumn("ETA"),
             TimeRemainingColumn(),
         )
+
+    def dequantized(self, folder: Path, done: int, total: int) -> None:
+        self._dequantization_bar(folder, done, total)
 
     def planned(self, source: Source, plan: ConversionPlan) -> None:
         self._say(

@@ -60,14 +60,6 @@ class GGUFFile:
         """Return the shape of a tensor in torch's order: the dimension that is contiguous in memory is the last."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
-    def type_names(self) -> str:
-        """Return the types of the tensors, the most frequent (by number of weights) first, like "Q4_1, Q8_0, F32"."""
-        weights: dict[str, int] = {}
-        for tensor in self.tensors.values():
-            name = tensor.tensor_type.name
-            weights[name] = weights.get(name, 0) + int(tensor.n_elements)
-        return ", ".join(sorted(weights, key=lambda name: -weights[name]))
-
     def read(self, name: str, offset: float = 0.0) -> Tensor:
         """Dequantize one tensor, subtract `offset` from every value in float32, and round to bfloat16."""
         tensor = self.tensors[name]

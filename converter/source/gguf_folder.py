@@ -23,6 +23,7 @@ from bwla_converter.source.meta_model import build_meta_model
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import INDEX_FILE
 from filelock import FileLock
+from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -95,6 +96,7 @@ def write_folder(path: Path, folder: Path, on_progress: OnProgress = ignore_prog
         names = tensor_names(file, model)
         _write_json(partial / "generation_config.json", _generation_config(file))
         save_tokenizer(file, partial)
+        _write_card(file, partial)
         _write_shards(file, partial, model, names, lambda done, total: on_progress(folder, done, total))
         move(partial, folder)
     finally:
@@ -168,6 +170,21 @@ def _generation_config(file: GGUFFile) -> dict[str, Any]:
         "pad_token_id": token("padding"),
     }
     return {name: value for name, value in settings.items() if value is not None}
+
+
+def _write_card(file: GGUFFile, folder: Path) -> None:
+    """Write a model card with the licence and the languages, which the card of the converted model repeats."""
+    keys = {
+        "license": "license",
+        "license_name": "license.name",
+        "license_link": "license.link",
+        "language": "languages",
+    }
+    known = {name: file.metadata.get(f"general.{key}") for name, key in keys.items()}
+    data = ModelCardData(**{name: value for name, value in known.items() if value})
+    text = f"---\n{data.to_yaml()}\n---\n\nThe model of `{file.path.name}`, dequantized to bfloat16.\n"
+    with whole_file(folder / "README.md") as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
