@@ -16,6 +16,7 @@ from bwla_converter.calibration.activations import Activations, ActivationStore,
 from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
+from bwla_converter.common.precision import fast_products
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
@@ -154,7 +155,11 @@ class BestRecipe:
         """Fit the final norm, then distill the whole model."""
         if not self.options.distill.epochs:
             return self.fitted_norm()
-        return self.distill(AutoModelForCausalLM.from_pretrained(folder, dtype=self.loop.runner.dtype))
+        runner = self.loop.runner
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=runner.dtype, attn_implementation=runner.attention
+        )
+        return self.distill(model)
 
     def fitted_norm(self) -> dict[str, Tensor]:
         """Return the fitted final norm's weight by its full name; nothing where the options leave it as it is."""
@@ -195,14 +200,15 @@ class BestRecipe:
         def loss_of(indices: Tensor) -> Tensor:
             return relative_loss(layer.run(self.loop.hidden[indices]), self.loop.original_hidden[indices])
 
-        trace = tune(
-            loss_of,
-            parameter_groups(linears.values(), norms.values(), self.options.tune),
-            len(self.loop.hidden),
-            self.options.tune,
-            group_generator(self.seed, ["tune", *linears]),
-            lambda: clear_input_caches(linears.values()),
-        )
+        with fast_products(self.loop.runner.device):
+            trace = tune(
+                loss_of,
+                parameter_groups(linears.values(), norms.values(), self.options.tune),
+                len(self.loop.hidden),
+                self.options.tune,
+                group_generator(self.seed, ["tune", *linears]),
+                lambda: clear_input_caches(linears.values()),
+            )
         self.layer_traces = {layer.prefix.removesuffix("."): {"tune": trace}}
         layer.model.requires_grad_(False)
         changed: dict[str, Tensor] = {}

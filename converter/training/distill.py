@@ -15,13 +15,16 @@ final norm and head turn them into logits. Its weights are read one linear at a 
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
+from bwla_converter.common.precision import fast_products
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
 from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
+from bwla_converter.training.divergence import Head, kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
 from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
@@ -62,9 +65,10 @@ class Distiller:
         self.runner, self.ids, self.original_hidden, self.options = runner, ids, original_hidden, options
         self.initial = initial
         model.requires_grad_(False)
-        self.logits_of = original_logits(model, runner)
+        self.original_norm, self.original_head = original_norm_and_head(model, runner)
         model.load_state_dict(initial, strict=False)
         self.linears = make_trainable(model, runner)
+        self.head = replace(self.original_head, weight=model.get_submodule(HEAD_MODULE).weight.detach())
         self.norms = norm_weights(model)
         for parameter in self.norms.values():
             parameter.requires_grad_(True)
@@ -72,10 +76,9 @@ class Distiller:
     def loss(self, indices: Tensor) -> Tensor:
         """Return the mean KL divergence from the original in nats per token, over the samples of the given indices."""
         with torch.no_grad():
-            original = nn.functional.log_softmax(self.logits_of(self.original_hidden[indices]), -1)
-        logits = self.model(self.ids[indices], use_cache=False).logits
-        quantized = nn.functional.log_softmax(logits.float(), -1)
-        return (original.exp() * (original - quantized)).sum(-1).mean()
+            original = self.original_norm(self.original_hidden[indices])
+        hidden = self.model.base_model(self.ids[indices], use_cache=False).last_hidden_state
+        return kl_divergence(hidden, self.head, original, self.original_head)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -94,6 +97,10 @@ class Distiller:
         Returns: the stored tensors that changed, by their full names (`initial` alone where training is discarded),
             and the mean divergence in nats: before, in each epoch of each stage, and after.
         """
+        with fast_products(self.runner.device):
+            return self._run(seed)
+
+    def _run(self, seed: int) -> tuple[dict[str, Tensor], list[float]]:
         generator = torch.Generator().manual_seed(seed)
         trace = [self.divergence()]
         stages = make_stages(self.runner.source) if self.options.latent_rate else [Stage()]
@@ -152,23 +159,17 @@ class Distiller:
         return changed
 
 
-def original_logits(model: PreTrainedModel, runner: LayerRunner) -> Callable[[Tensor], Tensor]:
-    """Return the function from the original's last hidden states [..., hidden] to its logits [..., V], float32.
+def original_norm_and_head(model: PreTrainedModel, runner: LayerRunner) -> tuple[nn.Module, Head]:
+    """Return the original's final norm and head.
 
     Args:
         model: the quantized model as stored: its final norm is still the original's.
         runner: runner of the original model.
     """
-    norm = copy.deepcopy(model.get_submodule(FINAL_NORM))
     name = EMBEDDING_WEIGHT if runner.source.tied_head else HEAD_WEIGHT
-    head = runner.source.read([name])[name].to(runner.device, runner.dtype)
+    weight = runner.source.read([name])[name].to(runner.device, runner.dtype)
     cap = getattr(runner.config, "final_logit_softcapping", None)
-
-    def logits_of(hidden: Tensor) -> Tensor:
-        logits: Tensor = (norm(hidden) @ head.mT).float()
-        return cap * torch.tanh(logits / cap) if cap else logits
-
-    return logits_of
+    return copy.deepcopy(model.get_submodule(FINAL_NORM)), Head(weight, cap)
 
 
 def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:

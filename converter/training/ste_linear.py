@@ -7,11 +7,11 @@ logarithms, so that they stay positive.
 """
 
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from bwla_converter.calibration.layer_runner import DecoderLayer
+from bwla_converter.common.precision import has_fast_bfloat16
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
 from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, to_compute_dtype
 from bwla_kernels.reference import rotate
@@ -73,18 +73,12 @@ def straight_through_codes(x_hat: Tensor, spec: LayerSpec) -> Tensor:
     return result
 
 
-@cache  # called for every product
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of products with signs while training: bfloat16 where the processor supports it natively.
+    """Return the dtype of products with signs while training: bfloat16 where that is several times faster than float32.
 
-    Signs are exact in bfloat16, and so are codes of up to 8 bits apart from their scale. It is about four times as
-    fast as float32.
+    Signs are exact in bfloat16, and so are codes of up to 8 bits apart from their scale.
     """
-    native = device.type == "cuda"
-    if device.type == "cpu":
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
 
 
 class SignProduct(torch.autograd.Function):
