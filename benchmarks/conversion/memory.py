@@ -37,6 +37,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 151936,
         "tie_word_embeddings": True,
     },
+    # Qwen3-0.6B
+    "0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    # Qwen3-8B with a small vocabulary, which spares memory that has nothing to do with the decoder layers
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 4096,
+    },
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096},
 }
 TOLERANCE = 0.2
@@ -45,15 +62,17 @@ TOLERANCE = 0.2
 def write_random_model(folder: Path, layers: int, shape: str) -> int:
     """Write a random bfloat16 Qwen3 model with one shard for each layer; return the tensors' bytes."""
     sizes = SHAPES[shape]
+    heads = {
+        "num_attention_heads": sizes["hidden_size"] // 128,
+        "num_key_value_heads": sizes["hidden_size"] // 256,
+    }
     config = AutoConfig.for_model(
         "qwen3",
         architectures=["Qwen3ForCausalLM"],
         num_hidden_layers=layers,
-        num_attention_heads=sizes["hidden_size"] // 128,
-        num_key_value_heads=sizes["hidden_size"] // 256,
         head_dim=128,
         dtype="bfloat16",
-        **sizes,
+        **heads | sizes,
     )
     config.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -1,0 +1,37 @@
+"""Convert a model as `bwla-convert` does, and measure seconds, CPU seconds and peak memory, split by phase.
+
+    python -m benchmarks.conversion.speed_convert RESULT MODEL OUT [options of bwla-convert]
+
+`speed.py` runs this module for each conversion. RESULT is the JSON file to write.
+"""
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.cli.convert import app
+
+from benchmarks.conversion.peers import Meter
+from benchmarks.conversion.speed_phases import PhaseClock, phases_counted
+
+
+def main() -> int:
+    """Run the command line; return the exit status of the conversion."""
+    result, *arguments = sys.argv[1:]
+    import_module("bwla_converter.pipeline")  # The command line imports it only when it needs it.
+    clock, meter = PhaseClock(), Meter()
+    with phases_counted(clock):
+        status = app(arguments, standalone_mode=False)
+    measured = {**meter.read(), "phases": clock.totals()}
+    if status:
+        return int(status)
+    contents = read_contents(Path(arguments[1]))
+    measured |= {"weights": contents.weights, "bits_per_weight": round(contents.bits_per_weight, 4)}
+    Path(result).write_text(json.dumps(measured), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
