@@ -54,6 +54,8 @@ class Options:
         resume: continue an interrupted conversion to `out`, or start one if there is none.
         restart: discard an interrupted conversion to `out`. Cannot be combined with `resume`.
         device: where to compute: "cpu", "cuda", "cuda:1", or "auto" for a GPU if there is one.
+        threads: threads on the CPU. None: one for each core that may be used, or fewer if the model is too small for
+            them. The number can change the last bits of sums, and with them the result.
         max_memory: bytes of memory that the process may use. Hidden states are kept on disk if they do not fit. None:
             what is free.
         report: write `bwla_report.html`, and collect the statistics that it shows.
@@ -79,6 +81,7 @@ class Options:
     resume: bool = False
     restart: bool = False
     device: str = "auto"
+    threads: int | None = None
     max_memory: int | None = None
     report: bool = True
     text_samples: int | None = None

@@ -13,7 +13,9 @@ from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
 from bwla_converter.checkpoint.layout import Shards, output_config, quantized_head, verify
 from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
+from bwla_converter.common.bits import num_weights
 from bwla_converter.common.devices import choose_device
+from bwla_converter.common.threads import choose_threads, use_threads
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
@@ -94,10 +96,25 @@ def convert(
         )
     plan = _make_plan(options, source)
     listener.planned(source, plan)
+    with use_threads(_threads(options, plan)):
+        recipe_of = recipe_factory or make_recipe
+        return _convert(options, source, plan, recipe_of, device, listener, processes)
+
+
+def _convert(
+    options: Options,
+    source: Source,
+    plan: ConversionPlan,
+    recipe_factory: RecipeFactory,
+    device: torch.device,
+    listener: Listener,
+    processes: Processes,
+) -> Summary:
+    """Convert a model whose structure has been checked; arguments as in `convert`."""
     budget = _check_budget(options, source, plan, device)
     listener.budgeted(budget)
     on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
-    recipe = (recipe_factory or make_recipe)(options, source, ActivationStore(on_disk, device, processes))
+    recipe = recipe_factory(options, source, ActivationStore(on_disk, device, processes))
     plan = _with_calibration(plan, recipe.calibration)
     conversion = Conversion(options, source, plan, recipe, device, listener, processes)
     with open_work(options.out, _inputs(conversion), options.restart) as work:
@@ -119,8 +136,15 @@ def follow(options: Options, processes: Processes) -> None:
     """
     options, device = replace(options, report=False), choose_device(options.device)
     source = open_source(options.model, options.ignore)
-    recipe = make_recipe(options, source, ActivationStore(None, device, processes))
     plan = _make_plan(options, source)
+    with use_threads(_threads(options, plan)):
+        _follow(options, source, plan, device, processes)
+
+
+def _follow(
+    options: Options, source: Source, plan: ConversionPlan, device: torch.device, processes: Processes
+) -> None:
+    recipe = make_recipe(options, source, ActivationStore(None, device, processes))
     conversion = Conversion(options, source, plan, recipe, device, Listener(), processes)
     restored, *done = processes.broadcast_flags([False] * (source.num_layers + 1))
     if restored:
@@ -129,6 +153,11 @@ def follow(options: Options, processes: Processes) -> None:
         if not done[index]:
             _quantize_layer(conversion, index)
             recipe.state()
+
+
+def _threads(options: Options, plan: ConversionPlan) -> int:
+    """Return the number of threads of a conversion."""
+    return choose_threads(options.threads, max(map(num_weights, plan.specs.values()), default=0))
 
 
 def _make_plan(options: Options, source: Source) -> ConversionPlan:

@@ -88,6 +88,7 @@ def convert(
         resume=resuming.resume,
         restart=resuming.restart,
         device=machine.device,
+        threads=machine.threads,
         max_memory=machine.max_memory,
         report=not reporting.no_report,
         text_samples=reporting.samples_of_text,

@@ -193,6 +193,14 @@ class Machine(Panel):
             min=1,
         ),
     ] = 1
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            help="Threads on the CPU. The result can depend on their number.",
+            min=1,
+            show_default="the cores that may be used, fewer for tiny models",
+        ),
+    ] = None
     max_memory: Annotated[
         int | None,
         typer.Option(

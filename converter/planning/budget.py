@@ -79,6 +79,7 @@ class Budget:
         output: size of the output on disk.
         kept: size of what the work folder holds in addition during the conversion.
         seconds: time on the CPU.
+        threads: threads that it uses there.
     """
 
     base: float
@@ -89,6 +90,7 @@ class Budget:
     output: float
     kept: float
     seconds: float
+    threads: int = 1
 
     @property
     def memory(self) -> float:
@@ -103,9 +105,10 @@ class Budget:
     def __str__(self) -> str:
         place = "in memory" if self.hidden_in_memory else "on disk"
         hidden = f", hidden states {place}" if self.hidden else ""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
         return (
             f"expected: {size(self.memory)} of memory (peak: {self.step}{hidden}), {size(self.disk)} of disk space "
-            f"(output {size(self.output)}), about {duration(self.seconds)}"
+            f"(output {size(self.output)}), about {duration(self.seconds)} on {threads}"
         )
 
 
@@ -153,6 +156,7 @@ def predict(
         output=float(plan.output_bytes(source)),
         kept=float(HIDDEN_STATES_ON_DISK * states),
         seconds=(speed or measure_speed()).seconds(chosen.compute_estimate(workload)),
+        threads=torch.get_num_threads(),
     )
 
 

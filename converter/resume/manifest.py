@@ -19,6 +19,7 @@ NOT_COMPARED = (
     "resume",
     "restart",
     "max_memory",
+    "threads",
     "device",
     "calibration",
     "report",
@@ -183,7 +184,7 @@ def difference(before: Inputs, now: Inputs) -> str | None:
         return f"it was started with {name} {_shown(old)}, found {_shown(new)}: install that version again"
     if changed := _first_difference(before.machine, now.machine):
         name, old, new = changed
-        advice = f"set OMP_NUM_THREADS={old}" if name == "threads" else "resume it on the same machine"
+        advice = f"add --threads {old}" if name == "threads" else "resume it on the same machine"
         return (
             f"it was started with {name} {_shown(old)}, now it is {_shown(new)}, which changes the rounding of "
             f"sums: {advice}"

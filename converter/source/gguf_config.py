@@ -86,7 +86,10 @@ def find_gguf_family(file: GGUFFile) -> Family:
     for family in FAMILIES:
         if family.gguf == file.architecture:
             return family
-    supported = ", ".join(dict.fromkeys(f"{family.gguf} ({family.name})" for family in FAMILIES))
+    names = dict.fromkeys(family.gguf for family in FAMILIES)
+    supported = ", ".join(
+        f"{name} ({', '.join(family.name for family in FAMILIES if family.gguf == name)})" for name in names
+    )
     raise SourceError(
         f"{file.path}: found the architecture {file.architecture}, expected one of {supported}: use a supported model"
     )
@@ -142,6 +145,7 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
+        "head_dim": _head_dim(keys),
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": "bfloat16",
@@ -150,13 +154,13 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 
 def _head_dim(keys: _Keys) -> int:
-    default = keys.need("embedding_length") // keys.need("attention.head_count")
-    return int(keys.get("attention.key_length", keys.get("rope.dimension_count", default)))
+    return int(
+        keys.get("attention.key_length", keys.need("embedding_length") // keys.need("attention.head_count"))
+    )
 
 
 def _llama(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     return {
-        "head_dim": _head_dim(keys),
         "rope_parameters": _rope(file, keys),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -169,7 +173,6 @@ def _qwen2(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 def _qwen3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     return {
-        "head_dim": _head_dim(keys),
         "rope_parameters": _rope(file, keys),
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
     }
@@ -201,11 +204,9 @@ def _gemma3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 def _gemma(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     """Return the settings of Gemma 2 and 3."""
-    head_dim = int(keys.need("attention.key_length"))
     large = keys.need("block_count") == GEMMA_LAYERS_OF_27B[file.architecture]
-    scalar = keys.need("embedding_length") // keys.need("attention.head_count") if large else head_dim
+    scalar = keys.need("embedding_length") // keys.need("attention.head_count") if large else _head_dim(keys)
     return {
-        "head_dim": head_dim,
         "query_pre_attn_scalar": scalar,
         "sliding_window": keys.need("attention.sliding_window"),
         "final_logit_softcapping": keys.get(
@@ -215,7 +216,7 @@ def _gemma(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
 
 
 def _phi3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
-    head_dim = keys.need("embedding_length") // keys.need("attention.head_count")
+    head_dim = _head_dim(keys)
     rotated = keys.get("rope.dimension_count", head_dim)
     context = keys.need("context_length")
     original = keys.get("rope.scaling.original_context_length", context)

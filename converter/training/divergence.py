@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 2**22
+CHUNK_LOGITS = 2**23
 """Logits computed at a time on a CPU: they stay in memory that is allocated already."""
 
 ACCELERATOR_CHUNK_LOGITS = 2**27

@@ -195,8 +195,7 @@ def change_torch(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> Op
 
 
 def change_threads(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> Options:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    return again
+    return replace(again, threads=2)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def change_threads(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> 
         (change_source, r"model-00001-of-00003\.safetensors: has changed since .* was started"),
         (change_code, "bwla's own code has changed since it was started: go back to that version"),
         (change_torch, r"started with torch .*, found 9\.9: install that version again"),
-        (change_threads, r"started with threads 1, now it is 7, .*: set OMP_NUM_THREADS=1"),
+        (change_threads, r"started with threads 1, now it is 2, .*: add --threads 1"),
     ],
 )
 def test_resuming_is_refused_where_the_bytes_would_differ_and_the_work_is_kept(

@@ -97,7 +97,7 @@ def test_arguments_are_named_by_flag_and_leave_out_what_does_not_matter() -> Non
         ),
         ({"code": {"torch": "2.12", "sources": "a"}}, "it was started with torch 2.11, found 2.12: install"),
         ({"code": {"torch": "2.11", "sources": "b"}}, "bwla's own code has changed"),
-        ({"machine": {"threads": "8", "processor": "x"}}, "set OMP_NUM_THREADS=4"),
+        ({"machine": {"threads": "8", "processor": "x"}}, "add --threads 4"),
         ({"machine": {"threads": "4", "processor": "y"}}, "resume it on the same machine"),
         ({"calibration": {"sha256": "1"}}, "another calibration text (sha256 0, now 1): give the same text"),
     ],
