@@ -36,6 +36,11 @@ METHODS = {
     "fast": "`fast`",
     "best": "`best`",
 }
+CONVERSION_PEERS = {
+    "llmcompressor-gptq": "GPTQ, 4 bits (llm-compressor)",
+    "gptqmodel-gptq": "GPTQ, 4 bits (GPTQModel)",
+    "autoround-light": "AutoRound light, 4 bits",
+}
 ABLATIONS = {
     "best, 8 distillation epochs": "`best` with `--distill-epochs 8`",
     "best": "`best`",
@@ -222,6 +227,34 @@ def summary_table(names: str) -> str:
     return markdown_table(["", "BWLA", "bf16", "result"], linked)
 
 
+def conversion_table(name: str) -> str:
+    """One line per model and method: what a conversion costs."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        method = METHODS.get(row["method"]) or CONVERSION_PEERS[row["method"]]
+        text = f"{row['tokens']:,}" if row["tokens"] else "none"
+        model = f"{row['model']}, {row['layers']} layer{'s' * (row['layers'] > 1)}"
+        cells = [model, method, f"{row['weights'] / 1e6:.0f}", text]
+        lines.append([*cells, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_gb']:.2f}"])
+    header = ["model", "method", "million weights", "tokens", "seconds", "CPU seconds", "peak memory (GB)"]
+    return markdown_table(header, lines)
+
+
+def phase_table(name: str) -> str:
+    """One line per phase of a conversion: its seconds for each recipe, for the first model of the result."""
+    rows = [row for row in read_result(name)["rows"] if "phases" in row]
+    rows = [row for row in rows if row["model"] == rows[0]["model"]]
+    phases: dict[str, float] = {}
+    for row in rows:
+        for phase, part in row["phases"].items():
+            phases[phase] = max(phases.get(phase, 0.0), part["seconds"])
+    lines = []
+    for phase in sorted(phases, key=lambda phase: -phases[phase]):
+        parts = [row["phases"].get(phase) for row in rows]
+        lines.append([phase, *("" if part is None else f"{part['seconds']:.1f}" for part in parts)])
+    return markdown_table([f"seconds, {rows[0]['model']}", *(METHODS[row["method"]] for row in rows)], lines)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "families": lambda _: family_table(),
     "quality": quality_table,
@@ -231,6 +264,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "serving": serving_table,
     "gpu": gpu_table,
     "summary": summary_table,
+    "conversion": conversion_table,
+    "phases": phase_table,
 }
 
 
