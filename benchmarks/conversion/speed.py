@@ -91,11 +91,17 @@ def run(command: Sequence[str | Path], result: Path, threads: int, folder: Path)
         RunError: it failed.
     """
     count = str(threads)
-    environment = {"OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONDONTWRITEBYTECODE": "",  # Libraries are compiled once, not in every process.
+    }
     done = subprocess.run(
         [str(part) for part in command],
         cwd=folder,
-        env={**os.environ, **environment},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -7,20 +7,23 @@
 
 import json
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.cli.convert import app
 
 from benchmarks.conversion.peers import Meter
-from benchmarks.conversion.speed_phases import PhaseClock, phases_counted
 
 
 def main() -> int:
     """Run the command line; return the exit status of the conversion."""
+    # Imported here, because what `bwla_converter.cli` tells OpenMP must be known before torch is imported. Everything
+    # that a conversion needs is imported before the clock starts.
+    import bwla_converter.pipeline  # noqa: F401
+    from bwla_converter.checkpoint.contents import read_contents
+
+    from benchmarks.conversion.speed_phases import PhaseClock, phases_counted
+
     result, *arguments = sys.argv[1:]
-    import_module("bwla_converter.pipeline")  # The command line imports it only when it needs it.
     clock, meter = PhaseClock(), Meter()
     with phases_counted(clock):
         status = app(arguments, standalone_mode=False)
