@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from bwla_converter.source.families import FAMILIES, Family
 from bwla_converter.source.gguf_file import GGUFFile
+from bwla_converter.source.meta_model import MAX_LAYERS
 from bwla_kernels.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
 
@@ -105,18 +106,19 @@ def make_config(file: GGUFFile) -> PretrainedConfig:
     keys = _Keys(file)
     if keys.get("expert_count"):
         raise SourceError(f"{file.path}: is a mixture of experts, which is not supported: use a dense model")
-    settings = {**_common(file, keys), **_SPECIFIC[file.architecture](file, keys)}
-    for key in keys.unread():
-        logging.getLogger(__name__).warning("%s: %s is not used", file.path.name, key)
     try:
-        return AutoConfig.for_model(family.model_type, architectures=[family.architecture], **settings)
-    except (
-        Exception
-    ) as cause:  # transformers raises many types of exceptions for values that contradict each other
+        settings = {**_common(file, keys), **_SPECIFIC[file.architecture](file, keys)}
+        config = AutoConfig.for_model(family.model_type, architectures=[family.architecture], **settings)
+    except SourceError:
+        raise
+    except Exception as cause:  # for values of other types than expected, or that contradict each other
         reason = " ".join(str(cause).split())
         raise SourceError(
             f"{file.path}: transformers cannot use the settings in its metadata ({reason:.300}): get the file again"
         ) from None
+    for key in keys.unread():
+        logging.getLogger(__name__).warning("%s: %s is not used", file.path.name, key)
+    return config
 
 
 def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
@@ -132,6 +134,10 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
         raise SourceError(
             f"{file.path}: expected one number of heads for all layers, found {heads} and {kv_heads}: layers with "
             "different numbers of heads are not supported"
+        )
+    if not 1 <= layers <= MAX_LAYERS:
+        raise SourceError(
+            f"{file.path}: expected 1 to {MAX_LAYERS} layers in its metadata, found {layers}: get the file again"
         )
     ids = {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
@@ -191,7 +197,7 @@ def _gemma3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     layers = keys.need("block_count")
     pattern = keys.get("attention.sliding_window_pattern", GEMMA3_PATTERN)
     if isinstance(pattern, list):
-        slides = [bool(slide) for slide in pattern[:layers]]
+        slides = [bool(slide) for slide in pattern]
     else:
         slides = [(index + 1) % pattern != 0 for index in range(layers)]
     local = {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base_swa", 10_000.0))}

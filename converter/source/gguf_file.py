@@ -137,7 +137,7 @@ def _open(path: Path) -> GGUFReader:
         reader = GGUFReader(path)
     # gguf raises what numpy and Python raise for slices beyond the end of the file and for unknown numbers.
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as cause:
-        reason = " ".join(str(cause).split())
+        reason = re.sub(r"np\.\w+\((\d+)\)", r"\1", " ".join(str(cause).split()))
         raise SourceError(
             f"{path}: gguf {version('gguf')} cannot read this file ({reason:.200}): it is incomplete, so download it "
             "again, or it needs a newer gguf"
