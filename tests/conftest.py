@@ -1,6 +1,7 @@
 """Fixtures that every package's tests share: random layers in the stored format, tiny models, the converted example."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,19 @@ NEED_VLLM = [] if importlib.util.find_spec("vllm") else ["vllm", "robustness"]
 """Tests that import vLLM: left out where it is not installed, as on a GPU machine that runs the kernels' tests only."""
 
 collect_ignore = NEED_VLLM
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests whose pretrained model is not on this machine, unless it may be downloaded."""
+    for mark in item.iter_markers("real_model"):
+        from benchmarks.common.real_models import gguf_path
+
+        name: str = mark.args[0]
+        if not gguf_path(name).is_file() and os.environ.get("BWLA_REAL_MODELS") != "1":
+            pytest.skip(
+                f"{gguf_path(name)} is missing: `python -m scripts.get_real_model {name}` gets it, and "
+                "BWLA_REAL_MODELS=1 lets the tests download it"
+            )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

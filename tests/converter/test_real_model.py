@@ -1,0 +1,66 @@
+"""A pretrained model from a GGUF file: read as transformers reads it, and converted."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter.checkpoint.layout import verify
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
+from bwla_converter.source.meta_model import build_meta_model
+from bwla_kernels.format.files import read_folder, read_json, read_tensors
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+from benchmarks.common.real_models import get_gguf, real_model
+
+NAME = "smollm2-135m"
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model(NAME)]
+
+
+def test_transformers_reads_the_same_bits() -> None:
+    folder = real_model(NAME)
+    model = build_meta_model(folder, read_json(folder / "config.json"))
+    file = str(get_gguf(NAME))
+    expected = load_gguf_checkpoint(file, return_tensors=True, model_to_load=model)["tensors"]
+    entries = read_folder(folder)
+    assert entries.keys() == expected.keys()
+    for name, tensor in read_tensors(folder, entries, list(entries)).items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+def test_it_knows_the_capital_of_france() -> None:
+    folder = real_model(NAME)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0]
+    text = tokenizer.decode(answer[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert text == "The capital of France is Paris."
+
+
+def test_its_first_layers_are_converted(tmp_path: Path) -> None:
+    folder = first_layers(real_model(NAME), tmp_path / "model", 2)
+    summary = convert(Options(str(folder), tmp_path / "out", report=False))
+    verify(tmp_path / "out")
+    assert len(summary.linears) == 14
+    assert max(linear.error for linear in summary.linears) < 0.8
+    assert summary.bits_per_weight < 1.16
+
+
+def first_layers(source: Path, folder: Path, count: int) -> Path:
+    """Write a model with the first `count` decoder layers of the one in `source` to `folder`; return the folder."""
+    config = AutoModelForCausalLM.from_pretrained(source).config
+    config.num_hidden_layers = count
+    config.save_pretrained(folder)
+    entries = read_folder(source)
+    names = [
+        name for name in entries if not name.startswith("model.layers.") or int(name.split(".")[2]) < count
+    ]
+    save_file(read_tensors(source, entries, names), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
