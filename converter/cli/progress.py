@@ -32,7 +32,7 @@ class DequantizationBar:
     def __call__(self, folder: Path, done: int, total: int) -> None:
         if self._task is None:
             self._progress.console.print(
-                f"dequantizing to bfloat16 into {folder}, where later runs find it; you may delete it",
+                f"dequantizing to bfloat16 into {folder}, where later runs find it; it may be deleted afterwards",
                 highlight=False,
                 markup=False,
                 soft_wrap=True,

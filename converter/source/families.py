@@ -42,9 +42,9 @@ class Family:
         model_type: transformers' name of its configuration.
         models: well-known models of this architecture, for the documentation.
         groups: input groups of a decoder layer, in execution order.
-        gguf: llama.cpp's name of the architecture in GGUF files.
         layers: module path of the list of decoder layers.
         scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        gguf: llama.cpp's name of the architecture in GGUF files; empty if those of this family cannot be read.
         own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
             unquantized.
         note: special properties, for the documentation.
@@ -55,8 +55,8 @@ class Family:
     model_type: str
     models: str
     groups: tuple[InputGroup, ...]
-    gguf: str
     layers: str = "model.layers"
+    gguf: str = ""
     scaled_embedding: bool = False
     own_head: bool = True
     note: str = ""
@@ -87,20 +87,34 @@ _MERGED_DECODER = (InputGroup(("self_attn.qkv_proj",)), _O, InputGroup(("mlp.gat
 _SANDWICHED_DECODER = (_QKV, replace(_O, stream=None), _GATE_UP, replace(_DOWN, stream=None))
 
 FAMILIES = (
-    Family("Llama", "LlamaForCausalLM", "llama", "Llama 2, 3, 3.1, 3.2, 3.3 (text)", _GATED_DECODER, "llama"),
     Family(
-        "Mistral", "MistralForCausalLM", "mistral", "Mistral 7B, Nemo, Small 2409", _GATED_DECODER, "llama"
+        "Llama",
+        "LlamaForCausalLM",
+        "llama",
+        "Llama 2, 3, 3.1, 3.2, 3.3 (text)",
+        _GATED_DECODER,
+        gguf="llama",
     ),
-    Family("Qwen2", "Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _GATED_DECODER, "qwen2"),
-    Family("Qwen3", "Qwen3ForCausalLM", "qwen3", "Qwen3, dense", _GATED_DECODER, "qwen3"),
+    Family(
+        "Mistral",
+        "MistralForCausalLM",
+        "mistral",
+        "Mistral 7B, Nemo, Small 2409",
+        _GATED_DECODER,
+        gguf="llama",
+        note="GGUF files name these models `llama`, so they are read as `LlamaForCausalLM`; without the sliding window "
+        "of 7B v0.1, which the files do not record, that computes the same",
+    ),
+    Family("Qwen2", "Qwen2ForCausalLM", "qwen2", "Qwen2, Qwen2.5", _GATED_DECODER, gguf="qwen2"),
+    Family("Qwen3", "Qwen3ForCausalLM", "qwen3", "Qwen3, dense", _GATED_DECODER, gguf="qwen3"),
     Family(
         "Gemma 2",
         "Gemma2ForCausalLM",
         "gemma2",
         "Gemma 2",
         _SANDWICHED_DECODER,
-        "gemma2",
         scaled_embedding=True,
+        gguf="gemma2",
         own_head=False,
         note="the head is tied to the embedding and stays unquantized, because vLLM's class has no separate head. In "
         'transformers, pass `attn_implementation="eager"`; the default ignores the soft cap',
@@ -111,8 +125,8 @@ FAMILIES = (
         "gemma3_text",
         "Gemma 3, text only (270M, 1B)",
         _SANDWICHED_DECODER,
-        "gemma3",
         scaled_embedding=True,
+        gguf="gemma3",
         note="the multimodal sizes (`Gemma3ForConditionalGeneration`) are not supported",
     ),
     Family(
@@ -121,7 +135,7 @@ FAMILIES = (
         "phi3",
         "Phi-3, Phi-3.5 mini, Phi-4, Phi-4 mini",
         _MERGED_DECODER,
-        "phi3",
+        gguf="phi3",
         note="q, k and v are one linear, and so are gate and up, as in the checkpoint",
     ),
 )
@@ -150,5 +164,9 @@ def find_family(config: Mapping[str, Any], source: str) -> Family:
 def family_table() -> str:
     """Return the supported families as a Markdown table, for the documentation."""
     head = "| family | models | `architectures` in config.json | in GGUF files | notes |\n|---|---|---|---|---|\n"
-    rows = (f"| {f.name} | {f.models} | `{f.architecture}` | `{f.gguf}` | {f.note} |" for f in FAMILIES)
+    rows = (f"| {f.name} | {f.models} | `{f.architecture}` | {_code(f.gguf)} | {f.note} |" for f in FAMILIES)
     return head + "\n".join(rows)
+
+
+def _code(text: str) -> str:
+    return f"`{text}`" if text else "not read"

@@ -85,9 +85,9 @@ def find_gguf_family(file: GGUFFile) -> Family:
         SourceError: its architecture is not supported.
     """
     for family in FAMILIES:
-        if family.gguf == file.architecture:
+        if family.gguf and family.gguf == file.architecture:
             return family
-    names = dict.fromkeys(family.gguf for family in FAMILIES)
+    names = dict.fromkeys(family.gguf for family in FAMILIES if family.gguf)
     supported = ", ".join(
         f"{name} ({', '.join(family.name for family in FAMILIES if family.gguf == name)})" for name in names
     )

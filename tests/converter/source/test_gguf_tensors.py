@@ -16,7 +16,7 @@ from random_tensors import normal
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-NAMES = [family.name for family in FAMILIES]
+NAMES = [family.name for family in FAMILIES if family.gguf]
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
