@@ -135,6 +135,11 @@ def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path,
             f"{model}: found no such folder, and the download from the Hub failed ({reason}): "
             "check the name and the network connection, or give a local folder"
         ) from None
+    if not (snapshot / "config.json").exists():
+        raise SourceError(
+            f"{model}: expected a config.json in this repository, found none: if it holds GGUF files, download one of "
+            f"them (hf download {model} FILE.gguf --local-dir .) and give its path"
+        )
     return snapshot, snapshot.name
 
 

@@ -49,3 +49,19 @@ def edit() -> Any:
         tensor = staticmethod(edit_tensor)
 
     return Editors
+
+
+@pytest.fixture
+def make_gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return `make_gguf("Qwen3", name="model", **options of write_gguf)`, which writes a tiny model's GGUF file.
+
+    The folders of such files are in `tmp_path / "cache" / "gguf"`.
+    """
+    from gguf_models import tiny, write_gguf
+
+    monkeypatch.setenv("BWLA_CACHE", str(tmp_path / "cache"))
+
+    def make(family: str = "Qwen3", name: str = "model", **options: Any) -> Path:
+        return write_gguf(tmp_path / f"{name}.gguf", tiny(family), **options)
+
+    return make

@@ -185,3 +185,13 @@ def test_another_error_of_torch_is_not_called_out_of_memory(make_model, tmp_path
     result = run(app, [str(make_model()), str(tmp_path / "out")])
     assert isinstance(result.exception, RuntimeError)
     assert "out of memory" not in result.output
+
+
+def test_a_gguf_file(make_gguf, tmp_path: Path) -> None:
+    arguments = [str(make_gguf("Llama")), str(tmp_path / "out"), "--rank", "2"]
+    result = run(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"dequantizing to bfloat16 into {tmp_path / 'cache' / 'gguf' / 'model'}-" in result.output
+    result = run(app, [*arguments, "--overwrite"])
+    assert result.exit_code == 0, result.output
+    assert "dequantizing" not in result.output

@@ -9,7 +9,10 @@ import pytest
 import torch
 from bwla_converter.cli import evaluate as eval_cli
 from bwla_converter.cli.evaluate import app, task_names
-from bwla_converter.evaluation.perplexity import compare
+from bwla_converter.evaluation import perplexity
+from bwla_converter.evaluation.perplexity import Perplexity, compare
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
 from paths import EXAMPLES
 from typer.testing import CliRunner
 
@@ -29,6 +32,21 @@ def test_perplexity_is_printed_and_written(example_bwla: Path, tmp_path: Path) -
         {"original": expected.original, "bwla": expected.bwla}
     )
     assert f"{expected.original:.4g}" in done.stdout
+
+
+def test_the_original_may_be_a_gguf_file(make_gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, seen = make_gguf("Llama"), []
+
+    def compare_texts(original: Path, *others: object) -> Perplexity:
+        seen.append(original)
+        return Perplexity(2.0, 3.0)
+
+    monkeypatch.setattr(perplexity, "compare_texts", compare_texts)
+    checkpoint = tmp_path / "out"
+    convert(Options(str(file), checkpoint, rank=2))
+    done = run(file, checkpoint, "--text", EXAMPLES / "text" / "heldout.txt")
+    assert done.exit_code == 0, done.output
+    assert [folder.parent for folder in seen] == [tmp_path / "cache" / "gguf"]
 
 
 @pytest.mark.parametrize(

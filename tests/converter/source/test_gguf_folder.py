@@ -13,7 +13,7 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
 from bwla_converter.report.model_card import source_metadata
-from bwla_converter.source import gguf_folder
+from bwla_converter.source import gguf_folder, model
 from bwla_converter.source.gguf_folder import prepare, write_folder
 from bwla_converter.source.gguf_path import cache_folder
 from bwla_converter.source.model import check_values, locate, open_source
@@ -147,6 +147,13 @@ def test_a_folder_of_gguf_files_is_refused_with_one_of_them(make_gguf) -> None:
 def test_a_gguf_file_that_does_not_exist_is_not_looked_for_on_the_hub() -> None:
     with pytest.raises(SourceError, match="models/model.gguf: there is no such file"):
         locate("models/model.gguf")
+
+
+def test_a_repository_of_gguf_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("")
+    monkeypatch.setattr(model, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    with pytest.raises(SourceError, match="hf download owner/name-GGUF FILE.gguf --local-dir ."):
+        locate("owner/name-GGUF")
 
 
 def test_generation_ends_with_the_turn(make_gguf, tmp_path: Path) -> None:
