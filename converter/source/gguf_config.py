@@ -24,11 +24,9 @@ IGNORED = (
     "attention.key_length_swa",
     "attention.value_length_swa",
     "attention.causal",
-    "rope.dimension_count",
     "rope.dimension_count_swa",
     "rope.scaling.type",
     "rope.scaling.finetuned",
-    "rope.scaling.attn_factor",  # transformers computes LongRoPE's from the context lengths, as llama.cpp did
     "expert_count",
     "expert_used_count",
     "tensor_data_layout",
@@ -139,6 +137,13 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
         raise SourceError(
             f"{file.path}: expected 1 to {MAX_LAYERS} layers in its metadata, found {layers}: get the file again"
         )
+    head_dim = _head_dim(keys)
+    rotated = keys.get("rope.dimension_count", head_dim)
+    if rotated != head_dim and file.architecture != "phi3":
+        raise SourceError(
+            f"{file.path}: expected RoPE of all {head_dim} dimensions of a head, found that of {rotated}, which "
+            "transformers' class cannot do: use another model"
+        )
     ids = {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -151,7 +156,7 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": _head_dim(keys),
+        "head_dim": head_dim,
         "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "dtype": "bfloat16",
@@ -228,6 +233,9 @@ def _phi3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     original = keys.get("rope.scaling.original_context_length", context)
     rope = {**_rope(file, keys), "partial_rotary_factor": rotated / head_dim}
     if "rope_factors_long.weight" in file.tensors:
+        keys.get(
+            "rope.scaling.attn_factor"
+        )  # transformers computes it from the contexts, as llama.cpp has done
         factors = {
             f"{kind}_factor": _floats(file, f"rope_factors_{kind}.weight") for kind in ("long", "short")
         }

@@ -214,6 +214,7 @@ def test_a_missing_setting(make_gguf, key: str) -> None:
     [
         ("block_count", 10**9, "expected 1 to 10000 layers in its metadata, found 1000000000"),
         ("embedding_length", "wide", "transformers cannot use the settings in its metadata"),
+        ("rope.dimension_count", 8, "expected RoPE of all 32 dimensions of a head, found that of 8"),
         ("context_length", "long", "transformers cannot use the settings in its metadata"),
     ],
 )
