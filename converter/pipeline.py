@@ -234,7 +234,15 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
 def _check_budget(options: Options, source: Source, plan: ConversionPlan, device: torch.device) -> Budget:
     """Predict memory and disk space, and raise if there is too little of either."""
     limit = options.max_memory or usable_memory()
-    budget = predict(source, plan, options.recipe, options.calibration, limit, device=device.type)
+    budget = predict(
+        source,
+        plan,
+        options.recipe,
+        options.calibration,
+        limit,
+        device=device.type,
+        epochs=(options.tune_epochs, options.distill_epochs),
+    )
     check_gpu(budget, device)
     free = shutil.disk_usage(options.out.absolute().parent).free
     check_budget(budget, limit, options.out, free + disk_bytes(work_path(options.out)))

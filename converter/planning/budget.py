@@ -14,7 +14,9 @@ from pathlib import Path
 import psutil
 import torch
 from bwla_converter.common.durations import duration
+from bwla_converter.common.precision import fast_products
 from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.common.threads import use_threads
 from bwla_converter.options import Calibration
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
@@ -26,7 +28,6 @@ from bwla_converter.recipes.workload import (
     Workload,
 )
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_kernels.errors import BWLAError
 from rich.filesize import decimal
 
@@ -56,14 +57,18 @@ class MachineSpeed:
     Attributes:
         flops: floating-point operations of float32 matrix products.
         bytes_moved: bytes read and written by element-wise operations.
+        fast_flops: floating-point operations of matrix products with `common.precision.fast_products`.
     """
 
     flops: float
     bytes_moved: float
+    fast_flops: float
 
     def seconds(self, work: ComputeEstimate) -> float:
         """Return the time for `work`."""
-        return work.flops / self.flops + work.bytes_moved / self.bytes_moved
+        return (
+            work.flops / self.flops + work.bytes_moved / self.bytes_moved + work.fast_flops / self.fast_flops
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ class Budget:
         base: memory of the process before the conversion, in bytes.
         work: memory that the conversion adds in its largest step, hidden states not included.
         step: which step that is.
-        hidden: size of the hidden states of the calibration samples; 0 for a recipe without calibration.
+        hidden: size of the hidden states of the calibration samples and of the inputs of linears that are kept with
+            them; 0 for a recipe without calibration.
         hidden_in_memory: whether they are kept in memory or on disk.
         output: size of the output on disk.
         kept: size of what the work folder holds in addition during the conversion.
@@ -125,6 +131,7 @@ def predict(
     limit: float,
     speed: MachineSpeed | None = None,
     device: str = "cpu",
+    epochs: tuple[int | None, int | None] = (None, None),
 ) -> Budget:
     """Predict the cost of a conversion.
 
@@ -135,14 +142,14 @@ def predict(
         limit: memory that the conversion may use, in bytes; hidden states that do not fit are kept on disk.
         speed: speed of this machine; None to measure it.
         device: type of the device that computes. The time is that of a CPU in any case.
+        epochs: epochs of tuning and of distillation; None for the recipe's default.
     """
     chosen = RECIPES[recipe]
     workload = Workload(
-        source, plan.specs, plan.rank, calibration if chosen.needs_calibration else None, device
+        source, plan.specs, plan.rank, calibration if chosen.needs_calibration else None, device, *epochs
     )
     base = float(psutil.Process().memory_info().rss)
-    states = FLOAT_BYTES * workload.tokens * source.entries[EMBEDDING_WEIGHT].shape[1]
-    hidden = float(LIVE_HIDDEN_STATES * states)
+    hidden = float(LIVE_HIDDEN_STATES * workload.hidden_bytes + workload.kept_bytes)
     peak = max(
         [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)],
         key=lambda estimate: (estimate.num_bytes, estimate.step),
@@ -154,7 +161,7 @@ def predict(
         hidden=hidden,
         hidden_in_memory=base + peak.num_bytes + hidden <= limit,
         output=float(plan.output_bytes(source)),
-        kept=float(HIDDEN_STATES_ON_DISK * states),
+        kept=float(HIDDEN_STATES_ON_DISK * workload.hidden_bytes + workload.kept_bytes),
         seconds=(speed or measure_speed()).seconds(chosen.compute_estimate(workload)),
         threads=torch.get_num_threads(),
     )
@@ -216,7 +223,10 @@ def check_gpu(budget: Budget, device: torch.device) -> None:
 
 
 def measure_speed(order: int = 768) -> MachineSpeed:
-    """Time a matrix product and an element-wise operation, some ten milliseconds each."""
+    """Time matrix products on all threads and an element-wise operation on one, some ten milliseconds each.
+
+    Element-wise work hardly scales: it is bound by memory, and much of it runs on tensors too small to be divided.
+    """
     matrix, vector = torch.ones(order, order), torch.ones(2**22)
 
     def seconds(operation: Callable[[], object]) -> float:
@@ -227,9 +237,14 @@ def measure_speed(order: int = 768) -> MachineSpeed:
             best = min(best, time.perf_counter() - started)
         return best
 
+    with fast_products(torch.device("cpu")):
+        fast = seconds(lambda: matrix @ matrix)
+    with use_threads(1):
+        element_wise = seconds(vector.sigmoid)
     return MachineSpeed(
-        2 * order**3 / seconds(lambda: matrix @ matrix),
-        2 * FLOAT_BYTES * vector.numel() / seconds(vector.sigmoid),
+        flops=2 * order**3 / seconds(lambda: matrix @ matrix),
+        bytes_moved=2 * FLOAT_BYTES * vector.numel() / element_wise,
+        fast_flops=2 * order**3 / fast,
     )
 
 

@@ -6,7 +6,6 @@ ablation attributes most of the quality of one-bit models to it).
 """
 
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from bwla_converter.recipes.workload import (
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.training.distill import DISTILLATION, Distiller
+from bwla_converter.training.divergence import ACCELERATOR_CHUNK_LOGITS, CHUNK_LOGITS
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import make_stages
 from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
@@ -237,12 +237,21 @@ class BestRecipe:
     @staticmethod
     def compute_estimate(workload: Workload) -> ComputeEstimate:
         """Estimate `fast`'s work, the tuning of all layers, and distillation."""
-        options = BestOptions()
-        head = math.prod(workload.source.entries[EMBEDDING_WEIGHT].shape)
-        tuning = options.tune.epochs * workload.weights
-        distillation = options.distill.epochs * (workload.weights + head)
-        flops = 16 * workload.tokens * (tuning + distillation)
-        return FastRecipe.compute_estimate(workload) + ComputeEstimate(flops)
+        options, tokens = BestOptions(), workload.tokens
+        tuning = options.tune.epochs if workload.tune_epochs is None else workload.tune_epochs
+        distillation = options.distill.epochs if workload.distill_epochs is None else workload.distill_epochs
+        if distillation:
+            distillation += _EVALUATION_EPOCHS
+        vocab_size, _ = workload.source.entries[EMBEDDING_WEIGHT].shape
+        widths = sum(group.rows + 2 * group.columns for group in workload.groups())
+        elements = 30 * widths * (tuning + distillation) + 40 * vocab_size * distillation
+        flops = 16 * tokens * workload.weights * (tuning + distillation)
+        training = ComputeEstimate(bytes_moved=FLOAT_BYTES * tokens * elements, fast_flops=flops)
+        return FastRecipe.compute_estimate(workload) + training
+
+
+_EVALUATION_EPOCHS = 1
+"""What evaluating the divergence before and after distillation costs, in epochs."""
 
 
 def _tuning_bytes(layer: LayerShape, workload: Workload) -> float:
@@ -261,11 +270,12 @@ def _distillation_bytes(workload: Workload) -> float:
 
     Counted are the whole model with signs in int8, the embedding and both heads in float32, one stage's latent weights
     with gradients and Adam's two moments, the activations of a batch that the backward pass needs, and six copies of
-    its logits.
+    the logits that are computed at a time.
     """
     tokens = workload.batch_tokens(DISTILLATION.batch)
     stage_weights = max(stage.weights for stage in make_stages(workload.source))
     vocab_size, hidden_size = workload.source.entries[EMBEDDING_WEIGHT].shape
     activations = sum(spec.out_features + 2 * spec.in_features for spec in workload.specs.values())
     trained = 3 * vocab_size * hidden_size + 4 * stage_weights
-    return float(workload.weights + FLOAT_BYTES * (trained + tokens * (activations + 6 * vocab_size)))
+    logits = CHUNK_LOGITS if workload.device == "cpu" else ACCELERATOR_CHUNK_LOGITS
+    return float(workload.weights + FLOAT_BYTES * (trained + tokens * activations + 6 * logits))

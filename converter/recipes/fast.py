@@ -115,13 +115,25 @@ class FastRecipe:
     @staticmethod
     def compute_estimate(workload: Workload) -> ComputeEstimate:
         """Estimate OKT, the choice of signs, the moments, and the samples' way through both models."""
-        options, tokens, total = fast.FastOptions(), workload.tokens, ComputeEstimate()
+        options, total = fast.FastOptions(), ComputeEstimate()
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
             total += _binarization_compute(group, options.passes, workload.device)
-            flops = 8 * group.columns**3 + 4 * tokens * group.square + 2 * 5 * tokens * group.weights
-            total += ComputeEstimate(flops)
+            total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
+            total += _text_compute(group, workload.tokens)
         return total
+
+
+_FACTORIZATIONS = 25
+"""Operations, in units of K^3, of factorizing H and of solving for the target and the column scales, in float64."""
+
+
+def _text_compute(group: GroupShape, tokens: int) -> ComputeEstimate:
+    """Estimate the moments, the products of both models, and the element-wise work on `tokens` tokens."""
+    moments = 2 * 2 * tokens * group.square + 2 * tokens * group.weights
+    products = 2 * 2 * tokens * group.weights
+    elements = 12 * tokens * (group.rows + 2 * group.columns)
+    return ComputeEstimate(bytes_moved=FLOAT_BYTES * elements, fast_flops=moments + products)
 
 
 def _binarization_compute(group: GroupShape, passes: int, device: str) -> ComputeEstimate:

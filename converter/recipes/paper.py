@@ -65,7 +65,7 @@ class PaperRecipe:
         options, total = paper.PaperOptions(), ComputeEstimate()
         for group in workload.groups():
             flops = 20 * options.psp_rounds * group.weights * (workload.rank + 8)
-            passes = 16 * options.psp_rounds + 4 * options.scale_rounds
+            passes = 28 * options.psp_rounds + 4 * options.scale_rounds
             total += okt_compute(group, options.okt_rounds)
             total += ComputeEstimate(flops, FLOAT_BYTES * group.weights * passes)
         return total

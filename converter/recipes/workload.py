@@ -4,10 +4,15 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
+from bwla_converter.calibration.stepwise import kept_dtype
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.options import Calibration
+from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
 from bwla_converter.source.model import Source
+from bwla_converter.source.names import EMBEDDING_WEIGHT
+from bwla_kernels.factorize import INPUT_SHARDED_LINEARS
 from bwla_kernels.format import LayerSpec
 
 FLOAT_BYTES = 4
@@ -43,12 +48,15 @@ class LayerShape:
         stored_bytes: size of its tensors in the checkpoint.
         weights: elements of all its tensors.
         groups: its input groups, in execution order, each with the name of its first linear inside the layer.
+        kept_columns: input features of the linears whose inputs a calibration loop keeps, see
+            `calibration.stepwise`.
     """
 
     index: int
     stored_bytes: int
     weights: int
     groups: tuple[tuple[str, GroupShape], ...]
+    kept_columns: int
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,24 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class ComputeEstimate:
-    """Work of a conversion: floating-point operations of matrix products, and bytes that element-wise work moves."""
+    """Work of a conversion.
+
+    Attributes:
+        flops: floating-point operations of matrix products in float32.
+        bytes_moved: bytes that element-wise work reads and writes.
+        fast_flops: floating-point operations of the products for which `common.precision.fast_products` applies.
+    """
 
     flops: float = 0.0
     bytes_moved: float = 0.0
+    fast_flops: float = 0.0
 
     def __add__(self, other: "ComputeEstimate") -> "ComputeEstimate":
-        return ComputeEstimate(self.flops + other.flops, self.bytes_moved + other.bytes_moved)
+        return ComputeEstimate(
+            self.flops + other.flops,
+            self.bytes_moved + other.bytes_moved,
+            self.fast_flops + other.fast_flops,
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,7 @@ class Workload:
         rank: rank of the low-rank correction.
         calibration: the calibration data; None for a recipe that uses none.
         device: type of the device that computes.
+        tune_epochs, distill_epochs: epochs of tuning and of distillation; None for the recipe's default.
     """
 
     source: Source
@@ -87,6 +107,8 @@ class Workload:
     rank: int
     calibration: Calibration | None
     device: str = "cpu"
+    tune_epochs: int | None = None
+    distill_epochs: int | None = None
 
     @property
     def weights(self) -> int:
@@ -104,16 +126,30 @@ class Workload:
             return 0
         return min(batch, self.calibration.num_samples) * self.calibration.max_seq_length
 
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of all calibration samples, float32."""
+        return FLOAT_BYTES * self.tokens * self.source.entries[EMBEDDING_WEIGHT].shape[1]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Inputs of linears that a calibration loop keeps for both models while it quantizes a layer."""
+        itemsize = kept_dtype(torch.device(self.device)).itemsize
+        columns = max((layer.kept_columns for layer in self.distinct_layers()), default=0)
+        return 2 * itemsize * self.tokens * columns
+
     def layer(self, index: int) -> LayerShape:
         """Return the shape of decoder layer `index`."""
-        groups = []
+        groups, kept_columns = [], 0
         for _, names in self.source.groups_of_layer(index):
             specs = [self.specs[name] for name in names]
             shape = GroupShape(sum(spec.out_features for spec in specs), specs[0].in_features)
-            groups.append((names[0].rpartition(".")[2], shape))
+            label = names[0].rpartition(".")[2]
+            groups.append((label, shape))
+            kept_columns += shape.columns * (label in INPUT_SHARDED_LINEARS)
         entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
         weights = sum(math.prod(entry.shape) for entry in entries)
-        return LayerShape(index, sum(map(entry_bytes, entries)), weights, tuple(groups))
+        return LayerShape(index, sum(map(entry_bytes, entries)), weights, tuple(groups), kept_columns)
 
     def distinct_layers(self) -> Iterator[LayerShape]:
         """Yield the first layer of each shape; others with the same shape need the same memory."""
@@ -134,5 +170,6 @@ class Workload:
 def okt_compute(group: GroupShape, rounds: int) -> ComputeEstimate:
     """Estimate the work of learning the rotation of an input group."""
     rotation_width = 2 * math.isqrt(group.columns)  # n1 + n2 of a single rotation group
-    flops = 8 * rounds * group.weights * rotation_width / 2
-    return ComputeEstimate(flops, 24 * FLOAT_BYTES * rounds * group.weights)
+    weights = min(group.weights, WEIGHTS_PER_PARAMETER * rotation_width**2 // 2)
+    flops = 8 * rounds * weights * rotation_width / 2
+    return ComputeEstimate(flops, 32 * FLOAT_BYTES * rounds * weights)
