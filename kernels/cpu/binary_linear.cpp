@@ -4,7 +4,7 @@
 // each time in a namespace of its own under a target pragma, and a call picks one by number.
 //
 // How the product of 1-bit weights and integer activations is computed, and why by table lookup: see
-// lut_vbmi.h.
+// lut_vbmi.h. Processors with AMX multiply many tokens with it: see amx.h.
 
 #include <atomic>
 #include <cstdint>
@@ -14,16 +14,11 @@
 #include <utility>
 
 #include "head_call.h"
+#include "isa.h"
 #include "layout.h"
 #include "plan.h"
 #include "runtime.h"
 #include "gptq_call.h"
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
-#define BWLA_X86 1
-#endif
 
 #define NOINLINE __attribute__((noinline))
 #if defined(__clang__)
@@ -92,34 +87,18 @@ namespace avx512vbmi {
 }  // namespace avx512vbmi
 BWLA_TARGET_END
 
+#if BWLA_AMX
+BWLA_TARGET("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,amx-tile,amx-int8")
+namespace avx512vbmi {
+namespace amx {
+#include "amx_prepare.h"
+#include "amx.h"
+}  // namespace amx
+}  // namespace avx512vbmi
+BWLA_TARGET_END
 #endif
 
-enum Isa : int32_t { kScalar = 0, kAvx2 = 1, kAvx512bw = 2, kAvx512vbmi = 3, kIsaCount = 4 };
-
-#if BWLA_X86
-// CPUID itself rather than the compiler's wrapper of it, which not every compiler's runtime fills in.
-static uint32_t find_supported() {
-    unsigned a = 0, b = 0, c1 = 0, d = 0, b7 = 0, c7 = 0, saved = 0;
-    if (!__get_cpuid(1, &a, &b, &c1, &d) || !__get_cpuid_count(7, 0, &a, &b7, &c7, &d)) return 1u << kScalar;
-    const auto has = [](unsigned word, unsigned bit) { return (word >> bit & 1u) != 0; };
-    if (has(c1, 27))
-        __asm__ volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));  // registers that the system saves
-    const bool avx2 =
-        (saved & 0x06u) == 0x06u && has(c1, 12) && has(c1, 29) && has(b7, 5);  // FMA, F16C, AVX2
-    const bool avx512bw =
-        avx2 && (saved & 0xE6u) == 0xE6u && has(b7, 16) && has(b7, 17) && has(b7, 30) && has(b7, 31);
-    const bool vbmi = avx512bw && has(c7, 1) && has(c7, 11);  // VBMI, VNNI; before: F, DQ, BW, VL
-    return 1u << kScalar | uint32_t(avx2) << kAvx2 | uint32_t(avx512bw) << kAvx512bw |
-           uint32_t(vbmi) << kAvx512vbmi;
-}
-#else
-static uint32_t find_supported() { return 1u << kScalar; }
 #endif
-
-static bool supported(int32_t isa) {
-    static const uint32_t found = find_supported();  // once: in a virtual machine each question is slow
-    return isa >= 0 && isa < kIsaCount && (found >> isa & 1u);
-}
 
 // What a variant offers.
 struct Variant {
@@ -135,6 +114,10 @@ static Variant variant(int32_t isa) {
         case kAvx2: return {avx2::run, avx2::run_head, avx2::run_gptq, avx2::kLanes};
         case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_gptq, avx512bw::kLanes};
         case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_gptq, avx512vbmi::kLanes};
+#if BWLA_AMX
+        case kAmx:
+            return {avx512vbmi::amx::run, avx512vbmi::run_head, avx512vbmi::run_gptq, avx512vbmi::kLanes};
+#endif
 #endif
         default: return {scalar::run, scalar::run_head, scalar::run_gptq, scalar::kLanes};
     }
@@ -188,7 +171,7 @@ struct PackBody {
 
 // What stays the same from call to call.
 struct bwla_layer {
-    int32_t isa;  // 0 scalar, 1 AVX2, 2 AVX-512BW, 3 AVX-512 VBMI + VNNI
+    int32_t isa;  // 0 scalar, 1 AVX2, 2 AVX-512BW, 3 AVX-512 VBMI + VNNI, 4 AMX
     int32_t bits;
     int64_t n, blocks, n1, n2, rank;
     double clip;
@@ -205,10 +188,10 @@ static bwla::Call call_of(const bwla_layer& layer, const uint8_t* packed, int64_
 }
 
 static int32_t execute(const bwla_layer& layer, const bwla::Call& c, int32_t threads) {
-    if (!bwla::supported(layer.isa)) return bwla::kUnsupportedIsa;
+    if (!bwla::supported().has(layer.isa)) return bwla::kUnsupportedIsa;
     if (!c.z.valid() || c.m < 0 || c.bits < 2 || c.bits > 8) return bwla::kBadArgument;
     if (c.m == 0) return bwla::kOk;
-    bwla::Plan plan = bwla::make_plan(c, threads);
+    bwla::Plan plan = bwla::make_plan(c, threads, layer.isa == bwla::kAmx);
     char* base = bwla::workspace().reserve(bwla::place(c, plan, bwla::Arena{nullptr, 0}));
     if (!base) return bwla::kNoMemory;
     bwla::place(c, plan, bwla::Arena{base, 0});
@@ -226,11 +209,14 @@ BWLA_API const char* bwla_build_id() { return BWLA_BUILD_ID; }
 // The fastest instruction set that this processor can run.
 BWLA_API int32_t bwla_best_isa() {
     int32_t isa = bwla::kIsaCount - 1;
-    while (!bwla::supported(isa)) --isa;
+    while (!bwla::supported().has(isa)) --isa;
     return isa;
 }
 
-BWLA_API int32_t bwla_isa_supported(int32_t isa) { return bwla::supported(isa); }
+BWLA_API int32_t bwla_isa_supported(int32_t isa) { return bwla::supported().has(isa); }
+
+// Why the AMX variant is not offered; empty if it is.
+BWLA_API const char* bwla_no_amx() { return bwla::supported().no_amx; }
 
 // Hands over an OpenMP runtime: GOMP_parallel, GOMP_barrier, omp_get_thread_num, omp_get_num_threads.
 BWLA_API void bwla_set_openmp(void* parallel, void* barrier, void* thread_num, void* num_threads) {
@@ -257,7 +243,7 @@ BWLA_API int32_t bwla_pack(const bwla_layer* layer, const int32_t* words, const 
     const bwla::Sizes sizes = sizes_of(*layer);
     if (!sizes.valid() || (sizes.rank && !(low_rank_a && low_rank_b))) return bwla::kBadArgument;
     const bwla::Tensors tensors{words, scale, low_rank_b, left, right, column_scale, low_rank_a};
-    const bool row_major = layer->isa == bwla::kAvx512vbmi;
+    const bool row_major = layer->isa == bwla::kAvx512vbmi || layer->isa == bwla::kAmx;
     bwla::PackBody body{tensors, sizes, row_major ? bwla::Order::kRowMajor : bwla::Order::kByteMajor, packed};
     bwla::run_parallel(sizes.n * sizes.k() < (1 << 18) ? 1 : threads, body);
     return bwla::kOk;
@@ -308,7 +294,7 @@ BWLA_API int32_t bwla_dot_products(const bwla_layer* layer, const uint8_t* packe
 BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale, const int32_t* row_sum,
                            int64_t n, int64_t k, const void* x, int64_t m, int64_t x_stride, int32_t dtype,
                            void* out, int32_t threads) {
-    if (!bwla::supported(isa)) return bwla::kUnsupportedIsa;
+    if (!bwla::supported().has(isa)) return bwla::kUnsupportedIsa;
     if (n < 1 || k < 1 || k > 65536 || m < 0) return bwla::kBadArgument;
     if (m == 0) return bwla::kOk;
     const bwla::HeadCall c{weight, scale, row_sum, n, k, m, x, x_stride, dtype, out};
@@ -332,7 +318,7 @@ BWLA_API int32_t bwla_gptq_binarize(int32_t isa, const float* weight, const floa
                                    const float* factor, const float* mean, const float* scale_factors, int32_t scale_count,
                                    int32_t sweeps, int32_t refine_all, int64_t n, int64_t k, float* sign, float* scale,
                                    float* error, int32_t threads) {
-    if (!bwla::supported(isa)) return bwla::kUnsupportedIsa;
+    if (!bwla::supported().has(isa)) return bwla::kUnsupportedIsa;
     if (n < 1 || k < 1 || k % bwla::kColumns || sweeps < 0) return bwla::kBadArgument;
     if (scale_count < 1 || scale_count > bwla::kMaxScales) return bwla::kBadArgument;
     bwla::GptqCall c{weight, weight_hessian, hessian, factor, mean, {}, factor ? scale_count : 1, sweeps, refine_all,

@@ -46,6 +46,7 @@ struct Sizes {
     int64_t k() const { return blocks * n1 * n2; }
     int64_t padded() const { return round_up(n2, 16); }  // n2 in whole vectors of any variant
     int64_t panels() const { return ceil_div(n, kRows); }
+    int64_t tiles() const { return ceil_div(width(), 64); }  // AMX tiles that cover the columns of a group
     bool valid() const {
         return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && (n1 * n2) % kColumns == 0;
     }

@@ -23,6 +23,7 @@ class Isa(enum.IntEnum):
     AVX2 = 1
     AVX512BW = 2
     AVX512VBMI = 3
+    AMX = 4
 
 
 class LayerStruct(ctypes.Structure):
@@ -61,6 +62,7 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_build_id": (c_char_p, []),
     "bwla_best_isa": (c_int32, []),
     "bwla_isa_supported": (c_int32, [c_int32]),
+    "bwla_no_amx": (c_char_p, []),
     "bwla_set_openmp": (None, [c_void_p] * 4),
     "bwla_advise_huge_pages": (None, [c_void_p, c_int64]),
     "bwla_packed_bytes": (c_int64, [c_void_p]),
@@ -108,9 +110,10 @@ def choose_isa(handle: ctypes.CDLL, requested: str | None) -> Isa:
         )
     isa = Isa[requested.upper()]
     if not handle.bwla_isa_supported(isa):
+        reason = f" ({handle.bwla_no_amx().decode()})" if isa is Isa.AMX else ""
         raise BackendError(
             f"{ISA_VARIABLE}: expected a variant that this processor runs (the best is {best.name.lower()}), "
-            f"found {requested!r}: unset it"
+            f"found {requested!r}{reason}: unset it"
         )
     return isa
 
@@ -183,4 +186,7 @@ def available() -> tuple[bool, str]:
         library = load()
     except BackendError as error:
         return False, str(error)
-    return True, f"variant {library.isa.name.lower()} on {library.threading}"
+    description = f"variant {library.isa.name.lower()} on {library.threading}"
+    if library.isa is Isa.AVX512VBMI and (reason := library.handle.bwla_no_amx().decode()):
+        description += f" (not amx: {reason})"
+    return True, description

@@ -28,7 +28,7 @@ static NOINLINE void project(const Call& c, const Plan& plan, int64_t token, int
     }
     for (int64_t j = 0; j < kGroup && group * kGroup + j < c.z.rank; ++j) {
         for (int t = 0; t < T; ++t)
-            plan.u[(token + t) * c.z.rank + group * kGroup + j] = reduce_add(sum[t][j]);
+            u_of(c, plan, token + t, group * kGroup + j) = reduce_add(sum[t][j]);
     }
 }
 

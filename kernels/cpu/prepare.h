@@ -1,4 +1,4 @@
-// The input transform of a batch of tokens: codes, scales and u, and the lookup tables.
+// The input transform of a batch of tokens: codes, scales and u, and the lookup tables or tiles.
 
 struct Batch {
     int64_t first, tokens;
@@ -7,6 +7,20 @@ struct Batch {
 
 static int8_t* token_codes(const Call& c, const Plan& plan, const Batch& batch, int64_t token) {
     return plan.q + (c.q ? batch.first + token : token) * c.z.k();
+}
+
+// Codes of columns [begin, begin + n) of a block.
+static void quantize_block(const Call& c, const Plan& plan, const Batch& batch, int64_t block, int64_t begin,
+                           int64_t n, const float* x_hat, float scale) {
+    const int64_t token = block / c.z.blocks, g = block % c.z.blocks;
+    if (!plan.tiled) {
+        quantize(x_hat, n, scale, c.bits, token_codes(c, plan, batch, token) + g * c.z.width() + begin);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += kTileColumns) {
+        const int64_t count = n - i < kTileColumns ? n - i : kTileColumns;
+        quantize(x_hat + i, count, scale, c.bits, tile_codes(c, plan, token, g, begin + i));
+    }
 }
 
 static void load_block(const Call& c, const Batch& batch, int64_t block, float* x) {
@@ -23,25 +37,34 @@ static void share_tables(const Call& c, const Plan& plan, const Batch& batch, in
     __atomic_fetch_add(plan.tables.abs_sum + block, sum, __ATOMIC_RELAXED);
 }
 
-static bool shares_tables(const Call& c, const Plan& plan) { return c.multiplies() && !plan.private_tables; }
+static bool shares_tables(const Call& c, const Plan& plan) {
+    return c.multiplies() && !plan.tiled && !plan.private_tables;
+}
+
+// Codes and scale of one block.
+static void prepare_block(const Call& c, const Plan& plan, const Batch& batch, const Scratch& scratch,
+                          int64_t block) {
+    const int64_t g = block % c.z.blocks, width = c.z.width();
+    load_block(c, batch, block, scratch.x);
+    rotate_rows(c, g, scratch.x, 0, c.z.n1, scratch.half, scratch.rotated);
+    const int32_t bits = scale_columns(scratch.rotated, c.column_scale() + g * width, width);
+    const float scale = block_scale(bits, plan.step);
+    scale_of(c, plan, batch.first + block / c.z.blocks, g) = scale;
+    quantize_block(c, plan, batch, block, 0, width, scratch.rotated, scale);
+}
 
 // Many blocks: a thread computes whole ones.
 static void prepare_whole(const Call& c, const Plan& plan, const Batch& batch, const Scratch& scratch,
                           const Team& team) {
-    const int64_t projections = project_units(c, batch.tokens), width = c.z.width();
+    const int64_t projections = project_units(c, batch.tokens);
     for (Units unit(plan.shares, Split(projections + batch.tokens * c.z.blocks, team), team); unit.next();) {
         const int64_t block = unit.item() - projections;
         if (block < 0) {
             project_unit(c, plan, batch.first, batch.tokens, unit.item());
             continue;
         }
-        const int64_t token = block / c.z.blocks, g = block % c.z.blocks;
-        load_block(c, batch, block, scratch.x);
-        rotate_rows(c, g, scratch.x, 0, c.z.n1, scratch.half, scratch.rotated);
-        const int32_t bits = scale_columns(scratch.rotated, c.column_scale() + g * width, width);
-        const float scale = plan.scale[batch.first * c.z.blocks + block] = block_scale(bits, plan.step);
-        quantize(scratch.rotated, width, scale, c.bits, token_codes(c, plan, batch, token) + g * width);
-        if (shares_tables(c, plan)) share_tables(c, plan, batch, block, 0, width);
+        prepare_block(c, plan, batch, scratch, block);
+        if (shares_tables(c, plan)) share_tables(c, plan, batch, block, 0, c.z.width());
     }
 }
 
@@ -80,13 +103,30 @@ static void prepare_pieces(const Call& c, const Plan& plan, const Batch& batch, 
         const int64_t block = unit.item() / pieces, begin = unit.item() % pieces * kPieceColumns;
         const int64_t end = begin + kPieceColumns < width ? begin + kPieceColumns : width;
         if (c.x) {
-            const int64_t at = batch.first * c.z.blocks + block, g = block % c.z.blocks;
-            const float scale = block_scale(plan.magnitude[at], plan.step);
-            if (begin == 0) plan.scale[at] = scale;
-            int8_t* q = token_codes(c, plan, batch, block / c.z.blocks) + g * width + begin;
-            quantize(plan.rotated + block * width + begin, end - begin, scale, c.bits, q);
+            const float scale = block_scale(plan.magnitude[batch.first * c.z.blocks + block], plan.step);
+            if (begin == 0) scale_of(c, plan, batch.first + block / c.z.blocks, block % c.z.blocks) = scale;
+            quantize_block(c, plan, batch, block, begin, end - begin, plan.rotated + block * width + begin,
+                           scale);
         }
         if (shares_tables(c, plan)) share_tables(c, plan, batch, block, begin, end);
+    }
+}
+
+// Copies the codes, scales and u that were passed in into the layout of the AMX variant.
+static void tile_given(const Call& c, const Plan& plan, const Batch& batch, const Team& team) {
+    const int64_t width = c.z.width();
+    for (Units unit(plan.shares, Split(batch.tokens * c.z.blocks, team), team); unit.next();) {
+        const int64_t token = unit.item() / c.z.blocks, g = unit.item() % c.z.blocks;
+        const int8_t* from = c.q + (batch.first + token) * c.z.k() + g * width;
+        if (c.scale)
+            scale_of(c, plan, batch.first + token, g) = c.scale[(batch.first + token) * c.z.blocks + g];
+        for (int64_t j = 0; j < c.z.rank && c.u && g == 0; ++j) {
+            u_of(c, plan, batch.first + token, j) = c.u[(batch.first + token) * c.z.rank + j];
+        }
+        for (int64_t i = 0; i < width; i += kTileColumns) {
+            const int64_t count = width - i < kTileColumns ? width - i : kTileColumns;
+            std::memcpy(tile_codes(c, plan, token, g, i), from + i, std::size_t(count));
+        }
     }
 }
 
@@ -114,8 +154,9 @@ static Tables prepare(const Call& c, const Plan& plan, const Batch& batch, const
         team.barrier();
     }
     if (plan.split || (!c.x && shares_tables(c, plan))) prepare_pieces(c, plan, batch, team);
-    if (c.x || shares_tables(c, plan)) team.barrier();
-    if (!c.multiplies() || shares_tables(c, plan)) return plan.tables;
+    if (!c.x && plan.tiled) tile_given(c, plan, batch, team);
+    if (c.x || plan.tiled || shares_tables(c, plan)) team.barrier();
+    if (!c.multiplies() || plan.tiled || shares_tables(c, plan)) return plan.tables;
     build_private_tables(c, plan, batch, scratch.tables);
     return scratch.tables;
 }

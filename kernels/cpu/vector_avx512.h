@@ -13,7 +13,14 @@ static inline void store_n(float* p, V a, int64_t n) { _mm512_mask_storeu_ps(p, 
 static inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
 static inline V add(V a, V b) { return _mm512_add_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-static inline float reduce_add(V a) { return _mm512_reduce_add_ps(a); }
+// Adds the upper half of the lanes to the lower half until one is left. Written out because amx_prepare.h depends on
+// the order.
+static inline float reduce_add(V a) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
 static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
 static inline V negate(V a) { return _mm512_xor_ps(a, set1(-0.0f)); }

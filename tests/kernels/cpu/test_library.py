@@ -8,8 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bwla_kernels.cpu import build
-from bwla_kernels.cpu.library import ISA_VARIABLE, Isa, choose_isa, load, open_library
+from bwla_kernels.cpu import build, library
+from bwla_kernels.cpu.library import ISA_VARIABLE, CpuLibrary, Isa, available, choose_isa, load, open_library
 from bwla_kernels.errors import BackendError
 
 ONE_CALL = """
@@ -59,7 +59,7 @@ def test_the_environment_forces_a_variant(isa: Isa) -> None:
 
 def test_an_unknown_variant_is_refused() -> None:
     done = run("from bwla_kernels.cpu.library import available; print(available())", **{ISA_VARIABLE: "neon"})
-    assert "expected one of scalar, avx2, avx512bw, avx512vbmi, found 'neon'" in done.stdout, done.stderr
+    assert "expected one of scalar, avx2, avx512bw, avx512vbmi, amx, found 'neon'" in done.stdout, done.stderr
 
 
 def test_a_variant_that_the_processor_lacks_is_refused() -> None:
@@ -68,6 +68,42 @@ def test_a_variant_that_the_processor_lacks_is_refused() -> None:
     assert choose_isa(old, "scalar") == Isa.SCALAR
     with pytest.raises(BackendError, match=r"the best is avx2\), found 'avx512vbmi': unset it"):
         choose_isa(old, "avx512vbmi")
+
+
+def test_a_processor_whose_system_refuses_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = SimpleNamespace(
+        bwla_best_isa=lambda: Isa.AVX512VBMI,
+        bwla_isa_supported=lambda isa: isa <= Isa.AVX512VBMI,
+        bwla_no_amx=lambda: b"the system refused",
+    )
+    assert choose_isa(refused, None) == Isa.AVX512VBMI
+    with pytest.raises(BackendError, match=r"avx512vbmi\), found 'amx' \(the system refused\): unset it"):
+        choose_isa(refused, "amx")
+    monkeypatch.setattr(library, "load", lambda: CpuLibrary(refused, Isa.AVX512VBMI, "one thread"))
+    assert available() == (True, "variant avx512vbmi on one thread (not amx: the system refused)")
+
+
+REFUSE_ARCH_PRCTL = """
+import ctypes, struct
+allow, refuse = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO with EPERM
+program = [(0x20, 0, 0, 0), (0x15, 0, 1, 158), (0x06, 0, 0, refuse), (0x06, 0, 0, allow)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
+header = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code)))
+prctl = ctypes.CDLL(None).prctl
+assert prctl(38, 1, 0, 0, 0) == 0 and prctl(22, 2, header, 0, 0) == 0
+"""
+"""Have the system refuse arch_prctl, as a sandbox may: a seccomp filter on system call 158 of x86-64."""
+
+
+def test_a_system_that_refuses_the_registers_of_amx() -> None:
+    if not load().handle.bwla_isa_supported(Isa.AMX):
+        pytest.skip("this processor, system or compiler has no AMX")
+    done = run(
+        REFUSE_ARCH_PRCTL + ONE_CALL + "from bwla_kernels.cpu.library import available; print(available())"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "variant avx512vbmi" in done.stdout
+    assert "not amx: the system refused its registers: arch_prctl, error 1" in done.stdout
 
 
 def test_a_missing_library_says_why(tmp_path: Path) -> None:
