@@ -141,6 +141,22 @@ def cpu_table(name: str) -> str:
     return markdown_table([*header, "M = 128: BWLA / bf16 (us)", "speedup", "GEMM alone"], lines)
 
 
+def variants_table(name: str) -> str:
+    """One line per linear and number of tokens: the CPU kernel with table lookup and with AMX, one and two threads."""
+    rows = {(row["n"], row["k"], row["m"], row["threads"]): row for row in read_result(name)["rows"]}
+    lines = []
+    for n, k, m in sorted(
+        {key[:3] for key in rows if key[2] in (16, 512)}, key=lambda key: (key[2], key[0] * key[1])
+    ):
+        cells = [f"{n} x {k}", str(m)]
+        for threads in (1, 2):
+            row = rows[n, k, m, threads]
+            cells += [f"{row['before_us']:.0f} / {row['after_us']:.0f}", f"{row['speedup']:.1f}x"]
+        lines.append([*cells, f"{rows[n, k, m, 1]['after_gmacs']:.0f}"])
+    header = ["N x K", "M", "one thread: table lookup / AMX (us)", "speedup", "two threads (us)", "speedup"]
+    return markdown_table([*header, "AMX, one thread: 10^9 multiply-adds/s"], lines)
+
+
 def serving_table(names: str) -> str:
     """One line per model and batch size: decode, prefill and memory in vLLM, BWLA and bf16."""
     lines = []
@@ -261,6 +277,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ablations": ablation_table,
     "amounts": amounts_table,
     "cpu": cpu_table,
+    "variants": variants_table,
     "serving": serving_table,
     "gpu": gpu_table,
     "summary": summary_table,
