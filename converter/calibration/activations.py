@@ -8,7 +8,7 @@ a tensor decides how sums are split up, and with it their last bits.
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class ActivationStore:
             )
         path = self.new_file()
         path.hardlink_to(source.path)
-        return Activations(self, None, StoredStates(path, source.shape))
+        return Activations(self, None, replace(source, path=path))
 
     def new_file(self) -> Path:
         """Return the path of a new file."""
@@ -128,36 +128,33 @@ class ActivationWriter:
 
     def __init__(self, store: ActivationStore, count: int, dtype: torch.dtype) -> None:
         self._store, self._count, self._dtype = store, count, dtype
-        self._whole: Tensor | None = None
-        self._shape, self._first = torch.Size((0, 0, 0)), 0
+        self._shape, self._written = torch.Size((0, 0, 0)), 0
+        self._whole = torch.empty(self._shape)
         self._path = store.new_file() if store.folder is not None else None
         self._file = self._path.open("wb") if self._path is not None else None
 
     def append(self, part: Tensor) -> None:
         """Store the activations of the next samples [S_i, T, K]."""
-        self._shape = torch.Size((self._count, *part.shape[1:]))
-        if self._file is not None:
+        if not self._written:
+            self._shape = torch.Size((self._count, *part.shape[1:]))
+            if self._file is None:
+                self._whole = torch.empty(self._shape, dtype=self._dtype)
+        if self._file is None:
+            self._whole[self._written : self._written + len(part)] = part
+        else:
             self._file.write(_bytes_of(part.to("cpu", self._dtype).contiguous()))
-            return
-        if self._whole is None:
-            self._whole = torch.empty(self._shape, dtype=self._dtype)
-        self._whole[self._first : self._first + len(part)] = part
-        self._first += len(part)
+        self._written += len(part)
 
     def __enter__(self) -> "ActivationWriter":
         return self
 
-    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
-        if self._file is not None and failure is not None:
+    def __exit__(self, *_: object) -> None:
+        if self._file is None or self._path is None:
+            self.activations = Activations(self._store, self._whole, None)
+        else:
             self._file.close()
-            return
-        if self._file is None:
-            whole = torch.empty(self._shape) if self._whole is None else self._whole
-            self.activations = Activations(self._store, whole, None)
-            return
-        assert self._path is not None
-        self._file.close()
-        self.activations = Activations(self._store, None, StoredStates(self._path, self._shape, self._dtype))
+            stored = StoredStates(self._path, self._shape, self._dtype)
+            self.activations = Activations(self._store, None, stored)
 
 
 class Activations:

@@ -77,12 +77,13 @@ class LayerRunner:
 
 
 @dataclass(frozen=True)
-class Tail:
-    """A linear whose output is that of the submodule around it, such as `o_proj` of the attention.
+class OutputProjection:
+    """A linear whose output is the output of its submodule, such as `o_proj` of the attention.
 
     Attributes:
-        submodule: path of that submodule in the decoder layer.
-        num_outputs: how many values the submodule returns, the linear's output first; None if it is not a tuple.
+        submodule: path of the submodule in the decoder layer.
+        num_outputs: length of the tuple that the submodule returns, the linear's output first; None if it returns that
+            output alone.
     """
 
     submodule: str
@@ -120,9 +121,9 @@ class DecoderLayer:
         parent, _, child = name.removeprefix(self.prefix).rpartition(".")
         setattr(self.layer.get_submodule(parent), child, module)
 
-    def find_tails(self, names: Iterable[str], hidden: Tensor) -> dict[str, Tail]:
-        """Run the layer on `hidden` [S, T, hidden] and return those of the linears `names` that are tails."""
-        tails: dict[str, Tail] = {}
+    def output_projections(self, names: Iterable[str], hidden: Tensor) -> dict[str, OutputProjection]:
+        """Run the layer on `hidden` [S, T, hidden] and return the output projections among the linears `names`."""
+        projections: dict[str, OutputProjection] = {}
         outputs: dict[str, Tensor] = {}
 
         def watch(name: str, path: str) -> Iterator[RemovableHandle]:
@@ -132,7 +133,8 @@ class DecoderLayer:
             def submodule_done(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 first = output[0] if isinstance(output, tuple) else output
                 if first is outputs.get(name):
-                    tails[name] = Tail(path, len(output) if isinstance(output, tuple) else None)
+                    num_outputs = len(output) if isinstance(output, tuple) else None
+                    projections[name] = OutputProjection(path, num_outputs)
 
             yield self.linear(name).register_forward_hook(linear_done)
             yield self.layer.get_submodule(path).register_forward_hook(submodule_done)
@@ -147,26 +149,31 @@ class DecoderLayer:
         finally:
             for handle in handles:
                 handle.remove()
-        return tails
+        return projections
 
     @contextmanager
-    def resumed(self, tails: Mapping[Tail, tuple[nn.Module, Tensor]]) -> Iterator[None]:
-        """Let submodules return what their last linear makes of known inputs, instead of computing these.
+    def resumed(
+        self, inputs: Mapping[str, Tensor], projections: Mapping[str, OutputProjection]
+    ) -> Iterator[None]:
+        """Skip everything before some output projections, whose inputs are known already.
 
         Args:
-            tails: tail -> the linear and its inputs [S, T, K].
+            inputs: full name of an output projection -> its inputs [S, T, K].
+            projections: what `output_projections` returned.
         """
 
-        def forward_of(tail: Tail, linear: nn.Module, inputs: Tensor) -> Callable[..., Any]:
+        def forward_of(linear: nn.Module, known: Tensor, num_outputs: int | None) -> Callable[..., Any]:
             def forward(*_: object, **__: object) -> Any:
-                output = linear(inputs)
-                return output if tail.num_outputs is None else (output, *[None] * (tail.num_outputs - 1))
+                output = linear(known)
+                return output if num_outputs is None else (output, *[None] * (num_outputs - 1))
 
             return forward
 
-        modules = [self.layer.get_submodule(tail.submodule) for tail in tails]
-        for module, (tail, (linear, inputs)) in zip(modules, tails.items(), strict=True):
-            module.forward = forward_of(tail, linear, inputs)
+        modules = []
+        for name, known in inputs.items():
+            module = self.layer.get_submodule(projections[name].submodule)
+            module.forward = forward_of(self.linear(name), known, projections[name].num_outputs)
+            modules.append(module)
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
-from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer
+from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer, find_output_projections
 from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.common.precision import fast_products
 from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
@@ -99,9 +99,11 @@ class CalibrationLoop:
             shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
             self.hidden = self.original_hidden = self.store.keep(shape, parts)
         names = [members[0] for _, members in self.runner.source.groups_of_layer(index)]
+        original, quantized = (self.runner.layer(index, tensors) for _ in range(2))
+        projections = find_output_projections(original, names, self.original_hidden)
         self._current = (
-            StepwiseLayer(self.runner.layer(index, tensors), self.original_hidden, self.store, names),
-            StepwiseLayer(self.runner.layer(index, tensors), self.hidden, self.store, names),
+            StepwiseLayer(original, self.original_hidden, self.store, projections),
+            StepwiseLayer(quantized, self.hidden, self.store, projections),
         )
 
     @torch.no_grad()

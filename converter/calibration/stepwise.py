@@ -1,28 +1,30 @@
 """Run calibration samples through a decoder layer from one input group to the next, computing nothing twice.
 
-Where the inputs of a group's linear are the last thing that its submodule computes (`o_proj` of the attention,
-`down_proj` of the MLP), they are kept. Everything after them is computed from the kept inputs, by the linear that is in
-the layer at that time: the original one, or the quantized one that has replaced it.
+The inputs of output projections (`o_proj` of the attention, `down_proj` of the MLP) are kept. Later steps compute the
+projection from the kept inputs, with the linear that is in the layer at that time: the original one, or the quantized
+one that has replaced it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore
-from bwla_converter.calibration.layer_runner import DecoderLayer
-from bwla_converter.common.precision import has_fast_bfloat16
+from bwla_converter.calibration.layer_runner import DecoderLayer, OutputProjection
+from bwla_converter.common.precision import product_dtype
 from torch import Tensor
 
 SAMPLES_PER_BATCH = 4
 """Calibration samples that run through a decoder layer at a time."""
 
 PROBE_TOKENS = 8
-"""Tokens of the run that finds out which linears end their submodule."""
+"""Tokens of the run that finds the output projections."""
 
 
-def kept_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which inputs of linears are kept: bfloat16 where products round their operands anyway."""
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+def find_output_projections(
+    layer: DecoderLayer, names: Iterable[str], hidden: Activations
+) -> Mapping[str, OutputProjection]:
+    """Return the output projections among the linears `names`, found on a few tokens of the layer's inputs."""
+    probe = next(hidden.split(1), None)
+    return {} if probe is None else layer.output_projections(names, probe[:, :PROBE_TOKENS])
 
 
 class StepwiseLayer:
@@ -32,15 +34,17 @@ class StepwiseLayer:
         layer: the decoder layer; its linears may be replaced between two steps.
         hidden: the inputs of the layer.
         store: where inputs of linears are kept.
-        names: full names of the first linear of each input group, in execution order.
+        projections: the output projections whose inputs are kept, see `find_output_projections`.
     """
 
     def __init__(
-        self, layer: DecoderLayer, hidden: Activations, store: ActivationStore, names: Iterable[str]
+        self,
+        layer: DecoderLayer,
+        hidden: Activations,
+        store: ActivationStore,
+        projections: Mapping[str, OutputProjection],
     ) -> None:
-        self.layer, self.hidden, self._store = layer, hidden, store
-        probe = next(hidden.split(1), None)
-        self._tails = {} if probe is None else layer.find_tails(names, probe[:, :PROBE_TOKENS])
+        self.layer, self.hidden, self._store, self._projections = layer, hidden, store, projections
         self._kept: dict[str, Activations] = {}
 
     def inputs_of(self, name: str, stream: str | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -52,10 +56,10 @@ class StepwiseLayer:
             name: full name of the linear.
             stream: path in the layer of a module whose inputs are wanted too; None for none.
         """
-        if name not in self._tails:
+        if name not in self._projections:
             yield from (self.layer.inputs_and_stream(name, stream, hidden) for hidden in self._batches())
             return
-        with self._store.writer(len(self.hidden), kept_dtype(self._store.device)) as writer:
+        with self._store.writer(len(self.hidden), product_dtype(self._store.device)) as writer:
             for hidden in self._batches():
                 inputs, stream_inputs = self.layer.inputs_and_stream(name, stream, hidden)
                 writer.append(inputs)
@@ -74,9 +78,6 @@ class StepwiseLayer:
         parts = zip(*(self._kept[name].split(SAMPLES_PER_BATCH) for name in names), strict=True)
         for hidden in self.hidden.split(SAMPLES_PER_BATCH):
             inputs = next(parts) if names else ()
-            known = {
-                self._tails[name]: (self.layer.linear(name), part.to(hidden.dtype))
-                for name, part in zip(names, inputs, strict=True)
-            }
-            with self.layer.resumed(known):
+            known = {name: part.to(hidden.dtype) for name, part in zip(names, inputs, strict=True)}
+            with self.layer.resumed(known, self._projections):
                 yield hidden

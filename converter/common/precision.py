@@ -19,6 +19,11 @@ def has_fast_bfloat16(device: torch.device) -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the operands of matrix products: bfloat16 where that is much faster, else float32."""
+    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
 @contextmanager
 def fast_products(device: torch.device) -> Iterator[None]:
     """Round the operands of float32 matrix products on `device`, where that is fast; sums and results stay float32.

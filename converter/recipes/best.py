@@ -32,7 +32,7 @@ from bwla_converter.recipes.workload import (
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.training.distill import DISTILLATION, Distiller
-from bwla_converter.training.divergence import ACCELERATOR_CHUNK_LOGITS, CHUNK_LOGITS
+from bwla_converter.training.divergence import chunk_logits
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import make_stages
 from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
@@ -277,5 +277,5 @@ def _distillation_bytes(workload: Workload) -> float:
     vocab_size, hidden_size = workload.source.entries[EMBEDDING_WEIGHT].shape
     activations = sum(spec.out_features + 2 * spec.in_features for spec in workload.specs.values())
     trained = 3 * vocab_size * hidden_size + 4 * stage_weights
-    logits = CHUNK_LOGITS if workload.device == "cpu" else ACCELERATOR_CHUNK_LOGITS
-    return float(workload.weights + FLOAT_BYTES * (trained + tokens * activations + 6 * logits))
+    logits = 6 * chunk_logits(workload.device)
+    return float(workload.weights + FLOAT_BYTES * (trained + tokens * activations + logits))

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from bwla_converter.calibration.stepwise import kept_dtype
 from bwla_converter.common.bits import num_weights
+from bwla_converter.common.precision import product_dtype
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
@@ -134,7 +134,7 @@ class Workload:
     @property
     def kept_bytes(self) -> int:
         """Inputs of linears that a calibration loop keeps for both models while it quantizes a layer."""
-        itemsize = kept_dtype(torch.device(self.device)).itemsize
+        itemsize = product_dtype(torch.device(self.device)).itemsize
         columns = max((layer.kept_columns for layer in self.distinct_layers()), default=0)
         return 2 * itemsize * self.tokens * columns
 
@@ -146,6 +146,7 @@ class Workload:
             shape = GroupShape(sum(spec.out_features for spec in specs), specs[0].in_features)
             label = names[0].rpartition(".")[2]
             groups.append((label, shape))
+            # By name, because no layer has run yet.
             kept_columns += shape.columns * (label in INPUT_SHARDED_LINEARS)
         entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
         weights = sum(math.prod(entry.shape) for entry in entries)

@@ -19,7 +19,7 @@ from bwla_kernels.reference import rotate
 from torch import Tensor
 
 MAX_ELEMENTS = 2**19
-"""Elements of a matrix that are looked at, in evenly spaced rows: some ten milliseconds' work."""
+"""Maximum number of elements of a matrix that are described, in evenly spaced rows; takes about ten milliseconds."""
 
 BINS = 64
 WEIGHT_SPAN = 4.0

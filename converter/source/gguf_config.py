@@ -144,9 +144,10 @@ def _common(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
             f"{file.path}: expected RoPE of all {head_dim} dimensions of a head, found that of {rotated}, which "
             "transformers' class cannot do: use another model"
         )
+    keys_of_ids = {"bos": "bos", "eos": "eos", "pad": "padding"}
     ids = {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+        for name, key in keys_of_ids.items()
     }
     return {
         "vocab_size": file.shape("token_embd.weight")[0],
@@ -233,9 +234,8 @@ def _phi3(file: GGUFFile, keys: _Keys) -> dict[str, Any]:
     original = keys.get("rope.scaling.original_context_length", context)
     rope = {**_rope(file, keys), "partial_rotary_factor": rotated / head_dim}
     if "rope_factors_long.weight" in file.tensors:
-        keys.get(
-            "rope.scaling.attn_factor"
-        )  # transformers computes it from the contexts, as llama.cpp has done
+        # Read without effect: transformers computes it from the contexts, as llama.cpp has done.
+        keys.get("rope.scaling.attn_factor")
         factors = {
             f"{kind}_factor": _floats(file, f"rope_factors_{kind}.weight") for kind in ("long", "short")
         }

@@ -97,17 +97,14 @@ class Distiller:
         Returns: the stored tensors that changed, by their full names (`initial` alone where training is discarded),
             and the mean divergence in nats: before, in each epoch of each stage, and after.
         """
-        with fast_products(self.runner.device):
-            return self._run(seed)
-
-    def _run(self, seed: int) -> tuple[dict[str, Tensor], list[float]]:
         generator = torch.Generator().manual_seed(seed)
-        trace = [self.divergence()]
         stages = make_stages(self.runner.source) if self.options.latent_rate else [Stage()]
         budgets = split_budget(self.options, len(self.ids), len(stages))
-        for stage, options in zip(stages, budgets, strict=True):
-            trace += self.run_stage(stage, options, generator)
-        trace.append(self.divergence())
+        with fast_products(self.runner.device):
+            trace = [self.divergence()]
+            for stage, options in zip(stages, budgets, strict=True):
+                trace += self.run_stage(stage, options, generator)
+            trace.append(self.divergence())
         if trace[-1] < trace[0]:
             return self.changed_tensors(), trace
         log.warning(

@@ -18,6 +18,11 @@ ACCELERATOR_CHUNK_LOGITS = 2**27
 """The same for all other devices."""
 
 
+def chunk_logits(device: str) -> int:
+    """Return how many logits are computed at a time on a device type."""
+    return CHUNK_LOGITS if device == "cpu" else ACCELERATOR_CHUNK_LOGITS
+
+
 @dataclass(frozen=True)
 class Head:
     """A language-model head.
@@ -47,8 +52,7 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Head, original_hidden: Tensor, original_head: Head) -> Tensor:
-        limit = CHUNK_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_LOGITS
-        tokens = max(1, limit // len(head.weight))
+        tokens = max(1, chunk_logits(hidden.device.type) // len(head.weight))
         rows, original_rows = hidden.flatten(0, -2), original_hidden.flatten(0, -2)
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.layer_runner import DecoderLayer
-from bwla_converter.common.precision import has_fast_bfloat16
+from bwla_converter.common.precision import product_dtype
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
 from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, to_compute_dtype
 from bwla_kernels.reference import rotate
@@ -73,17 +73,10 @@ def straight_through_codes(x_hat: Tensor, spec: LayerSpec) -> Tensor:
     return result
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of products with signs while training: bfloat16 where that is several times faster than float32.
-
-    Signs are exact in bfloat16, and so are codes of up to 8 bits apart from their scale.
-    """
-    return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
-
-
 class SignProduct(torch.autograd.Function):
     """Compute x S^T, where S [N, K] are the signs (0 counts as +1) of int8 signs or of float latent weights.
 
+    Products run in `dtype`: signs are exact in bfloat16, and so are codes of up to 8 bits apart from their scale.
     A latent weight gets the sign's gradient, unless a step would push it further out of LATENT_RANGE. To save memory,
     the backward pass keeps neither the float copy of S nor, for fixed signs, x.
     """

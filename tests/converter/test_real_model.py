@@ -9,11 +9,11 @@ from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_kernels.format.files import read_folder, read_json, read_tensors
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from benchmarks.common.real_models import get_gguf, real_model
+from benchmarks.conversion.speed_models import write_first_layers
 
 NAME = "smollm2-135m"
 
@@ -45,22 +45,9 @@ def test_it_knows_the_capital_of_france() -> None:
 
 
 def test_its_first_layers_are_converted(tmp_path: Path) -> None:
-    folder = first_layers(real_model(NAME), tmp_path / "model", 2)
+    folder = write_first_layers(real_model(NAME), 2, tmp_path / "model")
     summary = convert(Options(str(folder), tmp_path / "out", report=False))
     verify(tmp_path / "out")
     assert len(summary.linears) == 14
     assert max(linear.error for linear in summary.linears) < 0.8
     assert summary.bits_per_weight < 1.16
-
-
-def first_layers(source: Path, folder: Path, count: int) -> Path:
-    """Write a model with the first `count` decoder layers of the one in `source` to `folder`; return the folder."""
-    config = AutoModelForCausalLM.from_pretrained(source).config
-    config.num_hidden_layers = count
-    config.save_pretrained(folder)
-    entries = read_folder(source)
-    names = [
-        name for name in entries if not name.startswith("model.layers.") or int(name.split(".")[2]) < count
-    ]
-    save_file(read_tensors(source, entries, names), folder / "model.safetensors", metadata={"format": "pt"})
-    return folder

@@ -67,11 +67,16 @@ def write_gguf(
         quantize = value.ndim == 2 and quantization != "F32"
         kind = gguf.GGMLQuantizationType[quantization if quantize else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+    finish(writer)
+    return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts > 1 else path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write a file and close it."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts > 1 else path
 
 
 def named_tensors(model: PreTrainedModel) -> dict[str, np.ndarray[Any, Any] | None]:

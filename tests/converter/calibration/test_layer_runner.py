@@ -81,25 +81,22 @@ def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: s
     source = open_source(str(make_model(family, dtype=torch.float32, lively=True)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
     hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
-    tails = layer.find_tails([names[0] for _, names in source.groups_of_layer(0)], hidden)
-    assert {name.rpartition(".")[2] for name in tails} == {"o_proj", "down_proj"}
+    projections = layer.output_projections([names[0] for _, names in source.groups_of_layer(0)], hidden)
+    assert {name.rpartition(".")[2] for name in projections} == {"o_proj", "down_proj"}
     before = layer.run(hidden)
-    known = {tail: (layer.linear(name), layer.inputs_of(name, hidden)) for name, tail in tails.items()}
+    known = {name: layer.inputs_of(name, hidden) for name in projections}
 
     def fail(*_: object) -> None:
         raise AssertionError("computed again")
 
-    handles = [
-        layer.linear(names[0]).register_forward_pre_hook(fail) for _, names in source.groups_of_layer(0)
-    ]
-    for name in tails:
-        handles.append(layer.linear(name).register_forward_pre_hook(lambda *_: None))
-    with pytest.raises(AssertionError):
+    names = [names[0] for _, names in source.groups_of_layer(0) if names[0] not in projections]
+    handles = [layer.linear(name).register_forward_pre_hook(fail) for name in names]
+    with layer.resumed(known, projections):
+        assert torch.equal(layer.run(hidden), before)
+    with pytest.raises(AssertionError, match="computed again"):
         layer.run(hidden)
     for handle in handles:
         handle.remove()
-    with layer.resumed(known):
-        assert torch.equal(layer.run(hidden), before)
     assert torch.equal(layer.run(hidden), before)
 
 

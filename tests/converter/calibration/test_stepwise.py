@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.activations import ActivationStore
+from bwla_converter.calibration.activations import Activations, ActivationStore
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
-from bwla_converter.calibration.stepwise import StepwiseLayer
+from bwla_converter.calibration.stepwise import StepwiseLayer, find_output_projections
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import Source, open_source
 from torch import Tensor, nn
@@ -18,6 +18,14 @@ def hidden_states() -> Tensor:
 
 def first_linears(source: Source) -> list[str]:
     return [names[0] for _, names in source.groups_of_layer(0)]
+
+
+def stepwise(
+    layer: DecoderLayer, hidden: Activations, store: ActivationStore, source: Source
+) -> StepwiseLayer:
+    projections = find_output_projections(layer, first_linears(source), hidden)
+    assert {name.rpartition(".")[2] for name in projections} == {"o_proj", "down_proj"}
+    return StepwiseLayer(layer, hidden, store, projections)
 
 
 def halve(layer: DecoderLayer, name: str) -> None:
@@ -40,7 +48,7 @@ def test_every_step_sees_the_linears_replaced_before_it(
     whole, stepped = runner.layer(0, tensors), runner.layer(0, tensors)
     store = ActivationStore(tmp_path / "activations" if place == "disk" else None)
     hidden = store.keep(hidden_states().shape, [hidden_states()])
-    steps = StepwiseLayer(stepped, hidden, store, first_linears(source))
+    steps = stepwise(stepped, hidden, store, source)
     for group, names in source.groups_of_layer(0):
         expected, expected_stream = whole.inputs_and_stream(names[0], group.stream, hidden_states())
         inputs, streams = zip(*steps.inputs_of(names[0], group.stream), strict=True)
@@ -59,13 +67,11 @@ def test_every_step_sees_the_linears_replaced_before_it(
 
 
 @torch.no_grad()
-def test_no_linear_but_the_ends_of_submodules_runs_twice(make_model) -> None:
+def test_no_linear_but_output_projections_runs_twice(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
     store = ActivationStore()
-    steps = StepwiseLayer(
-        layer, store.keep(hidden_states().shape, [hidden_states()]), store, first_linears(source)
-    )
+    steps = stepwise(layer, store.keep(hidden_states().shape, [hidden_states()]), store, source)
     tokens: dict[str, int] = {}
 
     def count(name: str) -> None:

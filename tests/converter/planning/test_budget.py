@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from bwla_converter.calibration.stepwise import kept_dtype
 from bwla_converter.checkpoint.dummy import config_source
 from bwla_converter.common.devices import choose_device
+from bwla_converter.common.precision import product_dtype
 from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
@@ -104,7 +104,9 @@ def test_predictions_of_known_models(
     states = 4 * tokens * int(str(shape["hidden_size"]))
     widths = 32 * int(str(shape["num_attention_heads"])) * (1 if shape is TINY else 4)
     inputs = (
-        kept_dtype(torch.device(device)).itemsize * tokens * (widths + int(str(shape["intermediate_size"])))
+        product_dtype(torch.device(device)).itemsize
+        * tokens
+        * (widths + int(str(shape["intermediate_size"])))
     )
     assert (budget.hidden, budget.kept) == (3 * states + 2 * inputs, 6 * states + 2 * inputs)
     assert budget.output == plan.output_bytes(source)
@@ -113,7 +115,7 @@ def test_predictions_of_known_models(
 def test_more_text_costs_time_disk_and_memory_until_it_is_on_disk(planned) -> None:
     few, many = (predict(*planned, "fast", text(samples), 1e12, SPEED) for samples in (8, 80))
     assert few.hidden_in_memory
-    inputs = 2 * kept_dtype(torch.device("cpu")).itemsize * (128 + 128)
+    inputs = 2 * product_dtype(torch.device("cpu")).itemsize * (128 + 128)
     assert many.hidden == 10 * few.hidden == 80 * 128 * (3 * 4 * 64 + inputs)
     assert many.seconds > few.seconds
     assert many.disk > few.disk

@@ -14,7 +14,7 @@ from bwla_converter.source.gguf_file import open_gguf
 from bwla_converter.source.gguf_folder import write_folder
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import read_json
-from gguf_models import tiny, write_gguf
+from gguf_models import finish, tiny, write_gguf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 LLAMA3 = {
@@ -151,10 +151,7 @@ def refused(file: Path, *sentences: str) -> None:
 def test_an_unknown_architecture(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
     writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     refused(
         tmp_path / "model.gguf", "found the architecture mamba, expected one of llama (Llama, Mistral), qwen2"
     )

@@ -13,6 +13,7 @@ from bwla_converter.source.gguf_folder import write_folder
 from bwla_converter.source.gguf_path import is_gguf
 from bwla_kernels.errors import SourceError
 from gguf import GGMLQuantizationType as Type
+from gguf_models import finish
 
 READ = [name for name in Type.__members__ if name not in ("Q8_1", "Q8_K", "F64", "Q1_0")]
 READ = [name for name in READ if not name.startswith("I") or name.startswith("IQ")]
@@ -33,10 +34,7 @@ def write(
     prepare(writer)
     for name, (values, kind) in tensors.items():
         writer.add_tensor(name, values, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 
@@ -111,10 +109,7 @@ def test_every_truncation_is_noticed(make_gguf) -> None:
 def test_a_big_endian_file(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
     writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     refused(tmp_path / "model.gguf", "is a big-endian GGUF file")
 
 
@@ -134,10 +129,7 @@ def test_files_that_are_no_language_models(make_gguf, kind: str, sentence: str) 
 def test_an_old_encoder_file_without_a_type(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "clip")
     writer.add_tensor("v.patch_embd.weight", np.zeros((96, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     refused(tmp_path / "model.gguf", "is the vision or audio encoder of a multimodal model")
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bwla_converter.common.precision import product_dtype
 from bwla_converter.training import ste_linear
 from bwla_converter.training.ste_linear import (
     LATENT_RANGE,
@@ -11,7 +12,6 @@ from bwla_converter.training.ste_linear import (
     SignProduct,
     STELinear,
     latent_with_signs,
-    product_dtype,
     sign_product,
     straight_through_codes,
 )
