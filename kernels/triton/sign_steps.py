@@ -88,12 +88,12 @@ def launch_choose_signs(
 ) -> None:
     """Launch the kernel of `choose_signs` without checks."""
     from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import ROWS, choose_signs_kernel
+    from bwla_kernels.triton.sign_steps_kernel import DEPTH, ROWS, choose_signs_kernel
 
     columns, candidates, rows = sign.shape
     choose_signs_kernel[(-(-rows // ROWS), candidates)](
-        target, product, factor, pivots, scale, sign, dots, norms, rows, candidates,
-        B=columns, PURE=interpreted(), **OPTIONS,
+        target, product, factor, pivots, scale, sign, dots, norms, rows, candidates, columns,
+        RAGGED=columns % DEPTH != 0, PURE=interpreted(), **OPTIONS,
     )  # fmt: skip
 
 
@@ -109,17 +109,18 @@ def launch_flip_signs(
 ) -> None:
     """Launch the kernel of `flip_signs` without checks."""
     from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import ROWS, flip_signs_kernel
+    from bwla_kernels.triton.sign_steps_kernel import DEPTH, ROWS, flip_signs_kernel
 
     columns, candidates, rows = sign.shape
     flip_signs_kernel[(-(-rows // ROWS), candidates)](
-        target, product, hessian, scale, sign, change, dots, norms, rows, candidates,
-        B=columns, PURE=interpreted(), **OPTIONS,
+        target, product, hessian, scale, sign, change, dots, norms, rows, candidates, columns,
+        RAGGED=columns % DEPTH != 0, PURE=interpreted(), **OPTIONS,
     )  # fmt: skip
 
 
 OPTIONS = {"num_warps": 1, "num_stages": 1}
-"""Of the compiler. More warps would hold copies of a step's columns; loads in stages take registers that are not left."""
+"""Of the compiler. More warps would hold copies of a step's columns; loads in stages take registers, of which none are
+left."""
 
 
 def _check_tensors(

@@ -16,8 +16,8 @@ ROWS = 32
 """Rows of a program: one for each thread of its only warp."""
 
 STEP = 16
-"""Columns of a step: the height of a tensor-core tile. A row of the matrix that is read within a step has fewer elements
-than the warp has threads; the compiler gives each thread all of them only then."""
+"""Columns of a step: the height of a tensor-core tile. Its rows of the matrix have fewer elements than a warp has
+threads; only then does the compiler give each thread all of them."""
 
 DEPTH = 32
 """Signs that are multiplied at a time, and in the update after the last step also columns."""
@@ -37,44 +37,44 @@ def _column(tile, at: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(rows, begin, stride, inside, B: tl.constexpr, COUNT: tl.constexpr):
+def _load_columns(rows, begin, stride, inside, B, RAGGED: tl.constexpr, COUNT: tl.constexpr):
     """Load columns [begin, begin + COUNT), float32 [COUNT, ROWS]; zeros outside. `rows` are pointers into column 0."""
     j = begin + tl.arange(0, COUNT)
     mask = inside[None, :]
-    if (COUNT - 1) & B:
+    if RAGGED:
         mask &= (j < B)[:, None]
     return tl.load(rows[None, :] + (j * stride)[:, None], mask=mask, other=0.0)
 
 
 @triton.jit
-def _store_columns(rows, value, begin, stride, inside, B: tl.constexpr, COUNT: tl.constexpr):
+def _store_columns(rows, value, begin, stride, inside, B, RAGGED: tl.constexpr, COUNT: tl.constexpr):
     j = begin + tl.arange(0, COUNT)
     mask = inside[None, :]
-    if (COUNT - 1) & B:
+    if RAGGED:
         mask &= (j < B)[:, None]
     tl.store(rows[None, :] + (j * stride)[:, None], value, mask=mask)
 
 
 @triton.jit
-def _load_step(vector, begin, stride: tl.constexpr, B: tl.constexpr):
+def _load_step(vector, begin, stride, B, RAGGED: tl.constexpr):
     """Load elements [begin, begin + STEP) of a vector of B elements `stride` apart; zeros outside."""
     j = begin + tl.arange(0, _STEP)
-    if (_STEP - 1) & B == 0:
-        element = tl.load(vector + j * stride)
-    else:
-        element = tl.load(vector + j * stride, mask=j < B, other=0.0)
-    return element
+    at = vector + j * stride
+    return tl.load(at, mask=j < B, other=0.0) if RAGGED else tl.load(at)
 
 
 @triton.jit
-def _load_matrix_row(matrix, row, begin, B: tl.constexpr):
+def _load_matrix_row(matrix, row, begin, B, RAGGED: tl.constexpr):
     """Load columns [begin, begin + STEP) of a row of [B, B]; zeros outside."""
     column = begin + tl.arange(0, _STEP)
-    if (_STEP - 1) & B == 0:
-        element = tl.load(matrix + row * B + column)
-    else:
-        element = tl.load(matrix + row * B + column, mask=(column < B) & (row < B), other=0.0)
-    return element
+    at = matrix + row * B + column
+    return tl.load(at, mask=tl.maximum(column, row) < B, other=0.0) if RAGGED else tl.load(at)
+
+
+@triton.jit
+def _load_diagonal(matrix, j, B, RAGGED: tl.constexpr):
+    """Load element j of the diagonal of [B, B]; outside, any element: the signs there are zeros."""
+    return tl.load(matrix + (tl.minimum(j, B - 1) if RAGGED else j) * (B + 1))
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _as_bfloat16(value, PURE: tl.constexpr):
 @triton.jit
 def _add_product(
     total, matrix, signs, first, known, begin, stride, inside,
-    B: tl.constexpr, COUNT: tl.constexpr, PURE: tl.constexpr,
+    B, RAGGED: tl.constexpr, COUNT: tl.constexpr, PURE: tl.constexpr,
 ):  # fmt: skip
     """Add matrix[first : first + DEPTH, begin : begin + COUNT]^T @ signs[first : first + DEPTH], [COUNT, ROWS].
 
@@ -107,7 +107,7 @@ def _add_product(
     column = begin + tl.arange(0, COUNT)
     k = first + tl.arange(0, _DEPTH)
     exists = (k < known)[None, :]
-    if (COUNT - 1) & B:
+    if RAGGED:
         exists &= (column < B)[:, None]
     part = tl.load(matrix + k[None, :] * B + column[:, None], mask=exists, other=0.0)
     at = signs[None, :] + (k * stride)[:, None]
@@ -121,7 +121,7 @@ def _add_product(
 
 
 @triton.jit
-def _load_current(product, matrix, signs, begin, stride, inside, B: tl.constexpr, PURE: tl.constexpr):
+def _load_current(product, matrix, signs, begin, stride, inside, B, RAGGED: tl.constexpr, PURE: tl.constexpr):
     """Return `product` with the part of the signs before `begin`, for columns [begin, begin + STEP).
 
     The part goes through the memory of the signs that come next: without a load, the compiler would lay out the step
@@ -130,24 +130,38 @@ def _load_current(product, matrix, signs, begin, stride, inside, B: tl.constexpr
     tl.debug_barrier()  # other threads have stored the signs
     total = tl.zeros([_STEP, _ROWS], tl.float32)
     for first in range(0, begin, _DEPTH):
-        total = _add_product(total, matrix, signs, first, begin, begin, stride, inside, B, _STEP, PURE)
-    _store_columns(signs, total, begin, stride, inside, B, _STEP)
+        total = _add_product(
+            total, matrix, signs, first, begin, begin, stride, inside, B, RAGGED, _STEP, PURE
+        )
+    _store_columns(signs, total, begin, stride, inside, B, RAGGED, _STEP)
     tl.debug_barrier()
-    total = _load_columns(signs, begin, stride, inside, B, _STEP)
+    total = _load_columns(signs, begin, stride, inside, B, RAGGED, _STEP)
     tl.debug_barrier()
-    return _load_columns(product, begin, stride, inside, B, _STEP) + total
+    return _load_columns(product, begin, stride, inside, B, RAGGED, _STEP) + total
 
 
 # One compiled kernel for every number of rows and candidates, and wherever the rows begin. Besides, a load of several
 # neighbouring rows at once would spread the columns of a step over threads.
 @triton.jit(do_not_specialize=["N", "C"], do_not_specialize_on_alignment=ROW_POINTERS)
 def choose_signs_kernel(
-    target, product, factor, pivots, scale, sign, dots, norms, N, C, B: tl.constexpr, PURE: tl.constexpr
+    target,
+    product,
+    factor,
+    pivots,
+    scale,
+    sign,
+    dots,
+    norms,
+    N,
+    C,
+    B,
+    RAGGED: tl.constexpr,
+    PURE: tl.constexpr,
 ):
     """Choose the signs of a block for ROWS rows of one candidate. Grid: (N over ROWS, C).
 
     Args: those of `choose_signs_reference`, float32 and contiguous: target [B, N]; product, sign [B, C, N];
-        factor [B, B]; pivots [B]; scale, dots, norms [C, N].
+        factor [B, B]; pivots [B]; scale, dots, norms [C, N]. RAGGED: whether B is no multiple of DEPTH.
     """
     n = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = n < N
@@ -158,16 +172,16 @@ def choose_signs_kernel(
     norm = tl.load(norms + at, mask=inside, other=0.0)
     column = tl.arange(0, _STEP)[:, None]
     for begin in range(0, B, _STEP):
-        q = _load_current(product + at, factor, sign + at, begin, stride, inside, B, PURE)
-        p = _load_columns(target + n, begin, N, inside, B, _STEP)
+        q = _load_current(product + at, factor, sign + at, begin, stride, inside, B, RAGGED, PURE)
+        p = _load_columns(target + n, begin, N, inside, B, RAGGED, _STEP)
         signs = tl.zeros([_STEP, _ROWS], tl.float32)
         for j in tl.static_range(_STEP):
-            row = _load_matrix_row(factor, begin + j, begin, B)
+            row = _load_matrix_row(factor, begin + j, begin, B, RAGGED)
             s = tl.where(_column(p, j) - a * _column(q, j) >= 0, 1.0, -1.0)
             signs = tl.where(column == j, s[None, :], signs)
             q = tl.where(column >= j, q + row[:, None] * s[None, :], q)
-        _store_columns(sign + at, signs, begin, stride, inside, B, _STEP)
-        weighted = _load_step(pivots, begin, 1, B)[:, None] * q
+        _store_columns(sign + at, signs, begin, stride, inside, B, RAGGED, _STEP)
+        weighted = _load_step(pivots, begin, 1, B, RAGGED)[:, None] * q
         dot += tl.sum(weighted * p, 0)
         norm += tl.sum(weighted * q, 0)
     tl.store(dots + at, dot, mask=inside)
@@ -176,12 +190,24 @@ def choose_signs_kernel(
 
 @triton.jit(do_not_specialize=["N", "C"], do_not_specialize_on_alignment=ROW_POINTERS)
 def flip_signs_kernel(
-    target, product, hessian, scale, sign, change, dots, norms, N, C, B: tl.constexpr, PURE: tl.constexpr
+    target,
+    product,
+    hessian,
+    scale,
+    sign,
+    change,
+    dots,
+    norms,
+    N,
+    C,
+    B,
+    RAGGED: tl.constexpr,
+    PURE: tl.constexpr,
 ):
     """Visit the signs of a block for ROWS rows of one candidate. Grid: (N over ROWS, C).
 
     Args: those of `flip_signs_reference`, float32 and contiguous: target [B, N]; product, sign, change [B, C, N];
-        hessian [B, B]; scale, dots, norms [C, N].
+        hessian [B, B]; scale, dots, norms [C, N]. RAGGED: whether B is no multiple of DEPTH.
     """
     n = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = n < N
@@ -192,31 +218,32 @@ def flip_signs_kernel(
     norm = tl.load(norms + at, mask=inside, other=0.0)
     column = tl.arange(0, _STEP)[:, None]
     for begin in range(0, B, _STEP):
-        g = _load_current(product + at, hessian, change + at, begin, stride, inside, B, PURE)
-        t = _load_columns(target + n, begin, N, inside, B, _STEP)
-        signs = _load_columns(sign + at, begin, stride, inside, B, _STEP)
+        g = _load_current(product + at, hessian, change + at, begin, stride, inside, B, RAGGED, PURE)
+        t = _load_columns(target + n, begin, N, inside, B, RAGGED, _STEP)
+        signs = _load_columns(sign + at, begin, stride, inside, B, RAGGED, _STEP)
         changes = tl.zeros([_STEP, _ROWS], tl.float32)
         for j in tl.static_range(_STEP):
-            row = _load_matrix_row(hessian, begin + j, begin, B)
-            # Beyond the block any element will do: those signs are zero.
-            own = tl.load(hessian + tl.minimum(begin + j, B - 1) * (B + 1))
+            row = _load_matrix_row(hessian, begin + j, begin, B, RAGGED)
+            own = _load_diagonal(hessian, begin + j, B, RAGGED)
             s = _column(signs, j)
             gain = s * (a * _column(g, j) - _column(t, j)) - a * own
             flip = tl.where(gain > 0, -2.0 * s, 0.0)
             changes = tl.where(column == j, flip[None, :], changes)
             # Column j keeps what the decision was made with.
             g = tl.where(column > j, g + row[:, None] * flip[None, :], g)
-        _store_columns(change + at, changes, begin, stride, inside, B, _STEP)
-        _store_columns(sign + at, signs + changes, begin, stride, inside, B, _STEP)
+        _store_columns(change + at, changes, begin, stride, inside, B, RAGGED, _STEP)
+        _store_columns(sign + at, signs + changes, begin, stride, inside, B, RAGGED, _STEP)
         dot += tl.sum(changes * t, 0)
-        norm += tl.sum(changes * (2.0 * g + changes * _load_step(hessian, begin, B + 1, B)[:, None]), 0)
+        norm += tl.sum(
+            changes * (2.0 * g + changes * _load_step(hessian, begin, B + 1, B, RAGGED)[:, None]), 0
+        )
     tl.store(dots + at, dot, mask=inside)
     tl.store(norms + at, norm, mask=inside)
     tl.debug_barrier()
     for begin in range(0, B, _DEPTH):
-        total = _load_columns(product + at, begin, stride, inside, B, _DEPTH)
+        total = _load_columns(product + at, begin, stride, inside, B, RAGGED, _DEPTH)
         for first in range(0, B, _DEPTH):
             total = _add_product(
-                total, hessian, change + at, first, B, begin, stride, inside, B, _DEPTH, PURE
+                total, hessian, change + at, first, B, begin, stride, inside, B, RAGGED, _DEPTH, PURE
             )
-        _store_columns(product + at, total, begin, stride, inside, B, _DEPTH)
+        _store_columns(product + at, total, begin, stride, inside, B, RAGGED, _DEPTH)

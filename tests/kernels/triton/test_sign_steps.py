@@ -132,11 +132,8 @@ def test_misfits_are_refused(device: torch.device) -> None:
     choose, flip = (copied(tensors, device) for tensors in sign_steps.draw_block(32, 2, 4))
     for step, tensors in ((sign_steps.choose_signs, choose), (sign_steps.flip_signs, flip)):
         for name, tensor in tensors.items():
-            if name in ("target", "scale"):
-                wrongs = [tensor[:, :-1], tensor[0]]
-            else:
-                wrongs = [tensor[..., :-1]]
-            for wrong in (*wrongs, tensor.double(), tensor.repeat_interleave(2, -1)[..., ::2]):
+            wrongs = [tensor[..., :-1], tensor.double(), tensor.repeat_interleave(2, -1)[..., ::2]]
+            for wrong in (*wrongs, *([tensor[0]] if name in ("target", "scale") else [])):
                 with pytest.raises(BackendError, match="expected .*, found"):
                     step(**{**tensors, name: wrong})
     wide, _ = sign_steps.draw_block(129, 1, 1)
