@@ -13,6 +13,9 @@ from torch import Tensor
 MOST_COLUMNS = 128
 """Columns of a block, at most: a program's time grows with their square."""
 
+COLUMN_STEP = 32
+"""Blocks of other widths are copied: the format has none, as the columns of a weight are a multiple of this."""
+
 MOST_ELEMENTS = 1 << 31
 """Bound on the elements of a block, whose offsets are 32-bit integers."""
 
@@ -48,7 +51,11 @@ def choose_signs(
     _expect("pivots", pivots, (len(target),), target.device)
     if sign.numel():
         _checked(target.device)
-        launch_choose_signs(target, product, factor, pivots, scale, sign, dots, norms)
+        signs = _pad(sign)
+        launch_choose_signs(
+            _pad(target), _pad(product), _pad(factor, 2), _pad(pivots), scale, signs, dots, norms
+        )
+        _copy_back(signs, sign)
 
 
 def flip_signs(
@@ -73,7 +80,10 @@ def flip_signs(
     _check_tensors(target, scale, blocks, {"hessian": hessian}, {"dots": dots, "norms": norms})
     if sign.numel():
         _checked(target.device)
-        launch_flip_signs(target, product, hessian, scale, sign, change, dots, norms)
+        products, signs, changes = _pad(product), _pad(sign), _pad(change)
+        launch_flip_signs(_pad(target), products, _pad(hessian, 2), scale, signs, changes, dots, norms)
+        for padded, tensor in ((products, product), (signs, sign), (changes, change)):
+            _copy_back(padded, tensor)
 
 
 def launch_choose_signs(
@@ -86,14 +96,14 @@ def launch_choose_signs(
     dots: Tensor,
     norms: Tensor,
 ) -> None:
-    """Launch the kernel of `choose_signs` without checks."""
+    """Launch the kernel of `choose_signs` without checks; the columns are a multiple of COLUMN_STEP."""
     from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import DEPTH, ROWS, choose_signs_kernel
+    from bwla_kernels.triton.sign_steps_kernel import ROWS, choose_signs_kernel
 
     columns, candidates, rows = sign.shape
     choose_signs_kernel[(-(-rows // ROWS), candidates)](
         target, product, factor, pivots, scale, sign, dots, norms, rows, candidates, columns,
-        RAGGED=columns % DEPTH != 0, PURE=interpreted(), **OPTIONS,
+        PURE=interpreted(), **OPTIONS,
     )  # fmt: skip
 
 
@@ -107,20 +117,42 @@ def launch_flip_signs(
     dots: Tensor,
     norms: Tensor,
 ) -> None:
-    """Launch the kernel of `flip_signs` without checks."""
+    """Launch the kernel of `flip_signs` without checks; the columns are a multiple of COLUMN_STEP."""
     from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import DEPTH, ROWS, flip_signs_kernel
+    from bwla_kernels.triton.sign_steps_kernel import ROWS, flip_signs_kernel
 
     columns, candidates, rows = sign.shape
     flip_signs_kernel[(-(-rows // ROWS), candidates)](
         target, product, hessian, scale, sign, change, dots, norms, rows, candidates, columns,
-        RAGGED=columns % DEPTH != 0, PURE=interpreted(), **OPTIONS,
+        PURE=interpreted(), **OPTIONS,
     )  # fmt: skip
 
 
 OPTIONS = {"num_warps": 1, "num_stages": 1}
 """Of the compiler. More warps would hold copies of a step's columns; loads in stages take registers, of which none are
 left."""
+
+
+def _pad(tensor: Tensor, dims: int = 1) -> Tensor:
+    """Return a tensor of a block with zeros in columns up to a multiple of COLUMN_STEP; itself where none are missing.
+
+    They change nothing: a zero in the matrix changes no product, and a sign that is zero does not flip.
+
+    Args:
+        tensor: its first `dims` dimensions are the columns of the block.
+    """
+    columns = len(tensor)
+    extra = -columns % COLUMN_STEP
+    if not extra:
+        return tensor
+    padded = tensor.new_zeros(*[columns + extra] * dims, *tensor.shape[dims:])
+    padded[(slice(columns),) * dims] = tensor
+    return padded
+
+
+def _copy_back(padded: Tensor, tensor: Tensor) -> None:
+    if padded is not tensor:
+        tensor.copy_(padded[: len(tensor)])
 
 
 def _check_tensors(

@@ -37,44 +37,28 @@ def _column(tile, at: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(rows, begin, stride, inside, B, RAGGED: tl.constexpr, COUNT: tl.constexpr):
-    """Load columns [begin, begin + COUNT), float32 [COUNT, ROWS]; zeros outside. `rows` are pointers into column 0."""
+def _load_columns(rows, begin, stride, inside, COUNT: tl.constexpr):
+    """Load columns [begin, begin + COUNT), float32 [COUNT, ROWS]. `rows` are pointers into column 0."""
     j = begin + tl.arange(0, COUNT)
-    mask = inside[None, :]
-    if RAGGED:
-        mask &= (j < B)[:, None]
-    return tl.load(rows[None, :] + (j * stride)[:, None], mask=mask, other=0.0)
+    return tl.load(rows[None, :] + (j * stride)[:, None], mask=inside[None, :], other=0.0)
 
 
 @triton.jit
-def _store_columns(rows, value, begin, stride, inside, B, RAGGED: tl.constexpr, COUNT: tl.constexpr):
+def _store_columns(rows, value, begin, stride, inside, COUNT: tl.constexpr):
     j = begin + tl.arange(0, COUNT)
-    mask = inside[None, :]
-    if RAGGED:
-        mask &= (j < B)[:, None]
-    tl.store(rows[None, :] + (j * stride)[:, None], value, mask=mask)
+    tl.store(rows[None, :] + (j * stride)[:, None], value, mask=inside[None, :])
 
 
 @triton.jit
-def _load_step(vector, begin, stride, B, RAGGED: tl.constexpr):
-    """Load elements [begin, begin + STEP) of a vector of B elements `stride` apart; zeros outside."""
-    j = begin + tl.arange(0, _STEP)
-    at = vector + j * stride
-    return tl.load(at, mask=j < B, other=0.0) if RAGGED else tl.load(at)
+def _load_step(vector, begin, stride):
+    """Load elements [begin, begin + STEP) of a vector of elements `stride` apart."""
+    return tl.load(vector + (begin + tl.arange(0, _STEP)) * stride)
 
 
 @triton.jit
-def _load_matrix_row(matrix, row, begin, B, RAGGED: tl.constexpr):
-    """Load columns [begin, begin + STEP) of a row of [B, B]; zeros outside."""
-    column = begin + tl.arange(0, _STEP)
-    at = matrix + row * B + column
-    return tl.load(at, mask=tl.maximum(column, row) < B, other=0.0) if RAGGED else tl.load(at)
-
-
-@triton.jit
-def _load_diagonal(matrix, j, B, RAGGED: tl.constexpr):
-    """Load element j of the diagonal of [B, B]; outside, any element: the signs there are zeros."""
-    return tl.load(matrix + (tl.minimum(j, B - 1) if RAGGED else j) * (B + 1))
+def _load_matrix_row(matrix, row, begin, B):
+    """Load columns [begin, begin + STEP) of a row of [B, B]."""
+    return tl.load(matrix + row * B + begin + tl.arange(0, _STEP))
 
 
 @triton.jit
@@ -97,7 +81,7 @@ def _as_bfloat16(value, PURE: tl.constexpr):
 @triton.jit
 def _add_product(
     total, matrix, signs, first, known, begin, stride, inside,
-    B, RAGGED: tl.constexpr, COUNT: tl.constexpr, PURE: tl.constexpr,
+    B, COUNT: tl.constexpr, PURE: tl.constexpr,
 ):  # fmt: skip
     """Add matrix[first : first + DEPTH, begin : begin + COUNT]^T @ signs[first : first + DEPTH], [COUNT, ROWS].
 
@@ -106,10 +90,7 @@ def _add_product(
     """
     column = begin + tl.arange(0, COUNT)
     k = first + tl.arange(0, _DEPTH)
-    exists = (k < known)[None, :]
-    if RAGGED:
-        exists &= (column < B)[:, None]
-    part = tl.load(matrix + k[None, :] * B + column[:, None], mask=exists, other=0.0)
+    part = tl.load(matrix + k[None, :] * B + column[:, None], mask=(k < known)[None, :], other=0.0)
     at = signs[None, :] + (k * stride)[:, None]
     sign = _as_bfloat16(tl.load(at, mask=inside[None, :] & (k < known)[:, None], other=0.0), PURE)
     high = _leading_bits(part)
@@ -121,7 +102,7 @@ def _add_product(
 
 
 @triton.jit
-def _load_current(product, matrix, signs, begin, stride, inside, B, RAGGED: tl.constexpr, PURE: tl.constexpr):
+def _load_current(product, matrix, signs, begin, stride, inside, B, PURE: tl.constexpr):
     """Return `product` with the part of the signs before `begin`, for columns [begin, begin + STEP).
 
     The part goes through the memory of the signs that come next: without a load, the compiler would lay out the step
@@ -130,14 +111,12 @@ def _load_current(product, matrix, signs, begin, stride, inside, B, RAGGED: tl.c
     tl.debug_barrier()  # other threads have stored the signs
     total = tl.zeros([_STEP, _ROWS], tl.float32)
     for first in range(0, begin, _DEPTH):
-        total = _add_product(
-            total, matrix, signs, first, begin, begin, stride, inside, B, RAGGED, _STEP, PURE
-        )
-    _store_columns(signs, total, begin, stride, inside, B, RAGGED, _STEP)
+        total = _add_product(total, matrix, signs, first, begin, begin, stride, inside, B, _STEP, PURE)
+    _store_columns(signs, total, begin, stride, inside, _STEP)
     tl.debug_barrier()
-    total = _load_columns(signs, begin, stride, inside, B, RAGGED, _STEP)
+    total = _load_columns(signs, begin, stride, inside, _STEP)
     tl.debug_barrier()
-    return _load_columns(product, begin, stride, inside, B, RAGGED, _STEP) + total
+    return _load_columns(product, begin, stride, inside, _STEP) + total
 
 
 # One compiled kernel for every number of rows and candidates, and wherever the rows begin. Besides, a load of several
@@ -155,13 +134,12 @@ def choose_signs_kernel(
     N,
     C,
     B,
-    RAGGED: tl.constexpr,
     PURE: tl.constexpr,
 ):
     """Choose the signs of a block for ROWS rows of one candidate. Grid: (N over ROWS, C).
 
     Args: those of `choose_signs_reference`, float32 and contiguous: target [B, N]; product, sign [B, C, N];
-        factor [B, B]; pivots [B]; scale, dots, norms [C, N]. RAGGED: whether B is no multiple of DEPTH.
+        factor [B, B]; pivots [B]; scale, dots, norms [C, N]. B is a multiple of DEPTH.
     """
     n = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = n < N
@@ -172,16 +150,16 @@ def choose_signs_kernel(
     norm = tl.load(norms + at, mask=inside, other=0.0)
     column = tl.arange(0, _STEP)[:, None]
     for begin in range(0, B, _STEP):
-        q = _load_current(product + at, factor, sign + at, begin, stride, inside, B, RAGGED, PURE)
-        p = _load_columns(target + n, begin, N, inside, B, RAGGED, _STEP)
+        q = _load_current(product + at, factor, sign + at, begin, stride, inside, B, PURE)
+        p = _load_columns(target + n, begin, N, inside, _STEP)
         signs = tl.zeros([_STEP, _ROWS], tl.float32)
         for j in tl.static_range(_STEP):
-            row = _load_matrix_row(factor, begin + j, begin, B, RAGGED)
+            row = _load_matrix_row(factor, begin + j, begin, B)
             s = tl.where(_column(p, j) - a * _column(q, j) >= 0, 1.0, -1.0)
             signs = tl.where(column == j, s[None, :], signs)
             q = tl.where(column >= j, q + row[:, None] * s[None, :], q)
-        _store_columns(sign + at, signs, begin, stride, inside, B, RAGGED, _STEP)
-        weighted = _load_step(pivots, begin, 1, B, RAGGED)[:, None] * q
+        _store_columns(sign + at, signs, begin, stride, inside, _STEP)
+        weighted = _load_step(pivots, begin, 1)[:, None] * q
         dot += tl.sum(weighted * p, 0)
         norm += tl.sum(weighted * q, 0)
     tl.store(dots + at, dot, mask=inside)
@@ -201,13 +179,12 @@ def flip_signs_kernel(
     N,
     C,
     B,
-    RAGGED: tl.constexpr,
     PURE: tl.constexpr,
 ):
     """Visit the signs of a block for ROWS rows of one candidate. Grid: (N over ROWS, C).
 
     Args: those of `flip_signs_reference`, float32 and contiguous: target [B, N]; product, sign, change [B, C, N];
-        hessian [B, B]; scale, dots, norms [C, N]. RAGGED: whether B is no multiple of DEPTH.
+        hessian [B, B]; scale, dots, norms [C, N]. B is a multiple of DEPTH.
     """
     n = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     inside = n < N
@@ -218,32 +195,30 @@ def flip_signs_kernel(
     norm = tl.load(norms + at, mask=inside, other=0.0)
     column = tl.arange(0, _STEP)[:, None]
     for begin in range(0, B, _STEP):
-        g = _load_current(product + at, hessian, change + at, begin, stride, inside, B, RAGGED, PURE)
-        t = _load_columns(target + n, begin, N, inside, B, RAGGED, _STEP)
-        signs = _load_columns(sign + at, begin, stride, inside, B, RAGGED, _STEP)
+        g = _load_current(product + at, hessian, change + at, begin, stride, inside, B, PURE)
+        t = _load_columns(target + n, begin, N, inside, _STEP)
+        signs = _load_columns(sign + at, begin, stride, inside, _STEP)
         changes = tl.zeros([_STEP, _ROWS], tl.float32)
         for j in tl.static_range(_STEP):
-            row = _load_matrix_row(hessian, begin + j, begin, B, RAGGED)
-            own = _load_diagonal(hessian, begin + j, B, RAGGED)
+            row = _load_matrix_row(hessian, begin + j, begin, B)
+            own = tl.load(hessian + (begin + j) * (B + 1))
             s = _column(signs, j)
             gain = s * (a * _column(g, j) - _column(t, j)) - a * own
             flip = tl.where(gain > 0, -2.0 * s, 0.0)
             changes = tl.where(column == j, flip[None, :], changes)
             # Column j keeps what the decision was made with.
             g = tl.where(column > j, g + row[:, None] * flip[None, :], g)
-        _store_columns(change + at, changes, begin, stride, inside, B, RAGGED, _STEP)
-        _store_columns(sign + at, signs + changes, begin, stride, inside, B, RAGGED, _STEP)
+        _store_columns(change + at, changes, begin, stride, inside, _STEP)
+        _store_columns(sign + at, signs + changes, begin, stride, inside, _STEP)
         dot += tl.sum(changes * t, 0)
-        norm += tl.sum(
-            changes * (2.0 * g + changes * _load_step(hessian, begin, B + 1, B, RAGGED)[:, None]), 0
-        )
+        norm += tl.sum(changes * (2.0 * g + changes * _load_step(hessian, begin, B + 1)[:, None]), 0)
     tl.store(dots + at, dot, mask=inside)
     tl.store(norms + at, norm, mask=inside)
     tl.debug_barrier()
     for begin in range(0, B, _DEPTH):
-        total = _load_columns(product + at, begin, stride, inside, B, RAGGED, _DEPTH)
+        total = _load_columns(product + at, begin, stride, inside, _DEPTH)
         for first in range(0, B, _DEPTH):
             total = _add_product(
-                total, hessian, change + at, first, B, begin, stride, inside, B, RAGGED, _DEPTH, PURE
+                total, hessian, change + at, first, B, begin, stride, inside, B, _DEPTH, PURE
             )
-        _store_columns(product + at, total, begin, stride, inside, B, RAGGED, _DEPTH)
+        _store_columns(product + at, total, begin, stride, inside, _DEPTH)

@@ -11,8 +11,8 @@ from bwla_kernels.triton import gpu as triton_gpu
 from bwla_kernels.triton import sign_steps
 from torch import Tensor
 
-SHAPES = [(32, 1, 1), (128, 1, 33), (96, 3, 20), (64, 2, 32), (32, 6, 34), (20, 2, 5), (50, 1, 3), (1, 1, 2)]
-"""Columns, candidates and rows: full and ragged programs, steps and products."""
+SHAPES = [(32, 1, 1), (128, 1, 33), (96, 3, 20), (64, 2, 32), (32, 6, 34), (20, 1, 20), (50, 1, 3), (1, 1, 2)]
+"""Columns, candidates and rows: full and ragged programs, whole and padded blocks."""
 
 
 def copied(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
