@@ -110,12 +110,11 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     from bwla_converter.planning.budget import Budget
     from bwla_converter.quantize import fast, paper
     from bwla_converter.recipes import base as recipes
-    from bwla_kernels import gptq_binary
 
     if arguments.quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
         recipes.FastOptions = few  # type: ignore[attr-defined,assignment]
-        gptq_binary.INITIAL_SCALE_FACTORS = (1.0, 1.3)  # type: ignore[assignment]
+        fast.SCALE_FACTORS = (1.0, 1.3)  # type: ignore[assignment]
         rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
         paper.PaperOptions = rounds  # type: ignore[assignment,misc]
     predicted: list[Budget] = []

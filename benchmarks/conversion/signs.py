@@ -1,31 +1,30 @@
-"""Time the search for signs of recipe `fast` on a CPU: the compiled kernel beside the reference implementation.
+"""Time the search for signs of recipe `fast` on a CPU: the compiled kernels beside the reference implementations.
 
     python -m benchmarks.conversion.signs --out benchmarks/results/signs.json
 
-The work is that of one input group: three rounds, of which the last has eight sweeps from every initial scale. The
-weight is Gaussian and the Hessian that of correlated inputs. Both implementations run in turn on one thread; figures
-are the process's CPU seconds, the smallest of the repetitions. `error` is the kernel's summed output error divided by
-the reference's, and `same` the share of equal signs.
+The work is that of one input group: all rounds of the recipe. The weight is Gaussian and the Hessian that of correlated
+inputs. Both implementations run in turn on one thread; figures are the process's CPU seconds, the smallest of the
+repetitions. The matrix products between the steps are the same library's in both. `error` is the kernels' summed output
+error divided by the references', and `same` the share of equal signs.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bwla_converter.quantize.fast import FastOptions
-from bwla_kernels.cpu.gptq_binary import can_binarize
-from bwla_kernels.gptq_binary import BinaryWeight, binarize_reference, gptq_binarize, inverse_cholesky
+from bwla_kernels.cpu import sign_steps
+from bwla_kernels.sign_search import BinaryWeight, Metric, Target, gptq_binarize
 from torch import Tensor
 
 from benchmarks.common.record import write_result
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (512, 4096))
 """N and K. The first three are q, k, v; gate and up; and down of SmolLM2-135M."""
-
-Binarize = Callable[[Tensor, Tensor, Tensor, int, bool, bool], BinaryWeight]
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -38,26 +37,30 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, columns, generator=generator), hessian + damping
 
 
-def search(binarize: Binarize, weight: Tensor, hessian: Tensor) -> tuple[BinaryWeight, float]:
+def search(weight: Tensor, hessian: Tensor) -> tuple[BinaryWeight, float]:
     """Run the rounds of one input group; return the last result and the CPU seconds of all."""
-    options, factor = FastOptions(), inverse_cholesky(hessian)
+    metric = Metric.of(hessian)
+    target = Target.of(weight, metric)
     started = time.process_time()
-    for number in range(1, options.rounds + 1):
-        last = number == options.rounds
-        sweeps = options.sweeps if last else 1
-        result = binarize(weight, hessian, factor, sweeps, True, last)
+    for effort in FastOptions().efforts:
+        result = gptq_binarize(target, metric, effort)
     return result, time.process_time() - started
+
+
+def references() -> AbstractContextManager[Any]:
+    """Return a context in which no compiled kernel can be used."""
+    return mock.patch.object(sign_steps, "can_run", return_value=(False, "it is compared with the kernels"))
 
 
 def measure(rows: int, columns: int, repeats: int) -> dict[str, Any]:
     """Time both implementations on one shape."""
     weight, hessian = problem(rows, columns)
-    implementations: dict[str, Binarize] = {"kernel": gptq_binarize, "reference": binarize_reference}
     results: dict[str, BinaryWeight] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in implementations}
+    seconds: dict[str, list[float]] = {"kernel": [], "reference": []}
     for _ in range(repeats):
-        for name, binarize in implementations.items():
-            results[name], took = search(binarize, weight, hessian)
+        for name, context in (("kernel", nullcontext), ("reference", references)):
+            with context():
+                results[name], took = search(weight, hessian)
             seconds[name].append(took)
     kernel, reference = min(seconds["kernel"]), min(seconds["reference"])
     return {
@@ -79,7 +82,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    able, reason = can_binarize(torch.empty(1, 32))
+    able, reason = sign_steps.can_run(torch.device("cpu"), 32)
     if not able:
         parser.error(f"the compiled kernel cannot be used: {reason}")
     torch.set_num_threads(1)

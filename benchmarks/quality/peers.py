@@ -16,8 +16,8 @@ from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
-from bwla_kernels.gptq_binary import INITIAL_SCALE_FACTORS, gptq_binarize, inverse_cholesky
 from bwla_kernels.reference import quantize, rotate
+from bwla_kernels.sign_search import Effort, Metric, Target, gptq_binarize
 from torch import Tensor, nn
 
 DAMPING = 0.01
@@ -25,6 +25,16 @@ SCALE_BITS = 16
 REFIT_ROWS = 64
 GROUP = 128
 """Columns that share BiLLM's scales, and block size of its GPTQ updates."""
+
+INITIAL_SCALE_FACTORS = (0.75, 1.0, 1.3, 1.7)
+"""Initial scales of GPTQ with 1 bit, in units of the mean magnitude."""
+
+
+def inverse_cholesky(hessian: Tensor) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of H, float32 [K, K], from which GPTQ propagates errors."""
+    lower = torch.linalg.cholesky(hessian.double())
+    upper: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return upper.float()
 
 
 class FakeLinear(nn.Module):
@@ -141,9 +151,9 @@ class Gptq(PeerRecipe):
         side = check_group(weights, {}, specs)
         basis = self.rotation(side)
         hessian = rotate_hessian(moments.hessian(DAMPING), *basis)
-        code = gptq_binarize(
-            rotate(pool_rows(weights.values()), *basis), hessian, inverse_cholesky(hessian), 0
-        )
+        metric = Metric.of(hessian)
+        target = Target.of(rotate(pool_rows(weights.values()), *basis), metric)
+        code = gptq_binarize(target, metric, Effort(INITIAL_SCALE_FACTORS, ()))
         return stored(weights, specs, basis, code.sign, code.scale)
 
 

@@ -13,7 +13,6 @@ from bwla_converter.calibration.activations import Activations, ActivationStore,
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer, find_output_projections
 from bwla_converter.calibration.text import calibration_samples
-from bwla_converter.common.precision import fast_products
 from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
@@ -23,6 +22,7 @@ from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.precision import fast_products
 from torch import Tensor
 
 QuantizeGroup = Callable[[Mapping[str, Tensor], Mapping[str, LayerSpec], Moments, Tensor], GroupResult]

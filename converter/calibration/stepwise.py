@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from bwla_converter.calibration.activations import Activations, ActivationStore
 from bwla_converter.calibration.layer_runner import DecoderLayer, OutputProjection
-from bwla_converter.common.precision import product_dtype
+from bwla_kernels.precision import product_dtype
 from torch import Tensor
 
 SAMPLES_PER_BATCH = 4

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from bwla_converter.common.precision import has_fast_bfloat16
+from bwla_kernels.precision import has_fast_bfloat16
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

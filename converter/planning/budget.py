@@ -14,7 +14,6 @@ from pathlib import Path
 import psutil
 import torch
 from bwla_converter.common.durations import duration
-from bwla_converter.common.precision import fast_products
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.common.threads import use_threads
 from bwla_converter.options import Calibration
@@ -29,6 +28,7 @@ from bwla_converter.recipes.workload import (
 )
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
+from bwla_kernels.precision import fast_products
 from rich.filesize import decimal
 
 LIVE_HIDDEN_STATES = 3
@@ -57,7 +57,7 @@ class MachineSpeed:
     Attributes:
         flops: floating-point operations of float32 matrix products.
         bytes_moved: bytes read and written by element-wise operations.
-        fast_flops: floating-point operations of matrix products with `common.precision.fast_products`.
+        fast_flops: floating-point operations of matrix products with `precision.fast_products`.
     """
 
     flops: float

@@ -6,7 +6,8 @@ arXiv 2504.02692), which also compensates the error of the preceding layers. Whe
 stream, W' can compensate the error of the stream as well (`corrected_target`). W' replaces W as the target.
 
 In the basis of OKT's rotation, three steps then alternate, each with the Hessian H = E[x_hat x_hat^T]: column scales
-(`column_scale_step`), the low-rank correction (`low_rank_step`), and signs with row scales (`binarization_step`).
+(`column_scale_step`), the low-rank correction (`low_rank_step`), and signs with row scales (`binarization_step`). H is
+factorized once and the products of the target with it are computed once; the steps only update them.
 """
 
 import math
@@ -20,18 +21,18 @@ from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.quantize.okt import Rotation, learn_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.gptq_binary import (
-    INITIAL_SCALE_FACTORS,
-    BinaryWeight,
-    gptq_binarize,
-    inverse_cholesky,
-)
+from bwla_kernels.precision import fast_products
 from bwla_kernels.reference import rotate, rotate_back
+from bwla_kernels.sign_search import BinaryWeight, Effort, Metric, Target, gptq_binarize
 from torch import Tensor
 
 COLUMN_SCALE_UPDATE_RANGE = (0.5, 2.0)
 """Bounds of the factor by which one round changes a column scale. Column scales multiply the activations, and a few
 large columns would take the resolution of the activation codes from all others."""
+
+
+SCALE_FACTORS = (0.7, 0.9, 1.0, 1.15, 1.3, 1.6)
+"""Initial row scales of the last round, in units of the row's mean magnitude."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class FastOptions:
     Attributes:
         okt_rounds: rounds of OKT; 0 keeps the random initial rotation.
         rounds: alternations of column scales, low-rank correction and binarization.
-        sweeps: sweeps of coordinate descent in the last round, from every initial scale.
+        sweeps: sweeps of coordinate descent that a row's signs go through in the last round.
         gptq_signs: choose the initial signs with GPTQ's error feedback; otherwise they are the residual's own signs.
         damping: added to the diagonal of the Hessian, in units of its mean.
         target_damping: regularization of the target towards the original weight, in the same units; infinity keeps the
@@ -54,7 +55,7 @@ class FastOptions:
     """
 
     okt_rounds: int = 40
-    rounds: int = 3
+    rounds: int = 2
     sweeps: int = 8
     gptq_signs: bool = True
     damping: float = 0.01
@@ -65,49 +66,55 @@ class FastOptions:
     choose_clip: bool = True
     keep_latents: bool = False
 
-    @property
-    def passes(self) -> int:
-        """Number of passes over all signs of a group.
+    def effort(self, last: bool) -> Effort:
+        """Return how thoroughly a round searches for signs.
 
-        Every round runs error feedback from each initial scale. Every round but the last adds one sweep of coordinate
-        descent; the last adds all its sweeps from each initial scale.
+        Only the last round searches thoroughly: the best three of six initial scales go through a sweep, and the best
+        two of these through the others. The rounds before it only have to give the other steps a good estimate.
         """
-        starts = len(INITIAL_SCALE_FACTORS)
-        return self.rounds * starts + self.rounds - 1 + self.sweeps * starts
+        if not last:
+            return Effort((1.0,) if self.gptq_signs else (), ((1, min(self.sweeps, 1)),), exact=False)
+        stages = ((3, min(self.sweeps, 1)), (2, max(self.sweeps - 1, 0)))
+        return Effort(SCALE_FACTORS if self.gptq_signs else (), stages)
+
+    @property
+    def efforts(self) -> tuple[Effort, ...]:
+        """Return the effort of each round."""
+        return tuple(self.effort(last=number == self.rounds) for number in range(1, self.rounds + 1))
 
 
 @dataclass(frozen=True)
 class State:
     """State of the alternation, in the basis of the rotation.
 
-    `target`, `hessian` and `binary` are in units of the column scales: the inputs are multiplied by them, the weight is
-    divided.
+    `target`, `residual`, `metric` and `binary` are in units of the column scales: the inputs are multiplied by them,
+    the weight is divided.
 
     Attributes:
         rotation: the group's rotation, fixed.
-        target: rows of all linears of the group, float32 [N, K].
-        hessian: H, float32 [K, K].
+        target: rows of all linears of the group, [N, K].
+        residual: the target minus the low-rank correction.
+        metric: the Hessian H and its factors.
         column_scale: float32 [K].
         low_rank_a: A as it is stored, in the basis of the original input, bfloat16 [r, K].
         low_rank_b: B as it is stored, bfloat16 [N, r].
-        binary: signs and row scales that approximate `residual`; all scales are 0 before the first round.
+        binary: signs and row scales that approximate `residual`; None before the first round.
     """
 
     rotation: Rotation
-    target: Tensor
-    hessian: Tensor
+    target: Target
+    residual: Target
+    metric: Metric
     column_scale: Tensor
     low_rank_a: Tensor
     low_rank_b: Tensor
-    binary: BinaryWeight
+    binary: BinaryWeight | None = None
 
     @property
-    def residual(self) -> Tensor:
-        """Return the target minus the low-rank correction, float32 [N, K]."""
-        if not len(self.low_rank_a):
-            return self.target
-        rotated_a = rotate(self.low_rank_a, self.rotation.left, self.rotation.right)
-        return self.target - self.low_rank_b.float() @ (rotated_a / self.column_scale)
+    def signs(self) -> BinaryWeight:
+        """Return `binary` after the first round."""
+        assert self.binary is not None
+        return self.binary
 
 
 def quantize_group(
@@ -142,7 +149,7 @@ def quantize_group(
     spec = check_group(weights, {}, specs)
     generator = group_generator(seed, weights)
     state = start_state(weights, spec, moments, generator, options)
-    target_norm = state.binary.error
+    target_norm = state.target.norms()
     rounds = options.rounds if spec.rank or options.column_scales else 1
     trace = []
     for round_number in range(1, rounds + 1):
@@ -152,13 +159,13 @@ def quantize_group(
         if spec.rank:
             state = low_rank_step(state, spec.rank, generator)
         state = binarization_step(state, options, last=round_number == rounds)
-        trace.append(_relative(state.binary.error, target_norm))
-    sign, scale = state.binary.sign, state.binary.scale
+        trace.append(_relative(state.signs.error, target_norm))
+    sign, scale = state.signs.sign, state.signs.scale
     rows = [len(weight) for weight in weights.values()]
-    parts = zip(weights, state.binary.error.split(rows), target_norm.split(rows), strict=True)
+    parts = zip(weights, state.signs.error.split(rows), target_norm.split(rows), strict=True)
     latents = {}
     if options.keep_latents:
-        latents = dict(zip(weights, (state.residual / scale.unsqueeze(1)).split(rows), strict=True))
+        latents = dict(zip(weights, (state.residual.weight / scale.unsqueeze(1)).split(rows), strict=True))
     return GroupResult(
         store_group(weights, specs, {}, _input_transform(state), sign, scale, state.low_rank_b),
         {name: _relative(error, norm) for name, error, norm in parts},
@@ -177,29 +184,27 @@ def start_state(
 ) -> State:
     """Compute the target and the Hessian, learn the rotation, and rotate both. `spec` is that of `check_group`."""
     hessian = moments.hessian(options.damping)
-    target = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
+    weight = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
-    rotation = learn_rotation([target], sizes, rounds=options.okt_rounds, generator=generator)
-    target = rotate(target, rotation.left, rotation.right)
-    hessian = rotate_hessian(hessian, rotation.left, rotation.right)
-    zero = BinaryWeight(
-        sign=target.new_ones(()).expand_as(target),
-        scale=target.new_zeros(len(target)),
-        error=((target @ hessian) * target).sum(1),
-    )
+    rotation = learn_rotation([weight], sizes, rounds=options.okt_rounds, generator=generator)
+    weight = rotate(weight, rotation.left, rotation.right)
+    metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))
+    target = Target.of(weight, metric)
     return State(
         rotation,
         target,
-        hessian,
-        column_scale=torch.ones(spec.in_features, device=target.device),
-        low_rank_a=target.new_zeros(0, spec.in_features, dtype=torch.bfloat16),
-        low_rank_b=target.new_zeros(len(target), 0, dtype=torch.bfloat16),
-        binary=zero,
+        residual=target,
+        metric=metric,
+        column_scale=torch.ones(spec.in_features, device=weight.device),
+        low_rank_a=weight.new_zeros(0, spec.in_features, dtype=torch.bfloat16),
+        low_rank_b=weight.new_zeros(len(weight), 0, dtype=torch.bfloat16),
     )
 
 
 def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:
-    """Return (W C + D + d W) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` * mean(diag(H)).
+    """Return W + (W (C - H) + D) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` mean(diag(H)).
+
+    That is (W C + D + d W) (H + d)^-1: without D, the ridge regression towards W.
 
     D = E[(h - h_hat) x_hat^T] where the output is added to the residual stream h: the error of the stream is
     compensated as far as it correlates with x_hat.
@@ -213,42 +218,49 @@ def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor
     """
     if moments.cross_gram is None or damping == float("inf"):
         return weight
-    hessian = moments.hessian(damping)
-    ridge = hessian - moments.gram / moments.count
-    right_side = weight @ (moments.cross_gram / moments.count + ridge)
+    with fast_products(weight.device):
+        change = weight @ ((moments.cross_gram - moments.gram) / moments.count)
     if moments.residual_cross_gram is not None:
-        right_side += moments.residual_cross_gram / moments.count
-    lower = torch.linalg.cholesky(hessian.double())
-    return torch.cholesky_solve(right_side.double().mT, lower).mT.float()
+        change += moments.residual_cross_gram / moments.count
+    # The factorization needs float64 where a few inputs are much larger than the others. The solution does not: it is
+    # only a correction.
+    lower = torch.linalg.cholesky(moments.hessian(damping).double()).float()
+    return torch.cholesky_solve(change.mT, lower).mT.add_(weight)
 
 
 def column_scale_step(state: State) -> State:
     """Refit the column scales to the current signs and row scales."""
-    update = fit_column_scales(state.residual, state.binary, state.hessian)
+    update = fit_column_scales(state.residual, state.signs, state.metric.hessian)
     return replace(
         state,
-        target=state.target / update,
-        hessian=update.unsqueeze(1) * state.hessian * update,
+        target=state.target.scaled(update),
+        residual=state.residual.scaled(update),
+        metric=state.metric.scaled(update),
         column_scale=state.column_scale * update,
     )
 
 
-def fit_column_scales(residual: Tensor, binary: BinaryWeight, hessian: Tensor) -> Tensor:
-    """Return the column scales b with which residual ~ diag(a) S diag(b) has the smallest output error.
+def fit_column_scales(residual: Target, binary: BinaryWeight, hessian: Tensor) -> Tensor:
+    """Return the column scales b with which W ~ diag(a) S diag(b) has the smallest output error.
 
     Least squares in b: (sum_i a_i^2 s_i s_i^T * H) b = sum_i a_i s_i * (H w_i), where * is the elementwise product.
 
     Args:
-        residual: W, float32 [N, K].
+        residual: W [N, K] and H W^T.
         binary: signs S and row scales a.
         hessian: H, positive definite, float32 [K, K].
 
     Returns: float32 [K], clamped to COLUMN_SCALE_UPDATE_RANGE, then normalized to a geometric mean of 1.
     """
     scaled_signs = binary.dequantize()
-    system = ((scaled_signs.mT @ scaled_signs) * hessian).double()
-    right_side = (scaled_signs * (residual @ hessian)).sum(0).double()
-    column = torch.linalg.solve(system, right_side).float().clamp(*COLUMN_SCALE_UPDATE_RANGE)
+    with fast_products(hessian.device):
+        system = (scaled_signs.mT @ scaled_signs) * hessian
+    right_side = (scaled_signs.mT * residual.hessian_product).sum(1)
+    # Positive definite: an elementwise product of a positive semidefinite matrix without a zero on its diagonal and a
+    # positive definite one (Schur product theorem). Signs of different columns are nearly uncorrelated, so the system
+    # is nearly diagonal and float32 is enough.
+    lower = torch.linalg.cholesky(system)
+    column = torch.cholesky_solve(right_side.unsqueeze(1), lower)[:, 0].clamp(*COLUMN_SCALE_UPDATE_RANGE)
     normalized: Tensor = column / column.log().mean().exp()
     return normalized
 
@@ -258,26 +270,19 @@ def low_rank_step(state: State, rank: int, generator: torch.Generator) -> State:
 
     The factors are rounded as they are stored, so that binarization compensates the rounding.
     """
-    error = state.target - state.binary.dequantize()
-    b, a = hessian_low_rank(error, state.hessian, rank, generator)
-    unrotated_a = rotate_back(a * state.column_scale, state.rotation.left, state.rotation.right)
-    return replace(state, low_rank_a=unrotated_a.bfloat16(), low_rank_b=b.bfloat16())
+    error = state.target.weight if state.binary is None else state.target.weight - state.binary.dequantize()
+    b, a = hessian_low_rank(error, state.metric.hessian, rank, generator)
+    left, right = state.rotation.left, state.rotation.right
+    stored_a = rotate_back(a * state.column_scale, left, right).bfloat16()
+    stored_b = b.bfloat16()
+    rotated_a = rotate(stored_a, left, right) / state.column_scale
+    residual = state.target.minus(stored_b.float(), rotated_a, state.metric)
+    return replace(state, residual=residual, low_rank_a=stored_a, low_rank_b=stored_b)
 
 
 def binarization_step(state: State, options: FastOptions, last: bool) -> State:
-    """Choose signs and row scales for the residual.
-
-    Only the last round searches thoroughly. The rounds before it only have to give the other steps a good estimate.
-    """
-    binary = gptq_binarize(
-        state.residual,
-        state.hessian,
-        inverse_cholesky(state.hessian),
-        sweeps=options.sweeps if last else min(options.sweeps, 1),
-        error_feedback=options.gptq_signs,
-        refine_all=last,
-    )
-    return replace(state, binary=binary)
+    """Choose signs and row scales for the residual."""
+    return replace(state, binary=gptq_binarize(state.residual, state.metric, options.effort(last)))
 
 
 def _input_transform(state: State) -> dict[str, Tensor]:
@@ -293,7 +298,7 @@ def _input_transform(state: State) -> dict[str, Tensor]:
 def _choose_clip(state: State, inputs: Tensor, spec: LayerSpec) -> float:
     """Choose the activation clip on a sample of the group's inputs."""
     x_hat = rotate(inputs.float(), state.rotation.left, state.rotation.right) * state.column_scale
-    return choose_clip(x_hat, state.binary.dequantize(), spec)
+    return choose_clip(x_hat, state.signs.dequantize(), spec)
 
 
 def _relative(error: Tensor, norm: Tensor) -> float:

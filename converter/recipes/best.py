@@ -15,7 +15,6 @@ from bwla_converter.calibration.activations import Activations, ActivationStore,
 from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
-from bwla_converter.common.precision import fast_products
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
@@ -37,6 +36,7 @@ from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import make_stages
 from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

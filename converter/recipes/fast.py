@@ -1,6 +1,6 @@
 """Recipe `fast`: every input group is quantized in closed form for the inputs that calibration samples give it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +24,7 @@ from bwla_converter.recipes.workload import (
 from bwla_converter.source.model import Source
 from bwla_kernels.cpu.library import available
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.gptq_binary import row_chunk_elements
+from bwla_kernels.sign_search import Effort, row_chunk_elements
 from torch import Tensor
 
 
@@ -118,7 +118,7 @@ class FastRecipe:
         options, total = fast.FastOptions(), ComputeEstimate()
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
-            total += _binarization_compute(group, options.passes, workload.device)
+            total += _binarization_compute(group, options.efforts, workload.device)
             total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
             total += _text_compute(group, workload.tokens)
         return total
@@ -136,25 +136,28 @@ def _text_compute(group: GroupShape, tokens: int) -> ComputeEstimate:
     return ComputeEstimate(bytes_moved=FLOAT_BYTES * elements, fast_flops=moments + products)
 
 
-def _binarization_compute(group: GroupShape, passes: int, device: str) -> ComputeEstimate:
-    """Estimate the choice of signs, in `passes` over all of them.
+def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: str) -> ComputeEstimate:
+    """Estimate the sign search of all rounds, and the product of the target with H.
 
-    The factors are measured: the compiled kernel takes as long as 2.8 operations of a matrix product per pass, row and
-    element of H; the reference implementation on top of its products moves 530 bytes per pass and weight.
+    The factors are measured: a sweep of the compiled kernel takes as long as 0.4 operations of a matrix product per row
+    and element of H; the reference implementation moves 530 bytes per weight and sweep on top of its products.
     """
-    products = passes * group.rows * group.square
+    product = 2.0 * group.rows * group.square
+    sweeps = sum(effort.sweeps for effort in efforts)
+    fast_flops = product * sum(effort.products for effort in efforts)
     if device == "cpu" and available()[0]:
-        return ComputeEstimate(2.8 * products)
-    return ComputeEstimate(4 * products, passes * 530 * group.weights)
+        return ComputeEstimate(product * (1 + 0.2 * sweeps), fast_flops=fast_flops)
+    return ComputeEstimate(product, sweeps * 530 * group.weights, fast_flops + sweeps * product)
 
 
 def _quantize_group_bytes(group: GroupShape, device: str) -> float:
     """Return the memory of the largest step of `fast.quantize_group`, the moments included."""
-    target = 7 * group.weights + 7 * group.square  # cholesky_solve in float64
-    inverse = 3 * group.weights + 11 * group.square  # inverse_cholesky in float64
+    target = 5 * group.weights + 9 * group.square  # with a factorization in float64
+    factors = 4 * group.weights + 12 * group.square  # also in float64
+    column_scales = 10 * group.weights + 7 * group.square
     at_once = min(group.weights, row_chunk_elements(device))
-    signs = 5 * group.weights + 15 * at_once + 4 * group.square  # GPTQ and coordinate descent
-    return float(FLOAT_BYTES * max(target, inverse, signs))
+    signs = 8 * group.weights + 18 * at_once + 5 * group.square
+    return float(FLOAT_BYTES * max(target, factors, column_scales, signs))
 
 
 def _moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from bwla_converter.common.bits import num_weights
-from bwla_converter.common.precision import product_dtype
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
@@ -14,6 +13,7 @@ from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_kernels.factorize import INPUT_SHARDED_LINEARS
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.precision import product_dtype
 
 FLOAT_BYTES = 4
 
@@ -74,7 +74,7 @@ class ComputeEstimate:
     Attributes:
         flops: floating-point operations of matrix products in float32.
         bytes_moved: bytes that element-wise work reads and writes.
-        fast_flops: floating-point operations of the products for which `common.precision.fast_products` applies.
+        fast_flops: floating-point operations of the products for which `precision.fast_products` applies.
     """
 
     flops: float = 0.0

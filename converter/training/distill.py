@@ -21,7 +21,6 @@ from dataclasses import replace
 import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
-from bwla_converter.common.precision import fast_products
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
 from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
 from bwla_converter.training.divergence import Head, kl_divergence
@@ -29,6 +28,7 @@ from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
 from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
 from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.layer_runner import DecoderLayer
-from bwla_converter.common.precision import product_dtype
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
 from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, to_compute_dtype
+from bwla_kernels.precision import product_dtype
 from bwla_kernels.reference import rotate
 from torch import Tensor, nn
 

@@ -18,7 +18,7 @@
 #include "layout.h"
 #include "plan.h"
 #include "runtime.h"
-#include "gptq_call.h"
+#include "sign_step.h"
 
 #define NOINLINE __attribute__((noinline))
 #if defined(__clang__)
@@ -104,22 +104,22 @@ BWLA_TARGET_END
 struct Variant {
     void (*run)(const Call&, const Plan&, Team&);
     void (*run_head)(const HeadCall&, const HeadPlan&, Team&);
-    void (*run_gptq)(const GptqCall&, const GptqScratch*, Share*, int64_t, Team&);
+    void (*run_signs)(const SignStep&, const SignScratch&, Team&);
     int lanes;
 };
 
 static Variant variant(int32_t isa) {
     switch (isa) {
 #if BWLA_X86
-        case kAvx2: return {avx2::run, avx2::run_head, avx2::run_gptq, avx2::kLanes};
-        case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_gptq, avx512bw::kLanes};
-        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_gptq, avx512vbmi::kLanes};
+        case kAvx2: return {avx2::run, avx2::run_head, avx2::run_signs, avx2::kLanes};
+        case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_signs, avx512bw::kLanes};
+        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::kLanes};
 #if BWLA_AMX
         case kAmx:
-            return {avx512vbmi::amx::run, avx512vbmi::run_head, avx512vbmi::run_gptq, avx512vbmi::kLanes};
+            return {avx512vbmi::amx::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::kLanes};
 #endif
 #endif
-        default: return {scalar::run, scalar::run_head, scalar::run_gptq, scalar::kLanes};
+        default: return {scalar::run, scalar::run_head, scalar::run_signs, scalar::kLanes};
     }
 }
 
@@ -139,13 +139,11 @@ struct HeadBody {
     void operator()(Team& team) const { isa.run_head(call, plan, team); }
 };
 
-struct GptqBody {
-    const GptqCall& call;
-    const GptqScratch* scratch;
-    Share* shares;
-    int64_t tiles;
+struct SignBody {
+    const SignStep& step;
+    const SignScratch& scratch;
     Variant isa;
-    void operator()(Team& team) const { isa.run_gptq(call, scratch, shares, tiles, team); }
+    void operator()(Team& team) const { isa.run_signs(step, scratch, team); }
 };
 
 struct PackBody {
@@ -312,32 +310,25 @@ BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale
     return bwla::kOk;
 }
 
-// Binarizes the rows of a weight with GPTQ and coordinate descent; all arrays are float32 and contiguous, see
-// bwla::GptqCall. `factor` may be null: then the search starts from the weight's own signs.
-BWLA_API int32_t bwla_gptq_binarize(int32_t isa, const float* weight, const float* weight_hessian, const float* hessian,
-                                   const float* factor, const float* mean, const float* scale_factors, int32_t scale_count,
-                                   int32_t sweeps, int32_t refine_all, int64_t n, int64_t k, float* sign, float* scale,
-                                   float* error, int32_t threads) {
+// A step of the sign search, see bwla::SignStep: a sweep of coordinate descent where `change` is given, else error
+// feedback in a block. The number of columns is a multiple of 32.
+BWLA_API int32_t bwla_sign_step(int32_t isa, const float* target, float* product, const float* matrix,
+                                const float* pivots, const float* scale, float* sign, float* change, float* dots,
+                                float* norms, int64_t columns, int64_t candidates, int64_t n, int32_t threads) {
     if (!bwla::supported().has(isa)) return bwla::kUnsupportedIsa;
-    if (n < 1 || k < 1 || k % bwla::kColumns || sweeps < 0) return bwla::kBadArgument;
-    if (scale_count < 1 || scale_count > bwla::kMaxScales) return bwla::kBadArgument;
-    bwla::GptqCall c{weight, weight_hessian, hessian, factor, mean, {}, factor ? scale_count : 1, sweeps, refine_all,
-                     n, k, sign, scale, error};
-    for (int32_t i = 0; i < scale_count; ++i) c.scale_factors[i] = scale_factors[i];
+    if (columns < 1 || columns > (change ? bwla::kMostColumns : bwla::kMaxBlock)) return bwla::kBadArgument;
+    if (columns % bwla::kColumns || n < 1 || candidates < 1) return bwla::kBadArgument;
+    const bwla::SignStep step{target, product, matrix, pivots, scale, sign, change, dots, norms, columns, candidates, n};
     const bwla::Variant variant = bwla::variant(isa);
-    const int64_t tiles = bwla::gptq_tiles(c, variant.lanes);
-    threads = threads < 0 ? -threads : threads < 1 ? 1 : threads;
+    threads = threads < 1 ? 1 : threads;
     bwla::Arena measure{nullptr, 0};
-    measure.array<bwla::Share>(threads), measure.array<bwla::GptqScratch>(threads);
-    for (int32_t i = 0; i < threads; ++i) bwla::place_gptq(c, tiles, variant.lanes, measure);
+    bwla::place_signs(step, variant.lanes, threads, measure);
     char* base = bwla::workspace().reserve(measure.used);
     if (!base) return bwla::kNoMemory;
     bwla::Arena arena{base, 0};
-    bwla::Share* shares = arena.array<bwla::Share>(threads);
-    std::memset(static_cast<void*>(shares), 0, std::size_t(threads) * sizeof(bwla::Share));
-    bwla::GptqScratch* scratch = arena.array<bwla::GptqScratch>(threads);
-    for (int32_t i = 0; i < threads; ++i) scratch[i] = bwla::place_gptq(c, tiles, variant.lanes, arena);
-    bwla::GptqBody body{c, scratch, shares, tiles, variant};
+    const bwla::SignScratch scratch = bwla::place_signs(step, variant.lanes, threads, arena);
+    std::memset(static_cast<void*>(scratch.shares), 0, std::size_t(threads) * sizeof(bwla::Share));
+    bwla::SignBody body{step, scratch, variant};
     bwla::run_parallel(threads, body);
     return bwla::kOk;
 }

@@ -5,4 +5,4 @@
 #include "prepare.h"
 #include "multiply.h"
 #include "head.h"
-#include "gptq_binary.h"
+#include "sign_steps.h"

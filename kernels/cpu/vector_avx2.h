@@ -28,6 +28,15 @@ static inline V sign_of(V a) {
 }
 static inline V where_positive(V a, V b) { return _mm256_and_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ), b); }
 static inline bool any(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ)) != 0; }
+static inline uint32_t nonzero_lanes(V a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ))); }
+static inline uint32_t positive_lanes(V a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ))); }
+static inline V lanes_of(uint32_t bits) {
+    const VI each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), each), each));
+}
+static inline V signed_lanes(V a, uint32_t some, uint32_t positive) {
+    return _mm256_and_ps(lanes_of(some), _mm256_blendv_ps(negate(a), a, lanes_of(positive)));
+}
 static inline float reduce_add(V a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -79,4 +88,5 @@ static inline void store_fp16(uint16_t* p, V a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                      _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+static inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

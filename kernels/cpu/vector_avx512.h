@@ -34,6 +34,13 @@ static inline V blend_positive(V a, V b, V c) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), c, b);
 }
 static inline bool any(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ) != 0; }
+// A bit for each lane: those that are not 0, those above 0.
+static inline uint32_t nonzero_lanes(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ); }
+static inline uint32_t positive_lanes(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ); }
+// In the lanes of `some` a where `positive`, else -a; 0 in the others.
+static inline V signed_lanes(V a, uint32_t some, uint32_t positive) {
+    return _mm512_maskz_mov_ps(__mmask16(some), _mm512_mask_blend_ps(__mmask16(positive), negate(a), a));
+}
 
 // Bits of |a|: as integers they order like the floats, and NaN is above everything, so a maximum keeps it.
 static inline __m512i magnitude(V a, __m512i high) {
@@ -76,4 +83,5 @@ static inline void store_fp16(uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+static inline void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 static inline void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }

@@ -25,6 +25,17 @@ static inline V blend_positive(V a, V b, V c) { return a > zero() ? b : c; }
 static inline V sign_of(V a) { return a >= zero() ? set1(1.0f) : set1(-1.0f); }
 static inline V where_positive(V a, V b) { return a > zero() ? b : zero(); }
 static inline bool any(V a) { return a[0] != 0 || a[1] != 0 || a[2] != 0 || a[3] != 0; }
+static inline uint32_t nonzero_lanes(V a) {
+    return uint32_t((a[0] != 0) | (a[1] != 0) << 1 | (a[2] != 0) << 2 | (a[3] != 0) << 3);
+}
+static inline uint32_t positive_lanes(V a) {
+    return uint32_t((a[0] > 0) | (a[1] > 0) << 1 | (a[2] > 0) << 2 | (a[3] > 0) << 3);
+}
+static inline V signed_lanes(V a, uint32_t some, uint32_t positive) {
+    V result;
+    for (int i = 0; i < kLanes; ++i) result[i] = (some >> i & 1) ? ((positive >> i & 1) ? a[i] : -a[i]) : 0.0f;
+    return result;
+}
 static inline float reduce_add(V a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
 static inline VI int_zero() { return VI{0, 0, 0, 0}; }
@@ -104,4 +115,5 @@ static inline void store_bf16(uint16_t* p, V a) {
 static inline void store_fp16(uint16_t* p, V a) {
     for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(a[i]);
 }
+static inline void prefetch_near(const void* p) { __builtin_prefetch(p, 0, 3); }
 static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from bwla_kernels.gptq_binary import inverse_cholesky
 from torch import Tensor
 
-from benchmarks.quality.peers import GROUP, billm, grouped_one_bit, row_errors
+from benchmarks.quality.peers import GROUP, billm, grouped_one_bit, inverse_cholesky, row_errors
 
 ROWS, COLUMNS = 24, 96
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bwla_converter.common.precision import has_fast_bfloat16
+from bwla_kernels.precision import has_fast_bfloat16
 
 
 @pytest.fixture(autouse=True)

@@ -104,4 +104,4 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
             if name.endswith("weight_packed"):
                 assert (unpack_signs(single) != unpack_signs(shared)).float().mean() < 1e-2
             else:
-                assert (single.float() - shared.float()).norm() <= 2e-2 * single.float().norm(), name
+                assert (single.float() - shared.float()).norm() <= 4e-2 * single.float().norm(), name

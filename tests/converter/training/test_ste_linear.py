@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.common.precision import product_dtype
 from bwla_converter.training import ste_linear
 from bwla_converter.training.ste_linear import (
     LATENT_RANGE,
@@ -17,6 +16,7 @@ from bwla_converter.training.ste_linear import (
 )
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs, validate_layer
+from bwla_kernels.precision import product_dtype
 from random_tensors import random_layer
 from torch import Tensor
 

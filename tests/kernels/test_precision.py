@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from bwla_converter.common.precision import fast_products, has_fast_bfloat16
+from bwla_kernels.precision import fast_products, has_fast_bfloat16
 
 CPU = torch.device("cpu")
 
