@@ -30,7 +30,6 @@ COLUMN_SCALE_UPDATE_RANGE = (0.5, 2.0)
 """Bounds of the factor by which one round changes a column scale. Column scales multiply the activations, and a few
 large columns would take the resolution of the activation codes from all others."""
 
-
 SCALE_FACTORS = (0.7, 0.9, 1.0, 1.15, 1.3, 1.6)
 """Initial row scales of the last round, in units of the row's mean magnitude."""
 
@@ -87,13 +86,12 @@ class FastOptions:
 class State:
     """State of the alternation, in the basis of the rotation.
 
-    `target`, `residual`, `metric` and `binary` are in units of the column scales: the inputs are multiplied by them,
+    `target`, `metric` and `binary` are in units of the column scales: the inputs are multiplied by them,
     the weight is divided.
 
     Attributes:
         rotation: the group's rotation, fixed.
         target: rows of all linears of the group, [N, K].
-        residual: the target minus the low-rank correction.
         metric: the Hessian H and its factors.
         column_scale: float32 [K].
         low_rank_a: A as it is stored, in the basis of the original input, bfloat16 [r, K].
@@ -103,12 +101,19 @@ class State:
 
     rotation: Rotation
     target: Target
-    residual: Target
     metric: Metric
     column_scale: Tensor
     low_rank_a: Tensor
     low_rank_b: Tensor
     binary: BinaryWeight | None = None
+
+    @property
+    def residual(self) -> Target:
+        """Return the target minus the low-rank correction."""
+        if not len(self.low_rank_a):
+            return self.target
+        rotated_a = rotate(self.low_rank_a, self.rotation.left, self.rotation.right)
+        return self.target.minus(self.low_rank_b.float(), rotated_a / self.column_scale, self.metric)
 
     @property
     def signs(self) -> BinaryWeight:
@@ -193,7 +198,6 @@ def start_state(
     return State(
         rotation,
         target,
-        residual=target,
         metric=metric,
         column_scale=torch.ones(spec.in_features, device=weight.device),
         low_rank_a=weight.new_zeros(0, spec.in_features, dtype=torch.bfloat16),
@@ -204,8 +208,7 @@ def start_state(
 def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:
     """Return W + (W (C - H) + D) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` mean(diag(H)).
 
-    That is (W C + D + d W) (H + d)^-1: without D, the ridge regression towards W.
-
+    That is (W C + D + d W) (H + d)^-1, the ridge regression towards W where D is 0.
     D = E[(h - h_hat) x_hat^T] where the output is added to the residual stream h: the error of the stream is
     compensated as far as it correlates with x_hat.
 
@@ -234,7 +237,6 @@ def column_scale_step(state: State) -> State:
     return replace(
         state,
         target=state.target.scaled(update),
-        residual=state.residual.scaled(update),
         metric=state.metric.scaled(update),
         column_scale=state.column_scale * update,
     )
@@ -272,12 +274,8 @@ def low_rank_step(state: State, rank: int, generator: torch.Generator) -> State:
     """
     error = state.target.weight if state.binary is None else state.target.weight - state.binary.dequantize()
     b, a = hessian_low_rank(error, state.metric.hessian, rank, generator)
-    left, right = state.rotation.left, state.rotation.right
-    stored_a = rotate_back(a * state.column_scale, left, right).bfloat16()
-    stored_b = b.bfloat16()
-    rotated_a = rotate(stored_a, left, right) / state.column_scale
-    residual = state.target.minus(stored_b.float(), rotated_a, state.metric)
-    return replace(state, residual=residual, low_rank_a=stored_a, low_rank_b=stored_b)
+    unrotated_a = rotate_back(a * state.column_scale, state.rotation.left, state.rotation.right)
+    return replace(state, low_rank_a=unrotated_a.bfloat16(), low_rank_b=b.bfloat16())
 
 
 def binarization_step(state: State, options: FastOptions, last: bool) -> State:

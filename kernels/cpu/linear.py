@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from bwla_kernels import checks
 from bwla_kernels.cpu.library import Isa, LayerStruct, available, load
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs, to_compute_dtype
 from torch import Tensor
+
+CPU = torch.device("cpu")
 
 HUGE_PAGE = 2 << 20
 
@@ -53,11 +56,7 @@ def _check(status: int, spec: LayerSpec) -> None:
 
 def expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raise BackendError unless a tensor has the dtype, shape and layout that the library reads through its pointer."""
-    if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
-        raise BackendError(
-            f"{name}: expected contiguous {dtype} {list(shape)} on the CPU, found {tensor.dtype} "
-            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
-        )
+    checks.expect(name, tensor, dtype, shape, CPU)
 
 
 def can_implement(spec: LayerSpec) -> tuple[bool, str]:

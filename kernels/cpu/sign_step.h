@@ -46,8 +46,8 @@ struct Flips {
 
 struct SignScratch {
     Share* shares;  // one for each thread; error feedback
-    Flips* flips;   // one for each tile; coordinate descent, as the others
-    float* strips;  // [threads][columns][lanes]: some columns of H
+    Flips* flips;   // one for each tile; coordinate descent
+    float* strips;  // [threads][columns][lanes]: some columns of H; coordinate descent
 };
 
 inline SignScratch place_signs(const SignStep& c, int64_t lanes, int threads, Arena& arena) {

@@ -1,8 +1,9 @@
 """The compiled steps of the sign search; `sign_search.steps` has the reference implementations and their arguments."""
 
 import torch
+from bwla_kernels.checks import expect_sign_step
 from bwla_kernels.cpu.library import Isa, available, load
-from bwla_kernels.cpu.linear import STATUS, expect
+from bwla_kernels.cpu.linear import CPU, STATUS
 from bwla_kernels.errors import BackendError
 from torch import Tensor
 
@@ -43,8 +44,15 @@ def choose_signs(
     Raises:
         BackendError: a tensor has another shape, dtype or layout.
     """
-    expect("pivots", pivots, torch.float32, (len(target),))
-    _step(target, product, factor, pivots, scale, sign, None, dots, norms, isa, threads)
+    tensors = {
+        "target": target,
+        "product": product,
+        "factor": factor,
+        "pivots": pivots,
+        "scale": scale,
+        "sign": sign,
+    }
+    _run({**tensors, "dots": dots, "norms": norms}, isa, threads)
 
 
 def sweep_signs(
@@ -60,39 +68,29 @@ def sweep_signs(
     threads: int | None = None,
 ) -> None:
     """Sweep through all signs; arguments as in `sweep_signs_reference` and `choose_signs`."""
-    expect("change", change, torch.float32, tuple(sign.shape))
-    _step(target, product, hessian, None, scale, sign, change, dots, norms, isa, threads)
+    tensors = {
+        "target": target,
+        "product": product,
+        "hessian": hessian,
+        "scale": scale,
+        "sign": sign,
+        "change": change,
+    }
+    _run({**tensors, "dots": dots, "norms": norms}, isa, threads)
 
 
-def _step(
-    target: Tensor,
-    product: Tensor,
-    matrix: Tensor,
-    pivots: Tensor | None,
-    scale: Tensor,
-    sign: Tensor,
-    change: Tensor | None,
-    dots: Tensor,
-    norms: Tensor,
-    isa: Isa | None,
-    threads: int | None,
-) -> None:
-    columns, rows = target.shape
-    candidates = len(scale)
-    expect("target", target, torch.float32, (columns, rows))
-    expect("the factor or Hessian", matrix, torch.float32, (columns, columns))
-    for name, tensor in (("product", product), ("sign", sign)):
-        expect(name, tensor, torch.float32, (columns, candidates, rows))
-    for name, tensor in (("scale", scale), ("dots", dots), ("norms", norms)):
-        expect(name, tensor, torch.float32, (candidates, rows))
+def _run(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None) -> None:
+    """Check the arguments of a step, and call the library."""
+    sizes = columns, _, rows = expect_sign_step(tensors, CPU)
+    matrix = "factor" if "factor" in tensors else "hessian"
+    names = ("target", "product", matrix, "pivots", "scale", "sign", "change", "dots", "norms")
     library = load()
     status = library.handle.bwla_sign_step(
         library.isa if isa is None else isa,
-        target.data_ptr(), product.data_ptr(), matrix.data_ptr(), None if pivots is None else pivots.data_ptr(),
-        scale.data_ptr(), sign.data_ptr(), None if change is None else change.data_ptr(),
-        dots.data_ptr(), norms.data_ptr(), columns, candidates, rows,
+        *(tensors[name].data_ptr() if name in tensors else None for name in names),
+        *sizes,
         torch.get_num_threads() if threads is None else threads,
-    )  # fmt: skip
+    )
     if status:
         raise BackendError(
             f"the CPU kernel refused {rows} rows of {columns} columns: {STATUS.get(status, status)}"

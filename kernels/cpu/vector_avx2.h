@@ -18,16 +18,11 @@ static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 static inline V div(V a, V b) { return _mm256_div_ps(a, b); }
-static inline V max(V a, V b) { return _mm256_max_ps(a, b); }
 static inline V negate(V a) { return _mm256_xor_ps(a, set1(-0.0f)); }
-static inline V blend_positive(V a, V b, V c) {
-    return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, zero(), _CMP_GT_OQ));
-}
 static inline V sign_of(V a) {
     return _mm256_blendv_ps(set1(-1.0f), set1(1.0f), _mm256_cmp_ps(a, zero(), _CMP_GE_OQ));
 }
 static inline V where_positive(V a, V b) { return _mm256_and_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ), b); }
-static inline bool any(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ)) != 0; }
 static inline uint32_t nonzero_lanes(V a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_NEQ_UQ))); }
 static inline uint32_t positive_lanes(V a) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ))); }
 static inline V lanes_of(uint32_t bits) {

@@ -22,18 +22,13 @@ static inline float reduce_add(V a) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
-static inline V max(V a, V b) { return _mm512_max_ps(a, b); }
 static inline V negate(V a) { return _mm512_xor_ps(a, set1(-0.0f)); }
 // -1 where a < 0, else 1.
 static inline V sign_of(V a) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GE_OQ), set1(-1.0f), set1(1.0f));
 }
-// b where a > 0, else 0, or c.
+// b where a > 0, else 0.
 static inline V where_positive(V a, V b) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), b); }
-static inline V blend_positive(V a, V b, V c) {
-    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ), c, b);
-}
-static inline bool any(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ) != 0; }
 // A bit for each lane: those that are not 0, those above 0.
 static inline uint32_t nonzero_lanes(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_NEQ_UQ); }
 static inline uint32_t positive_lanes(V a) { return _mm512_cmp_ps_mask(a, zero(), _CMP_GT_OQ); }

@@ -19,12 +19,9 @@ static inline V mul(V a, V b) { return a * b; }
 static inline V add(V a, V b) { return a + b; }
 static inline V fma(V a, V b, V c) { return a * b + c; }
 static inline V div(V a, V b) { return a / b; }
-static inline V max(V a, V b) { return a > b ? a : b; }
 static inline V negate(V a) { return -a; }
-static inline V blend_positive(V a, V b, V c) { return a > zero() ? b : c; }
 static inline V sign_of(V a) { return a >= zero() ? set1(1.0f) : set1(-1.0f); }
 static inline V where_positive(V a, V b) { return a > zero() ? b : zero(); }
-static inline bool any(V a) { return a[0] != 0 || a[1] != 0 || a[2] != 0 || a[3] != 0; }
 static inline uint32_t nonzero_lanes(V a) {
     return uint32_t((a[0] != 0) | (a[1] != 0) << 1 | (a[2] != 0) << 2 | (a[3] != 0) << 3);
 }

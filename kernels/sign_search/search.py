@@ -109,12 +109,16 @@ class Candidates:
             return self
         index = self.gain.argsort(dim=0, descending=True, stable=True)[:count]
 
-        def select(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.gather(1, index.expand(len(tensor), -1, -1))
+        def select(tensor: Tensor) -> Tensor:
+            return tensor.gather(1, index.expand(len(tensor), -1, -1))
 
-        sign = self.sign.gather(1, index.expand(len(self.sign), -1, -1))
-        dots, norms = self.dots.gather(0, index), self.norms.gather(0, index)
-        return Candidates(sign, dots, norms, select(self.product), select(self.change))
+        return Candidates(
+            select(self.sign),
+            self.dots.gather(0, index),
+            self.norms.gather(0, index),
+            None if self.product is None else select(self.product),
+            None if self.change is None else select(self.change),
+        )
 
 
 def gptq_binarize(target: Target, metric: Metric, effort: Effort) -> BinaryWeight:
@@ -140,7 +144,8 @@ def _binarize_rows(target: Target, metric: Metric, effort: Effort) -> BinaryWeig
     for count, sweeps in effort.stages:
         candidates = candidates.best(count)
         candidates = coordinate_descent(candidates, target, metric, sweeps)
-    candidates = candidates.best(1)
+    # The products have served their purpose: only signs, scales and errors are selected.
+    candidates = Candidates(candidates.sign, candidates.dots, candidates.norms).best(1)
     if effort.exact:
         candidates = _evaluated(candidates.sign, target, metric)
     error = target.norms() - candidates.gain[0]

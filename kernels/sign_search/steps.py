@@ -1,8 +1,8 @@
 """The sequential steps of the sign search, as ops.
 
-`choose_signs` and `flip_signs` walk through the columns of a block; `sweep_signs` walks through all of
-them. Rows are independent. Tensors are transposed, [K, C, N]: a vector of rows is contiguous. C are the candidates of a
-row, which share what belongs to the weight, [K, N].
+`choose_signs` and `flip_signs` walk through the columns of a block, `sweep_signs` through all columns. Rows are
+independent. Tensors are transposed, [K, C, N]: a vector of rows is contiguous. C are the candidates of a row, which
+share what belongs to the weight, [K, N].
 
 The functions here define the results. On a CPU, `cpu.sign_steps` computes error feedback in a block and whole sweeps,
 whose work is proportional to the flips. On a GPU, `triton.sign_steps` computes both steps in a block; the products that
@@ -13,6 +13,7 @@ where both are almost equally good.
 import functools
 import logging
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import torch
 from bwla_kernels.cpu import sign_steps as cpu
@@ -146,16 +147,12 @@ def sweep_signs_reference(
         )
 
 
-Step = Callable[..., None]
-
-
-def _register(
-    name: str, device: str, reference: Step, step: Step, can_run: Callable[[Tensor], tuple[bool, str]]
-) -> None:
-    """Register a compiled step for a device type; where it cannot run, the reference does, with a warning."""
+def _register(name: str, device: str, reference: Callable[..., None], backend: ModuleType) -> None:
+    """Register a backend's step for a device type; where it cannot run, the reference does, with a warning."""
+    step = getattr(backend, name)
 
     def run(target: Tensor, *others: Tensor) -> None:
-        able, reason = can_run(target)
+        able, reason = backend.can_run(target.device, len(target))
         if not able:
             _warn_slow(reason)
         (step if able else reference)(target, *others)
@@ -176,33 +173,10 @@ def _fake(*_: Tensor) -> None:
 
 for _name in ("choose_signs", "flip_signs", "sweep_signs"):
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=_LIBRARY)
-_register(
-    "choose_signs",
-    "CPU",
-    choose_signs_reference,
-    cpu.choose_signs,
-    lambda target: cpu.can_run(target.device, len(target)),
-)
-_register(
-    "sweep_signs",
-    "CPU",
-    sweep_signs_reference,
-    cpu.sweep_signs,
-    lambda target: cpu.can_run(target.device, len(target)),
-)
+_register("choose_signs", "CPU", choose_signs_reference, cpu)
+_register("sweep_signs", "CPU", sweep_signs_reference, cpu)
+_register("choose_signs", "CUDA", choose_signs_reference, triton)
+_register("flip_signs", "CUDA", flip_signs_reference, triton)
+# A sweep is made of the flips in its blocks.
 _LIBRARY.impl("flip_signs", flip_signs_reference, "CPU")
-_register(
-    "choose_signs",
-    "CUDA",
-    choose_signs_reference,
-    triton.choose_signs,
-    lambda target: triton.can_run(target.device, len(target)),
-)
-_register(
-    "flip_signs",
-    "CUDA",
-    flip_signs_reference,
-    triton.flip_signs,
-    lambda target: triton.can_run(target.device, len(target)),
-)
 _LIBRARY.impl("sweep_signs", sweep_signs_reference, "CUDA")

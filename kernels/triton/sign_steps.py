@@ -4,8 +4,10 @@ Triton is imported at the first launch, so that a machine without a GPU need not
 """
 
 import functools
+from collections.abc import Mapping
 
 import torch
+from bwla_kernels.checks import MATRICES, SUMS, expect_sign_step
 from bwla_kernels.errors import BackendError
 from bwla_kernels.triton import gpu
 from torch import Tensor
@@ -45,17 +47,15 @@ def choose_signs(
     Raises:
         BackendError: a tensor does not fit, or the kernel computes wrong numbers with this GPU and Triton.
     """
-    _check_tensors(
-        target, scale, {"product": product, "sign": sign}, {"factor": factor}, {"dots": dots, "norms": norms}
-    )
-    _expect("pivots", pivots, (len(target),), target.device)
-    if sign.numel():
-        _checked(target.device)
-        signs = _pad(sign)
-        launch_choose_signs(
-            _pad(target), _pad(product), _pad(factor, 2), _pad(pivots), scale, signs, dots, norms
-        )
-        _copy_back(signs, sign)
+    tensors = {
+        "target": target,
+        "product": product,
+        "factor": factor,
+        "pivots": pivots,
+        "scale": scale,
+        "sign": sign,
+    }
+    _run("choose_signs", {**tensors, "dots": dots, "norms": norms}, changed=("sign",))
 
 
 def flip_signs(
@@ -76,56 +76,55 @@ def flip_signs(
     Raises:
         BackendError: as in `choose_signs`.
     """
-    blocks = {"product": product, "sign": sign, "change": change}
-    _check_tensors(target, scale, blocks, {"hessian": hessian}, {"dots": dots, "norms": norms})
-    if sign.numel():
-        _checked(target.device)
-        products, signs, changes = _pad(product), _pad(sign), _pad(change)
-        launch_flip_signs(_pad(target), products, _pad(hessian, 2), scale, signs, changes, dots, norms)
-        for padded, tensor in ((products, product), (signs, sign), (changes, change)):
-            _copy_back(padded, tensor)
+    tensors = {
+        "target": target,
+        "product": product,
+        "hessian": hessian,
+        "scale": scale,
+        "sign": sign,
+        "change": change,
+    }
+    _run("flip_signs", {**tensors, "dots": dots, "norms": norms}, changed=("product", "sign", "change"))
 
 
-def launch_choose_signs(
-    target: Tensor,
-    product: Tensor,
-    factor: Tensor,
-    pivots: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    dots: Tensor,
-    norms: Tensor,
-) -> None:
-    """Launch the kernel of `choose_signs` without checks; the columns are a multiple of COLUMN_STEP."""
+def _run(step: str, tensors: dict[str, Tensor], changed: tuple[str, ...]) -> None:
+    """Check the arguments of a step, launch its kernel, and return what it wrote to padded copies."""
+    target, sign = tensors["target"], tensors["sign"]
+    if len(target) > MOST_COLUMNS:
+        raise BackendError(f"target: expected at most {MOST_COLUMNS} columns, found {list(target.shape)}")
+    if sign.numel() >= MOST_ELEMENTS:
+        raise BackendError(
+            f"sign: expected fewer than {MOST_ELEMENTS} elements, found {list(sign.shape)}: "
+            "search fewer rows at a time"
+        )
+    expect_sign_step(tensors, target.device)
+    if not sign.numel():
+        return
+    _checked(target.device)
+    padded = {
+        name: tensor if name in SUMS else _pad(tensor, name in MATRICES) for name, tensor in tensors.items()
+    }
+    launch(step, padded)
+    for name in changed:
+        if padded[name] is not tensors[name]:
+            tensors[name].copy_(padded[name][: len(target)])
+
+
+def launch(step: str, tensors: Mapping[str, Tensor]) -> None:
+    """Launch the kernel of a step without checks.
+
+    Args:
+        step: "choose_signs" or "flip_signs".
+        tensors: the step's arguments by name; the columns are a multiple of COLUMN_STEP.
+    """
+    from bwla_kernels.triton import sign_steps_kernel
     from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import ROWS, choose_signs_kernel
 
-    columns, candidates, rows = sign.shape
-    choose_signs_kernel[(-(-rows // ROWS), candidates)](
-        target, product, factor, pivots, scale, sign, dots, norms, rows, candidates, columns,
-        PURE=interpreted(), **OPTIONS,
-    )  # fmt: skip
-
-
-def launch_flip_signs(
-    target: Tensor,
-    product: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    change: Tensor,
-    dots: Tensor,
-    norms: Tensor,
-) -> None:
-    """Launch the kernel of `flip_signs` without checks; the columns are a multiple of COLUMN_STEP."""
-    from bwla_kernels.triton.binary_matmul import interpreted
-    from bwla_kernels.triton.sign_steps_kernel import ROWS, flip_signs_kernel
-
-    columns, candidates, rows = sign.shape
-    flip_signs_kernel[(-(-rows // ROWS), candidates)](
-        target, product, hessian, scale, sign, change, dots, norms, rows, candidates, columns,
-        PURE=interpreted(), **OPTIONS,
-    )  # fmt: skip
+    columns, candidates, rows = tensors["sign"].shape
+    kernel = getattr(sign_steps_kernel, f"{step}_kernel")
+    kernel[(-(-rows // sign_steps_kernel.ROWS), candidates)](
+        **tensors, N=rows, C=candidates, B=columns, PURE=interpreted(), **OPTIONS
+    )
 
 
 OPTIONS = {"num_warps": 1, "num_stages": 1}
@@ -133,69 +132,22 @@ OPTIONS = {"num_warps": 1, "num_stages": 1}
 left."""
 
 
-def _pad(tensor: Tensor, dims: int = 1) -> Tensor:
+def _pad(tensor: Tensor, matrix: bool) -> Tensor:
     """Return a tensor of a block with zeros in columns up to a multiple of COLUMN_STEP; itself where none are missing.
 
     They change nothing: a zero in the matrix changes no product, and a sign that is zero does not flip.
 
     Args:
-        tensor: its first `dims` dimensions are the columns of the block.
+        tensor: its first dimension is the columns of the block.
+        matrix: whether the second one is, too.
     """
-    columns = len(tensor)
+    columns, dims = len(tensor), 1 + matrix
     extra = -columns % COLUMN_STEP
     if not extra:
         return tensor
     padded = tensor.new_zeros(*[columns + extra] * dims, *tensor.shape[dims:])
     padded[(slice(columns),) * dims] = tensor
     return padded
-
-
-def _copy_back(padded: Tensor, tensor: Tensor) -> None:
-    if padded is not tensor:
-        tensor.copy_(padded[: len(tensor)])
-
-
-def _check_tensors(
-    target: Tensor,
-    scale: Tensor,
-    blocks: dict[str, Tensor],
-    matrices: dict[str, Tensor],
-    sums: dict[str, Tensor],
-) -> None:
-    """Raise BackendError unless shapes, dtypes, layouts and devices are those of a block of `target`'s columns."""
-    if target.dim() != 2 or scale.dim() != 2:
-        raise BackendError(
-            f"target and scale: expected [B, N] and [C, N], found {list(target.shape)} and {list(scale.shape)}"
-        )
-    (columns, rows), candidates, device = target.shape, len(scale), target.device
-    if columns > MOST_COLUMNS:
-        raise BackendError(f"target: expected at most {MOST_COLUMNS} columns, found {list(target.shape)}")
-    if columns * candidates * rows >= MOST_ELEMENTS:
-        raise BackendError(
-            f"sign: expected fewer than {MOST_ELEMENTS} elements, found {[columns, candidates, rows]}: "
-            "search fewer rows at a time"
-        )
-    _expect("target", target, (columns, rows), device)
-    for tensors, shape in (
-        (blocks, (columns, candidates, rows)),
-        (matrices, (columns, columns)),
-        ({"scale": scale, **sums}, (candidates, rows)),
-    ):
-        for name, tensor in tensors.items():
-            _expect(name, tensor, shape, device)
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if (
-        tensor.dtype != torch.float32
-        or tensor.shape != shape
-        or not tensor.is_contiguous()
-        or tensor.device != device
-    ):
-        raise BackendError(
-            f"{name}: expected contiguous float32 {list(shape)} on {device}, found {tensor.dtype} "
-            f"{list(tensor.shape)} with strides {list(tensor.stride())} on {tensor.device}"
-        )
 
 
 CHECK_SHAPE = (128, 2, 20)
@@ -253,12 +205,12 @@ def self_check(device: torch.device) -> None:
     from bwla_kernels.sign_search.steps import choose_signs_reference, flip_signs_reference
 
     choose, flip = draw_block(*CHECK_SHAPE)
-    for launch, reference, tensors, exact in (
-        (launch_choose_signs, choose_signs_reference, choose, ("sign",)),
-        (launch_flip_signs, flip_signs_reference, flip, ("sign", "change", "product")),
+    for step, reference, tensors, exact in (
+        ("choose_signs", choose_signs_reference, choose, ("sign",)),
+        ("flip_signs", flip_signs_reference, flip, ("sign", "change", "product")),
     ):
         found = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        launch(**found)
+        launch(step, found)
         reference(**tensors)
         wrong = [name for name in exact if not torch.equal(found[name].cpu(), tensors[name])]
         for name in ("dots", "norms"):
@@ -266,7 +218,7 @@ def self_check(device: torch.device) -> None:
                 wrong.append(name)
         if wrong:
             raise BackendError(
-                f"the Triton kernel of {reference.__name__.removesuffix('_reference')} computes wrong "
+                f"the Triton kernel of {step} computes wrong "
                 f"{' and '.join(wrong)} on {device} with Triton {triton.__version__}: use another release of Triton "
                 "and report this"
             )

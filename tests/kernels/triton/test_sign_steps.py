@@ -151,13 +151,14 @@ def test_offsets_beyond_32_bits_are_refused() -> None:
 def test_the_self_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """It passes sound kernels and names a wrong one."""
     sign_steps.self_check(device)
-    launch = sign_steps.launch_choose_signs
+    launch = sign_steps.launch
 
-    def wrong(**tensors: Tensor) -> None:
-        launch(**tensors)
-        tensors["sign"][3, 1, 19] *= -1
+    def wrong(step: str, tensors: Mapping[str, Tensor]) -> None:
+        launch(step, tensors)
+        if step == "choose_signs":
+            tensors["sign"][3, 1, 19] *= -1
 
-    monkeypatch.setattr(sign_steps, "launch_choose_signs", wrong)
+    monkeypatch.setattr(sign_steps, "launch", wrong)
     with pytest.raises(BackendError, match=r"choose_signs computes wrong sign on .* report this"):
         sign_steps.self_check(device)
 
