@@ -118,10 +118,28 @@ def start_mixture(cells: Tensor, ceiling: float = VARIANCE_CEILING) -> Mixture:
     return _bounded(center, rows_mean(cells.square()), ceiling)
 
 
-def fit_mixture(cells: Tensor, mixture: Mixture, ceiling: float = VARIANCE_CEILING) -> Mixture:
-    """Perform one step of soft EM: c = mean(t w), v = mean(w^2) - c^2 within the bounds."""
-    expected_sign = (cells * (2.0 * mixture.slope)).sigmoid_().mul_(2.0).sub_(1.0)
-    return _bounded(rows_mean(expected_sign.mul_(cells)), rows_mean(cells.square()), ceiling)
+def em_step(cells: Tensor, mixture: Mixture, ceiling: float = VARIANCE_CEILING) -> tuple[Mixture, Tensor]:
+    """Perform one step of soft EM: c = mean(t w), v = mean(w^2) - c^2 within the bounds.
+
+    The same pass over the cells gives the likelihood of the mixture that it starts from: with s = sigmoid(2 |a|) and
+    a = c w / v, |t| = 2 s - 1 and ln cosh(a) = |a| - ln s - ln 2, which avoids overflow and cancellation.
+
+    Args:
+        cells: float32 [P, N, Q]; row i is cells[:, i].
+        mixture: the mixture to start from.
+        ceiling: upper bound of the variance.
+
+    Returns: the updated mixture, and the mean negative log likelihood per weight of each row under `mixture`,
+        float64 [N].
+    """
+    c, v = mixture.center.double(), mixture.variance.double()
+    magnitudes = cells.abs()
+    mean_magnitude, mean_square = rows_mean(magnitudes), rows_mean(cells.square())
+    s = (magnitudes * (2.0 * mixture.slope)).sigmoid_()
+    logcosh = c / v * mean_magnitude - rows_mean(s.log()) - math.log(2.0)
+    likelihood = 0.5 * torch.log(2.0 * math.pi * v) + (mean_square + c * c) / (2.0 * v) - logcosh
+    center = 2.0 * rows_mean(s.mul_(magnitudes)) - mean_magnitude
+    return _bounded(center, mean_square, ceiling), likelihood
 
 
 def procrustes_target(cells: Tensor, mixture: Mixture) -> Tensor:
@@ -137,17 +155,6 @@ def _bounded(center: Tensor, mean_square: Tensor, ceiling: float) -> Mixture:
     # The best center does not depend on v, and the majorizer is unimodal in v, so clamping is exact.
     variance = (mean_square - center.square()).clamp(VARIANCE_FLOOR, ceiling)
     return Mixture(center.float(), variance.float())
-
-
-def negative_log_likelihood(cells: Tensor, mixture: Mixture) -> Tensor:
-    """Return the mean negative log likelihood per weight of each row, float64 [N].
-
-    ln cosh(a) is computed as |a| - ln sigmoid(2 |a|) - ln 2, which avoids overflow and cancellation.
-    """
-    c, v = mixture.center.double(), mixture.variance.double()
-    a = (cells * mixture.slope).abs_()
-    logcosh = rows_mean(a) - rows_mean(a.mul_(2.0).sigmoid_().log_()) - math.log(2.0)
-    return 0.5 * torch.log(2.0 * math.pi * v) + (rows_mean(cells.square()) + c * c) / (2.0 * v) - logcosh
 
 
 def learn_rotation(
@@ -178,14 +185,15 @@ def learn_rotation(
         SourceError: a weight does not have K columns, or a value is not finite.
     """
     state = start_state(weights, sizes, generator, start, ceiling)
-    trace = [objective(state)]
+    trace: list[float] = []
     for round_number in range(rounds + 1):
         if round_number:
-            for step in (mixture_step, left_step, right_step):
+            for step in (left_step, right_step):
                 state = step(state)  # not nested, so that at most two states are alive
-            trace.append(objective(state))
+        state, objective = mixture_step(state)
+        trace.append(objective)
         if on_round is not None:
-            on_round(round_number, trace[-1])
+            on_round(round_number, objective)
     device = weights[0].device
     # Rounded as they are stored, so that whatever is fitted in the rotated basis compensates the rounding.
     left, right = (factor.to(ROTATION_DTYPE).float().to(device) for factor in (state.left, state.right))
@@ -259,22 +267,28 @@ def random_orthogonal(count: int, order: int, generator: torch.Generator) -> Ten
     return uniform
 
 
-def objective(state: State) -> float:
-    """Return the mean negative log likelihood per weight over the nonzero rows; 0 if there are none."""
-    total, count = 0.0, 0
-    for chunk, mixture in zip(state.chunks, state.mixtures, strict=True):
-        nonzero = mixture.center > 0
-        total += float(negative_log_likelihood(chunk.flatten(0, 1), mixture)[nonzero].sum())
-        count += int(nonzero.sum())
-    return total / max(count, 1)
+def mixture_step(state: State) -> tuple[State, float]:
+    """Update the mixture by one EM step, with the rotation fixed.
 
-
-def mixture_step(state: State) -> State:
-    """Update the mixture by one EM step, with the rotation fixed."""
+    Returns: the updated state, and the objective before the update: the mean negative log likelihood per weight over
+        the nonzero rows; 0 if there are none.
+    """
     pairs = zip(state.chunks, state.mixtures, strict=True)
-    fitted = (fit_mixture(chunk.flatten(0, 1), mixture, state.ceiling) for chunk, mixture in pairs)
-    centers = [mixture.center for mixture in state.mixtures]
-    return replace(state, mixtures=mixtures_in_one_buffer(fitted, centers))
+    steps = [em_step(chunk.flatten(0, 1), mixture, state.ceiling) for chunk, mixture in pairs]
+    nonzero = [mixture.center > 0 for mixture in state.mixtures]
+    mixtures = mixtures_in_one_buffer((mixture for mixture, _ in steps), nonzero)
+    return replace(state, mixtures=mixtures), mean_of_rows([rows for _, rows in steps], nonzero)
+
+
+def mean_of_rows(values: Sequence[Tensor], selected: Sequence[Tensor]) -> float:
+    """Return the mean of the selected values; 0 if none is.
+
+    Args:
+        values: float64 [N_i] each.
+        selected: bool [N_i] each.
+    """
+    total = sum(float(rows[mask].sum()) for rows, mask in zip(values, selected, strict=True))
+    return total / max(sum(int(mask.sum()) for mask in selected), 1)
 
 
 def left_step(state: State) -> State:

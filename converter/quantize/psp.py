@@ -31,9 +31,9 @@ from bwla_converter.common.tensors import (
 from bwla_converter.quantize.okt import (
     VARIANCE_CEILING,
     Mixture,
-    fit_mixture,
+    em_step,
+    mean_of_rows,
     mixtures_in_one_buffer,
-    negative_log_likelihood,
     procrustes_target,
     start_mixture,
 )
@@ -66,6 +66,7 @@ class State:
     Attributes:
         weight: rotated rows W, float32 [N, K].
         rms: root mean square of each row of W, float32 [N, 1]; 1 for rows of zeros.
+        nonzero: whether a row of W has a value other than zero, bool [N].
         b: float32 [N, r], in units of `rms`.
         basis: orthonormal columns, float32 [K, q]; the first r span the row space of M.
         mixtures: one per chunk of rows.
@@ -74,6 +75,7 @@ class State:
 
     weight: Tensor
     rms: Tensor
+    nonzero: Tensor
     b: Tensor
     basis: Tensor
     mixtures: tuple[Mixture, ...]
@@ -114,13 +116,14 @@ def proximal_low_rank(
         b, a = (rotated.new_zeros(shape, dtype=torch.float32) for shape in ((rows, 0), (0, columns)))
         return LowRank(b, a, [])
     state = start_state(rotated, rank, generator, ceiling)
-    trace = [objective(state)]
+    trace: list[float] = []
     for round_number in range(rounds + 1):
         if round_number:
-            state = low_rank_step(mixture_step(state))
-            trace.append(objective(state))
+            state = low_rank_step(state)
+        state, objective = mixture_step(state)
+        trace.append(objective)
         if on_round is not None:
-            on_round(round_number, trace[-1])
+            on_round(round_number, objective)
     return LowRank(state.b * state.rms, state.a.contiguous(), trace)
 
 
@@ -145,35 +148,31 @@ def start_state(
     rms = rms.clamp_min(
         torch.finfo(torch.float32).tiny
     )  # an rms that underflows to 0 is not that of a row of zeros
-    state = State(rotated, rms.unsqueeze(1), rotated.new_zeros(rows, rank), basis, (), ceiling)
-    mixtures = (start_mixture(rest.unsqueeze(0), ceiling) for _, rest in _parts(state))
+    nonzero = torch.cat([(part != 0).any(1) for part in split_rows(rotated)])
+    state = State(rotated, rms.unsqueeze(1), nonzero, rotated.new_zeros(rows, rank), basis, (), ceiling)
+    mixtures = (start_mixture(rest.unsqueeze(0), ceiling) for *_, rest in _parts(state))
     return replace(state, mixtures=mixtures_in_one_buffer(mixtures, [rotated]))
 
 
-def _parts(state: State) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield chunks of (W, W - M), in units of the row rms of W."""
+def _parts(state: State) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield chunks of W, of its row rms, and of W - M in units of the row rms."""
     sizes = [len(part) for part in split_rows(state.weight)]
     columns = (part.split(sizes) for part in (state.weight, state.rms, state.b))
     for weight, rms, b in zip(*columns, strict=True):
-        unit = weight / rms
-        yield unit, unit - b @ state.a
+        yield weight, rms, torch.addmm(weight, b * rms, state.a, alpha=-1.0).div_(rms)
 
 
-def objective(state: State) -> float:
-    """Return the mean negative log likelihood per weight of W - M over the nonzero rows; 0 if there are none."""
-    total, count = 0.0, 0
-    for (unit, rest), mixture in zip(_parts(state), state.mixtures, strict=True):
-        nonzero = (unit != 0).any(1)
-        total += float(negative_log_likelihood(rest.unsqueeze(0), mixture)[nonzero].sum())
-        count += int(nonzero.sum())
-    return total / max(count, 1)
+def mixture_step(state: State) -> tuple[State, float]:
+    """Update the mixture by one EM step on W - M, with M fixed.
 
-
-def mixture_step(state: State) -> State:
-    """Update the mixture by one EM step on W - M, with M fixed."""
+    Returns: the updated state, and the objective before the update: the mean negative log likelihood per weight of
+        W - M over the nonzero rows; 0 if there are none.
+    """
     pairs = zip(_parts(state), state.mixtures, strict=True)
-    fitted = (fit_mixture(rest.unsqueeze(0), mixture, state.ceiling) for (_, rest), mixture in pairs)
-    return replace(state, mixtures=mixtures_in_one_buffer(fitted, [state.weight]))
+    steps = [em_step(rest.unsqueeze(0), mixture, state.ceiling) for (*_, rest), mixture in pairs]
+    mixtures = mixtures_in_one_buffer((mixture for mixture, _ in steps), [state.weight])
+    likelihoods = torch.cat([rows for _, rows in steps])
+    return replace(state, mixtures=mixtures), mean_of_rows([likelihoods], [state.nonzero])
 
 
 def low_rank_step(state: State) -> State:
@@ -182,9 +181,10 @@ def low_rank_step(state: State) -> State:
     roots = [mixture.variance.sqrt().unsqueeze(1) for mixture in state.mixtures]
 
     def whitened_targets() -> Iterator[Tensor]:
-        for (unit, rest), mixture, root in zip(_parts(state), state.mixtures, roots, strict=True):
+        for (weight, rms, rest), mixture, root in zip(_parts(state), state.mixtures, roots, strict=True):
             # D (W - c t) = v^(-1/2) W - v^(1/2) (c / v) t
-            yield unit / root - procrustes_target(rest.unsqueeze(0), mixture).squeeze(0) * root
+            pull = procrustes_target(rest.unsqueeze(0), mixture).squeeze(0)
+            yield pull.mul_(-root).addcdiv_(weight, rms * root)
 
     targets = in_one_buffer(whitened_targets(), state.weight.new_empty(state.weight.numel()))
     basis = dominant_row_space(targets, state.basis, SUBSPACE_ITERATIONS)
