@@ -28,7 +28,7 @@ REPLACED_TERMS = {
     r"\bmetric H\b": "Hessian",
     r"\b(input|weight) side\b": "input transform, GEMM",
     r"\b(un|up)?widened\b|\bas_stored\b": "to_compute_dtype, to_storage_dtype",
-    r"\bmoments\.(crossed|drift|seen)\b|\bself\.(crossed|drift)\b": "cross_gram, residual_cross_gram, gram",
+    r"\bmoments\.(crossed|drift|seen)\b|\bself\.(crossed|drift)\b": "cross_gram, error_cross_gram, gram",
     r"\b(equals?|than|against|with|from|by|as|to|for|is|is not|what) the definition\b(?! of)"
     r"|\bthe definition('s\b| itself| gives| answers| does)|\"\"\"The definition\b": "reference implementation",
 }

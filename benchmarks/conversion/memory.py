@@ -11,7 +11,6 @@ reduces the rounds of the recipe's steps, which does not change the peak.
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -110,6 +109,7 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     from bwla_converter.planning.budget import Budget
     from bwla_converter.quantize import fast, paper
     from bwla_converter.recipes import base as recipes
+    from bwla_converter.report.data import peak_resident_bytes
 
     if arguments.quick:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
@@ -141,7 +141,7 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
         "base_bytes": round(predicted[0].base),
         "predicted_seconds": round(predicted[0].seconds),
         "seconds": round(time.monotonic() - started, 1),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_resident_bytes(),
         "rank": summary.rank,
         "bits_per_weight": summary.bits_per_weight,
         "bytes_after": summary.bytes_after,

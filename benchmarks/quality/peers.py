@@ -166,8 +166,7 @@ class DensePeer(PeerRecipe, ABC):
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """Replace the group's linears by dequantized ones."""
-        first = next(iter(specs))
-        moments, _ = self.loop.collect_moments(first, specs[first].in_features)
+        moments, _ = self.loop.collect_moments(weights)
         hessian = moments.hessian(DAMPING)
         factor = inverse_cholesky(hessian)
         _, quantized = self.loop.layers

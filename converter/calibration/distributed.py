@@ -43,7 +43,7 @@ class Processes:
         if self.world_size == 1:
             return
         count = torch.tensor(moments.count, dtype=torch.int64)
-        for tensor in (moments.gram, moments.cross_gram, moments.residual_cross_gram, count):
+        for tensor in (moments.gram, moments.cross_gram, moments.error_cross_gram, count):
             if tensor is not None:
                 dist.all_reduce(tensor)
         moments.count = int(count)

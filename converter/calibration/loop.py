@@ -17,7 +17,7 @@ from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.final_norm import fit_norm
-from bwla_converter.quantize.group import GroupResult
+from bwla_converter.quantize.group import GroupResult, pool_rows
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import FINAL_NORM
@@ -45,8 +45,8 @@ class CalibrationLoop:
         seed: seed of the choice of samples.
         quantize_group: quantizes an input group; called in process 0 only, so that all processes get the same tensors.
         store: where the hidden states are kept; None for in memory.
-        follow_stream: whether to record how far the residual stream has moved from the original's
-            (`Moments.residual_cross_gram`).
+        follow_stream: whether the outputs that are added to the residual stream should also make up for how far it has
+            moved from the original's.
 
     Attributes:
         ids: token ids of this process's samples [S, T].
@@ -109,7 +109,7 @@ class CalibrationLoop:
     @torch.no_grad()
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """Quantize an input group and put its quantized linears into the quantized layer."""
-        moments, inputs = self.collect_moments(next(iter(weights)), next(iter(specs.values())).in_features)
+        moments, inputs = self.collect_moments(weights)
         processes = self.store.processes
         own = self._quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
         result = replace(processes.broadcast_group(own, specs, self.store.device), inputs=inputs)
@@ -121,26 +121,29 @@ class CalibrationLoop:
         return result
 
     @torch.no_grad()
-    def collect_moments(self, name: str, width: int) -> tuple[Moments, Tensor]:
-        """Run the samples up to the linear called `name`.
+    def collect_moments(self, weights: Mapping[str, Tensor]) -> tuple[Moments, Tensor]:
+        """Run the samples up to the linears of an input group.
 
         Args:
-            name: full name of the first linear of an input group.
-            width: its input features K.
+            weights: full name of each linear -> its original weight [N_i, K].
 
         Returns: the moments of its inputs over all processes, and some of this process's inputs [M, K].
         """
         original, quantized = self.current
-        moments = Moments.zeros(width, self.store.device, cross_gram=True)
+        name, first = next(iter(weights.items()))
+        width = first.shape[1]
         limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.hidden)
         reader = self.runner.source.family.group_of(name).stream if self._follow_stream else None
+        moments = Moments.zeros(width, self.store.device, cross_gram=reader is None)
+        pooled = None if reader is None else pool_rows(weights.values())
         sampled = []
         with fast_products(self.store.device):
             batches = zip(quantized.inputs_of(name, reader), original.inputs_of(name, reader), strict=True)
             for (inputs, stream_hat), (original_inputs, stream) in batches:
                 moments.add(inputs, original_inputs)
-                if stream is not None and stream_hat is not None:
-                    moments.add_residual(inputs, stream_hat, stream)
+                if pooled is not None and stream is not None and stream_hat is not None:
+                    lacking = (original_inputs.float() - inputs.float()) @ pooled.mT
+                    moments.add_error(inputs, lacking + stream - stream_hat)
                 sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)

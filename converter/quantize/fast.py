@@ -206,25 +206,28 @@ def start_state(
 
 
 def corrected_target(weight: Tensor, moments: Moments, damping: float) -> Tensor:
-    """Return W + (W (C - H) + D) (H + d)^-1 with C = E[x x_hat^T], H = E[x_hat x_hat^T], d = `damping` mean(diag(H)).
+    """Return W + E[e x_hat^T] (H + d)^-1 with e = W (x - x_hat), H = E[x_hat x_hat^T], d = `damping` mean(diag(H)).
 
-    That is (W C + D + d W) (H + d)^-1, the ridge regression towards W where D is 0.
-    D = E[(h - h_hat) x_hat^T] where the output is added to the residual stream h: the error of the stream is
-    compensated as far as it correlates with x_hat.
+    That is the ridge regression of W x on x_hat towards W. Where the output is added to the residual stream h,
+    e = W (x - x_hat) + h - h_hat: the error of the stream is compensated as far as it correlates with x_hat. Without a
+    stream, E[e x_hat^T] is computed as W (E[x x_hat^T] - H).
 
     Args:
         weight: float32 [N, K].
         moments: second moments of the group's inputs.
         damping: see `FastOptions.target_damping`.
 
-    Returns: float32 [N, K]; `weight` itself if the moments do not include the original model's inputs.
+    Returns: float32 [N, K]; `weight` itself if the moments do not say what the original model computes.
     """
-    if moments.cross_gram is None or damping == float("inf"):
+    if damping == float("inf"):
         return weight
-    with fast_products(weight.device):
-        change = weight @ ((moments.cross_gram - moments.gram) / moments.count)
-    if moments.residual_cross_gram is not None:
-        change += moments.residual_cross_gram / moments.count
+    if moments.error_cross_gram is not None:
+        change = moments.error_cross_gram / moments.count
+    elif moments.cross_gram is not None:
+        with fast_products(weight.device):
+            change = weight @ ((moments.cross_gram - moments.gram) / moments.count)
+    else:
+        return weight
     # The factorization needs float64 where a few inputs are much larger than the others. The solution does not: it is
     # only a correction.
     lower = torch.linalg.cholesky(moments.hessian(damping).double()).float()

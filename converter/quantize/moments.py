@@ -11,6 +11,9 @@ from bwla_kernels.errors import SourceError
 from bwla_kernels.reference import rotate
 from torch import Tensor
 
+GRAM_BLOCKS, SMALLEST_GRAM_BLOCK = 8, 512
+"""Blocks into which a Gram matrix is divided, and the smallest width for which that saves time."""
+
 
 @dataclass
 class Moments:
@@ -19,14 +22,13 @@ class Moments:
     Attributes:
         gram: sum of x_hat x_hat^T [K, K] over the inputs x_hat in the quantized model.
         cross_gram: sum of x x_hat^T [K, K] with the inputs x in the original model; None if they are not recorded.
-        residual_cross_gram: sum of (h - h_hat) x_hat^T [N, K], where h and h_hat are the residual stream of the
-            original and of the quantized model to which the output is added; None if it is not recorded.
+        error_cross_gram: sum of e x_hat^T [N, K], where e is what the output W x_hat lacks; None if it is not recorded.
         count: number of tokens.
     """
 
     gram: Tensor
     cross_gram: Tensor | None
-    residual_cross_gram: Tensor | None = None
+    error_cross_gram: Tensor | None = None
     count: int = 0
 
     @classmethod
@@ -38,18 +40,15 @@ class Moments:
     def add(self, x_hat: Tensor, x: Tensor | None = None) -> None:
         """Add a batch of inputs [..., K] and the original model's inputs for the same tokens."""
         x_hat = x_hat.flatten(0, -2).float()
-        self.gram.addmm_(x_hat.mT, x_hat)
+        _add_gram(self.gram, x_hat)
         if self.cross_gram is not None and x is not None:
             self.cross_gram.addmm_(x.flatten(0, -2).float().mT, x_hat)
         self.count += len(x_hat)
 
-    def add_residual(self, x_hat: Tensor, stream_hat: Tensor, stream: Tensor) -> None:
-        """Add the error of the residual stream [..., N] for the tokens of the last `add`."""
-        error = (stream.float() - stream_hat.float()).flatten(0, -2)
-        batch = error.mT @ x_hat.flatten(0, -2).float()
-        self.residual_cross_gram = (
-            batch if self.residual_cross_gram is None else self.residual_cross_gram.add_(batch)
-        )
+    def add_error(self, x_hat: Tensor, error: Tensor) -> None:
+        """Add what the outputs lack, [..., N], for the tokens of the last `add`."""
+        batch = error.flatten(0, -2).float().mT @ x_hat.flatten(0, -2).float()
+        self.error_cross_gram = batch if self.error_cross_gram is None else self.error_cross_gram.add_(batch)
 
     def hessian(self, damping: float) -> Tensor:
         """Return E[x_hat x_hat^T], float32 [K, K], with `damping` times the mean of its diagonal added to the diagonal.
@@ -65,6 +64,16 @@ class Moments:
                 f"{float(level):g}: either the model overflows in its dtype or the calibration text is empty"
             )
         return mean + damping * level * torch.eye(len(mean), device=mean.device)
+
+
+def _add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x with x [M, K] to a symmetric matrix: the blocks above the diagonal are copied to below it."""
+    columns = len(gram)
+    width = max(SMALLEST_GRAM_BLOCK, -(-columns // GRAM_BLOCKS))
+    for begin in range(0, columns, width):
+        end = min(begin + width, columns)
+        gram[begin:end, begin:].addmm_(x[:, begin:end].mT, x[:, begin:])
+        gram[end:, begin:end] = gram[begin:end, end:].mT
 
 
 def rotate_hessian(hessian: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -121,23 +121,31 @@ class FastRecipe:
             total += _binarization_compute(group, options.efforts, workload.device)
             total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
             total += _text_compute(group, workload.tokens)
-        return total
+        saved = 2 * workload.hidden_bytes * workload.source.num_layers
+        return total + ComputeEstimate(bytes_moved=_SAVING * saved)
 
 
-_FACTORIZATIONS = 25
-"""Operations, in units of K^3, of factorizing H and of solving for the target and the column scales, in float64."""
+_FACTORIZATIONS = 2.5
+"""Operations of float32 products, in units of K^3, that take as long as three factorizations of H, two in float64."""
+
+_SAVING = 36
+"""Bytes moved that take as long as saving and hashing a byte of the hidden states of both models after a layer."""
+
+_SEARCH_BYTES = 1300
+"""Bytes per weight that the sign search moves around its products and sweeps: transposed copies, candidates, sums."""
 
 
 def _text_compute(group: GroupShape, tokens: int) -> ComputeEstimate:
     """Estimate the moments, the products of both models, and the element-wise work on `tokens` tokens."""
-    moments = 2 * 2 * tokens * group.square + 2 * tokens * group.weights
+    # About 0.6 of the Gram matrix is computed, and either E[x x_hat^T] or, from two products, E[e x_hat^T].
+    moments = 2 * tokens * (0.6 * group.square + min(group.square, 2 * group.weights))
     products = 2 * 2 * tokens * group.weights
     elements = 12 * tokens * (group.rows + 2 * group.columns)
     return ComputeEstimate(bytes_moved=FLOAT_BYTES * elements, fast_flops=moments + products)
 
 
 def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: str) -> ComputeEstimate:
-    """Estimate the sign search of all rounds, and the product of the target with H.
+    """Estimate the sign search of all rounds, and the solution and the product for the target.
 
     The factors are measured: a sweep of the compiled kernel takes as long as 0.4 operations of a matrix product per row
     and element of H; the reference implementation moves 530 bytes per weight and sweep on top of its products.
@@ -146,8 +154,9 @@ def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: 
     sweeps = sum(effort.sweeps for effort in efforts)
     fast_flops = product * sum(effort.products for effort in efforts)
     if device == "cpu" and available()[0]:
-        return ComputeEstimate(product * (1 + 0.2 * sweeps), fast_flops=fast_flops)
-    return ComputeEstimate(product, sweeps * 530 * group.weights, fast_flops + sweeps * product)
+        return ComputeEstimate(product * (2 + 0.2 * sweeps), _SEARCH_BYTES * group.weights, fast_flops)
+    moved = (_SEARCH_BYTES + sweeps * 530) * group.weights
+    return ComputeEstimate(2 * product, moved, fast_flops + sweeps * product)
 
 
 def _quantize_group_bytes(group: GroupShape, device: str) -> float:

@@ -24,11 +24,21 @@ TRAINING_SPLITS = {"wikitext2": "WikiText-2", "wikitext": "WikiText-2", "wiki.tr
 
 def peak_memory() -> dict[str, int]:
     """Return the peak memory of this process in bytes: resident, and allocated on GPUs if any was used."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"cpu": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"cpu": peak_resident_bytes()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["gpu"] = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
     return peak
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak of the resident memory of this process, in bytes.
+
+    On Linux, `ru_maxrss` would include the memory of the process that started this one.
+    """
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def calibration_warning(calibration: Mapping[str, object]) -> str | None:

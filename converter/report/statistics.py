@@ -18,7 +18,7 @@ from bwla_converter.common.tensors import sample_rows, split_rows
 from bwla_kernels.reference import rotate
 from torch import Tensor
 
-MAX_ELEMENTS = 2**19
+MAX_ELEMENTS = 2**18
 """Maximum number of elements of a matrix that are described, in evenly spaced rows; takes about ten milliseconds."""
 
 BINS = 64
@@ -65,12 +65,11 @@ def row_figures(rows: Tensor) -> Tensor:
 
     Returns: float64 [number of such rows, 4].
     """
-    values = rows.double()
-    rows_vary = values.std(1) > 0
-    values = values[rows_vary]
+    values = rows[(rows != rows[:, :1]).any(1)].double()
     n = values.shape[1]
     centred = values - values.mean(1, keepdim=True)
-    m2, m3, m4 = (centred.pow(power).mean(1) for power in (2, 3, 4))
+    squares = centred.square()
+    m2, m3, m4 = squares.mean(1), centred.mul_(squares).mean(1), squares.square_().mean(1)
     kurtosis = m4 / m2.square()
     skewness = m3 / m2.pow(1.5) * (n * (n - 1)) ** 0.5 / (n - 2)
     excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * (kurtosis - 3) + 6)

@@ -97,9 +97,11 @@ def test_the_target_compensates_the_error_of_the_residual_stream(weights: dict[s
     generator = torch.Generator().manual_seed(2)
     stream, mix = torch.randn(600, 48, generator=generator), torch.randn(64, 48, generator=generator)
     stream_hat = stream - 0.1 * x_hat @ mix  # an error that the inputs predict
-    moments = moments_of(x, x_hat)
-    for batch in zip(x_hat.split(100), stream_hat.split(100), stream.split(100), strict=True):
-        moments.add_residual(*batch)
+    error = (x - x_hat) @ weights["q"].mT + stream - stream_hat
+    moments = Moments.zeros(64, torch.device("cpu"), cross_gram=False)
+    for batch_hat, batch_error in zip(x_hat.split(100), error.split(100), strict=True):
+        moments.add(batch_hat)
+        moments.add_error(batch_hat, batch_error)
     target = corrected_target(weights["q"], moments, 1e-6)
     outputs = (x @ weights["q"].mT + stream - stream_hat).double()
     expected = torch.linalg.lstsq(x_hat.double(), outputs).solution.mT.float()

@@ -17,18 +17,26 @@ def empty(cross_gram: bool = True) -> Moments:
 @pytest.mark.parametrize("batch", [1, 7, 40])
 def test_batches_add_up_to_the_gram_matrices_of_all_tokens(batch: int) -> None:
     x, x_hat = normal(40, WIDTH), normal(40, WIDTH, seed=5)
-    stream, stream_hat = normal(40, OUTPUTS, seed=2), normal(40, OUTPUTS, seed=3)
+    error = normal(40, OUTPUTS, seed=2)
     moments = empty()
-    for part_hat, part, left_hat, left in zip(
-        *(tensor.split(batch) for tensor in (x_hat, x, stream_hat, stream)), strict=True
+    for part_hat, part, part_error in zip(
+        *(tensor.split(batch) for tensor in (x_hat, x, error)), strict=True
     ):
         moments.add(part_hat, part)
-        moments.add_residual(part_hat, left_hat, left)
+        moments.add_error(part_hat, part_error)
     assert moments.count == 40
     torch.testing.assert_close(moments.gram, x_hat.mT @ x_hat, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(moments.cross_gram, x.mT @ x_hat, rtol=1e-4, atol=1e-4)
-    expected = (stream - stream_hat).mT @ x_hat
-    torch.testing.assert_close(moments.residual_cross_gram, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(moments.error_cross_gram, error.mT @ x_hat, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gram_matrix_is_the_same_from_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_hat, whole, blocks = normal(40, WIDTH), empty(), empty()
+    whole.add(x_hat)
+    monkeypatch.setattr("bwla_converter.quantize.moments.SMALLEST_GRAM_BLOCK", 7)
+    blocks.add(x_hat)
+    torch.testing.assert_close(blocks.gram, whole.gram)
+    assert torch.equal(blocks.gram, blocks.gram.mT)
 
 
 def test_leading_axes_and_half_precision_are_accepted() -> None:
@@ -44,7 +52,7 @@ def test_without_the_original_model_there_is_no_cross_gram() -> None:
     moments = empty(cross_gram=False)
     moments.add(normal(5, WIDTH), normal(5, WIDTH, seed=5))
     assert moments.cross_gram is None
-    assert moments.residual_cross_gram is None
+    assert moments.error_cross_gram is None
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
@@ -48,6 +51,13 @@ def check_page(page: str) -> Checker:
 @pytest.fixture
 def report(example_bwla: Path) -> dict:
     return json.loads((example_bwla / REPORT_FILE).read_text())
+
+
+def test_the_peak_memory_is_that_of_the_process_not_of_the_one_that_started_it() -> None:
+    held = torch.ones(2**28)  # 1 GiB, more than a process without work takes
+    command = "from bwla_converter.report.data import peak_resident_bytes; print(peak_resident_bytes())"
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert 2**24 < int(run.stdout) < held.nbytes
 
 
 def test_bits_and_bytes_add_up(report: dict, example_bwla: Path) -> None:
