@@ -71,8 +71,8 @@ def test_stored_config_is_read_back() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 2}, "expected format_version 1, found 2: install the bwla release"),
-        ({"format_version": None}, "expected format_version 1, found None"),
+        ({"format_version": 3}, "expected format_version 1 or 2, found 3: install the bwla release"),
+        ({"format_version": None}, "expected format_version 1 or 2, found None"),
         ({"quant_method": "gptq"}, "expected quant_method 'bwla', found 'gptq'"),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
         ({"rotation": None}, "rotation: Input should be a valid dictionary"),
