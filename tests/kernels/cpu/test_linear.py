@@ -71,9 +71,8 @@ def test_random_layers(variants: list[Isa], cases, make_layer, seed: int) -> Non
             assert_prepared(x, layer, spec, q, scale, u)
             y = kernel.binary_matmul(q, scale, u, packed, spec, isa=isa, threads=threads)
             want, size = exact_output(q, scale, u, layer, spec)
-            assert (
-                (y - want).abs() <= (spec.planes * spec.rotation_groups + spec.rank + 4) * FLOAT_EPS * size
-            ).all(), where
+            terms = spec.planes * spec.rotation_groups + spec.rank + 4
+            assert ((y - want).abs() <= terms * FLOAT_EPS * size).all(), where
             whole = kernel.linear(x, packed, spec, isa=isa, threads=threads)
             assert whole.dtype == x.dtype
             assert torch.equal(whole, y.to(x.dtype)), where
