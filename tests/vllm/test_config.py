@@ -139,9 +139,9 @@ def test_fused_layer_knows_its_parts(bare_layer: Callable[..., Any]) -> None:
     ("changes", "found"),
     [
         ({"ignore": ["k_proj"]}, "k_proj: not quantized"),
-        ({"rank": {"q_proj": 1}}, "k_proj: rotation (1, 8, 8), rank 0"),
+        ({"rank": {"q_proj": 1}}, "k_proj: rotation (1, 8, 8), planes 1, rank 0"),
         ({"rotation": {**ROTATION, "v_proj": (1, 4, 16)}}, "v_proj: rotation (1, 4, 16)"),
-        ({"clip": {"q_proj": 0.5}}, "q_proj: rotation (1, 8, 8), rank 2, clip 0.5"),
+        ({"clip": {"q_proj": 0.5}}, "q_proj: rotation (1, 8, 8), planes 1, rank 2, clip 0.5"),
     ],
 )
 def test_fused_parts_must_be_quantized_alike(
