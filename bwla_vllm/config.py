@@ -229,7 +229,8 @@ def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | N
         if spec is None:
             return "not quantized"
         return (
-            f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2}), rank {spec.rank}, clip {spec.clip:g}"
+            f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2}), planes {spec.planes}, rank {spec.rank}, "
+            f"clip {spec.clip:g}"
         )
 
     found = "; ".join(f"{part}: {describe(spec)}" for part, spec in zip(parts, specs, strict=True))

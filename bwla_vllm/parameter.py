@@ -93,7 +93,10 @@ class RowsParameter(CheckedParameter):
 
 
 class ScaleParameter(RowsParameter, ChannelQuantScaleParameter):  # type: ignore[misc]
-    """`weight_scale` [N] and `low_rank_b` [N, r]: sharded along N, or replicated where the input is sharded."""
+    """`weight_scale` [N] or [N, P], and `low_rank_b` [N, r].
+
+    Sharded along N, or replicated where the input is sharded.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(output_dim=0, **kwargs)
@@ -103,14 +106,15 @@ class ScaleParameter(RowsParameter, ChannelQuantScaleParameter):  # type: ignore
 
 
 class SignsParameter(RowsParameter, PackedvLLMParameter):  # type: ignore[misc]
-    """`weight_packed` [N, K / 32]: sharded along N, or by whole words along K."""
+    """`weight_packed` [N, K / 32] or [N, P, K / 32]: sharded along N, or by whole words along K."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(input_dim=1, output_dim=0, packed_dim=1, packed_factor=PACK_FACTOR, **kwargs)
+        last = kwargs["data"].dim() - 1
+        super().__init__(input_dim=last, output_dim=0, packed_dim=last, packed_factor=PACK_FACTOR, **kwargs)
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
-        rows, words = self.data.shape
-        self.refuse_other(loaded_weight, (rows, words * self.tp_size))
+        *rows, words = self.data.shape
+        self.refuse_other(loaded_weight, (*rows, words * self.tp_size))
         super().load_row_parallel_weight(loaded_weight)
 
 

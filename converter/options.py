@@ -33,9 +33,11 @@ class Options:
         model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
         recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
+        planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
+            than 1 need the recipe "fast".
         rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest
-            that keeps the whole model within 1.16 bits per weight, lowered to a multiple of 16 if a GPU would have to
-            pad it by more than half of the last 16 columns.
+            that keeps the whole model within 1.16 bits per weight, or `planes` + 0.2 for several planes, lowered to a
+            multiple of 16 if a GPU would have to pad it by more than half of the last 16 columns.
         bits: bits of the activations, 2 to 8, or 16 to leave them unquantized.
         clip: clipping ratio of the activations: their quantization range as a fraction of the largest magnitude, above
             0 and at most 1. None: 1, or one chosen for each input group if `bits` is at most 4 and the recipe uses
@@ -67,6 +69,7 @@ class Options:
     model: str
     out: Path
     recipe: RecipeName = "paper"
+    planes: int = 1
     rank: int | None = None
     bits: int = 6
     clip: float | None = None

@@ -85,7 +85,7 @@ def convert(
         KeyboardInterrupt: raised by the listener or by a signal; finished layers can be resumed from.
     """
     listener, processes = listener or Listener(), processes or Processes()
-    check_recipe(options.recipe, options.calibration)
+    check_recipe(options.recipe, options.calibration, options.planes)
     device = choose_device(options.device)
     if not check_work(options.out, options.resume, options.restart):
         check_output(options.out, options.overwrite)
@@ -169,7 +169,9 @@ def _make_plan(options: Options, source: Source) -> ConversionPlan:
         bwla_version=version("bwla"),
         calibration={},
     )
-    return make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+    return make_plan(
+        source, options.rank, options.bits, options.clip, provenance, options.head_bits, options.planes
+    )
 
 
 def _with_calibration(plan: ConversionPlan, calibration: Mapping[str, object]) -> ConversionPlan:

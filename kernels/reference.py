@@ -98,10 +98,19 @@ def group_sums(q: Tensor, signs: Tensor, rotation_groups: int) -> Tensor:
     return torch.einsum("mgk,ngk->mgn", cells, sign_cells)
 
 
+def planes(tensors: Mapping[str, Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Return the signs of all planes, int8 [N, P, K], and their row scales [N, P] as they are stored."""
+    signs = unpack_signs(tensors["weight_packed"]).view(-1, spec.planes, spec.in_features)
+    return signs, tensors["weight_scale"].view(-1, spec.planes)
+
+
 def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """Multiply with the one-bit weights: float32 [M, N] = alpha * sum_g s_g * (S_g q_g) + u B^T + b."""
-    sums = group_sums(prepared.q, unpack_signs(tensors["weight_packed"]), spec.rotation_groups)
-    y = (sums * prepared.scale.unsqueeze(-1)).sum(1) * tensors["weight_scale"]
+    """Multiply with the binary planes: float32 [M, N] = sum_p alpha_p * sum_g s_g * (S_pg q_g) + u B^T + b."""
+    signs, scales = planes(tensors, spec)
+    y = torch.zeros(len(prepared.q), spec.out_features, device=prepared.q.device)
+    for plane, scale in zip(signs.unbind(1), scales.unbind(1), strict=True):
+        sums = group_sums(prepared.q, plane, spec.rotation_groups)
+        y += (sums * prepared.scale.unsqueeze(-1)).sum(1) * scale
     if prepared.u is not None:
         y = y + prepared.u @ tensors["low_rank_b"].float().t()
     if spec.bias:
@@ -121,7 +130,8 @@ def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
 
     `linear` with unquantized activations equals x times this weight (plus the bias).
     """
-    rotated = unpack_signs(tensors["weight_packed"], torch.float32) * tensors["weight_scale"].unsqueeze(1)
+    signs, scales = planes(tensors, spec)
+    rotated = (signs.float() * scales.float().unsqueeze(-1)).sum(1)
     weight = rotate_back(
         rotated * tensors["column_scale"], tensors["rotation_left"], tensors["rotation_right"]
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from bwla_kernels import reference
-from bwla_kernels.format import LayerSpec, unpack_signs
+from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS, to_compute_dtype
 from torch import Tensor
 
@@ -42,21 +42,25 @@ def _linear(
     bits: int,
     clip: float,
 ) -> Tensor:
-    out_features, in_features = signs.shape
+    _, out_features, in_features = signs.shape
+    scales = weight_scale.view(out_features, -1).unbind(1)
     groups, width = rotation_left.shape[0], rotation_left.shape[-1] * rotation_right.shape[-1]
     flat = x.reshape(-1, in_features)
     x_hat = reference.rotate(flat, rotation_left, rotation_right) * column_scale
     if flat.shape[0] == 0:
         y = flat.new_zeros(0, out_features, dtype=torch.float32)
     elif bits == UNQUANTIZED_BITS:
-        y = x_hat @ signs.float().t() * weight_scale
+        weight = sum(plane.float() * scale.unsqueeze(1) for plane, scale in zip(signs, scales, strict=True))
+        y = x_hat @ weight.t()
     else:
         q, scale = reference.quantize(x_hat, groups, bits, clip)
         y = flat.new_zeros(flat.shape[0], out_features, dtype=torch.float32)
-        for g in range(groups):
-            part = slice(g * width, (g + 1) * width)
-            y += int_matmul(q[:, part], signs[:, part]) * scale[:, g : g + 1]
-        y *= weight_scale
+        for plane, row_scale in zip(signs, scales, strict=True):
+            sums = torch.zeros_like(y)
+            for g in range(groups):
+                part = slice(g * width, (g + 1) * width)
+                sums += int_matmul(q[:, part], plane[:, part]) * scale[:, g : g + 1]
+            y += sums * row_scale
     if low_rank_a is not None and low_rank_b is not None:
         y += flat.float() @ low_rank_a.float().t() @ low_rank_b.float().t()
     if bias is not None:
@@ -65,7 +69,7 @@ def _linear(
 
 
 def _linear_fake(x: Tensor, signs: Tensor, *_: object) -> Tensor:
-    return x.new_empty(*x.shape[:-1], signs.shape[0])
+    return x.new_empty(*x.shape[:-1], signs.shape[1])
 
 
 _LIBRARY.impl("linear_torch", _linear, "CompositeExplicitAutograd")
@@ -82,9 +86,10 @@ class TorchBackend:
         return True, "plain torch runs anywhere"
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-        """Replace `weight_packed` by `signs` int8 [N, K]; keep the rest, rotations and scales in float32."""
+        """Replace `weight_packed` by `signs` int8 [P, N, K]; keep the rest, rotations and scales in float32."""
         rest = {name: tensor for name, tensor in to_compute_dtype(tensors).items() if name != "weight_packed"}
-        return {"signs": unpack_signs(tensors["weight_packed"]), **rest}
+        signs, _ = reference.planes(tensors, spec)
+        return {"signs": signs.transpose(0, 1).contiguous(), **rest}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """Compute x [..., K] -> [..., N] in the dtype of x."""

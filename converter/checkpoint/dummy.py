@@ -71,7 +71,9 @@ def plan_dummy(options: Options) -> tuple[Source, ConversionPlan]:
     """
     source = config_source(Path(options.model), options.ignore)
     provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
-    return source, make_plan(source, options.rank, options.bits, options.clip, provenance, options.head_bits)
+    return source, make_plan(
+        source, options.rank, options.bits, options.clip, provenance, options.head_bits, options.planes
+    )
 
 
 def write_dummy(options: Options) -> ConversionPlan:

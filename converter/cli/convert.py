@@ -74,6 +74,7 @@ def convert(
         target.model,
         target.out,
         recipe=quantization.recipe,
+        planes=quantization.planes,
         rank=quantization.rank,
         bits=quantization.abits,
         clip=quantization.clip,

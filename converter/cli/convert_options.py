@@ -63,6 +63,15 @@ class Quantization(Panel):
             "takes minutes longer. best: fast, then tuned by gradients; takes hours."
         ),
     ] = "paper"
+    planes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=4,
+            help="Binary planes of each weight: a sum of sign matrices. Each costs one bit and cuts the error; recipe "
+            "fast only.",
+        ),
+    ] = 1
     rank: Annotated[
         int | None,
         typer.Option(

@@ -10,6 +10,9 @@ from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
 AUTO_RANK_BITS_PER_WEIGHT = 1.16
 """Bits per weight that `--rank auto` does not exceed, as in the paper."""
 
+PLANES_MARGIN = 0.2
+"""Bits per weight beyond the signs that it does not exceed for several planes."""
+
 
 def tensor_bits(tensor: TensorSpec) -> int:
     """Return the size of a stored tensor in bits."""
@@ -30,6 +33,11 @@ def bits_per_weight(specs: Iterable[LayerSpec]) -> float:
     """Return the stored bits per quantized weight of all these linears together."""
     listed = list(specs)
     return sum(map(stored_bits, listed)) / sum(map(num_weights, listed))
+
+
+def rank_budget(planes: int) -> float:
+    """Return the bits per weight that `--rank auto` does not exceed."""
+    return AUTO_RANK_BITS_PER_WEIGHT if planes == 1 else planes + PLANES_MARGIN
 
 
 def largest_fitting_rank(specs: Iterable[LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT) -> int:

@@ -9,6 +9,7 @@ from bwla_converter.common.bits import (
     bits_per_weight,
     largest_fitting_rank,
     num_weights,
+    rank_budget,
     stored_bits,
 )
 from bwla_converter.common.tensors import entry_bytes
@@ -111,6 +112,7 @@ def make_plan(
     clip: float | None,
     provenance: Provenance,
     head_bits: int | None = None,
+    planes: int = 1,
 ) -> ConversionPlan:
     """Choose rotation sizes and the rank for every linear of `source`.
 
@@ -122,9 +124,10 @@ def make_plan(
         clip: clipping ratio of the activations in (0, 1]; None for 1 until the recipe chooses others (`with_clips`).
         provenance: what the output records about the conversion.
         head_bits: bits of the head, see `choose_head`.
+        planes: binary planes of every linear.
 
     Raises:
-        FormatError: `bits`, `clip` or `rank` is out of range.
+        FormatError: `bits`, `clip`, `planes` or `rank` is out of range.
         SourceError: `rank` is larger than a linear, `head_bits` is not supported, or there is no linear to quantize.
     """
     clip = 1.0 if clip is None else clip
@@ -137,7 +140,7 @@ def make_plan(
                 sizes = choose_rotation(in_features, group.preferred_rotation_groups)
                 has_bias = f"{name}.bias" in source.entries
                 specs[name] = LayerSpec(
-                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias
+                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias, planes=planes
                 )
                 # The entry by the linear's short name holds for all layers; one with another width gets its own.
                 if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
@@ -146,7 +149,7 @@ def make_plan(
         raise SourceError(
             f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"
         )
-    fitting = largest_fitting_rank(specs.values()) if rank is None else rank
+    fitting = largest_fitting_rank(specs.values(), rank_budget(planes)) if rank is None else rank
     if rank is None:
         rank = auto_rank(fitting)
     for name, spec in specs.items():
@@ -158,6 +161,8 @@ def make_plan(
         specs[name] = replace(spec, rank=rank)
     head_source = choose_head(source, head_bits)
     format_ = BWLAFormat(
+        format_version=1 if planes == 1 else 2,
+        planes=planes,
         input_activations=activation_args(bits),
         clip=clip,
         rank=rank,

@@ -33,6 +33,9 @@ large columns would take the resolution of the activation codes from all others.
 SCALE_FACTORS = (0.7, 0.9, 1.0, 1.15, 1.3, 1.6)
 """Initial row scales of the last round, in units of the row's mean magnitude."""
 
+PLANE_SCALE_FACTORS = (0.8, 0.9, 1.0, 1.1)
+"""Initial scales of several planes in the last round, see `sign_search.planes`."""
+
 
 @dataclass(frozen=True)
 class FastOptions:
@@ -74,7 +77,7 @@ class FastOptions:
         if not last:
             return Effort((1.0,) if self.gptq_signs else (), ((1, min(self.sweeps, 1)),), exact=False)
         stages = ((3, min(self.sweeps, 1)), (2, max(self.sweeps - 1, 0)))
-        return Effort(SCALE_FACTORS if self.gptq_signs else (), stages)
+        return Effort(SCALE_FACTORS if self.gptq_signs else (), stages, plane_factors=PLANE_SCALE_FACTORS)
 
     @property
     def efforts(self) -> tuple[Effort, ...]:
@@ -163,14 +166,14 @@ def quantize_group(
             state = column_scale_step(state)
         if spec.rank:
             state = low_rank_step(state, spec.rank, generator)
-        state = binarization_step(state, options, last=round_number == rounds)
+        state = binarization_step(state, options.effort(round_number == rounds), spec.planes)
         trace.append(_relative(state.signs.error, target_norm))
     sign, scale = state.signs.sign, state.signs.scale
     rows = [len(weight) for weight in weights.values()]
     parts = zip(weights, state.signs.error.split(rows), target_norm.split(rows), strict=True)
     latents = {}
     if options.keep_latents:
-        latents = dict(zip(weights, (state.residual.weight / scale.unsqueeze(1)).split(rows), strict=True))
+        latents = dict(zip(weights, (state.residual.weight / scale[:, :1]).split(rows), strict=True))
     return GroupResult(
         store_group(weights, specs, {}, _input_transform(state), sign, scale, state.low_rank_b),
         {name: _relative(error, norm) for name, error, norm in parts},
@@ -281,9 +284,9 @@ def low_rank_step(state: State, rank: int, generator: torch.Generator) -> State:
     return replace(state, low_rank_a=unrotated_a.bfloat16(), low_rank_b=b.bfloat16())
 
 
-def binarization_step(state: State, options: FastOptions, last: bool) -> State:
+def binarization_step(state: State, effort: Effort, planes: int) -> State:
     """Choose signs and row scales for the residual."""
-    return replace(state, binary=gptq_binarize(state.residual, state.metric, options.effort(last)))
+    return replace(state, binary=gptq_binarize(state.residual, state.metric, effort, planes))
 
 
 def _input_transform(state: State) -> dict[str, Tensor]:

@@ -9,7 +9,14 @@ import torch
 from bwla_converter.common.tensors import count_not_finite, split_rows
 from bwla_converter.quantize.binarize import signs
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format import LayerSpec, TensorSpec, pack_signs, to_storage_dtype, validate_layer
+from bwla_kernels.format import (
+    LayerSpec,
+    TensorSpec,
+    pack_signs,
+    tensor_specs,
+    to_storage_dtype,
+    validate_layer,
+)
 from bwla_kernels.format.layer import FLOAT_DTYPES, ROW_TENSORS, shape_problem
 from bwla_kernels.reference import dequantize
 from torch import Tensor
@@ -63,8 +70,9 @@ def store_group(
     Args:
         weights, specs, biases: as in a recipe's `quantize_group`.
         input_transform: the tensors that all linears of the group share.
-        residual: concatenated rows whose signs are stored (the sign of 0 is +1), [N, K].
-        scale: row scales, float32 [N].
+        residual: concatenated rows whose signs are stored (the sign of 0 is +1), [N, K], or those of P planes,
+            [N, P, K].
+        scale: row scales, float32 [N] or [N, P].
         low_rank_b: bfloat16 [N, r].
 
     Returns: name of the linear -> its tensors.
@@ -75,8 +83,8 @@ def store_group(
         rows = slice(first, first + spec.out_features)
         first = rows.stop
         row_tensors = {
-            "weight_packed": torch.cat([pack_signs(signs(part)) for part in split_rows(residual[rows])]),
-            "weight_scale": scale[rows],
+            "weight_packed": _packed(residual[rows], spec),
+            "weight_scale": scale[rows].reshape(-1, spec.planes).squeeze(1),
             "low_rank_b": low_rank_b[rows],
             **({"bias": biases[name]} if spec.bias else {}),
         }
@@ -85,6 +93,13 @@ def store_group(
         validate_layer(name, stored, spec)
         tensors[name] = stored
     return tensors
+
+
+def _packed(residual: Tensor, spec: LayerSpec) -> Tensor:
+    """Pack the signs of rows [N, K] or [N, P, K] in the shape in which they are stored."""
+    rows = residual.reshape(-1, spec.in_features)
+    packed = torch.cat([pack_signs(signs(part)) for part in split_rows(rows)])
+    return packed.view(tensor_specs(spec)["weight_packed"].shape)
 
 
 def relative_error(weight: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> float:

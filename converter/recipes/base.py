@@ -112,8 +112,8 @@ def best_options(options: Options, fast_options: FastOptions, num_layers: int) -
     return replace(best, tune=tune, distill=distill)
 
 
-def check_recipe(name: str, calibration: Calibration | None) -> None:
-    """Check that the recipe exists and has the calibration data that it needs.
+def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) -> None:
+    """Check that the recipe exists, has the calibration data that it needs, and can choose that many planes.
 
     Raises:
         BWLAError: it does not.
@@ -124,4 +124,8 @@ def check_recipe(name: str, calibration: Calibration | None) -> None:
         raise BWLAError(
             f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, or "
             "wikitext2"
+        )
+    if planes > 1 and name != "fast":
+        raise BWLAError(
+            f"recipe {name!r} chooses the signs of one plane, found --planes {planes}: use --recipe fast"
         )

@@ -118,7 +118,8 @@ class FastRecipe:
         options, total = fast.FastOptions(), ComputeEstimate()
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
-            total += _binarization_compute(group, options.efforts, workload.device)
+            search = _binarization_compute(group, options.efforts, workload.device)
+            total += sum([search] * (group.planes - 1), search)
             total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
             total += _text_compute(group, workload.tokens)
         saved = 2 * workload.hidden_bytes * workload.source.num_layers
@@ -165,7 +166,7 @@ def _quantize_group_bytes(group: GroupShape, device: str) -> float:
     factors = 4 * group.weights + 12 * group.square  # also in float64
     column_scales = 10 * group.weights + 7 * group.square
     at_once = min(group.weights, row_chunk_elements(device))
-    signs = 8 * group.weights + 18 * at_once + 5 * group.square
+    signs = (7 + group.planes) * group.weights + 18 * at_once + 5 * group.square
     return float(FLOAT_BYTES * max(target, factors, column_scales, signs))
 
 

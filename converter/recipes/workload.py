@@ -23,10 +23,11 @@ WORKSPACE_BYTES = 160e6
 
 @dataclass(frozen=True)
 class GroupShape:
-    """An input group's pooled weight: rows N of all its linears, columns K."""
+    """An input group's pooled weight: rows N of all its linears, columns K, and P planes to approximate it with."""
 
     rows: int
     columns: int
+    planes: int = 1
 
     @property
     def weights(self) -> int:
@@ -143,7 +144,9 @@ class Workload:
         groups, kept_columns = [], 0
         for _, names in self.source.groups_of_layer(index):
             specs = [self.specs[name] for name in names]
-            shape = GroupShape(sum(spec.out_features for spec in specs), specs[0].in_features)
+            shape = GroupShape(
+                sum(spec.out_features for spec in specs), specs[0].in_features, specs[0].planes
+            )
             label = names[0].rpartition(".")[2]
             groups.append((label, shape))
             # By name, because no layer has run yet.

@@ -71,19 +71,20 @@ static NOINLINE void load_factors(const Call& c, const Rows& rows, float* factor
     const int64_t at = rows.first % kRows;
     for (int64_t r = 0; r < kTileRows; r += kLanes) {
         const int64_t n = rows.count - r < kLanes ? rows.count - r : kLanes;
-        store(factors + r, load(panel.scale + at + r));
-        store(factors + kTileRows + r,
+        for (int64_t p = 0; p < c.z.planes; ++p)
+            store(factors + p * kTileRows + r, load(panel.scale + p * kRows + at + r));
+        store(factors + c.z.planes * kTileRows + r,
               c.bias && n > 0 ? load_any(c.bias_dtype, c.bias, rows.first + r, n) : zero());
         for (int64_t j = 0; j < c.z.rank; ++j) {
-            store(factors + (2 + j) * kTileRows + r, load_bf16(panel.low_rank + j * kRows + at + r));
+            store(factors + (c.z.planes + 1 + j) * kTileRows + r, load_bf16(panel.low_rank + j * kRows + at + r));
         }
     }
 }
 
-// Integer sums of rotation group g and `count` tokens from `token` on, which still have to be scaled and
+// Integer sums of rotation group g of a plane and `count` tokens from `token` on, which still have to be scaled and
 // stored.
 struct Epilogue {
-    int64_t token = 0, count = 0, g = 0;
+    int64_t token = 0, count = 0, g = 0, plane = 0;
     const int32_t* sums = nullptr;
     float* y = nullptr;  // sums over the rotation groups so far, [kPairTokens, kTileRows]
 };
@@ -119,7 +120,7 @@ static inline void store_rows(const Call& c, const Rows& rows, int64_t token, in
 // and computes the output after the last group. The last 8 - count tokens do not exist: they are computed,
 // but not stored.
 static void finish_group(const Call& c, const Plan& plan, const Rows& rows, const float* factors, int64_t at,
-                         int64_t count, int64_t g, const int32_t* from, float* total) {
+                         int64_t count, int64_t g, int64_t plane, const int32_t* from, float* total) {
     constexpr int T = kEpilogueTokens;
     V row[T][2];
     const float* scale = &scale_of(c, plan, at, g);
@@ -127,19 +128,20 @@ static void finish_group(const Call& c, const Plan& plan, const Rows& rows, cons
         const V s = set1(scale[t]);
         UNROLL (i, 2) {
             const V dots = to_float(load_int(from + t * kTileRows + i * kLanes));
-            row[t][i] = g ? fma(s, dots, load(total + t * kTileRows + i * kLanes)) : mul(s, dots);
+            const V factor = c.z.planes > 1 ? mul(s, load(factors + plane * kTileRows + i * kLanes)) : s;
+            row[t][i] = g || plane ? fma(factor, dots, load(total + t * kTileRows + i * kLanes)) : mul(factor, dots);
         }
     }
-    if (g + 1 < c.z.blocks) {
+    if (g + 1 < c.z.blocks || plane + 1 < c.z.planes) {
         UNROLL (t, T)
             UNROLL (i, 2) store(total + t * kTileRows + i * kLanes, row[t][i]);
         return;
     }
     UNROLL (i, 2) {
-        const V alpha = load(factors + i * kLanes);
+        const V alpha = c.z.planes > 1 ? set1(1.0f) : load(factors + i * kLanes);
         UNROLL (t, T) row[t][i] = mul(alpha, row[t][i]);
     }
-    const float *u = &u_of(c, plan, at, 0), *factor = factors + 2 * kTileRows;
+    const float *u = &u_of(c, plan, at, 0), *factor = factors + (c.z.planes + 1) * kTileRows;
     for (int64_t j = 0; j < c.z.rank; ++j, u += T, factor += kTileRows) {
         const V low = load(factor), high = load(factor + kLanes);
         UNROLL (t, T) {
@@ -149,7 +151,7 @@ static void finish_group(const Call& c, const Plan& plan, const Rows& rows, cons
         }
     }
     UNROLL (i, 2) {
-        const V bias = load(factors + kTileRows + i * kLanes);
+        const V bias = load(factors + c.z.planes * kTileRows + i * kLanes);
         UNROLL (t, T) row[t][i] = add(row[t][i], bias);
     }
     store_rows(c, rows, at, count, row);
@@ -161,11 +163,11 @@ static NOINLINE void finish(const Call& c, const Plan& plan, const Rows& rows, c
         const int64_t count = e.count - t < kEpilogueTokens ? e.count - t : kEpilogueTokens;
         const int32_t* sums = e.sums + t * kTileRows;
         if (!c.sums) {
-            finish_group(c, plan, rows, factors, e.token + t, count, e.g, sums, e.y + t * kTileRows);
+            finish_group(c, plan, rows, factors, e.token + t, count, e.g, e.plane, sums, e.y + t * kTileRows);
             continue;
         }
         for (int64_t i = 0; i < count; ++i) {
-            int32_t* to = c.sums + ((e.token + t + i) * c.z.blocks + e.g) * c.z.n + rows.first;
+            int32_t* to = c.sums + (((e.token + t + i) * c.z.blocks + e.g) * c.z.planes + e.plane) * c.z.n + rows.first;
             std::memcpy(to, sums + i * kTileRows, std::size_t(rows.count) * sizeof(int32_t));
         }
     }
@@ -229,11 +231,12 @@ static void multiply_rows(const Call& c, const Plan& plan, const Batch& batch, c
     Epilogue before;  // of the previous pair: vector instructions that overlap with the tile instructions of
                       // this one
     int64_t turn = 0;
-    for (int64_t g = 0; g < c.z.blocks; ++g) {
+    for (int64_t block = 0; block < c.z.planes * c.z.blocks; ++block) {
+        const int64_t plane = block / c.z.blocks, g = block % c.z.blocks;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t tile = tiles * chunk / chunks, count = tiles * (chunk + 1) / chunks - tile;
             const int64_t left = steps - 2 * tile;
-            expand(rows.signs + (g * steps + 2 * tile) * kStepBytes, left < 2 * count ? left : 2 * count,
+            expand(rows.signs + (block * steps + 2 * tile) * kStepBytes, left < 2 * count ? left : 2 * count,
                    scratch.signs);
             finish_stores();
             for (int64_t pair = 0; pair < pairs; ++pair) {
@@ -257,8 +260,8 @@ static void multiply_rows(const Call& c, const Plan& plan, const Batch& batch, c
                     store_tiles<1>(sums);
                 }
                 if (chunk + 1 < chunks) continue;
-                float* y = scratch.y + (c.z.blocks > 1 ? (token - begin) * kTileRows : 0);
-                before = {batch.first + token, tokens, g, sums, y};
+                float* y = scratch.y + (c.z.blocks * c.z.planes > 1 ? (token - begin) * kTileRows : 0);
+                before = {batch.first + token, tokens, g, plane, sums, y};
                 turn = !turn;
             }
         }

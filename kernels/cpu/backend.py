@@ -13,7 +13,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LIBRARY.define(
     "linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int rotation_groups, int n1, int n2, "
-    "int rank, int bits, float clip) -> Tensor"
+    "int rank, int bits, float clip, int planes) -> Tensor"
 )
 
 
@@ -55,5 +55,6 @@ class CpuBackend:
             spec.rank,
             spec.bits,
             spec.clip,
+            spec.planes,
         )
         return y

@@ -171,12 +171,12 @@ struct PackBody {
 struct bwla_layer {
     int32_t isa;  // 0 scalar, 1 AVX2, 2 AVX-512BW, 3 AVX-512 VBMI + VNNI, 4 AMX
     int32_t bits;
-    int64_t n, blocks, n1, n2, rank;
+    int64_t n, blocks, n1, n2, rank, planes;
     double clip;
 };
 
 static bwla::Sizes sizes_of(const bwla_layer& layer) {
-    return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank};
+    return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank, layer.planes};
 }
 
 static bwla::Call call_of(const bwla_layer& layer, const uint8_t* packed, int64_t m) {
@@ -279,7 +279,7 @@ BWLA_API int32_t bwla_binary_matmul(const bwla_layer* layer, const uint8_t* pack
     return execute(*layer, c, threads);
 }
 
-// Only the integer dot products of that, sums int32 [m, blocks, n].
+// Only the integer dot products of that, sums int32 [m, blocks, planes, n].
 BWLA_API int32_t bwla_dot_products(const bwla_layer* layer, const uint8_t* packed, const int8_t* q, int64_t m,
                                    int32_t* sums, int32_t threads) {
     bwla::Call c = call_of(*layer, packed, m);
@@ -311,14 +311,17 @@ BWLA_API int32_t bwla_head(int32_t isa, const int8_t* weight, const float* scale
 }
 
 // A step of the sign search, see bwla::SignStep: a sweep of coordinate descent where `change` is given, else error
-// feedback in a block. The number of columns is a multiple of 32.
+// feedback in a block. The number of columns is a multiple of 32. planes: 0 for binary weights,
+// else 2 to 4.
 BWLA_API int32_t bwla_sign_step(int32_t isa, const float* target, float* product, const float* matrix,
                                 const float* pivots, const float* scale, float* sign, float* change, float* dots,
-                                float* norms, int64_t columns, int64_t candidates, int64_t n, int32_t threads) {
+                                float* norms, int64_t columns, int64_t candidates, int64_t n, int64_t planes,
+                                int32_t threads) {
     if (!bwla::supported().has(isa)) return bwla::kUnsupportedIsa;
+    if (planes && (planes < 2 || planes > 4)) return bwla::kBadArgument;
     if (columns < 1 || columns > (change ? bwla::kMostColumns : bwla::kMaxBlock)) return bwla::kBadArgument;
     if (columns % bwla::kColumns || n < 1 || candidates < 1) return bwla::kBadArgument;
-    const bwla::SignStep step{target, product, matrix, pivots, scale, sign, change, dots, norms, columns, candidates, n};
+    const bwla::SignStep step{target, product, matrix, pivots, scale, sign, change, dots, norms, columns, candidates, n, planes};
     const bwla::Variant variant = bwla::variant(isa);
     threads = threads < 1 ? 1 : threads;
     bwla::Arena measure{nullptr, 0};

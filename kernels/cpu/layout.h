@@ -8,8 +8,8 @@
 //
 // each part padded to 64 bytes. A panel holds 64 output rows, the last one padded with zeros:
 //
-//     signs            K/32 steps of 256 bytes, 4 columns to a nibble: an index into a table of 16 sums
-//     weight_scale     64 float32
+//     signs            of each plane K/32 steps of 256 bytes, 4 columns to a nibble: an index into a table of 16 sums
+//     weight_scale     64 float32 for each plane
 //     low_rank_b       bfloat16 [r][64]
 //
 // so that a matrix-vector product reads all of it once, in order. A step covers 32 columns. Byte i (0..3) of
@@ -31,7 +31,7 @@ constexpr int64_t kRows = 64;     // rows of a panel
 constexpr int64_t kColumns = 32;  // columns of a step
 constexpr int64_t kStepBytes = 256;
 constexpr int64_t kTableBytes = 128;  // tables of one step and token: 8 groups of 4 columns, 16 entries each
-constexpr int kMaxTile = 4;           // code planes that one pass over a panel serves
+constexpr int kMaxTile = 4;           // digits of codes that one pass over a panel serves
 constexpr int64_t kGroup = 4;         // rows of low_rank_a side by side
 
 enum class Order { kRowMajor, kByteMajor };
@@ -40,7 +40,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Sizes {
-    int64_t n, blocks, n1, n2, rank;  // blocks: rotation groups of n1 x n2 columns
+    int64_t n, blocks, n1, n2, rank, planes;  // blocks: rotation groups of n1 x n2 columns
 
     int64_t width() const { return n1 * n2; }
     int64_t k() const { return blocks * n1 * n2; }
@@ -48,7 +48,7 @@ struct Sizes {
     int64_t panels() const { return ceil_div(n, kRows); }
     int64_t tiles() const { return ceil_div(width(), 64); }  // AMX tiles that cover the columns of a group
     bool valid() const {
-        return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && (n1 * n2) % kColumns == 0;
+        return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && planes >= 1 && planes <= 4 && (n1 * n2) % kColumns == 0;
     }
 
     // Offsets in bytes.
@@ -56,8 +56,9 @@ struct Sizes {
     int64_t column_scale_at() const { return right_at() + blocks * n2 * padded() * 4; }
     int64_t low_rank_a_at() const { return column_scale_at() + k() * 4; }
     int64_t panels_at() const { return low_rank_a_at() + ceil_div(rank, kGroup) * kGroup * k() * 2; }
-    int64_t sign_bytes() const { return k() / kColumns * kStepBytes; }
-    int64_t panel_bytes() const { return sign_bytes() + kRows * 4 + rank * kRows * 2; }
+    int64_t plane_bytes() const { return k() / kColumns * kStepBytes; }
+    int64_t sign_bytes() const { return planes * plane_bytes(); }
+    int64_t panel_bytes() const { return sign_bytes() + planes * kRows * 4 + rank * kRows * 2; }
     int64_t bytes() const { return panels_at() + panels() * panel_bytes(); }
 };
 
@@ -69,13 +70,13 @@ struct Panel {
     Panel(const uint8_t* packed, const Sizes& z, int64_t index) {
         signs = packed + z.panels_at() + index * z.panel_bytes();
         scale = reinterpret_cast<const float*>(signs + z.sign_bytes());
-        low_rank = reinterpret_cast<const uint16_t*>(scale + kRows);
+        low_rank = reinterpret_cast<const uint16_t*>(scale + z.planes * kRows);
     }
 };
 
 struct Tensors {
-    const int32_t* words;        // weight_packed [n, k / 32]
-    const float* scale;          // weight_scale [n]
+    const int32_t* words;        // weight_packed [n, planes, k / 32]
+    const float* scale;          // weight_scale [n, planes]
     const uint16_t* low_rank_b;  // bfloat16 [n, rank]; this and low_rank_a null for rank 0
     const float* left;           // [blocks, n1, n1]
     const float* right;          // [blocks, n2, n2]
@@ -97,10 +98,10 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
     const int64_t steps = z.k() / kColumns, first = panel * kRows,
                   rows = z.n - first < kRows ? z.n - first : kRows;
     std::memset(out, 0, std::size_t(z.panel_bytes()));
-    for (int64_t c = 0; c < steps; ++c) {
+    for (int64_t c = 0; c < z.planes * steps; ++c) {
         uint8_t* step = out + c * kStepBytes;
         for (int64_t r = 0; r < rows; ++r) {
-            const uint32_t bytes = interleave_nibbles(uint32_t(from.words[(first + r) * steps + c]));
+            const uint32_t bytes = interleave_nibbles(uint32_t(from.words[(first + r) * z.planes * steps + c]));
             for (int64_t i = 0; i < 4; ++i) {
                 const int64_t at = order == Order::kRowMajor ? 4 * r + i : 64 * i + 2 * (r % 32) + r / 32;
                 step[at] = uint8_t(bytes >> (8 * i));
@@ -108,9 +109,9 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
         }
     }
     float* scale = reinterpret_cast<float*>(out + z.sign_bytes());
-    uint16_t* low_rank = reinterpret_cast<uint16_t*>(scale + kRows);
+    uint16_t* low_rank = reinterpret_cast<uint16_t*>(scale + z.planes * kRows);
     for (int64_t r = 0; r < rows; ++r) {
-        scale[r] = from.scale[first + r];
+        for (int64_t p = 0; p < z.planes; ++p) scale[p * kRows + r] = from.scale[(first + r) * z.planes + p];
         for (int64_t j = 0; j < z.rank; ++j)
             low_rank[j * kRows + r] = from.low_rank_b[(first + r) * z.rank + j];
     }

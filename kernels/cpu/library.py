@@ -37,6 +37,7 @@ class LayerStruct(ctypes.Structure):
         ("n1", c_int64),
         ("n2", c_int64),
         ("rank", c_int64),
+        ("planes", c_int64),
         ("clip", c_double),
     )
 
@@ -72,7 +73,7 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_binary_matmul": (c_int32, [*_LAYER, *[c_void_p] * 3, c_int64, c_void_p, c_int32, c_int32]),
     "bwla_dot_products": (c_int32, [*_LAYER, c_void_p, c_int64, c_void_p, c_int32]),
     "bwla_register_ops": (c_char_p, [c_void_p, c_int32]),
-    "bwla_sign_step": (c_int32, [c_int32, *[c_void_p] * 9, *[c_int64] * 3, c_int32]),
+    "bwla_sign_step": (c_int32, [c_int32, *[c_void_p] * 9, *[c_int64] * 4, c_int32]),
     "bwla_head": (c_int32, [c_int32, *[c_void_p] * 3, c_int64, c_int64, *_X, c_void_p, c_int32]),
 }
 

@@ -43,6 +43,7 @@ def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
         spec.n1,
         spec.n2,
         spec.rank,
+        spec.planes,
         spec.clip,
     )
     address = ctypes.addressof(struct)
@@ -239,7 +240,9 @@ def binary_matmul(
 def dot_products(
     q: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa | None = None, threads: int | None = None
 ) -> Tensor:
-    """Compute the exact integer sums of the GEMM, sum_{k in g} S[n, k] q[m, k]: int32 [M, G, N]; for tests.
+    """Compute the exact integer sums of the GEMM, sum_{k in g} S[n, p, k] q[m, k]: int32 [M, G, P, N]; for tests.
+
+    The axis of the planes is missing if there is a single one.
 
     Arguments as in `binary_matmul`.
 
@@ -249,7 +252,8 @@ def dot_products(
     layer, m = _layer(spec, isa), q.shape[0]
     expect("q", q, torch.int8, (m, spec.in_features))
     expect("packed", packed, torch.uint8, (layer.size,))
-    sums = torch.empty((m, spec.rotation_groups, spec.out_features), dtype=torch.int32)
+    planes = (spec.planes,) if spec.planes > 1 else ()
+    sums = torch.empty((m, spec.rotation_groups, *planes, spec.out_features), dtype=torch.int32)
     threads = torch.get_num_threads() if threads is None else threads
     _check(
         load().handle.bwla_dot_products(

@@ -46,7 +46,7 @@ static int32_t build_tables(const int8_t* q, int64_t steps, uint8_t* tables, int
     return int32_t(_mm512_reduce_add_epi64(total));
 }
 
-// sums[s][t][row] = total of the table entries of T code planes, whose tables lie side by side, and the 64
+// sums[s][t][row] = total of the table entries of T digits of codes, whose tables lie side by side, and the 64
 // rows of each of S panels. A thread that reads the weights from memory walks S panels at once (the S
 // sequential streams keep more of the memory busy than one) and asks for the lines `ahead` bytes further on.
 template <int T, int S>

@@ -1,4 +1,4 @@
-// The GEMM: panels of 64 rows times tiles of at most kMaxTile code planes.
+// The GEMM: panels of 64 rows times tiles of at most kMaxTile digits of codes.
 
 static void store_output(int32_t dtype, void* out, int64_t at, V a, int64_t n) {
     if (dtype == kFloat32) {
@@ -16,33 +16,35 @@ static void store_output(int32_t dtype, void* out, int64_t at, V a, int64_t n) {
     if (n != kLanes) std::memcpy(to, last, std::size_t(n) * sizeof(uint16_t));
 }
 
-// The dot products of kLanes rows from the table totals of a token's planes: 2 S - sum|q|, see lut_vbmi.h.
-template <int Planes>
+// The dot products of kLanes rows from the table totals of a token's digits: 2 S - sum|q|, see lut_vbmi.h.
+template <int Digits>
 static inline VI dot_products(const int32_t* sums, int32_t abs_sum) {
     VI total = load_int(sums);
-    if (Planes == 2) total = times4_plus(total, load_int(sums + kRows));
+    if (Digits == 2) total = times4_plus(total, load_int(sums + kRows));
     return twice_minus(total, abs_sum);
 }
 
-template <int Tokens, int Planes>
+template <int Tokens, int Digits>
 static void add_block(const Call& c, const Plan& plan, const int32_t* sums, const int32_t* abs_sums,
-                      int64_t token, int64_t g, int64_t first_row, float* y) {
+                      int64_t token, int64_t g, int64_t plane, const float* row_scale, int64_t first_row, float* y) {
     for (int t = 0; t < Tokens; ++t) {
         const int64_t at = (token + t) * c.z.blocks + g;
         const int32_t abs_sum = abs_sums[t * c.z.blocks + g];
-        const int32_t* token_sums = sums + t * Planes * kRows;
+        const int32_t* token_sums = sums + t * Digits * kRows;
         if (c.sums) {
             const int64_t rows = c.z.n - first_row < kRows ? c.z.n - first_row : kRows;
             for (int64_t r = 0; r < rows; r += kLanes) {
-                const VI dots = dot_products<Planes>(token_sums + r, abs_sum);
-                store_int_n(c.sums + at * c.z.n + first_row + r, dots, rows - r < kLanes ? rows - r : kLanes);
+                const VI dots = dot_products<Digits>(token_sums + r, abs_sum);
+                store_int_n(c.sums + (at * c.z.planes + plane) * c.z.n + first_row + r, dots, rows - r < kLanes ? rows - r : kLanes);
             }
             continue;
         }
         const V scale = set1(plan.scale[at]);
         for (int64_t r = 0; r < kRows; r += kLanes) {
-            const V dots = to_float(dot_products<Planes>(token_sums + r, abs_sum));
-            store(y + t * kRows + r, g ? fma(scale, dots, load(y + t * kRows + r)) : mul(scale, dots));
+            const V dots = to_float(dot_products<Digits>(token_sums + r, abs_sum));
+            // The row scale of a single plane is a factor of all groups: `finish_rows` applies it.
+            const V factor = c.z.planes > 1 ? mul(scale, load(row_scale + r)) : scale;
+            store(y + t * kRows + r, g || plane ? fma(factor, dots, load(y + t * kRows + r)) : mul(factor, dots));
         }
     }
 }
@@ -53,7 +55,8 @@ static void finish_rows(const Call& c, const Plan& plan, const Panel& panel, int
     const int64_t rows = c.z.n - first_row < kRows ? c.z.n - first_row : kRows;
     for (int64_t r = 0; r < rows; r += kLanes) {
         V row[Tokens];
-        UNROLL (t, Tokens) row[t] = mul(load(panel.scale + r), load(y + t * kRows + r));
+        const V scale = c.z.planes > 1 ? set1(1.0f) : load(panel.scale + r);
+        UNROLL (t, Tokens) row[t] = mul(scale, load(y + t * kRows + r));
         for (int64_t j = 0; j < c.z.rank; ++j) {
             const V factor = load_bf16(panel.low_rank + j * kRows + r);
             UNROLL (t, Tokens) {
@@ -69,20 +72,23 @@ static void finish_rows(const Call& c, const Plan& plan, const Panel& panel, int
 }
 
 // Streams panels, `gap` panels apart, times one tile, whose first token is `token` of the call.
-template <int Tokens, int Planes, int Streams>
+template <int Tokens, int Digits, int Streams>
 static void multiply_tile(const Call& c, const Plan& plan, int64_t first_panel, int64_t gap, int64_t token,
                           const Tables& tile, int64_t ahead) {
-    constexpr int kTile = Tokens * Planes;
+    constexpr int kTile = Tokens * Digits;
     const int64_t steps = c.z.width() / kColumns, tail = c.z.panel_bytes() - c.z.sign_bytes();
     const uint8_t* signs[Streams];
     for (int s = 0; s < Streams; ++s) signs[s] = Panel(c.packed, c.z, first_panel + s * gap).signs;
     alignas(64) int32_t sums[Streams * kTile * kRows];
     alignas(64) float y[Streams * Tokens * kRows];
-    for (int64_t g = 0; g < c.z.blocks; ++g) {
+    for (int64_t i = 0; i < c.z.planes * c.z.blocks; ++i) {
+        const int64_t plane = i / c.z.blocks, g = i % c.z.blocks;
         accumulate<kTile, Streams>(signs, tile.entries + g * steps * kTile * kTableBytes, steps, ahead, sums);
         for (int s = 0; s < Streams; ++s) {
-            add_block<Tokens, Planes>(c, plan, sums + s * kTile * kRows, tile.abs_sum, token, g,
-                                      (first_panel + s * gap) * kRows, y + s * Tokens * kRows);
+            const int64_t panel = first_panel + s * gap;
+            add_block<Tokens, Digits>(c, plan, sums + s * kTile * kRows, tile.abs_sum, token, g, plane,
+                                      Panel(c.packed, c.z, panel).scale + plane * kRows, panel * kRows,
+                                      y + s * Tokens * kRows);
             signs[s] += steps * kStepBytes;
         }
     }
@@ -99,9 +105,9 @@ template <int Streams>
 static void multiply_panels(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
                             int64_t tile_index, int64_t panel, int64_t gap, int64_t ahead) {
     const int64_t first = batch.tiles.begin(tile_index), token = batch.first + first;
-    const Tables tile{tables.entries + first * plan.planes * (c.z.k() / kColumns) * kTableBytes,
+    const Tables tile{tables.entries + first * plan.digits * (c.z.k() / kColumns) * kTableBytes,
                       tables.abs_sum + first * c.z.blocks};
-    switch (batch.tiles.tokens_of(tile_index) * plan.planes * 10 + plan.planes) {
+    switch (batch.tiles.tokens_of(tile_index) * plan.digits * 10 + plan.digits) {
 #define BWLA_TILE(t, p, s) multiply_tile<t, p, s>(c, plan, panel, gap, token, tile, ahead)
         case 11: BWLA_TILE(1, 1, Streams); break;
         case 21: BWLA_TILE(2, 1, (Streams < 2 ? Streams : 2)); break;
@@ -113,13 +119,13 @@ static void multiply_panels(const Call& c, const Plan& plan, const Batch& batch,
     }
 }
 
-// Panels that one tile of `planes` code planes is multiplied with at a time: what the registers hold.
-static int64_t stream_count(int64_t planes) { return planes == 1 ? 4 : planes == 2 ? 2 : 1; }
+// Panels that one tile of `digits` digits of codes is multiplied with at a time: what the registers hold.
+static int64_t stream_count(int64_t digits) { return digits == 1 ? 4 : digits == 2 ? 2 : 1; }
 
 // One tile for all (decoding): the weights come from memory, each once, in as many streams.
 static void multiply_streams(const Call& c, const Plan& plan, const Batch& batch, const Tables& tables,
                              const Team& team) {
-    const int64_t streams = stream_count(batch.tokens * plan.planes);
+    const int64_t streams = stream_count(batch.tokens * plan.digits);
     const int64_t ahead = kReadAhead / streams;
     const Split split(c.z.panels(), team, streams);
     for (Units unit(plan.shares, split, team); unit.next();) {

@@ -29,7 +29,7 @@ struct Call {
     int32_t bias_dtype;
     void* out;  // [m, n]
     int32_t out_dtype;
-    int32_t* sums;  // [m, blocks, n]: if set, the integer dot products are written here, and nothing to `out`
+    int32_t* sums;  // [m, blocks, planes, n]: if set, the integer dot products are written here, and nothing to `out`
 
     bool multiplies() const { return out || sums; }
     const float* left(int64_t g) const { return reinterpret_cast<const float*>(packed) + g * z.n1 * z.n1; }
@@ -87,9 +87,9 @@ struct Scratch {
     Tables tables;   // where tables are not shared
     // AMX only:
     int8_t* signs;   // tiles of expanded signs, [columns of a rotation group / 64][2]
-    float* factors;  // weight_scale, bias and low_rank_b of one unit's rows, [2 + rank, kTileRows]
+    float* factors;  // weight_scale, bias and low_rank_b of one unit's rows, [planes + 1 + rank, kTileRows]
     int32_t* sums;   // integer dot products, [kChunkPairs, kPairTokens, kTileRows]
-    float* y;        // sums over rotation groups, [batch, kTileRows]; one pair of tiles if there is one group
+    float* y;        // sums over rotation groups and planes, [batch, kTileRows]; one pair of tiles if both are 1
     float* lanes;    // one rotation group of 16 tokens, before and after multiplying by L^T: [2, width, 16]
 };
 
@@ -100,8 +100,8 @@ struct Scratch {
 struct Plan {
     int threads;
     float step;           // scale = max|x_hat| * step
-    int planes;           // a code above 6 bits is two digits to base 4: q = 4 q1 + q0, one table each
-    int64_t tile_tokens;  // tokens whose tables lie side by side: kMaxTile / planes
+    int digits;           // a code above 6 bits is two digits to base 4: q = 4 q1 + q0, one table each
+    int64_t tile_tokens;  // tokens whose tables lie side by side: kMaxTile / digits
     int64_t batch;        // tokens that have tables, or tiles of codes, at a time
     bool split;
     bool tiled;  // AMX tiles of codes instead of lookup tables
@@ -124,7 +124,7 @@ struct Plan {
 inline int64_t estimated_cycles(const Call& c) {
     int64_t cycles = 0;
     if (c.x) cycles += c.m * c.z.k() * (c.z.n1 + c.z.n2 + c.z.rank) / 12;
-    if (c.multiplies()) cycles += c.z.n * c.z.k() / 128 * (c.m + 1) + c.m * c.z.k() / 2;
+    if (c.multiplies()) cycles += c.z.n * c.z.planes * c.z.k() / 128 * (c.m + 1) + c.m * c.z.k() / 2;
     return cycles;
 }
 
@@ -134,9 +134,9 @@ inline Plan make_plan(const Call& c, int threads, bool amx) {
     p.threads = threads < 0 ? -threads : estimated_cycles(c) < kSerialCost ? 1 : threads;
     if (p.threads < 1) p.threads = 1;
     p.step = float(c.clip / double((1 << (c.bits - 1)) - 1));
-    p.planes = c.bits > 6 ? 2 : 1;
-    p.tile_tokens = kMaxTile / p.planes;
-    const int64_t token_bytes = p.planes * c.z.k() / kColumns * kTableBytes;
+    p.digits = c.bits > 6 ? 2 : 1;
+    p.tile_tokens = kMaxTile / p.digits;
+    const int64_t token_bytes = p.digits * c.z.k() / kColumns * kTableBytes;
     p.batch = kTableBudget / token_bytes / p.tile_tokens * p.tile_tokens;
     if (p.batch < 16) p.batch = 16;
     if (p.tiled) {  // batches of about equal size, near the budget
@@ -155,7 +155,7 @@ inline Plan make_plan(const Call& c, int threads, bool amx) {
 }
 
 inline Tables place_tables(const Call& c, const Plan& p, Arena& arena) {
-    uint8_t* entries = arena.array<uint8_t>(p.batch * p.planes * c.z.k() / kColumns * kTableBytes);
+    uint8_t* entries = arena.array<uint8_t>(p.batch * p.digits * c.z.k() / kColumns * kTableBytes);
     return {entries, arena.array<int32_t>(p.batch * c.z.blocks)};
 }
 
@@ -169,10 +169,10 @@ inline Scratch place_scratch(const Call& c, const Plan& p, Arena& arena) {
     if (c.multiplies() && p.private_tables) s.tables = place_tables(c, p, arena);
     if (p.tiled) {
         s.signs = arena.array<int8_t>(2 * c.z.tiles() * kTileBytes);
-        s.factors = arena.array<float>((2 + c.z.rank) * kTileRows);
+        s.factors = arena.array<float>((1 + c.z.planes + c.z.rank) * kTileRows);
         s.sums = arena.array<int32_t>(kChunkPairs * kPairTokens * kTileRows);
         if (p.lanes) s.lanes = arena.array<float>(2 * c.z.width() * kTileTokens);
-        s.y = arena.array<float>((c.z.blocks > 1 ? round_up(p.batch, kPairTokens) : kPairTokens) * kTileRows);
+        s.y = arena.array<float>((c.z.blocks * c.z.planes > 1 ? round_up(p.batch, kPairTokens) : kPairTokens) * kTileRows);
     }
     return s;
 }

@@ -63,11 +63,11 @@ static void quantize(const float* x_hat, int64_t n, float scale, int bits, int8_
 static int32_t token_tables(const Call& c, const Plan& plan, const Tiles& tiles, int64_t token, int64_t begin,
                             int64_t n, const int8_t* q, uint8_t* entries) {
     const int64_t tile = tiles.of(token), first = tiles.begin(tile),
-                  stride = tiles.tokens_of(tile) * plan.planes * kTableBytes;
-    entries += first * plan.planes * (c.z.k() / kColumns) * kTableBytes;  // the tile
+                  stride = tiles.tokens_of(tile) * plan.digits * kTableBytes;
+    entries += first * plan.digits * (c.z.k() / kColumns) * kTableBytes;  // the tile
     entries +=
-        begin / kColumns * stride + (token - first) * plan.planes * kTableBytes;  // the step and the token
-    if (plan.planes == 1) return build_tables(q, n / kColumns, entries, stride);
+        begin / kColumns * stride + (token - first) * plan.digits * kTableBytes;  // the step and the token
+    if (plan.digits == 1) return build_tables(q, n / kColumns, entries, stride);
     int32_t total = 0;
     for (int64_t i = 0; i < n; i += kPieceColumns) {
         int8_t high[kPieceColumns],

@@ -20,8 +20,12 @@ struct SignStep {
     float* change;        // [columns, candidates, n]; coordinate descent only, else null
     float *dots, *norms;  // [candidates, n]
     int64_t columns, candidates, n;
+    // 0: the candidates are binary weights. Else the planes of a single candidate: they take the place of the
+    // candidates in all shapes, and `norms` is [planes, planes, n].
+    int64_t planes;
 
-    int64_t tiles(int64_t lanes) const { return candidates * ceil_div(n, lanes); }
+    int64_t tiles(int64_t lanes) const { return (planes ? 1 : candidates) * ceil_div(n, lanes); }
+    int64_t rings(int64_t lanes) const { return tiles(lanes) * (planes ? planes : 1); }
 };
 
 // The flips of a tile of rows in one column: whether a row flipped its sign, and whether the sign is now positive.
@@ -46,7 +50,7 @@ struct Flips {
 
 struct SignScratch {
     Share* shares;  // one for each thread; error feedback
-    Flips* flips;   // one for each tile; coordinate descent
+    Flips* flips;   // one for each tile and plane; coordinate descent
     float* strips;  // [threads][columns][lanes]: some columns of H; coordinate descent
 };
 
@@ -54,11 +58,11 @@ inline SignScratch place_signs(const SignStep& c, int64_t lanes, int threads, Ar
     SignScratch s{};
     s.shares = arena.array<Share>(threads);
     if (!c.change) return s;
-    const int64_t tiles = c.tiles(lanes);
-    s.flips = arena.array<Flips>(tiles);
-    Flip* const rings = arena.array<Flip>(tiles * c.columns);
+    const int64_t count = c.rings(lanes);
+    s.flips = arena.array<Flips>(count);
+    Flip* const rings = arena.array<Flip>(count * c.columns);
     s.strips = arena.array<float>(threads * c.columns * lanes);
-    for (int64_t tile = 0; s.flips && tile < tiles; ++tile) s.flips[tile] = {rings + tile * c.columns, 0, 0, c.columns};
+    for (int64_t i = 0; s.flips && i < count; ++i) s.flips[i] = {rings + i * c.columns, 0, 0, c.columns};
     return s;
 }
 

@@ -107,6 +107,14 @@ struct SignTile {
     }
 };
 
+// Copies kStrip columns of H. H is symmetric: they are read as rows, in long streams.
+static inline void copy_strip(const SignStep& c, int64_t first, float* strip) {
+    const float* const rows = c.matrix + first * c.columns;
+    for (int64_t j = 0; j < c.columns; ++j) {
+        UNROLL (i, kStrip) strip[j * kStrip + i] = rows[i * c.columns + j];
+    }
+}
+
 // The work of one thread of the team in error feedback.
 static void choose_signs(const SignStep& c, const SignScratch& scratch, Team& team) {
     for (Units unit(scratch.shares, Split(c.tiles(kLanes), team), team); unit.next();) {
@@ -127,16 +135,19 @@ static void sweep_signs(const SignStep& c, const SignScratch& scratch, Team& tea
         }
     }
     for (int64_t first = 0; first < c.columns; first += kStrip) {
-        // H is symmetric: its columns are read as rows, in long streams.
-        const float* const rows = c.matrix + first * c.columns;
-        for (int64_t j = 0; j < c.columns; ++j) {
-            UNROLL (i, kStrip) strip[j * kStrip + i] = rows[i * c.columns + j];
-        }
+        copy_strip(c, first, strip);
         for (int64_t tile = begin; tile < end; ++tile) SignTile(c, tile).flip(first, strip, scratch.flips[tile]);
     }
 }
 
+#include "level_steps.h"
+
 static void run_signs(const SignStep& c, const SignScratch& scratch, Team& team) {
+    switch (c.planes) {
+        case 2: return run_levels<2>(c, scratch, team);
+        case 3: return run_levels<3>(c, scratch, team);
+        case 4: return run_levels<4>(c, scratch, team);
+    }
     if (c.change) {
         sweep_signs(c, scratch, team);
     } else {

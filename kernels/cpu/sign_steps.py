@@ -52,7 +52,7 @@ def choose_signs(
         "scale": scale,
         "sign": sign,
     }
-    _run({**tensors, "dots": dots, "norms": norms}, isa, threads)
+    run_step({**tensors, "dots": dots, "norms": norms}, isa, threads)
 
 
 def sweep_signs(
@@ -76,12 +76,21 @@ def sweep_signs(
         "sign": sign,
         "change": change,
     }
-    _run({**tensors, "dots": dots, "norms": norms}, isa, threads)
+    run_step({**tensors, "dots": dots, "norms": norms}, isa, threads)
 
 
-def _run(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None) -> None:
-    """Check the arguments of a step, and call the library."""
-    sizes = columns, _, rows = expect_sign_step(tensors, CPU)
+def run_step(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None, planes: int = 0) -> None:
+    """Check the arguments of a step, and call the library.
+
+    Args:
+        tensors: the arguments by name.
+        isa, threads: as in `choose_signs`.
+        planes: 0 for the steps of `sign_search.steps`, else the planes of `sign_search.levels`.
+
+    Raises:
+        BackendError: a tensor has another shape, dtype or layout.
+    """
+    sizes = columns, _, rows = expect_sign_step(tensors, CPU, planes)
     matrix = "factor" if "factor" in tensors else "hessian"
     names = ("target", "product", matrix, "pivots", "scale", "sign", "change", "dots", "norms")
     library = load()
@@ -89,6 +98,7 @@ def _run(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None) -> No
         library.isa if isa is None else isa,
         *(tensors[name].data_ptr() if name in tensors else None for name in names),
         *sizes,
+        planes,
         torch.get_num_threads() if threads is None else threads,
     )
     if status:

@@ -1,4 +1,4 @@
-"""The BWLA checkpoint format, version 1: names, shapes, dtypes and packing of the stored tensors.
+"""The BWLA checkpoint format, versions 1 and 2: names, shapes, dtypes and packing of the stored tensors.
 
 `layer` describes one stored linear, `packing` its signs, `schema` the `quantization_config` of
 config.json, `folder` checks a whole checkpoint by its safetensors headers. docs/format.md describes the format.

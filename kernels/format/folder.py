@@ -64,7 +64,7 @@ def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> di
     for key, entry in entries.items():
         if key.endswith(PACKED_SUFFIX):
             name = key.removesuffix(PACKED_SUFFIX)
-            rows, words = entry.shape if len(entry.shape) == 2 else (0, 0)
+            rows, words = (entry.shape[0], entry.shape[-1]) if len(entry.shape) in (2, 3) else (0, 0)
             has_bias = f"{name}.bias" in entries
             specs[name] = _spec_of(config, name, rows, words * PACK_FACTOR, has_bias, folder / entry.file)
     problem = next(_folder_problems(folder, entries, specs, config, raw_config), None)

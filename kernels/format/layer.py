@@ -14,6 +14,9 @@ UNQUANTIZED_BITS = 16
 ORTHOGONALITY_TOLERANCE = 1e-3
 """Largest allowed entry of |Q^T Q - I| for a stored rotation Q."""
 
+MAX_PLANES = 4
+"""Largest number of binary planes of a linear."""
+
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 SCALE_DTYPE = torch.bfloat16
@@ -41,6 +44,7 @@ class LayerSpec:
         bits: activation bits, 2..8, or 16 for unquantized.
         clip: fraction of the largest magnitude that the largest code represents, in (0, 1].
         bias: whether the linear has a bias.
+        planes: P, 1 to 4: the weight is a sum of P sign matrices, each with its own row scales.
 
     Raises:
         FormatError: at construction, if the sizes contradict each other.
@@ -55,6 +59,7 @@ class LayerSpec:
     bits: int = 6
     clip: float = 1.0
     bias: bool = False
+    planes: int = 1
 
     def __post_init__(self) -> None:
         if (
@@ -71,6 +76,8 @@ class LayerSpec:
             raise FormatError(
                 f"a rotation group must be a multiple of {PACK_FACTOR} columns wide, found {self.group_width}"
             )
+        if not 1 <= self.planes <= MAX_PLANES:
+            raise FormatError(f"planes must be 1..{MAX_PLANES}, found {self.planes}")
         if not 0.0 < self.clip <= 1.0:
             raise FormatError(f"clip must lie in (0, 1], found {self.clip}")
         if self.bits != UNQUANTIZED_BITS and not 2 <= self.bits <= 8:
@@ -96,11 +103,12 @@ class TensorSpec:
 
 
 def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
-    """Return the tensors that a layer stores, in a fixed order."""
+    """Return the tensors that a layer stores, in a fixed order; those of a single plane have no axis for it."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
+    row = (n,) if spec.planes == 1 else (n, spec.planes)
     specs = {
-        "weight_packed": TensorSpec((n, k // PACK_FACTOR), (torch.int32,)),
-        "weight_scale": TensorSpec((n,), (SCALE_DTYPE,)),
+        "weight_packed": TensorSpec((*row, k // PACK_FACTOR), (torch.int32,)),
+        "weight_scale": TensorSpec(row, (SCALE_DTYPE,)),
         "rotation_left": TensorSpec((spec.rotation_groups, spec.n1, spec.n1), (ROTATION_DTYPE,)),
         "rotation_right": TensorSpec((spec.rotation_groups, spec.n2, spec.n2), (ROTATION_DTYPE,)),
         "column_scale": TensorSpec((k,), (SCALE_DTYPE,)),

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from bwla_kernels.errors import FormatError
-from bwla_kernels.format.layer import LayerSpec
+from bwla_kernels.format.layer import MAX_PLANES, LayerSpec
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 QUANT_METHOD = "bwla"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Versions that can be read. Version 2 has `planes`; without it, version 1 is written."""
 
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 """Fields of `QuantizationArgs` that are written to config.json."""
@@ -23,7 +24,7 @@ Value = TypeVar("Value")
 
 
 def one_bit_weights() -> QuantizationArgs:
-    """Return the only weight format of version 1: one signed bit, one scale per row."""
+    """Return the only weight format: one signed bit, one scale per row, for each plane."""
     return QuantizationArgs(num_bits=1, type="int", symmetric=True, strategy="channel")
 
 
@@ -67,6 +68,7 @@ class BWLAFormat(BaseModel):
     Attributes:
         rotation: module-name suffix -> (G, n1, n2); the longest match wins. A linear without a match
             is not quantized.
+        planes: number of binary planes, one for all or by suffix; version 1 knows a single one.
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
         ignore: modules that are not quantized, by name or `re:` pattern (compressed-tensors' matching).
@@ -76,10 +78,11 @@ class BWLAFormat(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quant_method: Literal["bwla"] = "bwla"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 1
     weights: QuantizationArgs = Field(default_factory=one_bit_weights)
     input_activations: QuantizationArgs = Field(default_factory=lambda: activation_args(6))
     clip: float | dict[str, float] = 1.0
+    planes: int | dict[str, int] = 1
     rank: int | dict[str, int] = 0
     rotation: dict[str, tuple[int, int, int]]
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
@@ -115,6 +118,15 @@ class BWLAFormat(BaseModel):
                 raise ValueError(f"rotation sizes must be positive, found {suffix}: {list(sizes)}")
         return table
 
+    @model_validator(mode="after")
+    def _planes_need_version_2(self) -> "BWLAFormat":
+        counts = self.planes.values() if isinstance(self.planes, dict) else [self.planes]
+        if not all(1 <= count <= MAX_PLANES for count in counts):
+            raise ValueError(f"planes must be 1..{MAX_PLANES}, found {self.planes}")
+        if self.format_version == 1 and self.planes != 1:
+            raise ValueError(f"planes other than 1 need format_version 2, found {self.planes}")
+        return self
+
     @property
     def bits(self) -> int:
         """Activation bits, 2..8 or 16."""
@@ -136,10 +148,18 @@ class BWLAFormat(BaseModel):
         if sizes is None:
             return None
         rank = self.rank if isinstance(self.rank, int) else longest_suffix(self.rank, name) or 0
+        planes = self.planes if isinstance(self.planes, int) else longest_suffix(self.planes, name) or 1
         clip = self.clip if isinstance(self.clip, float) else longest_suffix(self.clip, name) or 1.0
         try:
             return LayerSpec(
-                out_features, in_features, *sizes, rank=rank, bits=self.bits, clip=clip, bias=bias
+                out_features,
+                in_features,
+                *sizes,
+                rank=rank,
+                bits=self.bits,
+                clip=clip,
+                bias=bias,
+                planes=planes,
             )
         except FormatError as error:
             raise FormatError(
@@ -150,6 +170,8 @@ class BWLAFormat(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary for config.json, without the defaults of the argument models."""
         data = self.model_dump(mode="json", exclude={"lm_head"})
+        if self.format_version == 1:
+            del data["planes"]
         for field in ("weights", "input_activations", "lm_head"):
             arguments = getattr(self, field)
             if arguments is not None:
@@ -173,9 +195,9 @@ def parse_config(config: Mapping[str, Any], source: str = "quantization_config")
             f"{source}: expected quant_method '{QUANT_METHOD}', found {config.get('quant_method')!r}: "
             "this is not a BWLA checkpoint, make one with bwla-convert"
         )
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in FORMAT_VERSIONS or isinstance(version, bool):
         raise FormatError(
-            f"{source}: expected format_version {FORMAT_VERSION}, found {version!r}: "
+            f"{source}: expected format_version {' or '.join(map(str, FORMAT_VERSIONS))}, found {version!r}: "
             "install the bwla release that wrote it, or convert the model again"
         )
     try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from bwla_kernels.sign_search.metric import Metric, Target
+from bwla_kernels.sign_search.planes import search_planes
 from bwla_kernels.sign_search.products import rounded_product, sign_product
 from bwla_kernels.sign_search.steps import blocks
 from torch import Tensor
@@ -30,12 +31,19 @@ class Effort:
         scale_factors: initial row scales for error feedback, in units of the row's mean magnitude. Empty: no error
             feedback, the signs are the weight's own.
         stages: (number of candidates, sweeps): the best candidates of each row go through that many sweeps.
+        plane_factors: initial scales for several planes, in units of `planes.INITIAL_SCALES` times the row's rms.
         exact: compute scales and errors without rounding at the end; otherwise they are as good as the search had them.
     """
 
     scale_factors: tuple[float, ...]
     stages: tuple[tuple[int, int], ...]
     exact: bool = True
+    plane_factors: tuple[float, ...] = (1.0,)
+
+    @property
+    def plane_sweeps(self) -> int:
+        """Return the sweeps that the best candidate of each row goes through."""
+        return sum(sweeps for _, sweeps in self.stages)
 
     @property
     def products(self) -> float:
@@ -58,11 +66,11 @@ class Effort:
 
 @dataclass(frozen=True)
 class BinaryWeight:
-    """Signs with one scale per row.
+    """The signs of P planes, each with one scale per row.
 
     Attributes:
-        sign: float32 [N, K], -1 or +1.
-        scale: float32 [N], positive.
+        sign: float32 [N, P, K], -1 or +1.
+        scale: float32 [N, P], positive, in descending order.
         error: f of each row, float32 [N].
     """
 
@@ -71,8 +79,11 @@ class BinaryWeight:
     error: Tensor
 
     def dequantize(self) -> Tensor:
-        """Return diag(scale) sign, float32 [N, K]."""
-        return self.scale.unsqueeze(1) * self.sign
+        """Return the sum over the planes of diag(scale) sign, float32 [N, K]."""
+        total = self.scale[:, :1] * self.sign[:, 0]
+        for plane in range(1, self.scale.shape[1]):
+            total.addcmul_(self.scale[:, plane : plane + 1], self.sign[:, plane])
+        return total
 
 
 @dataclass
@@ -121,12 +132,20 @@ class Candidates:
         )
 
 
-def gptq_binarize(target: Target, metric: Metric, effort: Effort) -> BinaryWeight:
-    """Binarize a weight with a small output error, a chunk of its rows at a time."""
+def gptq_binarize(target: Target, metric: Metric, effort: Effort, planes: int = 1) -> BinaryWeight:
+    """Binarize a weight with a small output error, a chunk of its rows at a time.
+
+    Args:
+        target: the weight.
+        metric: what the error is measured with.
+        effort: how thoroughly to search.
+        planes: the number of sign matrices whose scaled sum approximates the weight.
+    """
     rows, columns = target.weight.shape
-    chunk = max(1, row_chunk_elements(target.weight.device.type) // columns)
+    chunk = max(1, row_chunk_elements(target.weight.device.type) // (columns * planes))
     parts = [
-        _binarize_rows(target.rows(begin, begin + chunk), metric, effort) for begin in range(0, rows, chunk)
+        _binarize_rows(target.rows(begin, begin + chunk), metric, effort, planes)
+        for begin in range(0, rows, chunk)
     ]
     return BinaryWeight(
         torch.cat([part.sign for part in parts]),
@@ -135,7 +154,9 @@ def gptq_binarize(target: Target, metric: Metric, effort: Effort) -> BinaryWeigh
     )
 
 
-def _binarize_rows(target: Target, metric: Metric, effort: Effort) -> BinaryWeight:
+def _binarize_rows(target: Target, metric: Metric, effort: Effort, planes: int) -> BinaryWeight:
+    if planes > 1:
+        return BinaryWeight(*search_planes(target, metric, planes, effort.plane_factors, effort.plane_sweeps))
     candidates = (
         error_feedback(target, metric, effort.scale_factors)
         if effort.scale_factors
@@ -149,7 +170,9 @@ def _binarize_rows(target: Target, metric: Metric, effort: Effort) -> BinaryWeig
     if effort.exact:
         candidates = _evaluated(candidates.sign, target, metric)
     error = target.norms() - candidates.gain[0]
-    return BinaryWeight(candidates.sign[:, 0].mT.contiguous(), candidates.scale[0], error)
+    return BinaryWeight(
+        candidates.sign.permute(2, 1, 0).contiguous(), candidates.scale.mT.contiguous(), error
+    )
 
 
 def own_signs(target: Target) -> Tensor:

@@ -154,14 +154,15 @@ def _register(name: str, device: str, reference: Callable[..., None], backend: M
     def run(target: Tensor, *others: Tensor) -> None:
         able, reason = backend.can_run(target.device, len(target))
         if not able:
-            _warn_slow(reason)
+            warn_slow(reason)
         (step if able else reference)(target, *others)
 
     _LIBRARY.impl(name, run, device)
 
 
 @functools.cache
-def _warn_slow(reason: str) -> None:
+def warn_slow(reason: str) -> None:
+    """Warn, once for each reason, that the reference implementation is used."""
     log.warning(
         "signs are searched by the reference implementation, which is several times slower: %s", reason
     )

@@ -149,6 +149,8 @@ class TritonBackend:
             return False, reason
         if spec.bits == UNQUANTIZED_BITS:
             return False, "the Triton kernels need quantized activations (2 to 8 bits)"
+        if spec.planes > 1:
+            return False, f"the Triton kernels multiply with a single plane, found {spec.planes}"
         from bwla_kernels.triton.prepare_input import can_prepare
 
         covered, refusal = can_prepare(spec)

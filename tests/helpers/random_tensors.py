@@ -26,9 +26,10 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
     """Return a valid layer with random contents, in the stored dtypes."""
     generator = make_generator(seed)
     n, k, r = spec.out_features, spec.in_features, spec.rank
+    row = (n,) if spec.planes == 1 else (n, spec.planes)
     tensors = {
-        "weight_packed": pack_signs(torch.randint(0, 2, (n, k), generator=generator)),
-        "weight_scale": torch.rand(n, generator=generator) / k**0.5 + 0.01,
+        "weight_packed": pack_signs(torch.randint(0, 2, (*row, k), generator=generator)),
+        "weight_scale": torch.rand(row, generator=generator) / k**0.5 + 0.01,
         "rotation_left": random_rotation(spec.rotation_groups, spec.n1, generator),
         "rotation_right": random_rotation(spec.rotation_groups, spec.n2, generator),
         "column_scale": torch.rand(k, generator=generator) + 0.5,

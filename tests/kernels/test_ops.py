@@ -11,6 +11,8 @@ SPECS = [
     LayerSpec(33, 192, 2, 8, 12, rank=3, bias=True),
     LayerSpec(40, 512, 8, 8, 8, rank=1, bits=8, clip=0.9),
     LayerSpec(20, 352, 1, 16, 22, bits=16, rank=2),
+    LayerSpec(70, 192, 2, 8, 12, rank=3, bias=True, planes=3),
+    LayerSpec(20, 352, 1, 16, 22, bits=16, rank=2, planes=2),
 ]
 BACKENDS = [backend.name for backend in ops.backends()]
 CPU = torch.device("cpu")
@@ -26,7 +28,7 @@ def build(spec: LayerSpec, make_layer, name: str):
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.out_features}x{s.in_features}b{s.bits}")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.out_features}x{s.in_features}b{s.bits}p{s.planes}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [0, 1, 17])
 def test_backend_agrees_with_the_reference(
@@ -63,7 +65,7 @@ def test_torch_compile_sees_no_graph_break(make_layer, name: str) -> None:
     torch.testing.assert_close(compiled(x), backend.apply(x, prepared, spec) * 2)
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1]], ids=["plain", "full"])
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[1], SPECS[4]], ids=["plain", "full", "planes"])
 def test_opcheck_of_the_torch_op(spec: LayerSpec, make_layer) -> None:
     _, _, prepared = build(spec, make_layer, "torch")
     x = torch.randn(3, spec.in_features)

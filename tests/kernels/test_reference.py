@@ -1,5 +1,7 @@
 """Properties of the reference implementation itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bwla_kernels import reference
@@ -12,6 +14,8 @@ SPECS = [
     LayerSpec(33, 192, 2, 8, 12, rank=3, bias=True),
     LayerSpec(7, 512, 8, 8, 8, rank=1, bits=4, clip=0.9),
     LayerSpec(20, 352, 1, 16, 22, bits=16, rank=2),
+    LayerSpec(21, 192, 2, 8, 12, rank=2, bias=True, planes=3),
+    LayerSpec(9, 64, 1, 8, 8, bits=16, planes=4),
 ]
 
 
@@ -31,6 +35,21 @@ def test_rotating_input_and_weight_leaves_the_product_unchanged(spec: LayerSpec,
     torch.testing.assert_close(
         reference.rotate_back(reference.rotate(x, *sides), *sides), x, rtol=1e-5, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("planes", [2, 3, 4])
+def test_planes_add_up(planes: int, make_layer) -> None:
+    spec = LayerSpec(21, 192, 2, 8, 12, planes=planes)
+    layer, x = make_layer(spec, 3), torch.randn(5, 192, generator=torch.Generator().manual_seed(4))
+    one = replace(spec, planes=1)
+    parts = [
+        {**layer, "weight_packed": layer["weight_packed"][:, p], "weight_scale": layer["weight_scale"][:, p]}
+        for p in range(planes)
+    ]
+    y = sum(reference.linear(x, part, one) for part in parts)
+    torch.testing.assert_close(reference.linear(x, layer, spec), y, rtol=1e-5, atol=1e-5)
+    weight = sum(reference.dequantize(part, one) for part in parts)
+    torch.testing.assert_close(reference.dequantize(layer, spec), weight, rtol=1e-5, atol=1e-5)
 
 
 def test_rotation_is_l_transposed_x_r_row_major() -> None:
@@ -99,13 +118,15 @@ def test_linear_follows_the_formula(spec: LayerSpec, make_layer) -> None:
     layer = make_layer(spec, 3)
     x = torch.randn(4, spec.in_features, generator=torch.Generator().manual_seed(4))
     prepared = reference.prepare_input(x, layer, spec)
-    signs = unpack_signs(layer["weight_packed"], torch.float64)
+    signs = unpack_signs(layer["weight_packed"], torch.float64).view(spec.out_features, spec.planes, -1)
+    alpha = layer["weight_scale"].double().view(spec.out_features, spec.planes)
     width = spec.group_width
     y = torch.zeros(4, spec.out_features, dtype=torch.float64)
     for g in range(spec.rotation_groups):
         part = slice(g * width, (g + 1) * width)
-        y += prepared.scale[:, g : g + 1].double() * (prepared.q[:, part].double() @ signs[:, part].t())
-    y *= layer["weight_scale"].double()
+        for p in range(spec.planes):
+            dots = prepared.q[:, part].double() @ signs[:, p, part].t()
+            y += alpha[:, p] * prepared.scale[:, g : g + 1].double() * dots
     if spec.rank:
         y += x.double() @ layer["low_rank_a"].double().t() @ layer["low_rank_b"].double().t()
     if spec.bias:

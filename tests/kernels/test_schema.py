@@ -39,6 +39,17 @@ def test_layer_spec_takes_rank_and_clip_by_suffix() -> None:
     assert parsed.layer_spec("a.0.up_proj", 10, 64) is None
 
 
+def test_version_2_gives_planes_by_suffix() -> None:
+    parsed = parse_config(config(format_version=2, planes={"q_proj": 3}))
+    assert parsed.layer_spec("a.0.q_proj", 10, 64) == LayerSpec(10, 64, 1, 8, 8, rank=2, planes=3)
+    assert parsed.layer_spec("a.0.down_proj", 10, 256) == LayerSpec(10, 256, 2, 8, 16, rank=2)
+    assert parse_config(parsed.to_json()) == parsed
+
+
+def test_version_1_does_not_mention_planes() -> None:
+    assert "planes" not in config()
+
+
 def test_ignored_layers_have_no_spec() -> None:
     parsed = parse_config(config(ignore=["re:.*layers\\.0\\..*", "lm_head"]))
     assert parsed.layer_spec("model.layers.0.q_proj", 10, 64) is None
@@ -50,9 +61,12 @@ def test_ignored_layers_have_no_spec() -> None:
     ("changes", "sentence"),
     [
         ({"quant_method": "gptq"}, "expected quant_method 'bwla', found 'gptq'"),
-        ({"format_version": 2}, "expected format_version 1, found 2"),
-        ({"format_version": None}, "expected format_version 1, found None"),
-        ({"format_version": True}, "expected format_version 1, found True"),
+        ({"format_version": 3}, "expected format_version 1 or 2, found 3"),
+        ({"format_version": None}, "expected format_version 1 or 2, found None"),
+        ({"format_version": True}, "expected format_version 1 or 2, found True"),
+        ({"planes": 2}, "planes other than 1 need format_version 2, found 2"),
+        ({"format_version": 2, "planes": {"q_proj": 5}}, "planes must be 1..4, found {'q_proj': 5}"),
+        ({"format_version": 2, "planes": 0}, "planes must be 1..4, found 0"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"rotation": {"q_proj": [0, 8, 8]}}, "rotation sizes must be positive"),
         ({"rotation": {"q_proj": [8, 8]}}, "rotation.q_proj"),

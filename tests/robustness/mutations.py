@@ -338,7 +338,7 @@ def another_quantization(folder: Path, rng: random.Random) -> str:
         return f"config.json: quantized with {other['quant_method']}"
     rotation = {name: [sizes[0], 2 * sizes[1], sizes[2]] for name, sizes in table["rotation"].items()}
     change: dict[str, Any] = rng.choice(
-        [{"format_version": 2}, {"surprise": 1}, {"rank": table["rank"] + 1}, {"rotation": rotation},
+        [{"format_version": 3}, {"surprise": 1}, {"rank": table["rank"] + 1}, {"rotation": rotation},
          {"rotation": {}}, {"clip": 2.0}, {"weights": {"num_bits": 2}}, {"ignore": ["re:.*q_proj"]},
          {"input_activations": {**table["input_activations"], "num_bits": 9}}]
     )  # fmt: skip

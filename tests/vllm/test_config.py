@@ -71,8 +71,8 @@ def test_stored_config_is_read_back() -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"format_version": 2}, "expected format_version 1, found 2: install the bwla release"),
-        ({"format_version": None}, "expected format_version 1, found None"),
+        ({"format_version": 3}, "expected format_version 1 or 2, found 3: install the bwla release"),
+        ({"format_version": None}, "expected format_version 1 or 2, found None"),
         ({"quant_method": "gptq"}, "expected quant_method 'bwla', found 'gptq'"),
         ({"colour": "blue"}, "colour: Extra inputs are not permitted"),
         ({"rotation": None}, "rotation: Input should be a valid dictionary"),
@@ -139,9 +139,9 @@ def test_fused_layer_knows_its_parts(bare_layer: Callable[..., Any]) -> None:
     ("changes", "found"),
     [
         ({"ignore": ["k_proj"]}, "k_proj: not quantized"),
-        ({"rank": {"q_proj": 1}}, "k_proj: rotation (1, 8, 8), rank 0"),
+        ({"rank": {"q_proj": 1}}, "k_proj: rotation (1, 8, 8), planes 1, rank 0"),
         ({"rotation": {**ROTATION, "v_proj": (1, 4, 16)}}, "v_proj: rotation (1, 4, 16)"),
-        ({"clip": {"q_proj": 0.5}}, "q_proj: rotation (1, 8, 8), rank 2, clip 0.5"),
+        ({"clip": {"q_proj": 0.5}}, "q_proj: rotation (1, 8, 8), planes 1, rank 2, clip 0.5"),
     ],
 )
 def test_fused_parts_must_be_quantized_alike(

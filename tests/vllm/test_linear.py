@@ -35,9 +35,10 @@ ROTATION = {
 MAPPING = {"qkv_proj": [*QKV_ROWS], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-@pytest.fixture
-def config() -> BWLAConfig:
-    result = BWLAConfig(BWLAFormat(input_activations=activation_args(6), rank=2, rotation=ROTATION))
+@pytest.fixture(params=[1, 3], ids=["one plane", "three planes"])
+def config(request: pytest.FixtureRequest) -> BWLAConfig:
+    planes = {"format_version": 2, "planes": request.param} if request.param > 1 else {}
+    result = BWLAConfig(BWLAFormat(**planes, input_activations=activation_args(6), rank=2, rotation=ROTATION))
     result.packed_modules_mapping = MAPPING
     return result
 
@@ -263,6 +264,7 @@ def longer(tensor: Tensor, dim: int) -> Tensor:
     return torch.cat([tensor, tensor], dim)
 
 
+@pytest.mark.parametrize("config", [1], indirect=True, ids=["one plane"])
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize(
     ("kind", "name", "key", "change", "sentence"),

@@ -64,6 +64,7 @@ def random_cases(seed: int, count: int) -> Iterator[Case]:
             rank=rng.choice([0, 0, 1, 3, 4, 5, 16]),
             bits=rng.randint(2, 8),
             clip=rng.choice([1.0, 0.85]),
+            planes=rng.choice([1, 1, 2, 3, 4]),
         )
         yield (
             spec,

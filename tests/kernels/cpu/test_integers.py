@@ -4,17 +4,18 @@ import pytest
 import torch
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.cpu.library import Isa
-from bwla_kernels.format import LayerSpec, to_storage_dtype, unpack_signs
+from bwla_kernels.format import LayerSpec, tensor_specs, to_storage_dtype, unpack_signs
 from torch import Tensor
 
 
 def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
     """A layer with random signs; its input transform does not matter here."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
-    words = torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator).to(torch.int32)
+    shapes = {name: want.shape for name, want in tensor_specs(spec).items()}
+    words = torch.randint(-(2**31), 2**31, shapes["weight_packed"], generator=generator).to(torch.int32)
     tensors = {
         "weight_packed": words,
-        "weight_scale": torch.ones(n),
+        "weight_scale": torch.ones(shapes["weight_scale"]),
         "rotation_left": torch.zeros(spec.rotation_groups, spec.n1, spec.n1),
         "rotation_right": torch.zeros(spec.rotation_groups, spec.n2, spec.n2),
         "column_scale": torch.ones(k),
@@ -25,10 +26,14 @@ def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]
 
 
 def expected(q: Tensor, words: Tensor, spec: LayerSpec) -> Tensor:
-    """[M, G, N]; float32 holds these integers exactly: 127 * 65,536 < 2^24."""
+    """[M, G, N] or [M, G, P, N]; float32 holds these integers exactly: 127 * 65,536 < 2^24."""
     width, cells, signs = spec.group_width, q.float(), unpack_signs(words, torch.float32)
     parts = [slice(start, start + width) for start in range(0, spec.in_features, width)]
-    return torch.stack([cells[:, part] @ signs[:, part].t() for part in parts], 1).to(torch.int32)
+    planes = signs.view(spec.out_features, spec.planes, -1).unbind(1)
+    sums = [torch.stack([cells[:, part] @ plane[:, part].t() for plane in planes], 1) for part in parts]
+    return (
+        torch.stack(sums, 1).to(torch.int32).view(len(q), len(parts), *words.shape[1:-1], spec.out_features)
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -47,10 +47,12 @@ def exact_output(
 ) -> tuple[Tensor, Tensor]:
     """The GEMM in float64 without the bias, and the sum of the magnitudes of its terms."""
     shape = (spec.rotation_groups, spec.group_width)
-    signs = unpack_signs(layer["weight_packed"], torch.float64).unflatten(1, shape)
-    blocks = torch.einsum("mgk,ngk->mgn", q.double().unflatten(1, shape), signs) * scale.double()[..., None]
-    alpha = layer["weight_scale"].double()
-    y, size = blocks.sum(1) * alpha, blocks.abs().sum(1) * alpha
+    planes = (spec.out_features, spec.planes)
+    signs = unpack_signs(layer["weight_packed"], torch.float64).reshape(*planes, *shape)
+    sums = torch.einsum("mgk,npgk->mgnp", q.double().unflatten(1, shape), signs)
+    blocks = sums * scale.double()[..., None, None]
+    alpha = layer["weight_scale"].double().view(planes)
+    y, size = (blocks.sum(1) * alpha).sum(-1), (blocks.abs().sum(1) * alpha).sum(-1)
     if spec.rank:
         b = layer["low_rank_b"].double()
         y, size = y + u.double() @ b.t(), size + u.double().abs() @ b.t().abs()
@@ -69,9 +71,8 @@ def test_random_layers(variants: list[Isa], cases, make_layer, seed: int) -> Non
             assert_prepared(x, layer, spec, q, scale, u)
             y = kernel.binary_matmul(q, scale, u, packed, spec, isa=isa, threads=threads)
             want, size = exact_output(q, scale, u, layer, spec)
-            assert ((y - want).abs() <= (spec.rotation_groups + spec.rank + 4) * FLOAT_EPS * size).all(), (
-                where
-            )
+            terms = spec.planes * spec.rotation_groups + spec.rank + 4
+            assert ((y - want).abs() <= terms * FLOAT_EPS * size).all(), where
             whole = kernel.linear(x, packed, spec, isa=isa, threads=threads)
             assert whole.dtype == x.dtype
             assert torch.equal(whole, y.to(x.dtype)), where
@@ -189,7 +190,7 @@ def test_outputs_round_to_nearest_even(isa: Isa, dtype: torch.dtype) -> None:
 def test_the_op_is_registered_correctly(make_layer) -> None:
     layer, backend = make_layer(FULL, 8), CpuBackend()
     prepared, x = backend.prepare(layer, FULL), random_x(3, FULL.in_features, 9)
-    sizes = (FULL.out_features, FULL.rotation_groups, FULL.n1, FULL.n2, FULL.rank, FULL.bits, FULL.clip)
+    sizes = (FULL.out_features, FULL.rotation_groups, FULL.n1, FULL.n2, FULL.rank, FULL.bits, FULL.clip, 1)
     torch.library.opcheck(
         torch.ops.bwla.linear_cpu.default, (x, prepared["packed"], prepared["bias"], *sizes)
     )
