@@ -141,6 +141,7 @@ class Weights:
             self.bare.n1,
             self.bare.n2,
             0,
+            self.bare.planes,
             1.0,
         )
         sizes, function = ctypes.addressof(struct), library.handle.bwla_binary_matmul
