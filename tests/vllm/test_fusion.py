@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bwla_kernels.triton import launch
 from functorch.compile import make_boxed_func
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.activation import SiluAndMul
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.platforms import current_platform
 
-from bwla_vllm import fusion
+from bwla_vllm import fusion, linear
 
 WIDTH, INNER, TOKENS, EPSILON = 32, 64, 5, 1e-5
 
@@ -294,3 +295,12 @@ def test_vllm_runs_the_pass() -> None:
     assert not any("vllm_ir" in str(node.target) for node in graph.nodes)
     for a, b in zip(fused, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("additional", "on"), [({}, True), ({linear.DEPENDENT_SWITCH: False}, False), (None, True)]
+)
+def test_dependent_launch_can_be_turned_off(additional: dict[str, bool] | None, on: bool) -> None:
+    with launch.dependent_launch(True):
+        linear._switch_dependent_launch(additional)
+        assert (launch.trigger(True) != launch.OFF) is on

@@ -14,10 +14,8 @@ from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import BWLAFormat, activation_args
-from bwla_kernels.triton import launch
 from torch import Tensor
 
-from bwla_vllm import linear
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
 
@@ -391,12 +389,3 @@ def test_dummy_load_gives_a_valid_layer(config: BWLAConfig, stored: Stored) -> N
     y, _ = finish(layer)(tokens(HIDDEN))
     assert y.isfinite().all()
     assert y.std() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("additional", "on"), [({}, True), ({linear.DEPENDENT_SWITCH: False}, False), (None, True)]
-)
-def test_dependent_launch_can_be_turned_off(additional: dict[str, bool] | None, on: bool) -> None:
-    with launch.dependent_launch(True):
-        linear._switch_dependent_launch(additional)
-        assert (launch.trigger(True) != launch.OFF) is on
