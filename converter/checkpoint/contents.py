@@ -115,12 +115,21 @@ def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
     return parts, item[0]
 
 
+def describe_weights(planes: Iterable[int]) -> str:
+    """Describe the weights of linears with these numbers of planes: "1-bit weights", "weights of 1 to 3 planes"."""
+    counts = sorted(set(planes))
+    if counts == [1]:
+        return "1-bit weights"
+    return f"weights of {' to '.join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))} binary planes"
+
+
 def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
     """Describe a quantized linear as plain data."""
     return {
         "name": name,
         "shape": [spec.out_features, spec.in_features],
         "rotation": [spec.rotation_groups, spec.n1, spec.n2],
+        "planes": spec.planes,
         "rank": spec.rank,
         "activation_bits": spec.bits,
         "bits_per_weight": round(stored_bits(spec) / num_weights(spec), 4),

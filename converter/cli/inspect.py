@@ -208,18 +208,20 @@ def _layer_table(rows: list[dict[str, Any]], every: bool) -> Table:
 
     table = Table(title="quantized linears")
     table.add_column("linear", no_wrap=True)
-    for title in ("count", "N x K", "rotation", "rank", "bits / weight", "bytes"):
+    for title in ("count", "N x K", "rotation", "planes", "rank", "bits / weight", "bytes"):
         table.add_column(title, justify="right", no_wrap=True)
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         name = row["name"] if every else kind_of(row["name"])
-        kinds.setdefault((name, *row["shape"], *row["rotation"], row["rank"]), []).append(row)
-    for (name, n, k, rotation_groups, n1, n2, rank), members in kinds.items():
+        key = (name, *row["shape"], *row["rotation"], row["planes"], row["rank"])
+        kinds.setdefault(key, []).append(row)
+    for (name, n, k, rotation_groups, n1, n2, planes, rank), members in kinds.items():
         table.add_row(
             name,
             str(len(members)),
             f"{n} x {k}",
             f"{rotation_groups} x ({n1} x {n2})",
+            str(planes),
             str(rank),
             f"{members[0]['bits_per_weight']:.3f}",
             f"{sum(row['bytes'] for row in members):,}",

@@ -76,6 +76,7 @@ def build_report(
         **summary,
         "architecture": source.family.architecture,
         "provenance": provenance,
+        "planes": sorted({spec.planes for spec in contents.specs.values()}),
         "activation_bits": contents.format.bits,
         "head_bits": 8 if contents.format.lm_head is not None else 16,
         "bits": {part: round(bits, 5) for part, bits in contents.bits.items()},

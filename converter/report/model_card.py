@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bwla_converter.checkpoint.contents import Contents, kind_of
+from bwla_converter.checkpoint.contents import Contents, describe_weights, kind_of
 from bwla_converter.checkpoint.integrity import update_hash
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.report.data import PAGE_FILE, calibration_warning
@@ -58,7 +58,9 @@ def model_card(contents: Contents, metadata: Mapping[str, Any], location: str = 
     on_hub = HUB_ID.fullmatch(base) is not None and bool(provenance.revision)
     relation = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     fields: dict[str, Any] = {"pipeline_tag": "text-generation", **metadata, **relation}
-    data = ModelCardData(library_name="vllm", tags=["bwla", "1-bit", "vllm", "quantized"], **fields)
+    planes = {spec.planes for spec in contents.specs.values()}
+    tags = ["bwla", *(["1-bit"] if planes == {1} else []), "vllm", "quantized"]
+    data = ModelCardData(library_name="vllm", tags=tags, **fields)
     return (
         environment()
         .get_template("model_card.md")
@@ -66,6 +68,7 @@ def model_card(contents: Contents, metadata: Mapping[str, Any], location: str = 
             metadata=data.to_yaml(),
             title=base.rpartition("/")[2] or "A model",
             base=f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base}`",
+            weights=describe_weights(planes),
             activations="unquantized activations" if bits == 16 else f"{bits}-bit activations",
             contents=contents,
             provenance=provenance,
@@ -91,6 +94,8 @@ def command(contents: Contents) -> str:
         words += ["--calibration", str(calibration.get("source", ""))]
         for key, flag in CALIBRATION_FLAGS.items():
             words += [flag, str(calibration[key])] if key in calibration else []
+    if isinstance(format_.planes, int) and format_.planes > 1:
+        words += ["--planes", str(format_.planes)]
     if isinstance(format_.rank, int):
         words += ["--rank", str(format_.rank)]
     words += ["--abits", str(format_.bits)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bwla_converter.checkpoint.contents import kind_of
+from bwla_converter.checkpoint.contents import describe_weights, kind_of
 from bwla_converter.common.durations import duration
 from bwla_converter.report.charts import COLOURS, Series, line_chart
 from bwla_converter.report.layers import (
@@ -32,6 +32,7 @@ def render_page(report: Report) -> str:
         .render(
             report=report,
             base=report["provenance"]["base_model"] or "a model",
+            what=describe_weights(report["planes"]),
             tiles=_tiles(report),
             bit_colours=colours_of(report["bits"]),
             byte_colours=colours_of(sizes["before"]),

@@ -47,6 +47,10 @@ def test_a_checkpoint_with_two_planes(options: Options) -> None:
     assert (config["format_version"], config["planes"]) == (2, 2)
     assert read_contents(options.out).bits["signs"] == pytest.approx(2.0)
     assert summary.bits_per_weight > 2.0
+    card = (options.out / "README.md").read_text()
+    assert "with weights of 2 binary planes and 6-bit activations" in card
+    assert "--planes 2" in card
+    assert "weights of 2 binary planes</h1>" in (options.out / "bwla_report.html").read_text()
 
 
 def test_transformers_computes_with_the_sum_of_the_planes(options: Options) -> None:
