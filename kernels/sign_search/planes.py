@@ -14,8 +14,9 @@ from bwla_kernels.sign_search.products import rounded_product, sign_product
 from bwla_kernels.sign_search.steps import blocks
 from torch import Tensor
 
-INITIAL_SCALES = {2: (0.996, 0.498), 3: (1.172, 0.586, 0.293), 4: (1.340, 0.670, 0.335, 0.1675)}
-"""Scales of the best uniform quantizers of a Gaussian with unit variance (Max, 1960), by the number of planes."""
+INITIAL_SCALES = {2: (0.981, 0.529), 3: (1.172, 0.586, 0.293), 4: (1.340, 0.670, 0.335, 0.1675)}
+"""Scales of good quantizers of a Gaussian with unit variance, by the number of planes (Max, 1960): the best for two
+planes, the best uniform ones for more."""
 
 RIDGE = 1e-6
 """Added to G in units of its mean diagonal: planes with nearly the same signs share a scale."""
