@@ -47,6 +47,8 @@ class FastOptions:
         sweeps: sweeps of coordinate descent that a row's signs go through in the last round.
         gptq_signs: choose the initial signs with GPTQ's error feedback; otherwise they are the residual's own signs.
         damping: added to the diagonal of the Hessian, in units of its mean.
+        planes_damping: the same for several planes. What they leave is small beside the error that fitting the
+            calibration samples makes on other text, so they need more.
         target_damping: regularization of the target towards the original weight, in the same units; infinity keeps the
             original weight.
         compensate_residual_stream: also compensate the error accumulated in the residual stream.
@@ -61,6 +63,7 @@ class FastOptions:
     sweeps: int = 8
     gptq_signs: bool = True
     damping: float = 0.01
+    planes_damping: float = 0.04
     target_damping: float = 0.02
     compensate_residual_stream: bool = True
     column_scales: bool = True
@@ -191,7 +194,7 @@ def start_state(
     options: FastOptions,
 ) -> State:
     """Compute the target and the Hessian, learn the rotation, and rotate both. `spec` is that of `check_group`."""
-    hessian = moments.hessian(options.damping)
+    hessian = moments.hessian(options.damping if spec.planes == 1 else options.planes_damping)
     weight = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
     rotation = learn_rotation([weight], sizes, rounds=options.okt_rounds, generator=generator)
