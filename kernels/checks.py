@@ -28,14 +28,14 @@ MATRICES, SUMS = ("factor", "hessian"), ("scale", "dots", "norms")
 
 
 def expect_sign_step(
-    tensors: Mapping[str, Tensor], device: torch.device, planes: int = 0
+    tensors: Mapping[str, Tensor], device: torch.device, planes: bool = False
 ) -> tuple[int, int, int]:
     """Check the arguments of a step of the sign search by name, all float32 on `device` (see `sign_search.steps`).
 
     Args:
         tensors: the arguments.
         device: where they must be.
-        planes: 0, or the number of planes for a step of `sign_search.levels`: they take the place of the candidates.
+        planes: whether it is a step of `sign_search.levels`: planes take the place of the candidates.
 
     Returns: B columns, C candidates and N rows.
 
@@ -53,7 +53,7 @@ def expect_sign_step(
         "pivots": (columns,),
         **dict.fromkeys(MATRICES, (columns, columns)),
         **dict.fromkeys(SUMS, (candidates, rows)),
-        **({"norms": (planes, planes, rows)} if planes else {}),
+        **({"norms": (candidates, candidates, rows)} if planes else {}),
     }
     for name, tensor in tensors.items():
         expect(name, tensor, torch.float32, shapes.get(name, (columns, candidates, rows)), device)

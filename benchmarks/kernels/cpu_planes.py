@@ -9,6 +9,7 @@ median of the ratios within each round, since the speed of memory varies from se
 
 import argparse
 import statistics
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -45,16 +46,12 @@ def measure(rows: int, columns: int, tokens: int, budget: float, cold: int) -> l
             "m": tokens,
             "planes": planes,
             "us": round(statistics.median(times), 2),
-            "to_one_plane": round(statistics.median(map(_ratio, times, layers[0])), 3),
+            "to_one_plane": round(statistics.median(map(truediv, times, layers[0])), 3),
             "vllm_bf16_us": round(statistics.median(bf16), 2),
-            "bf16_to_bwla": round(statistics.median(map(_ratio, bf16, times)), 2),
+            "bf16_to_bwla": round(statistics.median(map(truediv, bf16, times)), 2),
         }
         for planes, times in zip(PLANES, layers, strict=True)
     ]
-
-
-def _ratio(time: float, other: float) -> float:
-    return time / other
 
 
 def main() -> None:

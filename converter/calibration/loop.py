@@ -45,8 +45,7 @@ class CalibrationLoop:
         seed: seed of the choice of samples.
         quantize_group: quantizes an input group; called in process 0 only, so that all processes get the same tensors.
         store: where the hidden states are kept; None for in memory.
-        follow_stream: whether the outputs that are added to the residual stream should also make up for how far it has
-            moved from the original's.
+        follow_stream: whether the outputs that are added to the residual stream also compensate its error.
 
     Attributes:
         ids: token ids of this process's samples [S, T].
@@ -142,8 +141,8 @@ class CalibrationLoop:
             for (inputs, stream_hat), (original_inputs, stream) in batches:
                 moments.add(inputs, original_inputs)
                 if pooled is not None and stream is not None and stream_hat is not None:
-                    lacking = (original_inputs.float() - inputs.float()) @ pooled.mT
-                    moments.add_error(inputs, lacking + stream - stream_hat)
+                    error = (original_inputs.float() - inputs.float()) @ pooled.mT
+                    moments.add_error(inputs, error + stream - stream_hat)
                 sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)

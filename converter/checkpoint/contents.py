@@ -116,7 +116,7 @@ def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
 
 
 def describe_weights(planes: Iterable[int]) -> str:
-    """Describe the weights of linears with these numbers of planes: "1-bit weights", "weights of 1 to 3 planes"."""
+    """Describe weights with these numbers of planes: "1-bit weights", or "weights of 1 to 3 binary planes"."""
     counts = sorted(set(planes))
     if counts == [1]:
         return "1-bit weights"

@@ -22,7 +22,7 @@ class Moments:
     Attributes:
         gram: sum of x_hat x_hat^T [K, K] over the inputs x_hat in the quantized model.
         cross_gram: sum of x x_hat^T [K, K] with the inputs x in the original model; None if they are not recorded.
-        error_cross_gram: sum of e x_hat^T [N, K], where e is what the output W x_hat lacks; None if it is not recorded.
+        error_cross_gram: sum of e x_hat^T [N, K], where e is the wanted output minus W x_hat; None if not recorded.
         count: number of tokens.
     """
 
@@ -46,7 +46,7 @@ class Moments:
         self.count += len(x_hat)
 
     def add_error(self, x_hat: Tensor, error: Tensor) -> None:
-        """Add what the outputs lack, [..., N], for the tokens of the last `add`."""
+        """Add the wanted outputs minus W x_hat, [..., N], for the tokens of the last `add`."""
         batch = error.flatten(0, -2).float().mT @ x_hat.flatten(0, -2).float()
         self.error_cross_gram = batch if self.error_cross_gram is None else self.error_cross_gram.add_(batch)
 

@@ -118,8 +118,7 @@ class FastRecipe:
         options, total = fast.FastOptions(), ComputeEstimate()
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
-            search = _binarization_compute(group, options.efforts, workload.device)
-            total += sum([search] * (group.planes - 1), search)
+            total += _binarization_compute(group, options.efforts, workload.device)
             total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
             total += _text_compute(group, workload.tokens)
         saved = 2 * workload.hidden_bytes * workload.source.num_layers
@@ -152,12 +151,12 @@ def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: 
     and element of H; the reference implementation moves 530 bytes per weight and sweep on top of its products.
     """
     product = 2.0 * group.rows * group.square
-    sweeps = sum(effort.sweeps for effort in efforts)
-    fast_flops = product * sum(effort.products for effort in efforts)
+    sweeps = group.planes * sum(effort.sweeps for effort in efforts)
+    fast_flops = group.planes * product * sum(effort.products for effort in efforts)
+    copied = _SEARCH_BYTES * group.planes * group.weights
     if device == "cpu" and available()[0]:
-        return ComputeEstimate(product * (2 + 0.2 * sweeps), _SEARCH_BYTES * group.weights, fast_flops)
-    moved = (_SEARCH_BYTES + sweeps * 530) * group.weights
-    return ComputeEstimate(2 * product, moved, fast_flops + sweeps * product)
+        return ComputeEstimate(product * (2 + 0.2 * sweeps), copied, fast_flops)
+    return ComputeEstimate(2 * product, copied + sweeps * 530 * group.weights, fast_flops + sweeps * product)
 
 
 def _quantize_group_bytes(group: GroupShape, device: str) -> float:

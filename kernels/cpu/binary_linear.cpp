@@ -318,10 +318,11 @@ BWLA_API int32_t bwla_sign_step(int32_t isa, const float* target, float* product
                                 float* norms, int64_t columns, int64_t candidates, int64_t n, int64_t planes,
                                 int32_t threads) {
     if (!bwla::supported().has(isa)) return bwla::kUnsupportedIsa;
-    if (planes && (planes < 2 || planes > 4)) return bwla::kBadArgument;
+    if (planes && (planes < 2 || planes > bwla::kMaxPlanes)) return bwla::kBadArgument;
     if (columns < 1 || columns > (change ? bwla::kMostColumns : bwla::kMaxBlock)) return bwla::kBadArgument;
     if (columns % bwla::kColumns || n < 1 || candidates < 1) return bwla::kBadArgument;
-    const bwla::SignStep step{target, product, matrix, pivots, scale, sign, change, dots, norms, columns, candidates, n, planes};
+    const bwla::SignStep step{target, product, matrix, pivots,  scale,      sign, change,
+                              dots,   norms,   columns, candidates, n, planes};
     const bwla::Variant variant = bwla::variant(isa);
     threads = threads < 1 ? 1 : threads;
     bwla::Arena measure{nullptr, 0};

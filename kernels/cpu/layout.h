@@ -32,6 +32,7 @@ constexpr int64_t kColumns = 32;  // columns of a step
 constexpr int64_t kStepBytes = 256;
 constexpr int64_t kTableBytes = 128;  // tables of one step and token: 8 groups of 4 columns, 16 entries each
 constexpr int kMaxTile = 4;           // digits of codes that one pass over a panel serves
+constexpr int64_t kMaxPlanes = 4;  // binary planes of a layer
 constexpr int64_t kGroup = 4;         // rows of low_rank_a side by side
 
 enum class Order { kRowMajor, kByteMajor };
@@ -48,7 +49,8 @@ struct Sizes {
     int64_t panels() const { return ceil_div(n, kRows); }
     int64_t tiles() const { return ceil_div(width(), 64); }  // AMX tiles that cover the columns of a group
     bool valid() const {
-        return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && planes >= 1 && planes <= 4 && (n1 * n2) % kColumns == 0;
+        return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && planes >= 1 && planes <= kMaxPlanes &&
+               (n1 * n2) % kColumns == 0;
     }
 
     // Offsets in bytes.

@@ -93,12 +93,8 @@ struct LevelTile {
     void descend(int64_t first, const float* strip, Flips* flips) const {
         V acc[P][kStrip];
         for (int p = 0; p < P; ++p) {
-            Flips& f = flips[p];
-            while (f.count && int64_t(f.first().column) >= first && int64_t(f.first().column) < first + kStrip) f.pop();
             for (int i = 0; i < kStrip; ++i) acc[p][i] = get(cell(c.product, first + i, p));
-            const int64_t whole = f.columns - f.front, ahead = f.count < whole ? f.count : whole;
-            accumulate_flips(acc[p], strip, f.ring + f.front, ahead);
-            accumulate_flips(acc[p], strip, f.ring, f.count - ahead);
+            receive(acc[p], strip, first, flips[p]);
         }
         Sums s = sums();
         for (int i = 0; i < kStrip; ++i) {
@@ -129,10 +125,8 @@ struct LevelTile {
                 }
             }
             for (int p = 0; p < P; ++p) {
-                const uint32_t flipped = nonzero_lanes(change[p]);
-                if (!flipped) continue;
+                if (!push_flips(flips[p], j, change[p])) continue;
                 UNROLL (other, kStrip) acc[p][other] = fma(set1(local[other]), change[p], acc[p][other]);
-                flips[p].push({uint32_t(j), uint16_t(flipped), uint16_t(positive_lanes(change[p]))});
             }
         }
         put(s);
@@ -157,15 +151,28 @@ static void run_levels(const SignStep& c, const SignScratch& scratch, Team& team
         for (int64_t tile = begin; tile < end; ++tile) {
             const LevelTile<P> levels(c, tile);
             for (int p = 0; p < P; ++p) {
-                const V change = levels.get(levels.cell(c.change, j, p));
-                const uint32_t flipped = nonzero_lanes(change);
-                if (!flipped) continue;
-                scratch.flips[tile * P + p].push({uint32_t(j), uint16_t(flipped), uint16_t(positive_lanes(change))});
+                push_flips(scratch.flips[tile * P + p], j, levels.get(levels.cell(c.change, j, p)));
             }
         }
     }
     for (int64_t first = 0; first < c.columns; first += kStrip) {
         copy_strip(c, first, strip);
-        for (int64_t tile = begin; tile < end; ++tile) LevelTile<P>(c, tile).descend(first, strip, scratch.flips + tile * P);
+        for (int64_t tile = begin; tile < end; ++tile) {
+            LevelTile<P>(c, tile).descend(first, strip, scratch.flips + tile * P);
+        }
+    }
+}
+
+// The work of one thread of the team in a step of the sign search.
+static void run_signs(const SignStep& c, const SignScratch& scratch, Team& team) {
+    switch (c.planes) {
+        case 2: return run_levels<2>(c, scratch, team);
+        case 3: return run_levels<3>(c, scratch, team);
+        case 4: return run_levels<4>(c, scratch, team);
+    }
+    if (c.change) {
+        sweep_signs(c, scratch, team);
+    } else {
+        choose_signs(c, scratch, team);
     }
 }

@@ -31,6 +31,30 @@ static inline void accumulate_flips(V (&acc)[kStrip], const float* b, const Flip
     UNROLL (i, kStrip) acc[i] = sum[i];
 }
 
+// The same for all flips that a strip has still to see. Those of its own columns in the last sweep leave the ring.
+static inline void receive(V (&acc)[kStrip], const float* strip, int64_t first, Flips& flips) {
+    while (flips.count && int64_t(flips.first().column) >= first && int64_t(flips.first().column) < first + kStrip)
+        flips.pop();
+    const int64_t whole = flips.columns - flips.front, ahead = flips.count < whole ? flips.count : whole;
+    accumulate_flips(acc, strip, flips.ring + flips.front, ahead);
+    accumulate_flips(acc, strip, flips.ring, flips.count - ahead);
+}
+
+// Adds the changes of a tile in one column to its flips; returns whether there are any.
+static inline bool push_flips(Flips& flips, int64_t column, V change) {
+    const uint32_t flipped = nonzero_lanes(change);
+    if (flipped) flips.push({uint32_t(column), uint16_t(flipped), uint16_t(positive_lanes(change))});
+    return flipped != 0;
+}
+
+// Copies kStrip columns of H. H is symmetric: they are read as rows, in long streams.
+static inline void copy_strip(const SignStep& c, int64_t first, float* strip) {
+    const float* const rows = c.matrix + first * c.columns;
+    for (int64_t j = 0; j < c.columns; ++j) {
+        UNROLL (i, kStrip) strip[j * kStrip + i] = rows[i * c.columns + j];
+    }
+}
+
 // A tile: up to kLanes rows of one candidate.
 struct SignTile {
     const SignStep& c;
@@ -76,13 +100,9 @@ struct SignTile {
 
     // Coordinate descent in a strip of columns from `first` on; `strip` [columns][kStrip] is that of H.
     void flip(int64_t first, const float* strip, Flips& flips) const {
-        while (flips.count && int64_t(flips.first().column) >= first && int64_t(flips.first().column) < first + kStrip)
-            flips.pop();
         V acc[kStrip];
         for (int i = 0; i < kStrip; ++i) acc[i] = get(c.product, first + i);
-        const int64_t whole = flips.columns - flips.front, ahead = flips.count < whole ? flips.count : whole;
-        accumulate_flips(acc, strip, flips.ring + flips.front, ahead);
-        accumulate_flips(acc, strip, flips.ring, flips.count - ahead);
+        receive(acc, strip, first, flips);
         const V scale = get(c.scale + at);
         V dots = get(c.dots + at), norms = get(c.norms + at);
         for (int i = 0; i < kStrip; ++i) {
@@ -93,27 +113,17 @@ struct SignTile {
                     gain = fma(from, gradient, negate(mul(scale, diagonal))),
                     change = where_positive(gain, mul(set1(-2.0f), from));
             put(c.change, j, change);
-            const uint32_t flipped = nonzero_lanes(change);
-            if (!flipped) continue;
+            if (!push_flips(flips, j, change)) continue;
             put(c.sign, j, add(from, change));
             dots = fma(change, dot, dots);
             norms = fma(change, fma(change, diagonal, mul(set1(2.0f), acc[i])), norms);
             UNROLL (other, kStrip) acc[other] = fma(set1(local[other]), change, acc[other]);
-            flips.push({uint32_t(j), uint16_t(flipped), uint16_t(positive_lanes(change))});
         }
         put(c.dots + at, dots);
         put(c.norms + at, norms);
         for (int i = 0; i < kStrip; ++i) put(c.product, first + i, acc[i]);
     }
 };
-
-// Copies kStrip columns of H. H is symmetric: they are read as rows, in long streams.
-static inline void copy_strip(const SignStep& c, int64_t first, float* strip) {
-    const float* const rows = c.matrix + first * c.columns;
-    for (int64_t j = 0; j < c.columns; ++j) {
-        UNROLL (i, kStrip) strip[j * kStrip + i] = rows[i * c.columns + j];
-    }
-}
 
 // The work of one thread of the team in error feedback.
 static void choose_signs(const SignStep& c, const SignScratch& scratch, Team& team) {
@@ -129,28 +139,11 @@ static void sweep_signs(const SignStep& c, const SignScratch& scratch, Team& tea
     float* const strip = scratch.strips + team.id * c.columns * kStrip;
     for (int64_t j = 0; j < c.columns; ++j) {
         for (int64_t tile = begin; tile < end; ++tile) {
-            const V change = SignTile(c, tile).get(c.change, j);
-            const uint32_t flipped = nonzero_lanes(change);
-            if (flipped) scratch.flips[tile].push({uint32_t(j), uint16_t(flipped), uint16_t(positive_lanes(change))});
+            push_flips(scratch.flips[tile], j, SignTile(c, tile).get(c.change, j));
         }
     }
     for (int64_t first = 0; first < c.columns; first += kStrip) {
         copy_strip(c, first, strip);
         for (int64_t tile = begin; tile < end; ++tile) SignTile(c, tile).flip(first, strip, scratch.flips[tile]);
-    }
-}
-
-#include "level_steps.h"
-
-static void run_signs(const SignStep& c, const SignScratch& scratch, Team& team) {
-    switch (c.planes) {
-        case 2: return run_levels<2>(c, scratch, team);
-        case 3: return run_levels<3>(c, scratch, team);
-        case 4: return run_levels<4>(c, scratch, team);
-    }
-    if (c.change) {
-        sweep_signs(c, scratch, team);
-    } else {
-        choose_signs(c, scratch, team);
     }
 }

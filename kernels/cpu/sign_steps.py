@@ -1,4 +1,6 @@
-"""The compiled steps of the sign search; `sign_search.steps` has the reference implementations and their arguments."""
+"""The compiled steps of the sign search; `sign_search.steps` and `sign_search.levels` define them."""
+
+from functools import partial
 
 import torch
 from bwla_kernels.checks import expect_sign_step
@@ -34,12 +36,14 @@ def choose_signs(
     norms: Tensor,
     isa: Isa | None = None,
     threads: int | None = None,
+    planes: bool = False,
 ) -> None:
     """Choose the signs of a block by error feedback; arguments as in `choose_signs_reference`, all contiguous.
 
     Args:
         isa: variant of the kernel; by default the loaded one.
         threads: threads to use; by default torch's number. Rows are independent: results do not depend on it.
+        planes: whether the tensors hold the planes of one candidate, as in `sign_search.levels`, instead of candidates.
 
     Raises:
         BackendError: a tensor has another shape, dtype or layout.
@@ -52,7 +56,7 @@ def choose_signs(
         "scale": scale,
         "sign": sign,
     }
-    run_step({**tensors, "dots": dots, "norms": norms}, isa, threads)
+    _run({**tensors, "dots": dots, "norms": norms}, isa, threads, planes)
 
 
 def sweep_signs(
@@ -66,6 +70,7 @@ def sweep_signs(
     norms: Tensor,
     isa: Isa | None = None,
     threads: int | None = None,
+    planes: bool = False,
 ) -> None:
     """Sweep through all signs; arguments as in `sweep_signs_reference` and `choose_signs`."""
     tensors = {
@@ -76,20 +81,15 @@ def sweep_signs(
         "sign": sign,
         "change": change,
     }
-    run_step({**tensors, "dots": dots, "norms": norms}, isa, threads)
+    _run({**tensors, "dots": dots, "norms": norms}, isa, threads, planes)
 
 
-def run_step(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None, planes: int = 0) -> None:
-    """Check the arguments of a step, and call the library.
+choose_levels = partial(choose_signs, planes=True)
+sweep_levels = partial(sweep_signs, planes=True)
 
-    Args:
-        tensors: the arguments by name.
-        isa, threads: as in `choose_signs`.
-        planes: 0 for the steps of `sign_search.steps`, else the planes of `sign_search.levels`.
 
-    Raises:
-        BackendError: a tensor has another shape, dtype or layout.
-    """
+def _run(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None, planes: bool) -> None:
+    """Check the arguments of a step, and call the library."""
     sizes = columns, _, rows = expect_sign_step(tensors, CPU, planes)
     matrix = "factor" if "factor" in tensors else "hessian"
     names = ("target", "product", matrix, "pivots", "scale", "sign", "change", "dots", "norms")
@@ -98,7 +98,7 @@ def run_step(tensors: dict[str, Tensor], isa: Isa | None, threads: int | None, p
         library.isa if isa is None else isa,
         *(tensors[name].data_ptr() if name in tensors else None for name in names),
         *sizes,
-        planes,
+        len(tensors["scale"]) if planes else 0,
         torch.get_num_threads() if threads is None else threads,
     )
     if status:

@@ -6,3 +6,4 @@
 #include "multiply.h"
 #include "head.h"
 #include "sign_steps.h"
+#include "level_steps.h"

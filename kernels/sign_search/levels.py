@@ -9,12 +9,10 @@ As in `steps`, tensors are transposed, [K, P, N], the functions here define the 
 CPU computes the same but for ties and the order of sums. On other devices the reference implementation runs.
 """
 
-from collections.abc import Callable
-
 import torch
-from bwla_kernels.cpu import level_steps as cpu
+from bwla_kernels.cpu import sign_steps as cpu
 from bwla_kernels.precision import fast_products
-from bwla_kernels.sign_search.steps import blocks, warn_slow
+from bwla_kernels.sign_search.steps import blocks, register_step
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -116,21 +114,13 @@ def sweep_levels_reference(
             product[block] += hessian[block, j, None, None] * change[j]
 
 
-def _register(name: str, reference: Callable[..., None], compiled: Callable[..., None]) -> None:
-    """Register a step: the compiled kernel where it can run, else the reference implementation, with a warning."""
-
-    def run(target: Tensor, *others: Tensor) -> None:
-        able, reason = cpu.can_run(target.device, len(target))
-        if not able:
-            warn_slow(reason)
-        (compiled if able else reference)(target, *others)
-
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bwla::{name}", lambda *_: None, lib=_LIBRARY)
-
-
-_register("choose_levels", choose_levels_reference, cpu.choose_levels)
-_register("sweep_levels", sweep_levels_reference, cpu.sweep_levels)
+for _name, _reference in (
+    ("choose_levels", choose_levels_reference),
+    ("sweep_levels", sweep_levels_reference),
+):
+    torch.library.register_fake(f"bwla::{_name}", lambda *_: None, lib=_LIBRARY)
+    for _device in ("CPU", "CUDA"):
+        register_step(_name, _device, _reference, cpu)
 
 choose_levels = torch.ops.bwla.choose_levels.default
 sweep_levels = torch.ops.bwla.sweep_levels.default

@@ -8,10 +8,10 @@ of each row goes through coordinate descent.
 from dataclasses import dataclass
 
 import torch
+from bwla_kernels.sign_search.feedback import feed_back
 from bwla_kernels.sign_search.levels import choose_levels, sweep_levels
 from bwla_kernels.sign_search.metric import Metric, Target
-from bwla_kernels.sign_search.products import rounded_product, sign_product
-from bwla_kernels.sign_search.steps import blocks
+from bwla_kernels.sign_search.products import rounded_product, row_major, sign_product
 from torch import Tensor
 
 INITIAL_SCALES = {2: (0.981, 0.529), 3: (1.172, 0.586, 0.293), 4: (1.340, 0.670, 0.335, 0.1675)}
@@ -81,7 +81,7 @@ def search_planes(
         found = tried if found is None else found.better(tried)
     assert found is not None
     found = coordinate_descent(found, target, metric, sweeps)
-    exact = _evaluated(found.sign, sign_product(metric.hessian, _row_major(found.sign)), target)
+    exact = _evaluated(found.sign, sign_product(metric.hessian, row_major(found.sign)), target)
     scale = exact.scale
     error = target.norms() - exact.gain(scale)
     return *_sorted(exact.sign, scale), error
@@ -89,25 +89,9 @@ def search_planes(
 
 def error_feedback(target: Target, metric: Metric, scale: Tensor) -> PlaneWeight:
     """Choose signs column by column from the initial scales, float32 [P, N]."""
-    rows, columns = target.weight.shape
-    planes = len(scale)
-    sign = target.weight.new_empty(columns, planes, rows)
-    row_major = target.weight.new_empty(planes * rows, columns)
+    planes, rows = scale.shape
     dots, norms = torch.zeros_like(scale), scale.new_zeros(planes, planes, rows)
-    for block in blocks(columns, sign.device):
-        before, through = slice(0, block.start), slice(0, block.stop)
-        product = rounded_product(metric.factor[before, block].mT, row_major[:, before])
-        choose_levels(
-            rounded_product(metric.factor[through, block].mT, target.weight[:, through]),
-            product.view(-1, planes, rows),
-            metric.factor[block, block].contiguous(),
-            metric.pivots[block],
-            scale,
-            sign[block],
-            dots,
-            norms,
-        )
-        row_major[:, block] = sign[block].flatten(1).mT
+    sign = feed_back(choose_levels, target, metric, scale, dots, norms)
     return PlaneWeight(sign, dots, norms)
 
 
@@ -115,7 +99,7 @@ def coordinate_descent(start: PlaneWeight, target: Target, metric: Metric, sweep
     """Sweep through the columns; before each sweep the scales are fitted anew. Changes `start` in place."""
     if not sweeps:
         return start
-    product = rounded_product(metric.hessian, _row_major(start.sign)).view_as(start.sign)
+    product = rounded_product(metric.hessian, row_major(start.sign)).view_as(start.sign)
     state, change = _evaluated(start.sign, product, target), torch.zeros_like(start.sign)
     for _ in range(sweeps):
         sweep_levels(
@@ -139,11 +123,6 @@ def _evaluated(sign: Tensor, product: Tensor, target: Target) -> PlaneWeight:
         [torch.stack([(plane * other).sum(0) for other in product.unbind(1)]) for plane in sign.unbind(1)]
     )
     return PlaneWeight(sign, dots, (norms + norms.transpose(0, 1)) / 2)
-
-
-def _row_major(sign: Tensor) -> Tensor:
-    """Return signs [K, P, N] as [P N, K], contiguous."""
-    return sign.flatten(1).mT.contiguous()
 
 
 def _sorted(sign: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

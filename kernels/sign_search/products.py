@@ -29,3 +29,8 @@ def sign_product(matrix: Tensor, signs: Tensor) -> Tensor:
         sums = rounded_product(torch.cat([high, part - high]), signs)
         torch.add(sums[: len(part)], sums[len(part) :], out=out)
     return product
+
+
+def row_major(sign: Tensor) -> Tensor:
+    """Return signs [K, C, N] as [C N, K], contiguous."""
+    return sign.flatten(1).mT.contiguous()

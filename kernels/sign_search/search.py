@@ -8,10 +8,10 @@ smallest final error is not known in advance, so several candidates of a row tak
 from dataclasses import dataclass
 
 import torch
+from bwla_kernels.sign_search.feedback import feed_back
 from bwla_kernels.sign_search.metric import Metric, Target
 from bwla_kernels.sign_search.planes import search_planes
-from bwla_kernels.sign_search.products import rounded_product, sign_product
-from bwla_kernels.sign_search.steps import blocks
+from bwla_kernels.sign_search.products import rounded_product, row_major, sign_product
 from torch import Tensor
 
 
@@ -182,26 +182,10 @@ def own_signs(target: Target) -> Tensor:
 
 def error_feedback(target: Target, metric: Metric, scale_factors: tuple[float, ...]) -> Candidates:
     """Choose signs column by column, see `metric`; one candidate for each initial scale."""
-    rows, columns = target.weight.shape
     mean = target.weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.stack([factor * mean for factor in scale_factors])
-    sign = target.weight.new_empty(columns, len(scale), rows)
-    row_major = target.weight.new_empty(scale.numel(), columns)
     dots, norms = torch.zeros_like(scale), torch.zeros_like(scale)
-    for block in blocks(columns, sign.device):
-        before, through = slice(0, block.start), slice(0, block.stop)
-        product = rounded_product(metric.factor[before, block].mT, row_major[:, before])
-        torch.ops.bwla.choose_signs(
-            rounded_product(metric.factor[through, block].mT, target.weight[:, through]),
-            product.view(-1, *scale.shape),
-            metric.factor[block, block].contiguous(),
-            metric.pivots[block],
-            scale,
-            sign[block],
-            dots,
-            norms,
-        )
-        row_major[:, block] = sign[block].flatten(1).mT
+    sign = feed_back(torch.ops.bwla.choose_signs, target, metric, scale, dots, norms)
     return Candidates(sign, dots, norms)
 
 
@@ -210,7 +194,7 @@ def coordinate_descent(candidates: Candidates, target: Target, metric: Metric, s
     if not sweeps:
         return candidates
     if candidates.product is None:
-        product = rounded_product(metric.hessian, _row_major(candidates.sign))
+        product = rounded_product(metric.hessian, row_major(candidates.sign))
         candidates = _fitted(candidates.sign, product.view_as(candidates.sign), target)
     if candidates.change is None:
         candidates.change = torch.zeros_like(candidates.sign)
@@ -230,7 +214,7 @@ def coordinate_descent(candidates: Candidates, target: Target, metric: Metric, s
 
 def _evaluated(sign: Tensor, target: Target, metric: Metric) -> Candidates:
     """Return candidates with the signs [K, C, N] and everything that they have without rounding."""
-    product = sign_product(metric.hessian, _row_major(sign))
+    product = sign_product(metric.hessian, row_major(sign))
     return _fitted(sign, product.view_as(sign), target)
 
 
@@ -239,8 +223,3 @@ def _fitted(sign: Tensor, product: Tensor, target: Target) -> Candidates:
     dots = torch.stack([(candidate * target.hessian_product).sum(0) for candidate in sign.unbind(1)])
     norms = torch.stack([(s * hs).sum(0) for s, hs in zip(sign.unbind(1), product.unbind(1), strict=True)])
     return Candidates(sign, dots, norms, product)
-
-
-def _row_major(sign: Tensor) -> Tensor:
-    """Return signs [K, C, N] as [C N, K], contiguous."""
-    return sign.flatten(1).mT.contiguous()

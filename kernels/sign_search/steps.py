@@ -147,22 +147,21 @@ def sweep_signs_reference(
         )
 
 
-def _register(name: str, device: str, reference: Callable[..., None], backend: ModuleType) -> None:
+def register_step(name: str, device: str, reference: Callable[..., None], backend: ModuleType) -> None:
     """Register a backend's step for a device type; where it cannot run, the reference does, with a warning."""
     step = getattr(backend, name)
 
     def run(target: Tensor, *others: Tensor) -> None:
         able, reason = backend.can_run(target.device, len(target))
         if not able:
-            warn_slow(reason)
+            _warn_slow(reason)
         (step if able else reference)(target, *others)
 
     _LIBRARY.impl(name, run, device)
 
 
 @functools.cache
-def warn_slow(reason: str) -> None:
-    """Warn, once for each reason, that the reference implementation is used."""
+def _warn_slow(reason: str) -> None:
     log.warning(
         "signs are searched by the reference implementation, which is several times slower: %s", reason
     )
@@ -174,10 +173,10 @@ def _fake(*_: Tensor) -> None:
 
 for _name in ("choose_signs", "flip_signs", "sweep_signs"):
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=_LIBRARY)
-_register("choose_signs", "CPU", choose_signs_reference, cpu)
-_register("sweep_signs", "CPU", sweep_signs_reference, cpu)
-_register("choose_signs", "CUDA", choose_signs_reference, triton)
-_register("flip_signs", "CUDA", flip_signs_reference, triton)
+register_step("choose_signs", "CPU", choose_signs_reference, cpu)
+register_step("sweep_signs", "CPU", sweep_signs_reference, cpu)
+register_step("choose_signs", "CUDA", choose_signs_reference, triton)
+register_step("flip_signs", "CUDA", flip_signs_reference, triton)
 # A sweep is made of the flips in its blocks.
 _LIBRARY.impl("flip_signs", flip_signs_reference, "CPU")
 _LIBRARY.impl("sweep_signs", sweep_signs_reference, "CUDA")

@@ -69,8 +69,8 @@ def test_a_group_is_quantized_for_its_inputs_in_the_quantized_model(source: Sour
     torch.testing.assert_close(moments.gram, x_hat.mT @ x_hat)
     assert moments.cross_gram is None
     # Up to the group the layers differ in up_proj alone, so the residual streams agree.
-    lacking = (x - x_hat) @ tensors[f"{NAME}.weight"].float().mT
-    torch.testing.assert_close(moments.error_cross_gram, lacking.mT @ x_hat)
+    error = (x - x_hat) @ tensors[f"{NAME}.weight"].float().mT
+    torch.testing.assert_close(moments.error_cross_gram, error.mT @ x_hat)
     torch.testing.assert_close(inputs, x_hat)
     assert result.inputs is inputs
     linear = quantized.linear(NAME)

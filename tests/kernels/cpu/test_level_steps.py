@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from bwla_kernels.cpu.level_steps import choose_levels, sweep_levels
 from bwla_kernels.cpu.library import Isa
+from bwla_kernels.cpu.sign_steps import choose_levels, sweep_levels
 from bwla_kernels.errors import BackendError
 from bwla_kernels.sign_search.levels import choose_levels_reference, sweep_levels_reference
 from hypothesis import HealthCheck, given, settings
