@@ -8,7 +8,7 @@ from bwla_kernels.sign_search.steps import blocks
 from torch import Tensor
 
 
-def feed_back(
+def gptq_signs(
     step: Callable[..., None], target: Target, metric: Metric, scale: Tensor, dots: Tensor, norms: Tensor
 ) -> Tensor:
     """Choose signs column by column, see `metric`.

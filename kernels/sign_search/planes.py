@@ -8,7 +8,7 @@ of each row goes through coordinate descent.
 from dataclasses import dataclass
 
 import torch
-from bwla_kernels.sign_search.feedback import feed_back
+from bwla_kernels.sign_search.feedback import gptq_signs
 from bwla_kernels.sign_search.levels import choose_levels, sweep_levels
 from bwla_kernels.sign_search.metric import Metric, Target
 from bwla_kernels.sign_search.products import rounded_product, row_major, sign_product
@@ -91,7 +91,7 @@ def error_feedback(target: Target, metric: Metric, scale: Tensor) -> PlaneWeight
     """Choose signs column by column from the initial scales, float32 [P, N]."""
     planes, rows = scale.shape
     dots, norms = torch.zeros_like(scale), scale.new_zeros(planes, planes, rows)
-    sign = feed_back(choose_levels, target, metric, scale, dots, norms)
+    sign = gptq_signs(choose_levels, target, metric, scale, dots, norms)
     return PlaneWeight(sign, dots, norms)
 
 

@@ -8,7 +8,7 @@ smallest final error is not known in advance, so several candidates of a row tak
 from dataclasses import dataclass
 
 import torch
-from bwla_kernels.sign_search.feedback import feed_back
+from bwla_kernels.sign_search.feedback import gptq_signs
 from bwla_kernels.sign_search.metric import Metric, Target
 from bwla_kernels.sign_search.planes import search_planes
 from bwla_kernels.sign_search.products import rounded_product, row_major, sign_product
@@ -185,7 +185,7 @@ def error_feedback(target: Target, metric: Metric, scale_factors: tuple[float, .
     mean = target.weight.abs().mean(1).clamp_min(torch.finfo(torch.float32).tiny)
     scale = torch.stack([factor * mean for factor in scale_factors])
     dots, norms = torch.zeros_like(scale), torch.zeros_like(scale)
-    sign = feed_back(torch.ops.bwla.choose_signs, target, metric, scale, dots, norms)
+    sign = gptq_signs(torch.ops.bwla.choose_signs, target, metric, scale, dots, norms)
     return Candidates(sign, dots, norms)
 
 
