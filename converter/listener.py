@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bwla_converter.allocation.stage import Allocation
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
 from bwla_converter.planning.plan import ConversionPlan
@@ -44,6 +45,15 @@ class Listener:
 
     def quantizing(self) -> None:
         """All checks have passed; quantization starts."""
+
+    def measuring(self, steps: int) -> None:
+        """The sensitivities of the input groups are being measured, in `steps` steps."""
+
+    def measured(self) -> None:
+        """One step of the measurement is done."""
+
+    def allocated(self, allocation: Allocation) -> None:
+        """The planes of every input group are known, and a loss has been predicted."""
 
     def layer_started(self, index: int) -> None:
         """Quantization of decoder layer `index` starts."""

@@ -1,6 +1,6 @@
 """Options of a conversion, and what it returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -35,10 +35,16 @@ class Options:
         recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
             than 1 need the recipe "fast".
+        target_bits: stored bits per quantized weight, everything counted, that the planes of the input groups may take
+            together; each group gets as many as pay off most. Excludes `planes` and `target_loss`. None: `planes`.
+        target_loss: increase of the loss, in nats per token, that the planes are chosen for; the fewest that are
+            predicted to keep within it. Excludes `planes` and `target_bits`. None: `planes`.
         rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest
             that keeps the whole model within 1.16 bits per weight, or `planes` + 0.2 for several planes, lowered to a
-            multiple of 16 if a GPU would have to pad it by more than half of the last 16 columns.
-        bits: bits of the activations, 2 to 8, or 16 to leave them unquantized.
+            multiple of 16 if a GPU would have to pad it by more than half of the last 16 columns. With `target_bits` or
+            `target_loss`: 0, as bits gain more in planes, or what 4 planes everywhere leave of `target_bits`.
+        bits: bits of the activations, 2 to 8, or 16 to leave them unquantized. None: 6, or 8 where `target_loss` is
+            reached with fewer planes that way.
         clip: clipping ratio of the activations: their quantization range as a fraction of the largest magnitude, above
             0 and at most 1. None: 1, or one chosen for each input group if `bits` is at most 4 and the recipe uses
             calibration text.
@@ -70,8 +76,10 @@ class Options:
     out: Path
     recipe: RecipeName = "paper"
     planes: int = 1
+    target_bits: float | None = None
+    target_loss: float | None = None
     rank: int | None = None
-    bits: int = 6
+    bits: int | None = None
     clip: float | None = None
     seed: int = 0
     overwrite: bool = False
@@ -89,6 +97,11 @@ class Options:
     report: bool = True
     text_samples: int | None = None
     hub_repo: str | None = None
+
+    @property
+    def allocates(self) -> bool:
+        """Whether the planes of each input group are chosen for a size or for a loss."""
+        return self.target_bits is not None or self.target_loss is not None
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,11 @@ class Summary:
         bytes_before: size of the original's tensors in bytes.
         bytes_after: size of the result's tensors in bytes.
         seconds: time in seconds, over all sessions of a resumed conversion.
+        activation_bits: bits of the activations.
+        planes: number of planes -> quantized weights with that many.
+        predicted_loss: predicted increase of the loss in nats per token; None without calibration text.
+        measured_loss: the same, measured on calibration text that the conversion did not use; None where there is none.
+        predicted_losses: bits per weight -> the loss that `--bits` of that many is predicted to have.
         linears: the quantized linears, in execution order.
     """
 
@@ -135,3 +153,8 @@ class Summary:
     bytes_after: int
     seconds: float
     linears: list[LinearReport]
+    activation_bits: int = 6
+    planes: dict[int, int] = field(default_factory=dict)
+    predicted_loss: float | None = None
+    measured_loss: float | None = None
+    predicted_losses: dict[float, float] = field(default_factory=dict)

@@ -1,14 +1,16 @@
 """The conversion: check everything, then read, quantize and write one decoder layer at a time; finish and verify."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.allocation.stage import check_targets
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
 from bwla_converter.checkpoint.layout import Shards, output_config, quantized_head, verify
@@ -16,6 +18,7 @@ from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, chec
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.devices import choose_device
 from bwla_converter.common.threads import choose_threads, use_threads
+from bwla_converter.conversion import Conversion, allocated, losses
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
@@ -26,33 +29,14 @@ from bwla_converter.resume.fingerprint import changed_file, code_version, machin
 from bwla_converter.resume.manifest import Inputs, LayerReport, WorkError, arguments_of
 from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
 from bwla_converter.source.model import Source, check_values, open_source
+from bwla_kernels.format.layer import MAX_PLANES
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
 
+PLANES_UNKNOWN = 3
+"""Planes that cost is predicted for where `--loss` decides, which is not known before the sensitivities are."""
+
 RecipeFactory = Callable[[Options, Source, ActivationStore], Recipe]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What the steps of a conversion share.
-
-    Attributes:
-        options: the options of the caller.
-        source: the model to convert.
-        plan: what will be written.
-        recipe: quantizes the input groups of one decoder layer after another.
-        device: where the recipe computes.
-        listener: receives the progress.
-        processes: the processes that share the calibration samples.
-    """
-
-    options: Options
-    source: Source
-    plan: ConversionPlan
-    recipe: Recipe
-    device: torch.device
-    listener: Listener
-    processes: Processes
 
 
 def convert(
@@ -85,7 +69,8 @@ def convert(
         KeyboardInterrupt: raised by the listener or by a signal; finished layers can be resumed from.
     """
     listener, processes = listener or Listener(), processes or Processes()
-    check_recipe(options.recipe, options.calibration, options.planes)
+    check_targets(options)
+    check_recipe(options.recipe, options.calibration, 2 if options.allocates else options.planes)
     device = choose_device(options.device)
     if not check_work(options.out, options.resume, options.restart):
         check_output(options.out, options.overwrite)
@@ -114,14 +99,15 @@ def _convert(
     budget = _check_budget(options, source, plan, device)
     listener.budgeted(budget)
     on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
-    recipe = recipe_factory(options, source, ActivationStore(on_disk, device, processes))
+    store = ActivationStore(on_disk, device, processes)
+    recipe = recipe_factory(options, source, store)
     plan = _with_calibration(plan, recipe.calibration)
-    conversion = Conversion(options, source, plan, recipe, device, listener, processes)
+    conversion = Conversion(options, source, plan, recipe, listener, store)
     with open_work(options.out, _inputs(conversion), options.restart) as work:
         if not work.is_published():
             check_output(options.out, options.overwrite)
             _check_source(conversion, work)
-        summary = _complete(conversion, work)
+        summary = _complete(allocated(conversion, work), work)
         if not work.is_published():
             check_output(options.out, options.overwrite)  # it may have been created in the meantime
         work.publish()
@@ -144,8 +130,9 @@ def follow(options: Options, processes: Processes) -> None:
 def _follow(
     options: Options, source: Source, plan: ConversionPlan, device: torch.device, processes: Processes
 ) -> None:
-    recipe = make_recipe(options, source, ActivationStore(None, device, processes))
-    conversion = Conversion(options, source, plan, recipe, device, Listener(), processes)
+    store = ActivationStore(None, device, processes)
+    recipe = make_recipe(options, source, store)
+    conversion = allocated(Conversion(options, source, plan, recipe, Listener(), store), None)
     restored, *done = processes.broadcast_flags([False] * (source.num_layers + 1))
     if restored:
         recipe.restore({})
@@ -161,6 +148,7 @@ def _threads(options: Options, plan: ConversionPlan) -> int:
 
 
 def _make_plan(options: Options, source: Source) -> ConversionPlan:
+    targets = {"bits": options.target_bits, "loss": options.target_loss}
     provenance = Provenance(
         base_model=source.name,
         revision=source.revision,
@@ -168,10 +156,13 @@ def _make_plan(options: Options, source: Source) -> ConversionPlan:
         seed=options.seed,
         bwla_version=version("bwla"),
         calibration={},
+        allocation={key: value for key, value in targets.items() if value is not None},
     )
-    return make_plan(
-        source, options.rank, options.bits, options.clip, provenance, options.head_bits, options.planes
-    )
+    rank, planes = options.rank, options.planes
+    if options.allocates:
+        # Until the planes of each group are known, memory and time are predicted for as many in all of them.
+        rank, planes = rank or 0, min(math.ceil(options.target_bits or PLANES_UNKNOWN), MAX_PLANES)
+    return make_plan(source, rank, options.bits, options.clip, provenance, options.head_bits, planes)
 
 
 def _with_calibration(plan: ConversionPlan, calibration: Mapping[str, object]) -> ConversionPlan:
@@ -224,6 +215,9 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         bytes_after=work.writer.total_size,
         seconds=round(work.seconds, 1),
         linears=[linear for report in reports for linear in report.linears],
+        activation_bits=plan.format.bits,
+        planes=plan.weights_by_planes,
+        **losses(conversion, work.writer.folder),
     )
     if not published:
         verify(work.writer.folder)

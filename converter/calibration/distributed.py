@@ -76,9 +76,12 @@ class Processes:
         """Return process 0's `flags` in every process; all processes pass lists of the same length."""
         if self.world_size == 1:
             return flags
-        return [bool(flag) for flag in self._broadcast_numbers([float(flag) for flag in flags])]
+        return [bool(flag) for flag in self.broadcast_numbers([float(flag) for flag in flags])]
 
-    def _broadcast_numbers(self, numbers: list[float]) -> list[float]:
+    def broadcast_numbers(self, numbers: list[float]) -> list[float]:
+        """Return process 0's `numbers` in every process; all processes pass lists of the same length."""
+        if self.world_size == 1:
+            return numbers
         # A tensor, because broadcast_object_list would serialize Python objects.
         tensor = torch.tensor(numbers, dtype=torch.float64)
         dist.broadcast(tensor, 0)
@@ -109,7 +112,7 @@ class Processes:
                 dist.broadcast(tensor, 0)
                 tensors[name][key] = tensor
         clip = None if result is None else result.clip
-        chosen, value = self._broadcast_numbers([float(clip is not None), clip or 0.0])
+        chosen, value = self.broadcast_numbers([float(clip is not None), clip or 0.0])
         return result or GroupResult(tensors, dict.fromkeys(specs, 0.0), clip=value if chosen else None)
 
 

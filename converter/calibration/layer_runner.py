@@ -37,7 +37,12 @@ class LayerRunner:
         """Return the hidden states before layer 0 for token ids [S, T]: [S, T, hidden]."""
         table = self.source.read([EMBEDDING_WEIGHT])[EMBEDDING_WEIGHT]
         hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
-        return hidden * self.config.hidden_size**0.5 if self.source.family.scaled_embedding else hidden
+        return hidden * self.embedding_scale
+
+    @property
+    def embedding_scale(self) -> float:
+        """The factor by which the model multiplies its embeddings."""
+        return float(self.config.hidden_size**0.5) if self.source.family.scaled_embedding else 1.0
 
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> "DecoderLayer":
         """Build decoder layer `index` from its stored tensors, given by their full names."""

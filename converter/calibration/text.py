@@ -113,18 +113,59 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     Raises:
         SourceError: there is no text, or less than one sample of it.
     """
+    ids, digest = _read_ids(calibration, model)
+    length = calibration.max_seq_length
+    return torch.stack(
+        [ids[start : start + length] for start in _starts(len(ids), calibration, seed)]
+    ), digest
+
+
+def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: int) -> Tensor | None:
+    """Cut samples from the calibration text that do not overlap with those of `calibration_samples`.
+
+    Args:
+        calibration, model, seed: as in `calibration_samples`.
+        tokens: how many tokens to return at most.
+
+    Returns: token ids [S, max_seq_length]; None if there is no text left.
+    """
+    ids, _ = _read_ids(calibration, model)
+    length = calibration.max_seq_length
+    unused = torch.ones(len(ids), dtype=torch.bool)
+    for start in _starts(len(ids), calibration, seed):
+        unused[start : start + length] = False
+    samples: list[Tensor] = []
+    start = 0
+    while start + length <= len(ids) and len(samples) * length < tokens:
+        used = (~unused[start : start + length]).nonzero()
+        if len(used):
+            start += int(used[-1]) + 1
+        else:
+            samples.append(ids[start : start + length])
+            start += length
+    return torch.stack(samples[: max(1, tokens // length)]) if samples else None
+
+
+def _read_ids(calibration: Calibration, model: Path) -> tuple[Tensor, str]:
+    """Return the token ids of the whole calibration text [T], and the text's SHA-256."""
     name = calibration.source
     texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
     digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     tokenizer = load_tokenizer(model)
     pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
-    ids = torch.cat(pieces)
-    last_start = len(ids) - calibration.max_seq_length
+    return torch.cat(pieces), digest
+
+
+def _starts(length: int, calibration: Calibration, seed: int) -> list[int]:
+    """Return the first token of each calibration sample in a text of `length` tokens."""
+    last_start = length - calibration.max_seq_length
     if last_start < 0:
         raise SourceError(
             f"--calibration {calibration.source}: expected at least {calibration.max_seq_length} tokens "
-            f"(--max-seq-length), found {len(ids)}: use more text, or a smaller --max-seq-length"
+            f"(--max-seq-length), found {length}: use more text, or a smaller --max-seq-length"
         )
     generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, last_start + 1, (calibration.num_samples,), generator=generator).tolist()
-    return torch.stack([ids[start : start + calibration.max_seq_length] for start in starts]), digest
+    starts: list[int] = torch.randint(
+        0, last_start + 1, (calibration.num_samples,), generator=generator
+    ).tolist()
+    return starts

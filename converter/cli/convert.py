@@ -32,6 +32,8 @@ Examples:
 
   bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/
 
+  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --bits 2.2
+
   bwla-convert ./my-llama.Q8_0.gguf ./my-llama-bwla
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1
@@ -75,6 +77,8 @@ def convert(
         target.out,
         recipe=quantization.recipe,
         planes=quantization.planes,
+        target_bits=quantization.bits,
+        target_loss=quantization.loss,
         rank=quantization.rank,
         bits=quantization.abits,
         clip=quantization.clip,
@@ -186,8 +190,18 @@ def _describe(summary: "Summary") -> str:
         f"{describe_rank(summary.rank, summary.fitting_rank)}, {summary.weights:,} weights, "
         f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
         f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), largest relative error {worst.error:.3f} "
-        f"({worst.name}), {summary.seconds:.1f} s"
+        f"({worst.name}), {summary.seconds:.1f} s{_describe_losses(summary)}"
     )
+
+
+def _describe_losses(summary: "Summary") -> str:
+    """Describe the predicted and the measured loss; an empty string without calibration text."""
+    if summary.predicted_loss is None:
+        return ""
+    measured = ""
+    if summary.measured_loss is not None:
+        measured = f", {summary.measured_loss:.3g} measured on text of the calibration file that was not used"
+    return f"\nloss against the original: {summary.predicted_loss:.3g} nats per token predicted{measured}"
 
 
 def main() -> None:

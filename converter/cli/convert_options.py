@@ -72,6 +72,22 @@ class Quantization(Panel):
             "fast only.",
         ),
     ] = 1
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits per quantized weight, everything counted, 1.1 to 4.5. Planes go to the input groups in which "
+            "they gain the most, by sensitivities that are measured on the calibration text.",
+            show_default="--planes decides",
+        ),
+    ] = None
+    loss: Annotated[
+        float | None,
+        typer.Option(
+            help="Increase of the loss to keep within, in nats per token, like 0.05: the smallest model that is "
+            "predicted to. Chooses 8 activation bits where 6 cost much of it, unless --abits is given.",
+            show_default="--planes decides",
+        ),
+    ] = None
     rank: Annotated[
         int | None,
         typer.Option(
@@ -83,8 +99,9 @@ class Quantization(Panel):
         ),
     ] = None
     abits: Annotated[
-        int, typer.Option(help="Activation bits: 2 to 8, or 16 for unquantized activations.")
-    ] = 6
+        int | None,
+        typer.Option(help="Activation bits: 2 to 8, or 16 for unquantized activations.", show_default="6"),
+    ] = None
     clip: Annotated[
         float | None,
         typer.Option(

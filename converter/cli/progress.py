@@ -1,8 +1,9 @@
 """Progress of a conversion on a terminal: two bars with an ETA, and a line with the error of every linear."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bwla_converter.allocation.stage import Allocation
 from bwla_converter.cli.interrupt import Interrupts
 from bwla_converter.common.bits import describe_rank
 from bwla_converter.listener import Listener
@@ -48,6 +49,7 @@ class ProgressListener(Listener):
         self._progress, self._interrupts = progress, interrupts
         self._dequantization_bar = DequantizationBar(progress)
         self._checking: TaskID | None = None
+        self._measuring: TaskID | None = None
         self._quantizing: TaskID | None = None
 
     @staticmethod
@@ -96,6 +98,17 @@ class ProgressListener(Listener):
         if self._quantizing is not None:
             self._progress.start_task(self._quantizing)
 
+    def measuring(self, steps: int) -> None:
+        self._measuring = self._progress.add_task("measuring ", total=steps)
+
+    def measured(self) -> None:
+        if self._measuring is not None:
+            self._progress.advance(self._measuring)
+
+    def allocated(self, allocation: Allocation) -> None:
+        for line in describe_allocation(allocation):
+            self._say(line)
+
     def layer_started(self, index: int) -> None:
         self._interrupts.layer_started(index)
 
@@ -109,3 +122,24 @@ class ProgressListener(Listener):
 
     def _say(self, line: str) -> None:
         self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe_allocation(allocation: Allocation) -> Iterator[str]:
+    """Yield lines about the planes, the predicted loss, and what other sizes are predicted to lose."""
+    plan = allocation.plan
+    shares = ", ".join(
+        f"{100 * count / plan.weights:.0f} % of the weights with {planes} plane{'s' if planes > 1 else ''}"
+        for planes, count in plan.weights_by_planes.items()
+    )
+    yield (
+        f"predicted loss: {allocation.predicted_loss:.2g} nats per token at {plan.bits_per_weight:.3f} bits per "
+        f"weight ({shares}, {plan.format.bits}-bit activations)"
+    )
+    others = [f"--bits {bits:g}: {loss:.2g}" for bits, loss in allocation.predicted_losses.items()]
+    if others:
+        yield f"other sizes are predicted to lose: {', '.join(others)}"
+    if allocation.recommended_bits > plan.format.bits:
+        yield (
+            f"{plan.format.bits}-bit activations cause a large share of this loss: --abits "
+            f"{allocation.recommended_bits} is recommended"
+        )

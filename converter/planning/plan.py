@@ -21,6 +21,9 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
 
+DEFAULT_BITS = 6
+"""Activation bits, as in the paper."""
+
 LARGE_HEAD = 2**26
 """Size in weights from which a tied head gets an 8-bit tensor of its own by default."""
 
@@ -53,6 +56,14 @@ class ConversionPlan:
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, everything counted."""
         return bits_per_weight(self.specs.values())
+
+    @property
+    def weights_by_planes(self) -> dict[int, int]:
+        """Number of planes -> weights that have as many."""
+        counts: dict[int, int] = {}
+        for spec in self.specs.values():
+            counts[spec.planes] = counts.get(spec.planes, 0) + num_weights(spec)
+        return dict(sorted(counts.items()))
 
     def output_bytes(self, source: Source) -> int:
         """Return the size of the output's tensors: quantized linears, the 8-bit head, and all others unchanged."""
@@ -108,7 +119,7 @@ def choose_head(source: Source, bits: int | None) -> str | None:
 def make_plan(
     source: Source,
     rank: int | None,
-    bits: int,
+    bits: int | None,
     clip: float | None,
     provenance: Provenance,
     head_bits: int | None = None,
@@ -120,7 +131,7 @@ def make_plan(
         source: the checked model.
         rank: rank of the low-rank correction; None for one within 1.16 bits per weight, everything counted
             (`bits.auto_rank`).
-        bits: activation bits, 2..8 or 16.
+        bits: activation bits, 2..8 or 16; None for 6.
         clip: clipping ratio of the activations in (0, 1]; None for 1 until the recipe chooses others (`with_clips`).
         provenance: what the output records about the conversion.
         head_bits: bits of the head, see `choose_head`.
@@ -131,6 +142,7 @@ def make_plan(
         SourceError: `rank` is larger than a linear, `head_bits` is not supported, or there is no linear to quantize.
     """
     clip = 1.0 if clip is None else clip
+    bits = DEFAULT_BITS if bits is None else bits
     specs: dict[str, LayerSpec] = {}
     rotation: dict[str, tuple[int, int, int]] = {}
     for index in range(source.num_layers):
@@ -185,3 +197,27 @@ def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPl
         return plan
     specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.specs.items()}
     return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": dict(clips)}))
+
+
+def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits: int) -> ConversionPlan:
+    """Return `plan` with the planes that were allocated.
+
+    Args:
+        plan: the plan.
+        planes: planes of every linear, by module path; equal within an input group.
+        rank: rank of the low-rank correction.
+        bits: activation bits.
+    """
+    specs = {
+        name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
+    }
+    counts = set(planes.values())
+    changes: dict[str, object] = {
+        "format_version": 1 if counts == {1} else 2,
+        "planes": dict(planes) if len(counts) > 1 else counts.pop(),
+        "rank": rank,
+        "input_activations": activation_args(bits),
+    }
+    return replace(
+        plan, specs=specs, rank=rank, fitting_rank=rank, format=plan.format.model_copy(update=changes)
+    )

@@ -118,7 +118,7 @@ def report_json(report: Mapping[str, Any]) -> str:
 
     def nested(value: object) -> str:
         if isinstance(value, Mapping) and value:
-            lines = ",\n".join(f"  {compact(key)}: {compact(item)}" for key, item in value.items())
+            lines = ",\n".join(f"  {compact(str(key))}: {compact(item)}" for key, item in value.items())
             return f"{{\n{lines}\n }}"
         if isinstance(value, Sequence) and not isinstance(value, str) and value:
             return "[\n" + ",\n".join(f"  {compact(item)}" for item in value) + "\n ]"

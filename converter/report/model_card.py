@@ -94,7 +94,9 @@ def command(contents: Contents) -> str:
         words += ["--calibration", str(calibration.get("source", ""))]
         for key, flag in CALIBRATION_FLAGS.items():
             words += [flag, str(calibration[key])] if key in calibration else []
-    if isinstance(format_.planes, int) and format_.planes > 1:
+    if provenance.allocation:
+        words += [word for key, value in provenance.allocation.items() for word in (f"--{key}", f"{value:g}")]
+    elif isinstance(format_.planes, int) and format_.planes > 1:
         words += ["--planes", str(format_.planes)]
     if isinstance(format_.rank, int):
         words += ["--rank", str(format_.rank)]

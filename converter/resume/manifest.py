@@ -29,7 +29,13 @@ NOT_COMPARED = (
 """Options that are not compared: they do not change the result, or, as the model and the calibration text, are compared
 by their contents."""
 
-FLAGS = {"bits": "--abits", "head_bits": "--lm-head-bits", "num_samples": "--num-calibration-samples"}
+FLAGS = {
+    "bits": "--abits",
+    "target_bits": "--bits",
+    "target_loss": "--loss",
+    "head_bits": "--lm-head-bits",
+    "num_samples": "--num-calibration-samples",
+}
 """Command-line flags of the options whose flag differs from their name."""
 
 
@@ -115,6 +121,7 @@ class Manifest(_Record):
         version: version of this schema.
         inputs: what the conversion was started with.
         source: every file of the model that is read, by name; empty until its values have been checked.
+        sensitivities: first linear of each input group -> its `Sensitivity`, as numbers; empty until measured.
         layers: the finished decoder layers, by index in decimal.
         finished: SHA-256 of every shard, once no later step changes any of them; empty before.
         seconds: time spent so far, over all sessions.
@@ -123,6 +130,7 @@ class Manifest(_Record):
     version: int
     inputs: Inputs
     source: dict[str, FileMark] = {}
+    sensitivities: dict[str, tuple[float, float]] = {}
     layers: dict[str, LayerRecord] = {}
     finished: dict[str, str] = {}
     seconds: float = 0.0

@@ -86,3 +86,28 @@ def kl_divergence(hidden: Tensor, head: Head, original_hidden: Tensor, original_
     function: Any = _Divergence.apply  # untyped in torch
     result: Tensor = function(hidden, head, original_hidden, original_head)
     return result
+
+
+def sampled_label_gradient(hidden: Tensor, head: Head, generator: torch.Generator) -> Tensor:
+    """Return the gradient of the log-likelihood of labels that are drawn from the model's own distribution.
+
+    Args:
+        hidden: hidden states after the final norm [..., K].
+        head: the model's head.
+        generator: source of the labels, on the CPU.
+
+    Returns: the gradient of the sum over all tokens with respect to `hidden`, [..., K].
+    """
+    rows = hidden.flatten(0, -2)
+    gradient = torch.empty_like(rows)
+    tokens = max(1, chunk_logits(hidden.device.type) // len(head.weight))
+    for first in range(0, len(rows), tokens):
+        part = slice(first, first + tokens)
+        logits = head.logits(rows[part])
+        probabilities = logits.softmax(-1)
+        # By inversion of the distribution function, with one random number per token from the CPU.
+        level = torch.rand(len(probabilities), 1, generator=generator).to(hidden.device)
+        labels = torch.searchsorted(probabilities.cumsum(-1), level).clamp_max(len(head.weight) - 1)
+        of_logits = probabilities.neg_().scatter_add_(1, labels, torch.ones_like(level))
+        gradient[part] = head.gradient(of_logits, logits)
+    return gradient.view_as(hidden)

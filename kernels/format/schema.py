@@ -50,7 +50,12 @@ def is_ignored(name: str, ignore: Iterable[str]) -> bool:
 
 
 class Provenance(BaseModel):
-    """How a checkpoint was made. Informational: no loader reads it."""
+    """How a checkpoint was made. Informational: no loader reads it.
+
+    Attributes:
+        allocation: what the planes were chosen for, "bits" per weight or "loss" in nats per token; empty where all
+            linears were given the same number.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,6 +65,7 @@ class Provenance(BaseModel):
     seed: int = 0
     bwla_version: str = ""
     calibration: dict[str, Any] = Field(default_factory=dict)
+    allocation: dict[str, float] = Field(default_factory=dict)
 
 
 class BWLAFormat(BaseModel):
@@ -172,6 +178,8 @@ class BWLAFormat(BaseModel):
         data = self.model_dump(mode="json", exclude={"lm_head"})
         if self.format_version == 1:
             del data["planes"]
+        if not self.provenance.allocation:
+            del data["provenance"]["allocation"]
         for field in ("weights", "input_activations", "lm_head"):
             arguments = getattr(self, field)
             if arguments is not None:

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter import hf  # noqa: F401 -- registers the format with transformers
+from bwla_converter import (
+    conversion,
+    hf,  # noqa: F401 -- registers the format with transformers
+)
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.layout import verify
+from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_kernels.errors import BWLAError
@@ -88,3 +92,40 @@ def test_other_recipes_refuse_several_planes_before_any_work(options: Options, r
 def test_a_number_of_planes_out_of_range_is_refused(options: Options) -> None:
     with pytest.raises(BWLAError, match="planes must be 1..4, found 5"):
         convert(replace(options, planes=5))
+
+
+def test_bits_and_loss_choose_the_planes_of_each_group(options: Options) -> None:
+    options = replace(options, planes=1, rank=None, report=False)
+    by_bits = convert(replace(options, target_bits=3.2))
+    verify(options.out)
+    specs = check_folder(options.out)
+    assert by_bits.bits_per_weight <= 3.2
+    assert set(by_bits.planes) == {spec.planes for spec in specs.values()}
+    assert len(by_bits.planes) > 1
+    assert by_bits.predicted_loss is not None
+    assert by_bits.measured_loss is not None
+    config = json.loads((options.out / "config.json").read_text())["quantization_config"]
+    assert config["provenance"]["allocation"] == {"bits": 3.2}
+    assert "--bits 3.2" in (options.out / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
+    assert model.get_submodule(next(iter(specs))).spec == next(iter(specs.values()))
+    by_loss = convert(replace(options, target_loss=2 * by_bits.predicted_loss, overwrite=True))
+    assert by_loss.predicted_loss is not None
+    assert by_loss.predicted_loss <= 2 * by_bits.predicted_loss
+    assert by_loss.bits_per_weight < by_bits.bits_per_weight
+
+
+def test_a_resumed_allocation_is_the_same(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(options, planes=1, rank=None, report=False, target_bits=3.2)
+    convert(options)
+    expected = {path.name: path.read_bytes() for path in options.out.glob("*.safetensors")}
+
+    class Stop(Listener):
+        def layer_done(self, index: int) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(replace(options, overwrite=True), Stop())
+    monkeypatch.setattr(conversion, "measure_sensitivities", None)  # they are kept in the work folder
+    convert(replace(options, overwrite=True, resume=True))
+    assert {path.name: path.read_bytes() for path in options.out.glob("*.safetensors")} == expected

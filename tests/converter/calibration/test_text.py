@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.text import calibration_samples, dataset_text, read_texts
+from bwla_converter.calibration.text import (
+    calibration_samples,
+    dataset_text,
+    held_out_samples,
+    read_texts,
+)
 from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from paths import EXAMPLE
@@ -70,3 +75,16 @@ def test_the_rows_of_a_dataset_are_joined_by_an_empty_line(monkeypatch: pytest.M
     library.load_dataset = lambda **_: iter([{"text": "one\n"}, {"text": ""}, {"text": "two\n"}])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     assert dataset_text("wikitext2-test") == "one\n\n\n\n\ntwo\n"
+
+
+def test_held_out_samples_do_not_overlap_with_the_others(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(str(number) for number in range(1000, 3000)))
+    calibration = Calibration(str(tmp_path / "text.txt"), num_samples=6, max_seq_length=32)
+    samples, _ = calibration_samples(calibration, EXAMPLE, seed=1)
+    held_out = held_out_samples(calibration, EXAMPLE, seed=1, tokens=200)
+    assert held_out is not None
+    assert held_out.shape == (6, 32)
+    used = {tuple(part.tolist()) for part in samples.unfold(1, 12, 1).flatten(0, 1)}
+    assert not used & {tuple(part.tolist()) for part in held_out.unfold(1, 12, 1).flatten(0, 1)}
+    everything = Calibration(str(tmp_path / "text.txt"), num_samples=4000, max_seq_length=32)
+    assert held_out_samples(everything, EXAMPLE, seed=1, tokens=200) is None

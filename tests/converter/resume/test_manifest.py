@@ -72,7 +72,8 @@ def test_arguments_are_named_by_flag_and_leave_out_what_does_not_matter() -> Non
     options = Options("model", Path("out"), rank=2, calibration=Calibration("text.txt", 8, 64))
     arguments = arguments_of(options, {"revision": "abc"})
     assert arguments["--rank"] == 2
-    assert arguments["--abits"] == 6
+    assert arguments["--abits"] is None
+    assert arguments["--bits"] is None
     assert arguments["--num-calibration-samples"] == 8
     assert arguments["--max-seq-length"] == 64
     assert arguments["--ignore"] == []

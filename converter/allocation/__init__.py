@@ -1,0 +1,1 @@
+"""Bit allocation: how many binary planes each input group gets."""

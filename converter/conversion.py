@@ -1,0 +1,108 @@
+"""What the steps of a conversion share, and the two steps that predict and measure its loss."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_converter.allocation.sensitivity import Sensitivity, measure_sensitivities, num_samples
+from bwla_converter.allocation.stage import Allocation, allocate
+from bwla_converter.calibration.activations import ActivationStore
+from bwla_converter.calibration.distributed import Processes
+from bwla_converter.calibration.text import calibration_samples, held_out_samples
+from bwla_converter.evaluation.loss import measure_loss
+from bwla_converter.listener import Listener
+from bwla_converter.options import Options
+from bwla_converter.planning.plan import ConversionPlan
+from bwla_converter.recipes.base import Recipe
+from bwla_converter.resume.work_folder import WorkFolder
+from bwla_converter.source.model import Source
+
+LOSS_TOKENS = 8192
+"""Tokens of calibration text on which the loss is measured."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the steps of a conversion share.
+
+    Attributes:
+        options: the options of the caller.
+        source: the model to convert.
+        plan: what will be written.
+        recipe: quantizes the input groups of one decoder layer after another.
+        listener: receives the progress.
+        store: where activations are kept, the device, and the processes that share the calibration samples.
+        allocation: the choice of planes and the predicted loss; None without calibration text.
+    """
+
+    options: Options
+    source: Source
+    plan: ConversionPlan
+    recipe: Recipe
+    listener: Listener
+    store: ActivationStore
+    allocation: Allocation | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the recipe computes."""
+        return self.store.device
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that share the calibration samples."""
+        return self.store.processes
+
+
+def allocated(conversion: Conversion, work: WorkFolder | None) -> Conversion:
+    """Return the conversion with the planes that its options ask for, and with a predicted loss.
+
+    Args:
+        conversion: the conversion.
+        work: keeps the sensitivities, so that a resumed conversion has the same; None in processes other than
+            the first.
+    """
+    options, source, plan = conversion.options, conversion.source, conversion.plan
+    if not conversion.recipe.needs_calibration:
+        return conversion
+    groups = [names for index in range(source.num_layers) for _, names in source.groups_of_layer(index)]
+    numbers = [0.0] * 2 * len(groups)
+    if work is not None:
+        if not work.manifest.sensitivities:
+            work.save(sensitivities=_sensitivities(conversion))
+        numbers = [number for names in groups for number in work.manifest.sensitivities[names[0]]]
+    numbers = conversion.processes.broadcast_numbers(numbers)
+    pairs = zip(groups, numbers[::2], numbers[1::2], strict=True)
+    sensitivities = {names[0]: Sensitivity(weights, inputs) for names, weights, inputs in pairs}
+    allocation = allocate(plan, groups, options, sensitivities)
+    conversion.listener.allocated(allocation)
+    return replace(conversion, plan=allocation.plan, allocation=allocation)
+
+
+def _sensitivities(conversion: Conversion) -> dict[str, tuple[float, float]]:
+    """Measure the sensitivities of all input groups on some of the calibration samples."""
+    options, source, specs = conversion.options, conversion.source, conversion.plan.specs
+    assert options.calibration is not None
+    ids, _ = calibration_samples(options.calibration, source.folder, options.seed)
+    ids = ids[: num_samples(specs, options.calibration.max_seq_length)]
+    conversion.listener.measuring(2 * source.num_layers)
+    store = replace(conversion.store, processes=Processes())
+    found = measure_sensitivities(source, specs, ids, options.seed, store, conversion.listener.measured)
+    return {name: (sensitivity.weights, sensitivity.inputs) for name, sensitivity in found.items()}
+
+
+def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
+    """Return the summary's losses: predicted, and measured on text that the conversion did not use."""
+    allocation, calibration = conversion.allocation, conversion.options.calibration
+    if allocation is None or calibration is None:
+        return {}
+    source, seed = conversion.source, conversion.options.seed
+    samples = held_out_samples(calibration, source.folder, seed, LOSS_TOKENS)
+    return {
+        "predicted_loss": allocation.predicted_loss,
+        "measured_loss": None
+        if samples is None
+        else measure_loss(source, folder, samples, conversion.device),
+        "predicted_losses": dict(allocation.predicted_losses),
+    }

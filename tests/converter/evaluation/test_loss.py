@@ -1,0 +1,30 @@
+"""The loss measured layer by layer is that of the whole models."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from bwla_converter import hf  # noqa: F401 -- registers the format with transformers
+from bwla_converter.evaluation.loss import measure_loss
+from bwla_converter.evaluation.perplexity import perplexity
+from bwla_converter.options import Options
+from bwla_converter.pipeline import convert
+from bwla_converter.source.model import open_source
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.parametrize(("family", "head_bits"), [("Qwen3", 8), ("Llama", 16), ("Gemma 2", None)])
+def test_the_loss_is_the_logarithm_of_the_perplexities_ratio(
+    make_model, tmp_path: Path, family: str, head_bits: int | None
+) -> None:
+    model = make_model(family, dtype=torch.float32)
+    convert(Options(str(model), tmp_path / "out", bits=16, head_bits=head_bits, report=False))
+    ids = torch.randint(0, 96, (5, 12), generator=torch.Generator().manual_seed(0))
+    original, quantized = (
+        perplexity(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
+        for folder in (model, tmp_path / "out")
+    )
+    source = open_source(str(model), ())
+    found = measure_loss(source, tmp_path / "out", ids, torch.device("cpu"))
+    assert found == pytest.approx(math.log(quantized / original), abs=2e-3)
