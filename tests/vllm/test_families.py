@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_converter.options import Options
+from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.source.families import FAMILIES
 from golden import find_golden, load_reference, watched
@@ -74,6 +74,30 @@ def test_converted_and_served_equals_the_definition(
     tokenizer(source)
     out = tmp_path / "out"
     convert(Options(str(source), out, rank=2))
+    model = load_reference(out)
+    with watched(model) as margin:
+        golden = find_golden(model, margin, VOCABULARY, LENGTH)
+    compare(start(out), golden)
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Phi-3"])
+def test_planes_that_differ_between_input_groups(
+    family: str,
+    tokenizer: Callable[[Path], None],
+    start: Callable[..., Any],
+    compare: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    ids = {"bos_token_id": 0, "eos_token_id": 255}
+    source = write_model(
+        tmp_path / "source", family, dtype=torch.float32, lively=True, vocab_size=VOCABULARY, **ids
+    )
+    tokenizer(source)
+    (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 60)
+    out = tmp_path / "out"
+    calibration = Calibration(str(tmp_path / "text.txt"), 8, 32)
+    summary = convert(Options(str(source), out, recipe="fast", target_bits=3.4, calibration=calibration))
+    assert len(summary.planes) > 1
     model = load_reference(out)
     with watched(model) as margin:
         golden = find_golden(model, margin, VOCABULARY, LENGTH)
