@@ -238,9 +238,9 @@ def binary_mma_kernel(
                 b = tl.load(b_at + 8 * tile * PLANE, mask=exists, other=0)
                 b = tl.broadcast_to(b[None, :], (R, 128 * WARPS))
                 for p in tl.static_range(WEIGHT_PLANES):
-                    at: tl.constexpr = 2 * (i * WEIGHT_PLANES + p)
-                    c = counts[tile * WEIGHT_PLANES + p]
-                    new = new + (_multiply(current[at], current[at + 1], b, c, R, WARPS, PURE),)
+                    low = current[2 * (i * WEIGHT_PLANES + p)]
+                    high = current[2 * (i * WEIGHT_PLANES + p) + 1]
+                    new = new + (_multiply(low, high, b, counts[tile * WEIGHT_PLANES + p], R, WARPS, PURE),)
             counts = new
         if not ONE_BLOCK:
             # A rotation group's counts are scaled when it ends; before that the factor is 0 and they are kept.
@@ -284,7 +284,8 @@ def binary_mma_kernel(
                     if p == 0:
                         lift = 0.0
                         for g in tl.static_range(BLOCKS):
-                            lift += tl.load(scale + m * BLOCKS + g) * tl.load(q_sum + m * BLOCKS + g).to(tl.float32)
+                            at = m * BLOCKS + g
+                            lift += tl.load(scale + at) * tl.load(q_sum + at).to(tl.float32)
                     product = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
                 if p == 0:
                     out = product * alphas[p]

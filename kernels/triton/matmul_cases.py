@@ -162,7 +162,7 @@ def binary_case(
         "#ttg.blocked<{sizePerThread=[1,4],threadsPerWarp=[1,32],"
         f"warpsPerCTA=[1,{config.num_warps}],order=[1,0]}}>"
     )
-    return replace(case, fragment_layout=layout_of_fragments)
+    return replace(case, fragment_layout=layout_of_fragments, planes=layout.planes)
 
 
 def integer_case(
@@ -172,4 +172,5 @@ def integer_case(
     meta = {**integer_meta(layout, config), "GROUP_M": GROUP_M}
     weights = config.block_n * layout.chunk * layout.planes
     core = INTEGER_MNEMONICS[arch]
-    return _case(integer_mma_kernel, config, what, "*u8", meta, core, weights, variant or Variant())
+    case = _case(integer_mma_kernel, config, what, "*u8", meta, core, weights, variant or Variant())
+    return replace(case, planes=layout.planes)

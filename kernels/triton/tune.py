@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 import triton
-from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Weights, binary_matmul
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights

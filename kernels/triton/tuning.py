@@ -158,27 +158,25 @@ def select_config(
 
 
 def for_planes(config: MatmulConfig, planes: int) -> MatmulConfig:
-    """Adapt a configuration for one plane to several: fewer rows, so that the sums of all planes fit the registers.
+    """Adapt a configuration for one plane to several: fewer rows, so that a program's weights stay about as many.
 
-    A program then reads about as many weights as with one plane. Three planes are 1.5 times as many rows of integer
-    tensor cores, which need 64 rows of an operand on compute capability 9.0: the tokens of a large tile are halved.
+    The sums of all planes must fit the registers. Three planes on integer tensor cores have 64 rows, because wgmma
+    takes no fewer, so that the sums are 1.5 times as many as with one plane: 64 tokens or more take 8 warps.
     """
     if planes == 1:
         return config
     if config.kernel == BINARY:
-        power = 1 << (planes - 1).bit_length()
-        least = 16 * config.num_warps // config.k_warps
-        return replace(
-            config,
-            block_n=max(least, config.block_n // power),
-            unroll=max(1, config.unroll * config.block_n // (max(least, config.block_n // power) * power)),
-        )
-    return replace(config, block_n=config.block_n // (2 if planes == 3 else planes))
+        # Steps loaded together are fewer where the rows cannot be.
+        most = config.block_n * config.unroll // planes
+        rows = 16 * config.num_warps // config.k_warps
+        block_n = max(rows, 1 << (config.block_n // planes).bit_length() - 1)
+        return replace(config, block_n=block_n, unroll=max(1, most // block_n))
+    if planes == 3:
+        return replace(config, block_n=64, num_warps=8 if config.block_m >= 64 else config.num_warps)
+    return replace(config, block_n=config.block_n // planes)
 
 
-def choose_binary(
-    arch: Mapping[str, Any], rows: int, m: int, sm_count: int, planes: int = 1
-) -> MatmulConfig:
+def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int, planes: int = 1) -> MatmulConfig:
     """Choose the largest tile that still gives each multiprocessor two programs."""
     tokens = 1 if m <= 1 else 2 if m == 2 else 4
     configs = [for_planes(config, planes) for config in binary_configs(arch, tokens)]

@@ -94,7 +94,9 @@ def test_planes_add_up_to_the_codes(bits: int, blocks: int, width: int) -> None:
 
 
 def test_refuses_what_does_not_fit() -> None:
-    with pytest.raises(BackendError, match="multiple of 32 columns, found 4 rows of 1 planes and 1 groups of 40"):
+    with pytest.raises(
+        BackendError, match="multiple of 32 columns, found 4 rows of 1 planes and 1 groups of 40"
+    ):
         chunk_layout(4, 1, 40)
     with pytest.raises(BackendError, match=r"int32 \[4, 2, 8\], found torch.int32 \[4, 8\]"):
         repack_weights(torch.zeros(4, 8, dtype=torch.int32), chunk_layout(4, 1, 256, 2))

@@ -14,9 +14,7 @@ SM_COUNTS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (1
 SHAPES = [(51200, 5120, 1), (5120, 25600, 8), (1024, 4096, 1), (5120, 8192, 8), (16, 32, 1), (300, 992, 31)]
 
 
-def choose(
-    n: int, k: int, g: int, m: int, capability: tuple[int, int], planes: int = 1
-) -> MatmulConfig:
+def choose(n: int, k: int, g: int, m: int, capability: tuple[int, int], planes: int = 1) -> MatmulConfig:
     chunk = chunk_layout(n, g, k // g).chunk
     return select_config(n, k, g, chunk, m, 6, capability, SM_COUNTS[capability], planes)
 
