@@ -168,7 +168,6 @@ def integer_mma_kernel(
 
     byte = tl.arange(0, S)
     column = tl.arange(0, C)
-    q_rows = q + m_read.to(tl.int64)[None, :] * K
     w_ptrs = ()
     accs = ()
     totals = ()
@@ -183,6 +182,7 @@ def integer_mma_kernel(
         )
         accs = accs + (tl.zeros([COUNT[i] * BN, BM], tl.int32),)
         totals = totals + (tl.zeros([COUNT[i] * BN, BM], tl.float32),)
+    q_rows = q + m_read.to(tl.int64)[None, :] * K
     for t in range(first, last):
         w = ()
         for i in tl.static_range(len(COUNT)):

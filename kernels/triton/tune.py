@@ -156,7 +156,7 @@ def _skinny(
         for split in useful:
             for warps in (4, 8) if one_plane > 64 else (4,):
                 found.append(MatmulConfig(INTEGER, max(least, tokens), rows, warps, 4, split))
-    return found[:MOST_FIRST]
+    return list(dict.fromkeys(found))[:MOST_FIRST]
 
 
 def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
@@ -174,7 +174,8 @@ def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
         for_planes(MatmulConfig(INTEGER, columns, rows, warps, 3), layout.planes)
         for rows, columns, warps in cuts
     ]
-    return [config for config in found if layout.rows % config.block_n == 0 and config.block_m <= tokens]
+    fitting = [config for config in found if layout.rows % config.block_n == 0 and config.block_m <= tokens]
+    return list(dict.fromkeys(fitting))
 
 
 def variations(config: MatmulConfig) -> list[MatmulConfig]:

@@ -161,7 +161,7 @@ def for_planes(config: MatmulConfig, planes: int) -> MatmulConfig:
     """Adapt a configuration for one plane to several: fewer rows, so that a program's weights stay about as many.
 
     The sums of all planes must fit the registers. Three planes on integer tensor cores have 64 rows, because wgmma
-    takes no fewer, so that the sums are 1.5 times as many as with one plane: 64 tokens or more take 8 warps.
+    takes no fewer; these are 1.5 times as many sums as with one plane, so that at most 64 tokens fit, with 8 warps.
     """
     if planes == 1:
         return config
@@ -172,7 +172,8 @@ def for_planes(config: MatmulConfig, planes: int) -> MatmulConfig:
         block_n = max(rows, 1 << (config.block_n // planes).bit_length() - 1)
         return replace(config, block_n=block_n, unroll=max(1, most // block_n))
     if planes == 3:
-        return replace(config, block_n=64, num_warps=8 if config.block_m >= 64 else config.num_warps)
+        warps = 8 if config.block_m >= 64 else config.num_warps
+        return replace(config, block_n=64, block_m=min(config.block_m, 64), num_warps=warps)
     return replace(config, block_n=config.block_n // planes)
 
 
