@@ -18,7 +18,7 @@ import torch
 from bwla_kernels.factorize import RANK_STEP
 from bwla_kernels.triton import fused_load, launch, matmul_cases, prepare_cases
 from bwla_kernels.triton.compiling import CompileCase, compile_case
-from bwla_kernels.triton.layout import chunk_layout
+from bwla_kernels.triton.layout import layer_layout
 from bwla_kernels.triton.matmul_cases import Variant
 from bwla_kernels.triton.prepare_config import padded_rows, right_columns, select_few
 from bwla_kernels.triton.tuning import select_config
@@ -66,10 +66,11 @@ def input_bytes(shape: Shape) -> int:
 def matmul_bytes(shape: Shape) -> int:
     """Return the GEMM's bytes for a token: packed weights, row scales, padded B, planes, outputs."""
     spec = shape.spec()
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
+    layout = layer_layout(spec)
     chunks, rows, width = layout.shape
     rank = -(-spec.rank // RANK_STEP) * RANK_STEP
-    return chunks * rows * width + 4 * rows + 2 * rank * rows + spec.in_features * spec.bits // 8 + 2 * rows
+    per_row = 4 * spec.planes + 2 * rank + 2
+    return chunks * rows * width + layout.rows * per_row + spec.in_features * spec.bits // 8
 
 
 def barriers(case: CompileCase) -> int:
@@ -81,14 +82,14 @@ def costs(model: str) -> Iterator[Cost]:
     """Return the eight launches of a decoder layer's linears."""
     for name, shape in MODELS[model].items():
         spec = shape.spec()
-        layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
+        layout = layer_layout(spec)
         few = prepare_cases.compile_case_of(
             *(spec, select_few(spec), 90, torch.bfloat16, FUSE.get(shape.step, fused_load.PLAIN)),
             *(layout.chunk, launch.EARLY),
         )
         yield Cost(name, "input", input_bytes(shape), barriers(few))
         sizes = (spec.out_features, spec.in_features, spec.rotation_groups, layout.chunk, 1, spec.bits)
-        config = select_config(*sizes, CAPABILITY, MULTIPROCESSORS)
+        config = select_config(*sizes, CAPABILITY, MULTIPROCESSORS, spec.planes)
         case = matmul_cases.binary_case(config, layout, name, Variant(pdl=True))
         yield Cost(name, "matmul", matmul_bytes(shape), barriers(case))
 

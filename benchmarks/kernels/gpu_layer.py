@@ -1,6 +1,7 @@
 """Time a BWLA layer, cuBLAS bf16, Humming, GemLite and Marlin int4 on a GPU, in CUDA graphs with cold caches.
 
     python -m benchmarks.kernels.gpu_layer --out benchmarks/results/gpu_layer.json
+    python -m benchmarks.kernels.gpu_layer --quick --planes 1,2,4
 
 A graph contains one call for each of several copies of the weights, which exceed the L2 cache four times; a figure is
 the median time of a replay divided by its calls. Whole layers are timed: every method quantizes its activations, and
@@ -27,7 +28,7 @@ from benchmarks.kernels.gpu.checks import check
 from benchmarks.kernels.gpu.journal import RESTART, Case, Journal, Row, run_cases
 from benchmarks.kernels.gpu.layer_table import copy_bandwidth, measure, measure_method
 from benchmarks.kernels.gpu.layers import Inputs, call, device_is_lost, make_inputs, make_layer, step_in_torch
-from benchmarks.kernels.gpu.shapes import GPU, MODELS, PLAIN, Setting, Shape
+from benchmarks.kernels.gpu.shapes import GPU, MODELS, PLAIN, Setting, Shape, with_planes
 from benchmarks.kernels.gpu.timing import copies_for, time_calls
 from benchmarks.kernels.gpu_peers import PEERS, Peer
 from benchmarks.kernels.gpu_report import layer_lines
@@ -49,7 +50,7 @@ def separate(row: Row, shape: Shape, m: int, setting: Setting) -> None:
         plain = Inputs(before(shape.step, inputs), inputs.norm_weight, inputs.residual)
         return call(PLAIN, plain, tensors, layer.spec)
 
-    sets = layer.copies(copies_for(shape.n * shape.k / 8, setting.device))
+    sets = layer.copies(copies_for(shape.packed_bytes, setting.device))
     time_calls([partial(run, tensors) for tensors in sets], setting.device).into(row, "separate")
 
 
@@ -69,7 +70,7 @@ def cases(
             found.append(Case(f"{name} m={m}", partial(measure, shape, m, setting)))
     for peer in peers:
         for name, shape in shapes:
-            for m in tokens:
+            for m in tokens if shape.planes == 1 else ():  # planes are BWLA's alone
                 run = partial(peer_case, peer=peer, shape=shape, m=m, setting=setting)
                 found.append(Case(f"{name} m={m} {peer.name}", run))
     for name, shape in shapes if peers else ():
@@ -105,6 +106,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", default="32b,8b", help="Qwen3 shapes (32b,8b)")
+    parser.add_argument("--planes", default="1", help="numbers of binary planes of a weight, 1 to 4 (1)")
     parser.add_argument("--tokens", help=f"values of M ({','.join(map(str, TOKENS))})")
     parser.add_argument("--minutes", type=float, default=9.0, help="time for everything (9)")
     parser.add_argument(
@@ -124,6 +126,8 @@ def main() -> int:
     models, peers = arguments.models.split(","), [peer for peer in PEERS if peer.name != "cublas_bf16"]
     if arguments.quick:
         models, tokens, peers = ["32b"], QUICK_TOKENS, []
+    planes = [int(number) for number in arguments.planes.split(",")]
+    models = [with_planes(model, number) for number in planes for model in models]
     journal = Journal(folder, until)
     wanted = cases(models, tokens, peers, GPU)
     status = run_cases(journal, STEP, wanted, lambda: device_is_lost(GPU.device))

@@ -17,7 +17,7 @@ _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LAYER = (
     "Tensor x, Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
     "Tensor right_split, Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, "
-    "int out_features, int rotation_groups, int n1, int n2, int rank, int bits, float clip"
+    "int out_features, int rotation_groups, int n1, int n2, int rank, int bits, float clip, int planes"
 )
 # The fused ops also compute what precedes the layer, where its input is loaded; bwla_vllm.fusion inserts them.
 _LIBRARY.define(f"linear_triton({_LAYER}) -> Tensor")
@@ -43,9 +43,19 @@ _TENSORS = (
 
 @functools.lru_cache(maxsize=4096)
 def _spec(
-    out_features: int, rotation_groups: int, n1: int, n2: int, rank: int, bits: int, clip: float
+    out_features: int,
+    rotation_groups: int,
+    n1: int,
+    n2: int,
+    rank: int,
+    bits: int,
+    clip: float,
+    planes: int,
 ) -> LayerSpec:
-    return LayerSpec(out_features, rotation_groups * n1 * n2, rotation_groups, n1, n2, rank, bits, clip)
+    columns = rotation_groups * n1 * n2
+    return LayerSpec(
+        out_features, columns, rotation_groups, n1, n2, rank=rank, bits=bits, clip=clip, planes=planes
+    )
 
 
 def _unpack(layer: Sequence[Any]) -> tuple[dict[str, Tensor], LayerSpec]:
@@ -149,8 +159,6 @@ class TritonBackend:
             return False, reason
         if spec.bits == UNQUANTIZED_BITS:
             return False, "the Triton kernels need quantized activations (2 to 8 bits)"
-        if spec.planes > 1:
-            return False, f"the Triton kernels multiply with a single plane, found {spec.planes}"
         from bwla_kernels.triton.prepare_input import can_prepare
 
         covered, refusal = can_prepare(spec)
@@ -190,5 +198,6 @@ class TritonBackend:
             spec.rank,
             spec.bits,
             spec.clip,
+            spec.planes,
         )
         return y

@@ -1,6 +1,6 @@
-"""The GEMM of a layer on an NVIDIA GPU: quantized activations times 1-bit weights.
+"""The GEMM of a layer on an NVIDIA GPU: quantized activations times one to four binary planes.
 
-y[m, n] = alpha[n] sum_g s[m, g] sum_{k in g} S[n, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]
+y[m, n] = sum_p alpha[n, p] sum_g s[m, g] sum_{k in g} S[n, p, k] q[m, k] + sum_r u[m, r] B[n, r] + b[n]
 
 Three regimes, chosen by `tuning.select_config`: binary tensor cores for up to four tokens, or eight where the table
 has measured it (`binary_mma`), and integer tensor cores for a few (columns split among programs) and for many
@@ -18,7 +18,7 @@ from bwla_kernels.triton import launch
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
-from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, repack_weights
+from bwla_kernels.triton.layout import ChunkLayout, layer_layout, repack_weights
 from bwla_kernels.triton.prepare_input import QuantizedInput
 from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig
 from torch import Tensor
@@ -30,13 +30,17 @@ MAX_SPLIT_TILES = 4096
 """Tiles of a matmul that is split: length of the counters that a layer keeps."""
 
 
+OPERANDS = {1: ((0,), (1,)), 2: ((0,), (2,)), 3: ((0, 2), (2, 1)), 4: ((0,), (4,))}
+"""Planes -> first plane and number of planes of each operand of the integer kernel, whose rows are a power of two."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """A layer's repacked weights, as `prepare_weights` returns them.
 
     Attributes:
-        packed: uint8 [chunks, N_padded, C / 8].
-        scale: float32 [N].
+        packed: uint8 `layout.shape`, [chunks, N_padded * P, C / 8].
+        scale: float32 [N], or [N, P] with several planes.
         low_rank_b: bfloat16 [N_padded, r padded to 16], zeros beyond; None for rank 0.
         bias: [N] of any float dtype, or None.
         counters: int32 [4096], zeros; counted up by the shares of a split matmul, and before them by the programs of
@@ -59,7 +63,7 @@ def prepare_weights(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str,
     Returns: `weight_chunks`, `weight_scale`, `split_counters` and, for a rank other than 0, padded `low_rank_b`; a bias
         passes through. The packed bytes are the only copy of the weights.
     """
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
+    layout = layer_layout(spec)
     packed = repack_weights(tensors["weight_packed"], layout)
     prepared = {
         "weight_chunks": packed,
@@ -84,7 +88,7 @@ def weights_from_tensors(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Weig
         tensors.get("low_rank_b"),
         tensors.get("bias"),
         tensors.get("split_counters"),
-        chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width),
+        layer_layout(spec),
     )
 
 
@@ -188,6 +192,7 @@ def binary_meta(layout: ChunkLayout, bits: int, config: MatmulConfig) -> dict[st
         "UNROLL": config.unroll,
         "BY_BLOCK": by_group,
         "MASKED": not (even_steps and even_groups),
+        "WEIGHT_PLANES": layout.planes,
     }
 
 
@@ -239,8 +244,9 @@ def _launch_integer(
     )
 
 
-def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | bool]:
+def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | bool | tuple[int, ...]]:
     """Return the compile-time arguments of `integer_mma_kernel` that follow from sizes and configuration."""
+    first, count = OPERANDS[layout.planes]
     return {
         "BN": config.block_n,
         "BM": config.block_m,
@@ -249,4 +255,7 @@ def integer_meta(layout: ChunkLayout, config: MatmulConfig) -> dict[str, int | b
         "GROUP_M": GROUP_M,
         "ONE_BLOCK": layout.groups == 1,
         "PADDED": layout.padded,
+        "WEIGHT_PLANES": layout.planes,
+        "FIRST": first,
+        "COUNT": count,
     }

@@ -4,6 +4,9 @@ The planes of M tokens with `bits` planes each are the columns of the right oper
 weight is ever unpacked: one instruction covers 4,096 weights. Native on compute capability 8.0, 8.9 and 9.0
 (emulated from 10.0 on, where `integer_mma` is used instead).
 
+Of a weight with several binary planes, a program multiplies all planes of its rows with the bit planes that it has
+loaded, sums each weight plane apart, and scales and adds these sums at the end.
+
 Triton has no such dot. The instruction is written as inline assembly on tensors whose layout makes a thread's four
 neighbouring elements its fragment: [R, 128 warps], four elements (16 bytes) a thread, 32 threads a warp. Triton
 chooses that layout for the 16-byte loads; `compile_check` asserts it, and `self_check.check_matmul` computes it.
@@ -77,24 +80,26 @@ def _load_weights(
     a_ptrs, chunk0, block0, group, rows,
     BLOCKS: tl.constexpr, CHUNKS: tl.constexpr, WORDS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_TURNS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASKED: tl.constexpr,
+    WEIGHT_PLANES: tl.constexpr,
 ):  # fmt: skip
-    """Load the weights of UNROLL steps together: (low, high) fragments of each step, zeros beyond the last.
+    """Load the weights of UNROLL steps together: (low, high) fragments of each step and weight plane.
 
-    With MASKED also beyond the chunks of a rotation group.
+    They are zeros beyond the last step, with MASKED also beyond the chunks of a rotation group.
     """
     turn = group // GROUPS
     first = (group % GROUPS) * UNROLL
     loaded = ()
     for i in tl.static_range(UNROLL):
         at = turn * (BLOCK_TURNS * CHUNKS) + (first + i) * STRIDE
-        a_at = a_ptrs + at * (rows.to(tl.int64) * WORDS)
+        a_at = a_ptrs + at * (rows.to(tl.int64) * (WORDS * WEIGHT_PLANES))
         live = turn * BLOCK_TURNS + block0 < BLOCKS
         if MASKED:
             live = live & ((first + i) * STRIDE + chunk0 < CHUNKS)
-        loaded = loaded + (
-            tl.load(a_at, mask=live[None, :], other=0),
-            tl.load(a_at + 8 * WORDS, mask=live[None, :], other=0),
-        )
+        for p in tl.static_range(WEIGHT_PLANES):
+            loaded = loaded + (
+                tl.load(a_at + p * (16 * WORDS), mask=live[None, :], other=0),
+                tl.load(a_at + (p * 16 + 8) * WORDS, mask=live[None, :], other=0),
+            )
     return loaded
 
 
@@ -126,6 +131,7 @@ def binary_mma_kernel(
     UNROLL: tl.constexpr,
     BY_BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
+    WEIGHT_PLANES: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -135,8 +141,9 @@ def binary_mma_kernel(
 
     They take turns by rotation groups (BY_BLOCK), else by steps of 512 columns within each group.
 
-    `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows, C / 32] in the chunk layout, of BLOCKS
-    rotation groups of CHUNKS chunks. TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
+    `planes` int32 [M, BITS, chunks, C / 32] and `weight` int32 [chunks, rows / 16, WEIGHT_PLANES, 16, C / 32] in the
+    chunk layout, of BLOCKS rotation groups of CHUNKS chunks; `weight_scale` float32 [N, WEIGHT_PLANES].
+    TILES = ceil(TOKENS BITS / 8). MASKED: the turns do not come out even.
     UNROLL: steps whose weights are loaded together, one group ahead of the one that is multiplied: what a thread has
     in flight.
     PDL: the launch may overlap the kernel before it, which makes the activations (see `launch`): until that is done,
@@ -158,7 +165,7 @@ def binary_mma_kernel(
     chunk_in_step = quad * 4 // WORDS
     word_in_chunk = quad * 4 % WORDS + word
     r = tl.arange(0, R)
-    row = (r[:, None] * ROW_WARPS + (warp // K_WARPS)[None, :]) * 16 + group[None, :]
+    row = (r[:, None] * ROW_WARPS + (warp // K_WARPS)[None, :]) * (16 * WEIGHT_PLANES) + group[None, :]
     if BY_BLOCK:
         BLOCK_TURNS: tl.constexpr = K_WARPS
         STRIDE: tl.constexpr = STEP
@@ -174,17 +181,23 @@ def binary_mma_kernel(
     TURNS: tl.constexpr = (BLOCKS + BLOCK_TURNS - 1) // BLOCK_TURNS
     first_row = tl.program_id(0) * BN
     at0 = block0 * CHUNKS + chunk0
+    ROW_WORDS: tl.constexpr = WORDS * WEIGHT_PLANES
     a_ptrs = (
-        weight + first_row * WORDS + (at0.to(tl.int64) * rows * WORDS + word_in_chunk)[None, :] + row * WORDS
+        weight
+        + first_row * ROW_WORDS
+        + (at0.to(tl.int64) * rows * ROW_WORDS + word_in_chunk)[None, :]
+        + row * WORDS
     )
     ahead = _load_weights(
         a_ptrs, chunk0, block0, 0, rows,
-        BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
+        BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED, WEIGHT_PLANES,
     )  # fmt: skip
     # The layer's other tensors are loaded early, so that the last steps do not wait for memory.
     n = first_row + tl.arange(0, BN)
     inside = n < N
-    alpha = tl.load(weight_scale + n, mask=inside, other=0.0)
+    alphas = ()
+    for p in tl.static_range(WEIGHT_PLANES):
+        alphas = alphas + (tl.load(weight_scale + n * WEIGHT_PLANES + p, mask=inside, other=0.0),)
     low_rows = ()
     if RANK > 0:
         low_rows = load_low_rank_rows(low_b, n, RANK)
@@ -198,10 +211,11 @@ def binary_mma_kernel(
 
     tokens = 1 if TOKENS == 1 else M
     # What a column of the fragments stands for: plane 8 tile + 2 quad + word % 2 = token * BITS + bit.
+    # `counts` and `totals` have an element for each tile and weight plane, which is the inner index.
     column = 2 * quad + word % 2
     counts = ()
     totals = ()
-    for _ in tl.static_range(TILES):
+    for _ in tl.static_range(WEIGHT_PLANES * TILES):
         counts = counts + (tl.zeros([R, 128 * WARPS], tl.int32),)
         totals = totals + (tl.zeros([R, 128 * WARPS], tl.float32),)
     for step_group in range(TURNS * GROUPS):
@@ -211,7 +225,7 @@ def binary_mma_kernel(
         current = ahead
         ahead = _load_weights(
             a_ptrs, chunk0, block0, step_group + 1, rows,
-            BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED,
+            BLOCKS, CHUNKS, WORDS, STRIDE, BLOCK_TURNS, GROUPS, UNROLL, MASKED, WEIGHT_PLANES,
         )  # fmt: skip
         for i in tl.static_range(UNROLL):
             b_at = b_ptrs + (turn * (BLOCK_TURNS * CHUNKS) + (first + i) * STRIDE) * WORDS
@@ -223,7 +237,10 @@ def binary_mma_kernel(
                     exists = exists & live
                 b = tl.load(b_at + 8 * tile * PLANE, mask=exists, other=0)
                 b = tl.broadcast_to(b[None, :], (R, 128 * WARPS))
-                new = new + (_multiply(current[2 * i], current[2 * i + 1], b, counts[tile], R, WARPS, PURE),)
+                for p in tl.static_range(WEIGHT_PLANES):
+                    low = current[2 * (i * WEIGHT_PLANES + p)]
+                    high = current[2 * (i * WEIGHT_PLANES + p) + 1]
+                    new = new + (_multiply(low, high, b, counts[tile * WEIGHT_PLANES + p], R, WARPS, PURE),)
             counts = new
         if not ONE_BLOCK:
             # A rotation group's counts are scaled when it ends; before that the factor is 0 and they are kept.
@@ -237,9 +254,11 @@ def binary_mma_kernel(
                     mask=(plane < tokens * BITS) & (g < BLOCKS) & ends,
                     other=0.0,
                 )
-                weighted = (counts[tile] * _plane_value(plane, BITS)[None, :]).to(tl.float32)
-                added = added + (totals[tile] + weighted * s[None, :],)
-                cleared = cleared + (tl.where(ends, 0, counts[tile]),)
+                for p in tl.static_range(WEIGHT_PLANES):
+                    count = counts[tile * WEIGHT_PLANES + p]
+                    weighted = (count * _plane_value(plane, BITS)[None, :]).to(tl.float32)
+                    added = added + (totals[tile * WEIGHT_PLANES + p] + weighted * s[None, :],)
+                    cleared = cleared + (tl.where(ends, 0, count),)
             totals = added
             counts = cleared
 
@@ -248,23 +267,30 @@ def binary_mma_kernel(
     for m in tl.static_range(TOKENS):
         if m < tokens:
             # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}.
-            if ONE_BLOCK:
-                codes = tl.zeros([R, 128 * WARPS], tl.int32)
-                for tile in tl.static_range(TILES):
-                    plane = column + 8 * tile
-                    value = tl.where(plane // BITS == m, _plane_value(plane, BITS), 0)
-                    codes += counts[tile] * value[None, :]
-                lifted = 2 * _sum_rows(codes, R, ROW_WARPS, K_WARPS) - tl.load(q_sum + m)
-                out = lifted.to(tl.float32) * tl.load(scale + m)
-            else:
-                part = tl.zeros([R, 128 * WARPS], tl.float32)
-                for tile in tl.static_range(TILES):
-                    part += tl.where(((column + 8 * tile) // BITS == m)[None, :], totals[tile], 0.0)
-                lift = 0.0
-                for g in tl.static_range(BLOCKS):
-                    lift += tl.load(scale + m * BLOCKS + g) * tl.load(q_sum + m * BLOCKS + g).to(tl.float32)
-                out = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
-            out *= alpha
+            for p in tl.static_range(WEIGHT_PLANES):
+                if ONE_BLOCK:
+                    codes = tl.zeros([R, 128 * WARPS], tl.int32)
+                    for tile in tl.static_range(TILES):
+                        plane = column + 8 * tile
+                        value = tl.where(plane // BITS == m, _plane_value(plane, BITS), 0)
+                        codes += counts[tile * WEIGHT_PLANES + p] * value[None, :]
+                    lifted = 2 * _sum_rows(codes, R, ROW_WARPS, K_WARPS) - tl.load(q_sum + m)
+                    product = lifted.to(tl.float32) * tl.load(scale + m)
+                else:
+                    part = tl.zeros([R, 128 * WARPS], tl.float32)
+                    for tile in tl.static_range(TILES):
+                        total = totals[tile * WEIGHT_PLANES + p]
+                        part += tl.where(((column + 8 * tile) // BITS == m)[None, :], total, 0.0)
+                    if p == 0:
+                        lift = 0.0
+                        for g in tl.static_range(BLOCKS):
+                            at = m * BLOCKS + g
+                            lift += tl.load(scale + at) * tl.load(q_sum + at).to(tl.float32)
+                    product = 2.0 * _sum_rows(part, R, ROW_WARPS, K_WARPS) - lift
+                if p == 0:
+                    out = product * alphas[p]
+                else:
+                    out += product * alphas[p]
             if RANK > 0:
                 out += low_rank_row(low_rows, u, m, rank, RANK)
             if BIAS:

@@ -51,7 +51,10 @@ def all_cases(arch: int, modules: tuple[str, ...] = CASE_MODULES) -> tuple[Compi
 
 
 def sample(cases: Sequence[int], names: Sequence[str], count: int) -> list[int]:
-    """Select `count` cases of each kernel, spread over its configurations; `names` are the kernels of the cases."""
+    """Select `count` cases of each kernel, spread over its configurations; `names` are the kernels of the cases.
+
+    The command line samples one plane and several as if they were two kernels.
+    """
     kernels: dict[str, list[int]] = {}
     for case, name in zip(cases, names, strict=True):
         kernels.setdefault(name, []).append(case)
@@ -141,7 +144,8 @@ def _select(options: argparse.Namespace, modules: tuple[str, ...]) -> list[tuple
             if (options.kernel or "") in case.name and (options.config or "") in case.config
         ]
         if options.sample:
-            picked = sample(picked, [cases[i].name for i in picked], options.sample)
+            kinds = [f"{cases[i].name} {cases[i].planes > 1}" for i in picked]
+            picked = sample(picked, kinds, options.sample)
         selected += [(arch, i) for i in picked]
     if options.slice:
         first, every = (int(number) for number in options.slice.split("/"))

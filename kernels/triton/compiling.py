@@ -41,6 +41,7 @@ class CompileCase:
             the assembler is not expected to unroll the main loop.
         options: further compiler options.
         fragment_layout: the tensor layout that inline tensor-core instructions rely on; "" if there are none.
+        planes: binary planes of the weight.
     """
 
     name: str
@@ -56,6 +57,7 @@ class CompileCase:
     loop_cores: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     fragment_layout: str = ""
+    planes: int = 1
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,13 @@ The weights are on the M side of the dot: y^T [BN, BM] = W [BN, C] q^T [C, BM]. 
 shared memory (cp.async) into the registers of the dot's left operand, where `(w >> j) & 0x01010101` makes four
 weights of two instructions; the eight bit planes joined along K are that operand, and no layout is converted.
 On Hopper it is a wgmma whose left operand comes from registers.
+
+Of a weight with several binary planes, the left operand has the rows of one plane after those of the other: a tile of
+activations is loaded once, each plane is summed apart, and the sums are scaled and added at the end. An operand has a
+power of two of rows, so that three planes are two operands.
 """
+
+# ruff: noqa: RUF005 - Triton's compiler knows no starred tuples.
 
 # mypy: ignore-errors
 # (Triton's own language: its arguments are tensors and pointers of the compiler, not of Python.)
@@ -61,6 +67,30 @@ def _block_scale(scale, m, g, blocks):
     return tl.sum(tl.where(at[None, :] == g, tile, 0.0), 1)
 
 
+@triton.jit
+def _planes_of(n, BN: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Return (row, plane) of an operand's COUNT BN rows: the tile's rows for COUNT planes from FIRST on."""
+    index = tl.arange(0, COUNT * BN)
+    return n + index % BN, FIRST + index // BN
+
+
+@triton.jit
+def _weigh_planes(
+    totals, weight_scale, first_row, N,
+    BN: tl.constexpr, BM: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """Scale and add the planes of operands [COUNT BN, BM]: [BN, BM]."""
+    y = tl.zeros([BN, BM], tl.float32)
+    for i in tl.static_range(len(COUNT)):
+        row, plane = _planes_of(first_row, BN, FIRST[i], COUNT[i])
+        alpha = tl.load(weight_scale + row * PLANES + plane, mask=row < N, other=0.0)
+        weighed = totals[i] * alpha[:, None]
+        if COUNT[i] > 1:
+            weighed = tl.sum(tl.reshape(weighed, (COUNT[i], BN, BM)), 0)
+        y += weighed
+    return y
+
+
 # One compiled kernel for every number of tokens: none of its own for 1 or for multiples of 16.
 @triton.jit(do_not_specialize=["M", "chunks_per_block", "blocks", "rank", "splits"])
 def integer_mma_kernel(
@@ -91,6 +121,9 @@ def integer_mma_kernel(
     GROUP_M: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
+    WEIGHT_PLANES: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
     RANK: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -99,7 +132,8 @@ def integer_mma_kernel(
     """Compute one tile y[m, n] of BM tokens and BN rows, or a share of its chunks (SPLIT).
 
     The weights have `blocks` rotation groups of `block_width` columns in `chunks_per_block` chunks of C columns;
-    ONE_BLOCK: they are one group; PADDED: a group ends with a partly empty chunk.
+    ONE_BLOCK: they are one group; PADDED: a group ends with a partly empty chunk. They have WEIGHT_PLANES planes, of
+    which operand i holds COUNT[i] from FIRST[i] on (`OPERANDS`); `weight_scale` is float32 [N, WEIGHT_PLANES].
 
     Grid: (tiles of N times tiles of M, splits). Of a tile that is split, every program leaves its share in
     `partial` float32 [tiles, splits, BN, BM], and the last one to arrive (`counters` int32 [tiles], zero before
@@ -134,12 +168,25 @@ def integer_mma_kernel(
 
     byte = tl.arange(0, S)
     column = tl.arange(0, C)
-    w_ptrs = weight + first.to(tl.int64) * rows * S + (n[:, None] * S + byte[None, :])
+    w_ptrs = ()
+    accs = ()
+    totals = ()
+    for i in tl.static_range(len(COUNT)):
+        if WEIGHT_PLANES == 1:
+            row = n
+        else:
+            of, plane = _planes_of(tile_n * BN, BN, FIRST[i], COUNT[i])
+            row = of // 16 * (16 * WEIGHT_PLANES) + plane * 16 + of % 16
+        w_ptrs = w_ptrs + (
+            weight + first.to(tl.int64) * rows * (S * WEIGHT_PLANES) + (row[:, None] * S + byte[None, :]),
+        )
+        accs = accs + (tl.zeros([COUNT[i] * BN, BM], tl.int32),)
+        totals = totals + (tl.zeros([COUNT[i] * BN, BM], tl.float32),)
     q_rows = q + m_read.to(tl.int64)[None, :] * K
-    acc = tl.zeros([BN, BM], tl.int32)
-    total = tl.zeros([BN, BM], tl.float32)
     for t in range(first, last):
-        w = tl.load(w_ptrs)
+        w = ()
+        for i in tl.static_range(len(COUNT)):
+            w = w + (tl.load(w_ptrs[i]),)
         if PADDED:
             g = t // chunks_per_block
             at = g * block_width + (t - g * chunks_per_block) * C + column
@@ -147,13 +194,25 @@ def integer_mma_kernel(
             x = tl.load(q_rows + at[:, None], mask=(at < K)[:, None], other=0)
         else:
             x = tl.load(q_rows + (t * C + column)[:, None])
-        acc = tl.dot(unpack_chunk(w, BN, C, PURE), x, acc, out_dtype=tl.int32)
-        w_ptrs += rows * S
+        summed = ()
+        moved = ()
+        for i in tl.static_range(len(COUNT)):
+            bits = unpack_chunk(w[i], COUNT[i] * BN, C, PURE)
+            summed = summed + (tl.dot(bits, x, accs[i], out_dtype=tl.int32),)
+            moved = moved + (w_ptrs[i] + rows * (S * WEIGHT_PLANES),)
+        accs = summed
+        w_ptrs = moved
         if not ONE_BLOCK:
             g = t // chunks_per_block
             if (t + 1) % chunks_per_block == 0 or t + 1 == last:
-                total += acc.to(tl.float32) * _block_scale(scale, m_read, g, blocks)[None, :]
-                acc = tl.zeros([BN, BM], tl.int32)
+                s = _block_scale(scale, m_read, g, blocks)
+                added = ()
+                cleared = ()
+                for i in tl.static_range(len(COUNT)):
+                    added = added + (totals[i] + accs[i].to(tl.float32) * s[None, :],)
+                    cleared = cleared + (tl.zeros([COUNT[i] * BN, BM], tl.int32),)
+                totals = added
+                accs = cleared
     if PDL == PDL_LATE:
         gdc_launch_dependents()
     # sum (2 w - 1) q = 2 sum w q - sum q, w in {0, 1}; of a split tile the share that ends a group takes sum q.
@@ -162,12 +221,20 @@ def integer_mma_kernel(
         lift = tl.load(q_sum + m_read)
         if SPLIT:
             lift = tl.where((last == chunks) & (first < chunks), lift, 0)
-        total = (2 * acc - lift[None, :]).to(tl.float32) * s[None, :]
+        lifted = ()
+        for i in tl.static_range(len(COUNT)):
+            lifted = lifted + ((2 * accs[i] - lift[None, :]).to(tl.float32) * s[None, :],)
     else:
         lift = tl.zeros([BM], tl.float32)
         for g in range(first // chunks_per_block, last // chunks_per_block):
             lift += tl.load(scale + m_read * blocks + g) * tl.load(q_sum + m_read * blocks + g).to(tl.float32)
-        total = 2.0 * total - lift[None, :]
+        lifted = ()
+        for i in tl.static_range(len(COUNT)):
+            lifted = lifted + (2.0 * totals[i] - lift[None, :],)
+    if WEIGHT_PLANES == 1:
+        total = lifted[0]
+    else:
+        total = _weigh_planes(lifted, weight_scale, tile_n * BN, N, BN, BM, FIRST, COUNT, WEIGHT_PLANES)
 
     if SPLIT:
         cell = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
@@ -184,7 +251,8 @@ def integer_mma_kernel(
         tl.store(counters + tile, 0)
 
     inside = n < N
-    total *= tl.load(weight_scale + n, mask=inside, other=0.0)[:, None]
+    if WEIGHT_PLANES == 1:
+        total *= tl.load(weight_scale + n, mask=inside, other=0.0)[:, None]
     if RANK > 0:
         total = low_rank_term(total, u, low_b, m_read, n, rank, RANK, PURE)
     if BIAS:

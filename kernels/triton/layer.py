@@ -41,6 +41,7 @@ def run_layer(
     matmul_config = matmul_config or select_config(
         *(spec.out_features, spec.in_features, spec.rotation_groups, chunk, len(rows), spec.bits),
         *gpu_properties(x.device),
+        planes=spec.planes,
     )
     dependent = is_dependent(x.device)
     prepared = prepare_input(

@@ -4,6 +4,9 @@ A chunk holds C = 256 columns (or 128) of one rotation group for all rows: `[chu
 Within chunk t of group g, bit j of byte b is column g * group_width + C t + (C / 8) j + b, 1 = +1. So `(w >> j) & 1`
 turns the bytes of a row into C / 8 neighbouring columns, and a tile of rows is one contiguous piece of memory.
 Columns beyond a group and rows beyond N are 0 bits.
+
+Of a weight with P binary planes, 16 rows (what one tensor-core instruction covers) are followed by the same rows of the
+next plane: `[chunks][N_padded / 16][P][16][C / 8 bytes]`. So a tile of rows with all its planes is still contiguous.
 """
 
 from dataclasses import dataclass
@@ -11,13 +14,17 @@ from dataclasses import dataclass
 import torch
 from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR
+from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
 ROW_MULTIPLE = 128
 """Rows are padded to whole tiles, so that no weight load needs a mask."""
 
+TILE_ROWS = 16
+"""Neighbouring rows of one plane, after which the same rows of the next plane follow."""
+
 _SLAB = 1024
-"""Rows repacked at a time: bounds the unpacked workspace."""
+"""Rows of one plane repacked at a time: bounds the unpacked workspace."""
 
 
 @dataclass(frozen=True)
@@ -29,21 +36,23 @@ class ChunkLayout:
         groups: G, the number of rotation groups.
         group_width: columns of a group, a multiple of 32.
         chunk: C, columns of a chunk.
+        planes: P, binary planes of the weight.
     """
 
     out_features: int
     groups: int
     group_width: int
     chunk: int
+    planes: int = 1
 
     @property
     def chunks_per_group(self) -> int:
-        """P = ceil(group_width / C)."""
+        """ceil(group_width / C)."""
         return -(-self.group_width // self.chunk)
 
     @property
     def chunks(self) -> int:
-        """G P."""
+        """Chunks of all rotation groups."""
         return self.groups * self.chunks_per_group
 
     @property
@@ -58,8 +67,13 @@ class ChunkLayout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of the repacked bytes: [chunks, N_padded, C / 8]."""
-        return self.chunks, self.rows, self.chunk // 8
+        """Shape of the repacked bytes: [chunks, N_padded * P, C / 8]."""
+        return self.chunks, self.rows * self.planes, self.chunk // 8
+
+    @property
+    def tiles(self) -> tuple[int, int, int, int, int]:
+        """The same with the rows' axes apart: [chunks, N_padded / 16, P, 16, C / 8]."""
+        return self.chunks, self.rows // TILE_ROWS, self.planes, TILE_ROWS, self.chunk // 8
 
 
 def chunk_columns(group_width: int) -> int:
@@ -67,18 +81,23 @@ def chunk_columns(group_width: int) -> int:
     return 128 if group_width % 256 == 128 else 256
 
 
-def chunk_layout(out_features: int, groups: int, group_width: int) -> ChunkLayout:
-    """Return the layout of a weight [N, G * group_width].
+def chunk_layout(out_features: int, groups: int, group_width: int, planes: int = 1) -> ChunkLayout:
+    """Return the layout of a weight [N, G * group_width] of P binary planes.
 
     Raises:
         BackendError: sizes that the format does not allow.
     """
-    if out_features < 1 or groups < 1 or group_width < 1 or group_width % PACK_FACTOR:
+    if min(out_features, groups, group_width, planes) < 1 or group_width % PACK_FACTOR:
         raise BackendError(
             f"expected positive sizes and rotation groups of a multiple of {PACK_FACTOR} columns, found "
-            f"{out_features} rows and {groups} groups of {group_width} columns"
+            f"{out_features} rows of {planes} planes and {groups} groups of {group_width} columns"
         )
-    return ChunkLayout(out_features, groups, group_width, chunk_columns(group_width))
+    return ChunkLayout(out_features, groups, group_width, chunk_columns(group_width), planes)
+
+
+def layer_layout(spec: LayerSpec) -> ChunkLayout:
+    """Return the layout of a layer's weight."""
+    return chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width, spec.planes)
 
 
 def _to_chunks(bits: Tensor, layout: ChunkLayout) -> Tensor:
@@ -95,32 +114,50 @@ def _to_chunks(bits: Tensor, layout: ChunkLayout) -> Tensor:
 
 
 def repack_weights(packed: Tensor, layout: ChunkLayout) -> Tensor:
-    """Turn `weight_packed` int32 [N, K / 32] into uint8 [chunks, N_padded, C / 8], on the same device.
+    """Turn `weight_packed` int32 [N, K / 32], or [N, P, K / 32], into uint8 `layout.shape`, on the same device.
 
     Raises:
         BackendError: the tensor does not fit the layout.
     """
     words = layout.groups * layout.group_width // PACK_FACTOR
-    if packed.dtype != torch.int32 or tuple(packed.shape) != (layout.out_features, words):
+    shape = (layout.out_features, layout.planes, words)
+    if layout.planes == 1:
+        shape = (layout.out_features, words)
+    if packed.dtype != torch.int32 or tuple(packed.shape) != shape:
         raise BackendError(
-            f"expected packed signs int32 [{layout.out_features}, {words}], "
-            f"found {packed.dtype} {list(packed.shape)}"
+            f"expected packed signs int32 {list(shape)}, found {packed.dtype} {list(packed.shape)}"
         )
-    out = torch.zeros(layout.shape, dtype=torch.uint8, device=packed.device)
+    out = torch.zeros(layout.tiles, dtype=torch.uint8, device=packed.device)
     shifts = torch.arange(PACK_FACTOR, dtype=torch.int32, device=packed.device)
-    for start in range(0, layout.out_features, _SLAB):
-        slab = packed[start : start + _SLAB]
+    step = _SLAB // layout.planes // TILE_ROWS * TILE_ROWS
+    for start in range(0, layout.out_features, step):
+        slab = packed[start : start + step].reshape(-1, words)
         bits = ((slab.unsqueeze(-1) >> shifts) & 1).to(torch.uint8).flatten(1)
-        out[:, start : start + slab.shape[0]] = _to_chunks(bits, layout).transpose(0, 1)
-    return out
+        chunks = _to_chunks(bits, layout).unflatten(0, (-1, layout.planes))
+        chunks = torch.nn.functional.pad(chunks, (0, 0, 0, 0, 0, 0, 0, -chunks.shape[0] % TILE_ROWS))
+        tiles = chunks.unflatten(0, (-1, TILE_ROWS)).permute(3, 0, 2, 1, 4)
+        first = start // TILE_ROWS
+        out[:, first : first + tiles.shape[1]] = tiles
+    return out.view(layout.shape)
 
 
-def unpack_weights(weight: Tensor, layout: ChunkLayout) -> Tensor:
-    """Turn the repacked bytes back into signs int8 {-1, +1} [N, G * group_width]; the inverse, for tests."""
+def unpack_weights(weight: Tensor, layout: ChunkLayout, rows: Tensor | None = None) -> Tensor:
+    """Turn the repacked bytes back into signs int8 {-1, +1}: the inverse, for checks.
+
+    Args:
+        weight: uint8 `layout.shape`.
+        layout: its layout.
+        rows: the rows to unpack; by default all N.
+
+    Returns: [rows, P, G * group_width].
+    """
+    if rows is None:
+        rows = torch.arange(layout.out_features, device=weight.device)
+    tiles = weight.view(layout.tiles)[:, rows // TILE_ROWS, :, rows % TILE_ROWS]  # [rows, chunks, P, C / 8]
     shifts = torch.arange(8, dtype=torch.uint8, device=weight.device)
-    bits = (weight[:, : layout.out_features].unsqueeze(-2) >> shifts.unsqueeze(-1)) & 1
-    cells = bits.permute(1, 0, 2, 3).reshape(layout.out_features, layout.groups, -1)
-    return (cells[..., : layout.group_width].to(torch.int8) * 2 - 1).flatten(1)
+    bits = (tiles.transpose(1, 2).unsqueeze(-2) >> shifts.unsqueeze(-1)) & 1
+    cells = bits.reshape(len(rows), layout.planes, layout.groups, -1)
+    return (cells[..., : layout.group_width].to(torch.int8) * 2 - 1).flatten(2)
 
 
 def pack_planes(q: Tensor, bits: int, layout: ChunkLayout) -> Tensor:

@@ -1,5 +1,6 @@
 """Every configuration of the matmul kernels that can be selected, as compile cases."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +27,13 @@ LAYOUTS = {
 }
 """Qwen3-32B's gate_up and down, and both with partly empty chunks (the masked variants). The names are keys of compile
 tables; a block is a rotation group."""
+
+PLANE_LAYOUTS = {
+    2: ("1 block", "8 blocks, chunks of 128"),
+    3: ("1 block", "8 blocks, chunks of 128"),
+    4: ("1 block", "8 blocks, chunks of 128", "8 padded blocks"),
+}
+"""Number of planes -> the layouts that are compiled for it; one plane is compiled for all."""
 
 INTEGER_MNEMONICS = {80: ("IMMA",), 89: ("IMMA",), 90: ("IGMMA",), 100: ("UTCIMMA", "UTCQMMA", "IMMA")}
 """Int8 tensor-core instructions in SASS: mma.sync, wgmma, tcgen05.mma."""
@@ -66,26 +74,38 @@ def compile_cases(arch: int) -> list[CompileCase]:
     """Return all cases for compute capability `arch` / 10: with a low-rank term and a bias, bfloat16 out.
 
     Launches are dependent from 9.0 on, as in serving; a layer without both, and launches that do not overlap, are
-    compiled for the most common layout.
+    compiled for the most common layout. Weights of several planes are compiled as in serving.
     """
     cases = []
+    served = Variant(pdl=arch >= 90)
     for name, layout in LAYOUTS.items():
-        served = Variant(pdl=arch >= 90)
         variants = [served]
         if name == "1 block":
-            variants += [replace(served, bare=True)] + [Variant()] * served.pdl
-        for selected in selectable(str(arch), layout.groups == 1):
-            config = selected
-            if config.kernel == BINARY:
-                config = fit_unroll(config, layout.groups, layout.chunks_per_group, layout.chunk)
-            if config.split > 2:
-                continue  # the same code as for two shares: their number is not a compile-time argument
-            for variant in variants + WIDER * (name == "1 block"):
-                if config.kernel == BINARY:
-                    cases.append(binary_case(config, layout, name, variant))
-                else:
-                    cases.append(integer_case(config, layout, name, arch, variant))
+            variants += [replace(served, bare=True)] + [Variant()] * served.pdl + WIDER
+        cases += _cases_of(layout, name, arch, variants)
+    for planes, names in PLANE_LAYOUTS.items():
+        for name in names:
+            layout = replace(LAYOUTS[name], planes=planes)
+            cases += _cases_of(layout, f"{name}, {planes} planes", arch, [served])
     return cases
+
+
+def _cases_of(
+    layout: ChunkLayout, what: str, arch: int, variants: Sequence[Variant]
+) -> Iterator[CompileCase]:
+    """Yield the cases of a layout in every configuration that can be selected for it."""
+    selected = selectable(str(arch), layout.groups == 1, layout.planes)
+    for chosen in selected:
+        config = chosen
+        if config.kernel == BINARY:
+            config = fit_unroll(config, layout.groups, layout.chunks_per_group, layout.chunk)
+        if config.split > 2:
+            continue  # the same code as for two shares: their number is not a compile-time argument
+        for variant in variants:
+            if config.kernel == BINARY:
+                yield binary_case(config, layout, what, variant)
+            else:
+                yield integer_case(config, layout, what, arch, variant)
 
 
 def _case(
@@ -136,13 +156,13 @@ def binary_case(
 ) -> CompileCase:
     """Return a case of `binary_mma_kernel`; one iteration covers 512 columns of every warp's rows."""
     meta = binary_meta(layout, BITS, config)
-    weights = 512 * config.block_n * config.k_warps
+    weights = 512 * config.block_n * config.k_warps * layout.planes
     case = _case(binary_mma_kernel, config, what, "*i32", meta, ("BMMA",), weights, variant or Variant())
     layout_of_fragments = (
         "#ttg.blocked<{sizePerThread=[1,4],threadsPerWarp=[1,32],"
         f"warpsPerCTA=[1,{config.num_warps}],order=[1,0]}}>"
     )
-    return replace(case, fragment_layout=layout_of_fragments)
+    return replace(case, fragment_layout=layout_of_fragments, planes=layout.planes)
 
 
 def integer_case(
@@ -150,6 +170,7 @@ def integer_case(
 ) -> CompileCase:
     """Return a case of `integer_mma_kernel`; one iteration covers a chunk."""
     meta = {**integer_meta(layout, config), "GROUP_M": GROUP_M}
-    weights = config.block_n * layout.chunk
+    weights = config.block_n * layout.chunk * layout.planes
     core = INTEGER_MNEMONICS[arch]
-    return _case(integer_mma_kernel, config, what, "*u8", meta, core, weights, variant or Variant())
+    case = _case(integer_mma_kernel, config, what, "*u8", meta, core, weights, variant or Variant())
+    return replace(case, planes=layout.planes)

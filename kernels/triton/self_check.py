@@ -99,16 +99,20 @@ def check_matmul(
     draw = Draw(0)
     # As in the layer: a multiple of 16 where the layer's is one (Triton compiles another kernel for others).
     rows = max(ROWS, config.block_n) - (48 if spec.out_features % 16 == 0 else 55)
-    layout = chunk_layout(rows, spec.rotation_groups, spec.group_width)
+    layout = chunk_layout(rows, spec.rotation_groups, spec.group_width, spec.planes)
     m = config.block_m + (3 if config.kernel == INTEGER else 0)
 
-    words = draw.integers(-(2**31), 2**31 - 1, rows, spec.in_features // PACK_FACTOR).int()
+    row = (rows,) if spec.planes == 1 else (rows, spec.planes)
+    words = draw.integers(-(2**31), 2**31 - 1, *row, spec.in_features // PACK_FACTOR).int()
     packed = repack_weights(words, layout)
     q = draw.integers(-spec.q_max, spec.q_max, m, spec.in_features).to(torch.int8)
     q_sum = q.unflatten(1, (spec.rotation_groups, spec.group_width)).sum(-1, dtype=torch.int32)
-    scale, alpha = draw.powers(-1, 1, m, spec.rotation_groups), draw.powers(-8, -7, rows)
-    sums = reference.group_sums(q, unpack_weights(packed, layout), spec.rotation_groups)
-    expected = (sums.double() * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
+    scale, alpha = draw.powers(-1, 1, m, spec.rotation_groups), draw.powers(-8, -7, *row)
+    expected = torch.zeros(m, rows, dtype=torch.float64, device="cpu")
+    for p, signs in enumerate(unpack_weights(packed, layout).unbind(1)):
+        sums = reference.group_sums(q, signs, spec.rotation_groups)
+        products = (sums.double() * scale.double().unsqueeze(-1)).sum(1)
+        expected += products * alpha.view(rows, -1)[:, p].double()
     u = low_b = bias = None
     if spec.rank:
         # u has more bits than bfloat16 holds.
@@ -142,7 +146,8 @@ def check_matmul(
 def matmul_spec(spec: LayerSpec) -> LayerSpec:
     """Reduce a spec to what `check_matmul` depends on, so that layers that agree in it share a check."""
     rows = ROWS if spec.out_features % 16 == 0 else ROWS - 1
-    return LayerSpec(rows, spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits)
+    sizes = (spec.in_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits)
+    return LayerSpec(rows, *sizes, planes=spec.planes)
 
 
 def input_spec(spec: LayerSpec) -> LayerSpec:

@@ -2,6 +2,8 @@
 
     python -m bwla_kernels.triton.tune --out FILE [--shapes 51200x5120/1,...] [--tokens 1,4,64,...]
 
+A shape is NxK/G with G rotation groups, or NxK/G/P for a weight of P binary planes.
+
 Two rounds for each shape and number of tokens: a few cuts that should fill the GPU, then variations of the two
 fastest. Each candidate is compared with float64 on a sample of rows, then timed in a CUDA graph over more weights
 than the second-level cache holds. One that fails or is wrong is recorded in FILE's `.jsonl` and left out. The table
@@ -21,7 +23,6 @@ from typing import Any
 
 import torch
 import triton
-from bwla_kernels.errors import BackendError
 from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.triton.binary_matmul import MAX_SPLIT_TILES, Weights, binary_matmul
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout, pack_planes, repack_weights, unpack_weights
@@ -35,7 +36,9 @@ from bwla_kernels.triton.tuning import (
     MatmulConfig,
     as_entry,
     binary_is_native,
+    for_planes,
     load_table,
+    parse_shape,
     shape_key,
     table_arch,
     token_limit,
@@ -121,7 +124,8 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
     """Return tiles with about one program per multiprocessor or more, those with about IN_FLIGHT bytes first."""
 
     def distance(config: MatmulConfig) -> float:
-        fragments = layout.rows // 16 * config.k_warps * config.unroll  # of 16 rows by 512 columns: 1 KiB
+        # Fragments of 16 rows by 512 columns are 1 KiB.
+        fragments = layout.rows // 16 * layout.planes * config.k_warps * config.unroll
         return abs(math.log2(fragments * 1024 / multiprocessors / IN_FLIGHT))
 
     tiles = [n for n in (16, 32, 64, 128) if 0.7 <= layout.rows // n / multiprocessors <= 26]
@@ -130,7 +134,8 @@ def _binary(layout: ChunkLayout, tokens: int, multiprocessors: int) -> list[Matm
         for warps, k_warps in ((2, 2), (4, 4), (4, 2), (8, 8), (8, 4)):
             r = rows * k_warps // (16 * warps)
             for unroll in (1, 2, 4):
-                if r >= 1 and r * unroll <= (4 if tokens <= BINARY_MAX_TOKENS else 2):
+                most = 4 if tokens <= BINARY_MAX_TOKENS else 2
+                if r >= 1 and (r * unroll * layout.planes <= most or r * unroll == 1):
                     config = MatmulConfig(BINARY, tokens, rows, warps, k_warps=k_warps, unroll=unroll)
                     found.append(replace(config, max_registers=255))
     return sorted(found, key=distance)[:MOST_FIRST]
@@ -142,15 +147,16 @@ def _skinny(
     """Return splits of the columns for integer tensor cores that give one to five programs per multiprocessor."""
     least = 16 if capability[0] == 9 else 8  # eight columns are no wgmma
     found = []
-    for rows in (128, 64, 256):
+    for one_plane in (128, 64, 256):
+        rows = for_planes(MatmulConfig(INTEGER, least, one_plane, 4), layout.planes).block_n
         if layout.rows % rows:
             continue
         allowed = [split for split in SPLITS if split == 1 or layout.chunks >= 2 * split]
         useful = [s for s in allowed if 1 <= layout.rows // rows * s / multiprocessors <= 5] or allowed[-1:]
         for split in useful:
-            for warps in (4, 8) if rows > 64 else (4,):
+            for warps in (4, 8) if one_plane > 64 else (4,):
                 found.append(MatmulConfig(INTEGER, max(least, tokens), rows, warps, 4, split))
-    return found[:MOST_FIRST]
+    return list(dict.fromkeys(found))[:MOST_FIRST]
 
 
 def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
@@ -164,11 +170,12 @@ def _tiled(layout: ChunkLayout, tokens: int) -> list[MatmulConfig]:
         (128, 128, 4),
         (128, 64, 8),
     )
-    return [
-        MatmulConfig(INTEGER, columns, rows, warps, 3)
+    found = [
+        for_planes(MatmulConfig(INTEGER, columns, rows, warps, 3), layout.planes)
         for rows, columns, warps in cuts
-        if layout.rows % rows == 0 and columns <= tokens
     ]
+    fitting = [config for config in found if layout.rows % config.block_n == 0 and config.block_m <= tokens]
+    return list(dict.fromkeys(fitting))
 
 
 def variations(config: MatmulConfig) -> list[MatmulConfig]:
@@ -207,10 +214,11 @@ def draw(
     u = normal(m, RANK).float()
     planes = pack_planes(q, BITS, layout) if m <= PLANES_MAX_TOKENS else None
     low_b = normal(layout.rows, RANK)
-    alpha = torch.rand(layout.out_features, device=device, generator=generator)
+    row = (layout.out_features, layout.planes)[: 1 if layout.planes == 1 else 2]
+    alpha = torch.rand(*row, device=device, generator=generator)
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=device)
     copies = max(1, min(64, cold // math.prod(layout.shape)))
-    words = layout.out_features, width // PACK_FACTOR
+    words = *row, width // PACK_FACTOR
 
     def weight() -> Tensor:  # repacked, because the padding of a rotation group must be zeros
         signs = torch.randint(-(2**31), 2**31, words, device=device, generator=generator)
@@ -219,11 +227,10 @@ def draw(
     packed = [weight() for _ in range(copies)]
     weights = [Weights(part, alpha, low_b, None, counters, layout) for part in packed]
     rows, tokens = _ends(layout.out_features, device), _ends(m, device)
-    sample = chunk_layout(len(rows), layout.groups, layout.group_width)
-    signs = unpack_weights(packed[0][:, rows], sample).double().unflatten(1, (layout.groups, -1))
-    codes = q[tokens].double().unflatten(1, (layout.groups, -1))
-    sums = torch.einsum("mgk,ngk->mng", codes, signs)
-    expected = (sums * scale[tokens].double().unsqueeze(1)).sum(-1) * alpha[rows].double()
+    signs = unpack_weights(packed[0], layout, rows).double()
+    weight = torch.einsum("npk,np->nk", signs, alpha.view(-1, layout.planes)[rows].double())
+    x_hat = q[tokens].double() * scale[tokens].double().repeat_interleave(layout.group_width, 1)
+    expected = x_hat @ weight.t()
     expected += u[tokens].double() @ low_b[rows].double().t()
     return Problem(QuantizedInput(q, scale, q_sum, u, planes), weights, tokens, rows, expected, dtype)
 
@@ -317,19 +324,6 @@ def read_findings(path: Path) -> dict[tuple[str, int], list[Finding]]:
     return findings
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Parse `NxK/G` into (N, K, G).
-
-    Raises:
-        BackendError: the text has another form.
-    """
-    try:
-        n, k, g = (int(part) for part in text.replace("/", "x").split("x"))
-    except ValueError:
-        raise BackendError(f"expected a shape NxK/G such as 51200x5120/1, found {text!r}") from None
-    return n, k, g
-
-
 def new_table(name: str, arch: str) -> dict[str, Any]:
     """Copy the package's table, and record the origin of its shapes for `arch`."""
     table: dict[str, Any] = json.loads(json.dumps(load_table()))
@@ -341,9 +335,9 @@ def new_table(name: str, arch: str) -> dict[str, Any]:
 
 
 def enter(
-    table: dict[str, Any], arch: str, shape: tuple[int, int, int], m: int, config: MatmulConfig
+    table: dict[str, Any], arch: str, shape: tuple[int, int, int, int], m: int, config: MatmulConfig
 ) -> None:
-    """Enter a measured configuration into a table."""
+    """Enter a measured configuration of a shape (N, K, G, P) into a table."""
     rows = table["architectures"][arch]["shapes"].setdefault(shape_key(*shape), {})
     rows[str(token_limit(m))] = as_entry(config)
 
@@ -352,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bwla_kernels.triton.tune", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the table to write (see tuning.json)")
-    parser.add_argument("--shapes", default=SHAPES, help="NxK/G, comma-separated")
+    parser.add_argument("--shapes", default=SHAPES, help="NxK/G or NxK/G/P, comma-separated")
     parser.add_argument("--tokens", default=TOKENS, help="numbers of tokens, comma-separated powers of two")
     parser.add_argument("--resume", action="store_true", help="continue after the last line of the .jsonl")
     options = parser.parse_args(arguments)
@@ -365,10 +359,10 @@ def main(arguments: list[str] | None = None) -> int:
     arch = table_arch(torch.cuda.get_device_capability(device))
     table, known = new_table(torch.cuda.get_device_name(device), arch), read_findings(log)
     for text in options.shapes.split(","):
-        n, k, g = parse_shape(text)
+        n, k, g, planes = parse_shape(text)
         for m in (int(part) for part in options.tokens.split(",")):
             findings = known.get((text, m), [])
-            for finding in measure(chunk_layout(n, g, k // g), m, device, tuple(findings)):
+            for finding in measure(chunk_layout(n, g, k // g, planes), m, device, tuple(findings)):
                 with log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps({"shape": text, "m": m, **finding.row()}) + "\n")
                 if finding.error is not None:
@@ -377,10 +371,10 @@ def main(arguments: list[str] | None = None) -> int:
                 findings = [*findings, finding]
             for best in fastest(findings)[:1]:
                 time = best.microseconds or math.inf
-                enter(table, arch, (n, k, g), m, best.config)
+                enter(table, arch, (n, k, g, planes), m, best.config)
                 print(
-                    f"{text} m={m}: {best.config}, {time:.2f} us, {n * k / 8 / time / 1e6:.2f} TB/s of packed "
-                    f"weights, {2 * m * n * k / time / 1e6:.0f} TOPS",
+                    f"{text} m={m}: {best.config}, {time:.2f} us, {planes * n * k / 8 / time / 1e6:.2f} TB/s of "
+                    f"packed weights, {2 * m * planes * n * k / time / 1e6:.0f} TOPS",
                     flush=True,
                 )
                 options.out.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")

@@ -88,9 +88,25 @@ def load_table() -> Mapping[str, Any]:
     return table
 
 
-def shape_key(n: int, k: int, g: int) -> str:
-    """Return the name of an exact shape in the table: `NxK/G`."""
-    return f"{n}x{k}/{g}"
+def shape_key(n: int, k: int, g: int, planes: int = 1) -> str:
+    """Return the name of an exact shape in the table: `NxK/G`, with several planes `NxK/G/P`."""
+    return f"{n}x{k}/{g}" + (f"/{planes}" if planes > 1 else "")
+
+
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """Parse a shape's name into (N, K, G, P).
+
+    Raises:
+        BackendError: the text has another form.
+    """
+    try:
+        n, k, g, *planes = (int(part) for part in text.replace("/", "x").split("x"))
+        (p,) = planes or [1]
+    except ValueError:
+        raise BackendError(
+            f"expected a shape NxK/G such as 51200x5120/1, or NxK/G/P with P planes, found {text!r}"
+        ) from None
+    return n, k, g, p
 
 
 def token_limit(m: int) -> int:
@@ -107,6 +123,7 @@ def select_config(
     bits: int,
     capability: tuple[int, int],
     sm_count: int,
+    planes: int = 1,
 ) -> MatmulConfig:
     """Choose how to multiply m tokens of `bits` bits with a weight [n, k].
 
@@ -118,12 +135,13 @@ def select_config(
         bits: of an activation code.
         capability: compute capability of the GPU.
         sm_count: its number of multiprocessors.
+        planes: binary planes of the weight.
 
     Raises:
         BackendError: the GPU is too old.
     """
     arch = load_table()["architectures"][table_arch(capability)]
-    measured = arch["shapes"].get(shape_key(n, k, g), {}).get(str(token_limit(m)))
+    measured = arch["shapes"].get(shape_key(n, k, g, planes), {}).get(str(token_limit(m)))
     if measured is not None:
         config = MatmulConfig(**measured)
         if config.kernel == INTEGER:
@@ -133,16 +151,36 @@ def select_config(
     rows = -(-n // 128) * 128
     chunks = g * -(-(k // g) // chunk)
     if m <= BINARY_MAX_TOKENS and binary_is_native(capability):
-        return fit_unroll(choose_binary(arch, rows, m, sm_count), g, chunks // g, chunk)
+        return fit_unroll(choose_binary(arch, rows, m, sm_count, planes), g, chunks // g, chunk)
     if m <= min(SKINNY_MAX_TOKENS, arch["skinny"][-1]["block_m"]):
-        return choose_skinny(arch, rows, chunks, m, sm_count)
-    return choose_tiled(arch, rows, g, m, sm_count)
+        return choose_skinny(arch, rows, chunks, m, sm_count, planes)
+    return choose_tiled(arch, rows, g, m, sm_count, planes)
 
 
-def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int) -> MatmulConfig:
+def for_planes(config: MatmulConfig, planes: int) -> MatmulConfig:
+    """Adapt a configuration for one plane to several: fewer rows, so that a program's weights stay about as many.
+
+    The sums of all planes must fit the registers. Three planes on integer tensor cores have 64 rows, because wgmma
+    takes no fewer; these are 1.5 times as many sums as with one plane, so that at most 64 tokens fit, with 8 warps.
+    """
+    if planes == 1:
+        return config
+    if config.kernel == BINARY:
+        # Steps loaded together are fewer where the rows cannot be.
+        most = config.block_n * config.unroll // planes
+        rows = 16 * config.num_warps // config.k_warps
+        block_n = max(rows, 1 << (config.block_n // planes).bit_length() - 1)
+        return replace(config, block_n=block_n, unroll=max(1, most // block_n))
+    if planes == 3:
+        warps = 8 if config.block_m >= 64 else config.num_warps
+        return replace(config, block_n=64, block_m=min(config.block_m, 64), num_warps=warps)
+    return replace(config, block_n=config.block_n // planes)
+
+
+def choose_binary(arch: Mapping[str, Any], rows: int, m: int, sm_count: int, planes: int = 1) -> MatmulConfig:
     """Choose the largest tile that still gives each multiprocessor two programs."""
     tokens = 1 if m <= 1 else 2 if m == 2 else 4
-    configs = binary_configs(arch, tokens)
+    configs = [for_planes(config, planes) for config in binary_configs(arch, tokens)]
     return next((c for c in configs if rows // c.block_n >= 2 * sm_count), configs[-1])
 
 
@@ -170,27 +208,32 @@ def binary_configs(arch: Mapping[str, Any], tokens: int) -> list[MatmulConfig]:
     ]
 
 
-def choose_skinny(arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int) -> MatmulConfig:
+def choose_skinny(
+    arch: Mapping[str, Any], rows: int, chunks: int, m: int, sm_count: int, planes: int = 1
+) -> MatmulConfig:
     """Choose for few tokens: split the columns into shares of two or more chunks, for two programs per SM."""
     entry = next(e for e in arch["skinny"] if m <= e["block_m"])
-    tiles = rows // entry["block_n"]
+    config = for_planes(MatmulConfig(kernel=INTEGER, **entry), planes)
+    tiles = rows // config.block_n
     split = next(
         (s for s in SPLITS if tiles * s >= 2 * sm_count or chunks < 4 * s),
         SPLITS[-1],
     )
-    return MatmulConfig(kernel=INTEGER, split=split, **entry)
+    return replace(config, split=split)
 
 
-def choose_tiled(arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: int) -> MatmulConfig:
+def choose_tiled(
+    arch: Mapping[str, Any], rows: int, g: int, m: int, sm_count: int, planes: int = 1
+) -> MatmulConfig:
     """Choose for many tokens: the largest tile that divides the rows and gives every multiprocessor a program."""
     entries = arch["tiled_one_group" if g == 1 else "tiled_groups"]
-    configs = [MatmulConfig(kernel=INTEGER, **entry) for entry in entries]
+    configs = [for_planes(MatmulConfig(kernel=INTEGER, **entry), planes) for entry in entries]
     fitting = [c for c in configs if rows % c.block_n == 0]
     useful = [c for c in fitting if c.block_m <= max(64, token_limit(m))]
     return next((c for c in useful if rows // c.block_n * -(-m // c.block_m) >= sm_count), useful[-1])
 
 
-def selectable(arch: str, one_group: bool) -> list[MatmulConfig]:
+def selectable(arch: str, one_group: bool, planes: int = 1) -> list[MatmulConfig]:
     """Return every configuration that `select_config` can return on an architecture, for one or several groups."""
     table = load_table()["architectures"][arch]
     configs: list[MatmulConfig] = []
@@ -201,8 +244,10 @@ def selectable(arch: str, one_group: bool) -> list[MatmulConfig]:
     ]
     tiled = table["tiled_one_group" if one_group else "tiled_groups"]
     configs += [MatmulConfig(kernel=INTEGER, **entry) for entry in tiled]
+    configs = [for_planes(config, planes) for config in configs]
     for key, rows in table["shapes"].items():
-        if key.endswith("/1") == one_group:
+        *_, g, p = parse_shape(key)
+        if (g == 1) == one_group and p == planes:
             configs += [MatmulConfig(**entry) for entry in rows.values()]
     return list(dict.fromkeys(configs))
 

@@ -15,7 +15,7 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import launch, self_check
 from bwla_kernels.triton.launch import is_dependent
 from bwla_kernels.triton.layer import run_layer
-from bwla_kernels.triton.layout import chunk_layout
+from bwla_kernels.triton.layout import layer_layout
 from bwla_kernels.triton.prepare_config import FewConfig, InputConfig
 from bwla_kernels.triton.prepare_config import select_config as select_input
 from bwla_kernels.triton.prepare_input import FusedInput
@@ -38,13 +38,14 @@ def configs(
     spec: LayerSpec, capability: tuple[int, int], multiprocessors: int
 ) -> Mapping[tuple[MatmulConfig, InputConfig | FewConfig], int]:
     """Return every pair of configurations that a layer can run with, and the fewest tokens that select it."""
-    layout = chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
+    layout = layer_layout(spec)
     fewest: dict[tuple[MatmulConfig, InputConfig | FewConfig], int] = {}
     for m in TOKENS:
         matmul = select_config(
             *(spec.out_features, spec.in_features, spec.rotation_groups, layout.chunk, m, spec.bits),
             capability,
             multiprocessors,
+            spec.planes,
         )
         fewest.setdefault((matmul, select_input(spec, m, capability)), m)
     return fewest

@@ -38,3 +38,10 @@ def test_bwla_comes_before_the_other_methods() -> None:
     assert names[8] == f"8b qkv m=1 {PEERS[1].name}"
     assert "8b o m=1 separate" not in names  # nothing stands before it
     assert "8b down m=1 separate" in names
+
+
+def test_several_planes_are_measured_without_other_methods() -> None:
+    names = [case.name for case in cases(["8b", "8b-2p"], (1,), PEERS[1:2], GPU)]
+    assert "8b-2p qkv m=1" in names
+    assert f"8b qkv m=1 {PEERS[1].name}" in names
+    assert f"8b-2p qkv m=1 {PEERS[1].name}" not in names

@@ -4,7 +4,7 @@ import torch
 
 from benchmarks.kernels.gpu import layer_table
 from benchmarks.kernels.gpu.journal import Row
-from benchmarks.kernels.gpu.shapes import CPU, GPU, MODELS
+from benchmarks.kernels.gpu.shapes import CPU, GPU, MODELS, with_planes
 from benchmarks.kernels.gpu.smoke import smoke_cases
 from benchmarks.kernels.gpu.timing import Timing, time_calls, timing_of
 
@@ -27,8 +27,9 @@ def test_decode_of_the_large_model_is_measured_first() -> None:
     order = [(model, m) for model, _, m in layer_table.order(GPU)]
     assert order[:4] == [("32b", 1)] * 4
     assert order[4:8] == [("8b", 1)] * 4
-    assert len(order) == len(set(layer_table.order(GPU))) == 2 * 4 * 9
-    assert {model for model, *_ in layer_table.order(CPU)} == {"tiny"}
+    assert order[8:16] == [("32b-2p", 1)] * 4 + [("32b-4p", 1)] * 4
+    assert len(order) == len(set(layer_table.order(GPU))) == 2 * 4 * 9 + 2 * 4
+    assert {model for model, *_ in layer_table.order(CPU)} == {"tiny", "tiny-3p"}
 
 
 def test_the_layers_of_a_model_fit_each_other() -> None:
@@ -37,11 +38,15 @@ def test_the_layers_of_a_model_fit_each_other() -> None:
         assert shapes["o"].n == shapes["down"].n == shapes["gate_up"].k == hidden
         assert shapes["o"].k <= shapes["qkv"].n
         assert shapes["gate_up"].n == 2 * shapes["down"].k
-    spec = MODELS["32b"]["down"].spec()
-    assert (spec.out_features, spec.in_features, spec.rotation_groups) == (5120, 25600, 8)
+    for planes in (1, 2, 3, 4):
+        spec = MODELS[with_planes("32b", planes)]["down"].spec()
+        assert (spec.out_features, spec.in_features, spec.rotation_groups) == (5120, 25600, 8)
+        assert spec.planes == planes
 
 
 def test_smoke_cases_have_names_of_their_own() -> None:
-    names = [str(case) for case in smoke_cases(GPU.models)]
+    cases = smoke_cases(GPU.models + GPU.decoded)
+    names = [str(case) for case in cases]
     assert len(names) == len(set(names))
-    assert {35, 48} <= {case.spec.rank for case in smoke_cases(GPU.models)}
+    assert {35, 48} <= {case.spec.rank for case in cases}
+    assert {case.spec.planes for case in cases} == {1, 2, 3, 4}

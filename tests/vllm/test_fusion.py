@@ -47,7 +47,7 @@ class Linear(nn.Module):
         self.column_scale = nn.Parameter(torch.rand(k, generator=generator))
         self.weight_scale = nn.Parameter(torch.rand(n, generator=generator))
         self.rest = nn.Parameter(torch.zeros(1))
-        self.sizes = (n, blocks, k // blocks // 8, 8, 0, 6, 1.0)
+        self.sizes = (n, blocks, k // blocks // 8, 8, 0, 6, 1.0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         rest = self.rest
@@ -233,7 +233,7 @@ def test_vllms_own_silu_kernel() -> None:
     call = graph.call_function(auto_functionalized, (packet.default,), {"result": out, "input": x})
     source = graph.call_function(operator.getitem, (call, 1))
     source.meta["val"] = torch.empty(TOKENS, INNER)
-    sizes = (WIDTH, 2, 4, 8, 0, 6, 1.0)
+    sizes = (WIDTH, 2, 4, 8, 0, 6, 1.0, 1)
     y = graph.call_function(fusion.LINEAR, (source, *(weight,) * 6, None, None, None, *sizes))
     y.meta["val"] = torch.empty(TOKENS, WIDTH)
     graph.output((y,))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from benchmarks.kernels.gpu.journal import Case, Row
 from benchmarks.kernels.gpu.layers import OVERLAPS, Inputs, Tensors, call, launches, make_inputs, make_layer
-from benchmarks.kernels.gpu.shapes import DECODER_LAYERS, MODELS, VOCABULARY, Setting
+from benchmarks.kernels.gpu.shapes import DECODER_LAYERS, MODELS, VOCABULARY, Setting, base_name
 from benchmarks.kernels.gpu.timing import time_calls, time_events
 
-BLOCKS = {"32b": 8, "8b": 8, "tiny": 1}
+BLOCKS = {model: 1 if base_name(model) == "tiny" else 8 for model in MODELS}
 """Decoder layers in one graph; their weights are several times larger than the L2 cache."""
 
 KERNELS_SHOWN = 14
@@ -137,7 +137,7 @@ def _measure_head(row: Row, kind: str, model: str, m: int, setting: Setting) -> 
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    """Return the step's cases: decode with every kind of overlap, a profile without, heads, then more tokens."""
+    """Yield the step's cases: decode with every kind of overlap, a profile without, heads, more tokens, then planes."""
     for model in setting.models:
         for m in (1, 8) if setting.on_gpu else (1,):
             ways = [None, *(OVERLAPS if m == 1 else ("in turn",))] if setting.on_gpu else [None]
@@ -152,3 +152,6 @@ def cases(setting: Setting) -> Iterator[Case]:
                 if kind != "torch" or m == 1:
                     run = partial(_measure_head, kind=kind, model=model, m=m, setting=setting)
                     yield Case(f"{model} head {kind} m={m}", run)
+    for model in setting.decoded:
+        run = partial(_measure, model=model, m=1, overlap=None, setting=setting)
+        yield Case(f"{model} m=1 as it is", run)

@@ -4,7 +4,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from bwla_kernels import reference
-from bwla_kernels.format import unpack_signs
 from bwla_kernels.triton.prepare_input import QuantizedInput
 from torch import Tensor
 
@@ -83,11 +82,11 @@ def matmul_error(y: Tensor, layer: Layer, prepared: QuantizedInput) -> float:
     spec, stored = layer.spec, layer.stored
     rows = _ends(spec.out_features, SAMPLED_ROWS, y.device)
     tokens = _ends(len(y), SAMPLED_TOKENS, y.device)
-    signs = unpack_signs(stored["weight_packed"][rows]).double().unflatten(1, (spec.rotation_groups, -1))
-    codes = prepared.q[tokens].double().unflatten(1, (spec.rotation_groups, -1))
-    sums = torch.einsum("mgk,ngk->mng", codes, signs)
-    exact = (sums * prepared.scale[tokens].double().unsqueeze(1)).sum(-1)
-    exact *= stored["weight_scale"][rows].double()
+    sampled = {name: stored[name][rows] for name in ("weight_packed", "weight_scale")}
+    signs, alpha = reference.planes(sampled, spec)
+    weight = torch.einsum("npk,np->nk", signs.double(), alpha.double())
+    scale = prepared.scale[tokens].double().repeat_interleave(spec.group_width, 1)
+    exact = (prepared.q[tokens].double() * scale) @ weight.t()
     if prepared.u is not None:
         exact += prepared.u[tokens].double() @ stored["low_rank_b"][rows].double().t()
     if spec.bias:

@@ -40,7 +40,7 @@ def copy_bandwidth(device: torch.device) -> float:
 @cache
 def _layer_copies(shape: Shape, device: torch.device) -> tuple[Layer, list[Tensors]]:
     layer = make_layer(shape.spec(), device)
-    return layer, layer.copies(copies_for(shape.n * shape.k / 8, device))
+    return layer, layer.copies(copies_for(shape.packed_bytes, device))
 
 
 @cache
@@ -59,6 +59,7 @@ def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
     """
     device = setting.device
     row |= {"layer": shape.name, "n": shape.n, "k": shape.k, "m": m, "step": shape.step, "rank": shape.rank}
+    row["planes"] = shape.planes
     layer, sets = _layer_copies(shape, device)
     spec = layer.spec
     inputs = make_inputs(shape.step, m, shape.k, setting.dtype, device)
@@ -77,7 +78,7 @@ def measure(shape: Shape, m: int, setting: Setting, row: Row) -> None:
     timed("plain", lambda tensors: call(PLAIN, plain, tensors, spec))
     timed("weight", lambda tensors: gemm(prepared, tensors, spec, setting.dtype))
     timed("input", lambda tensors: input_transform(shape.step, inputs, tensors, spec))
-    packed = shape.n * shape.k / 8
+    packed = shape.packed_bytes
     row["packed_tb_s"] = packed / fused / 1e6
     row["weight_tb_s"] = packed / row["weight_us"] / 1e6
     row["copy_share"] = row["packed_tb_s"] / copy_bandwidth(device)
@@ -103,10 +104,10 @@ def measure_method(make: Method, bits: float, shape: Shape, m: int, setting: Set
 
 
 def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
-    """Return (model, shape, tokens), most important first: decode, then the other usual numbers of tokens, the rest."""
+    """Yield (model, shape, tokens), most important first: decode, then the other usual numbers of tokens, the rest."""
     rounds = (FIRST_TOKENS[:1], FIRST_TOKENS[1:], MORE_TOKENS) if setting.on_gpu else (TINY_TOKENS,)
     for tokens in rounds:
-        for model in setting.models:
+        for model in setting.models + setting.decoded * (tokens == rounds[0]):
             for m in tokens:
                 for shape in list(MODELS[model].values())[:: 1 if setting.on_gpu else 3]:
                     yield model, shape, m

@@ -70,10 +70,11 @@ def make_layer(spec: LayerSpec, device: torch.device, seed: int = 0) -> Layer:
         factor: Tensor = torch.linalg.qr(square.cpu()).Q.to(device)
         return factor
 
-    words = torch.randint(-(2**31), 2**31, (n, k // 32), generator=generator, device=device)
+    row = (n,) if spec.planes == 1 else (n, spec.planes)
+    words = torch.randint(-(2**31), 2**31, (*row, k // 32), generator=generator, device=device)
     tensors = {
         "weight_packed": words.to(torch.int32),
-        "weight_scale": uniform(n) / k**0.5 + 0.01,
+        "weight_scale": uniform(*row) / k**0.5 + 0.01,
         "rotation_left": rotation(spec.n1),
         "rotation_right": rotation(spec.n2),
         "column_scale": uniform(k) + 0.5,
@@ -130,7 +131,7 @@ def config_of(spec: LayerSpec, tensors: Tensors, m: int, device: torch.device) -
     """Return the GEMM configuration that serving uses for m tokens."""
     chunk = weights_from_tensors(tensors, spec).layout.chunk
     sizes = (spec.out_features, spec.in_features, spec.rotation_groups, chunk, m, spec.bits)
-    return select_config(*sizes, *gpu_properties(device))
+    return select_config(*sizes, *gpu_properties(device), planes=spec.planes)
 
 
 def input_transform(step: str, inputs: Inputs, tensors: Tensors, spec: LayerSpec) -> QuantizedInput:

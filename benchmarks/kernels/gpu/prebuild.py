@@ -114,7 +114,7 @@ def _compile_head(model: str, m: int) -> None:
 
 def day_jobs(setting: Setting = GPU) -> Iterator[Job]:
     """Yield the launches of `gpu_day.py`, most important first, except for the second rounds of tuning."""
-    for case in smoke_cases(setting.models):
+    for case in smoke_cases(setting.models + setting.decoded):
         yield f"smoke {case}", partial(_compile_layer, case)
     for model, shape, m in layer_table.order(setting):
         case = SmokeCase(shape.step, m, shape.spec(), f"{model} {shape.name}")

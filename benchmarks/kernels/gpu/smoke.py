@@ -1,7 +1,7 @@
 """Check every kind of kernel once against float64, the smallest first."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from bwla_kernels.format import LayerSpec
@@ -11,7 +11,7 @@ from benchmarks.kernels.gpu.journal import Case, Row
 from benchmarks.kernels.gpu.layers import make_inputs, make_layer
 from benchmarks.kernels.gpu.shapes import ADD_NORM, MODELS, PLAIN, SILU_MUL, Setting
 
-INTERPRETER_CASES, INTERPRETER_TOKENS = 4, 9
+INTERPRETER_CASES, INTERPRETER_TOKENS = 5, 9
 """Number of cases and maximum number of tokens in the interpreter."""
 
 
@@ -30,7 +30,8 @@ class SmokeCase:
         name = self.label or f"{s.out_features}x{s.in_features} ({s.rotation_groups}, {s.n1}, {s.n2})"
         dtype = "" if self.dtype is None else f" {self.dtype}".replace("torch.", "")
         bias = " bias" if s.bias else ""
-        return f"{name} rank {s.rank} bits {s.bits}{bias}{dtype}, {self.step or 'plain'}, m={self.m}"
+        planes = f" planes {s.planes}" if s.planes > 1 else ""
+        return f"{name} rank {s.rank} bits {s.bits}{planes}{bias}{dtype}, {self.step or 'plain'}, m={self.m}"
 
 
 def _spec(n: int, blocks: int, n1: int, n2: int, rank: int, bits: int = 6, bias: bool = False) -> LayerSpec:
@@ -44,6 +45,8 @@ def smoke_cases(models: tuple[str, ...]) -> list[SmokeCase]:
         SmokeCase(PLAIN, 1, small),
         SmokeCase(PLAIN, 6, small),
         SmokeCase(PLAIN, 100, _spec(200, 2, 16, 16, 16, bias=True)),
+        SmokeCase(PLAIN, 2, replace(small, planes=2)),
+        SmokeCase(PLAIN, 100, replace(small, planes=3)),
     ]
     first, *others = models
 
@@ -80,6 +83,8 @@ def smoke_cases(models: tuple[str, ...]) -> list[SmokeCase]:
         (PLAIN, 1, _spec(1000, 8, 10, 16, 40, bits=2), None),
         (PLAIN, 40, _spec(1000, 8, 10, 16, 40), None),
         (SILU_MUL, 5, _spec(640, 3, 24, 28, 7), None),
+        (PLAIN, 4, replace(_spec(1000, 8, 10, 16, 40), planes=3), None),
+        (PLAIN, 40, replace(_spec(1000, 8, 10, 16, 40), planes=4), None),
         (ADD_NORM, 2, _spec(512, 1, 64, 80, 16), torch.float16),
     )
     return found + [SmokeCase(step, m, spec, dtype=dtype) for step, m, spec, dtype in odd]
@@ -96,7 +101,7 @@ def _run(case: SmokeCase, setting: Setting, row: Row) -> None:
 
 def cases(setting: Setting, worker: int = 0, workers: int = 1) -> Iterator[Case]:
     """Yield this worker's share of the step's cases; in the interpreter, the first ones with few tokens."""
-    wanted = smoke_cases(setting.models)
+    wanted = smoke_cases(setting.models + setting.decoded)
     if not setting.on_gpu:
         wanted = [case for case in wanted if case.spec.in_features <= 512][:INTERPRETER_CASES]
     for case in wanted[worker::workers]:

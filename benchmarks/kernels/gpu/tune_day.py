@@ -9,7 +9,7 @@ import torch
 from bwla_kernels.triton import tune
 from bwla_kernels.triton.binary_matmul import binary_matmul
 from bwla_kernels.triton.gpu import gpu_properties
-from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
+from bwla_kernels.triton.layout import ChunkLayout, layer_layout
 from bwla_kernels.triton.tuning import MatmulConfig, table_arch
 
 from benchmarks.kernels.gpu.journal import Case, Journal, Row
@@ -24,8 +24,7 @@ TINY_BYTES, TINY_CANDIDATES = 1 << 16, 2
 
 def layout_of(shape: Shape) -> ChunkLayout:
     """Return the layout of a shape's weights."""
-    spec = shape.spec()
-    return chunk_layout(spec.out_features, spec.rotation_groups, spec.group_width)
+    return layer_layout(shape.spec())
 
 
 @lru_cache(maxsize=1)
@@ -50,13 +49,14 @@ def _run(row: Row, layout: ChunkLayout, m: int, config: MatmulConfig, setting: S
     row |= finding.row()
     if finding.microseconds:
         width = layout.groups * layout.group_width
-        row["packed_tb_s"] = layout.out_features * width / 8 / finding.microseconds / 1e6
+        packed = layout.planes * layout.out_features * width / 8
+        row["packed_tb_s"] = packed / finding.microseconds / 1e6
 
 
 def order(setting: Setting) -> Iterator[tuple[str, Shape, int]]:
     """Yield (model, shape, tokens), most important first."""
-    for tokens in ROUNDS if setting.on_gpu else ((1,),):
-        for model in setting.models:
+    for tokens in ROUNDS if setting.on_gpu else ROUNDS[:1]:
+        for model in setting.models + setting.decoded * (tokens == ROUNDS[0]):
             for m in tokens:
                 for shape in list(MODELS[model].values())[: None if setting.on_gpu else 1]:
                     yield model, shape, m
@@ -110,9 +110,8 @@ def write_table(setting: Setting, journal: Journal, path: Path) -> int:
     for model, shape, m in order(setting):
         for best in tune.fastest(_findings(journal, f"{model} {shape.name} m={m} "))[:1]:
             spec = shape.spec()
-            tune.enter(
-                table, arch, (spec.out_features, spec.in_features, spec.rotation_groups), m, best.config
-            )
+            sizes = (spec.out_features, spec.in_features, spec.rotation_groups, spec.planes)
+            tune.enter(table, arch, sizes, m, best.config)
             count += 1
     path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return count

@@ -16,6 +16,9 @@ SPECS = [
     LayerSpec(40, 256, 1, 16, 16, rank=3, bias=True),
     LayerSpec(70, 256, 2, 8, 16, rank=0),
     LayerSpec(33, 96, 1, 8, 12, rank=16, bits=8, clip=0.9),
+    LayerSpec(40, 256, 1, 16, 16, rank=3, bias=True, planes=2),
+    LayerSpec(70, 256, 2, 8, 16, planes=3),
+    LayerSpec(33, 96, 1, 8, 12, rank=16, planes=4),
 ]
 
 
@@ -67,23 +70,25 @@ def test_what_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         ops.select_backend(spec, gpu, "triton")
     monkeypatch.setattr(triton_gpu, "gpu_properties", lambda device: triton_gpu.INTERPRETER)
     assert TritonBackend().can_implement(spec, gpu)[0]
+    assert all(TritonBackend().can_implement(other, gpu)[0] for other in SPECS)
     weight_only = LayerSpec(40, 256, 1, 16, 16, bits=16)
     assert "quantized activations" in TritonBackend().can_implement(weight_only, gpu)[1]
     monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in TritonBackend().can_implement(spec, gpu)[1]
 
 
+@pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
 @pytest.mark.parametrize(
     ("n", "k", "blocks", "n1", "n2"),
     [(51200, 5120, 1, 64, 80), (5120, 25600, 8, 40, 80), (1024, 2048, 8, 16, 16)],
 )
 def test_every_request_was_met_at_load(
-    capability: tuple[int, int], n: int, k: int, blocks: int, n1: int, n2: int
+    capability: tuple[int, int], n: int, k: int, blocks: int, n1: int, n2: int, planes: int
 ) -> None:
-    spec = LayerSpec(n, k, blocks, n1, n2, rank=16)
+    spec = LayerSpec(n, k, blocks, n1, n2, rank=16, planes=planes)
     compiled = configs(spec, capability, 132).keys()
     chunk = chunk_layout(n, blocks, spec.group_width).chunk
     for m in [*range(1, 700), *range(700, 20000, 331)]:
-        matmul = select_config(n, k, blocks, chunk, m, spec.bits, capability, 132)
+        matmul = select_config(n, k, blocks, chunk, m, spec.bits, capability, 132, planes)
         assert (matmul, select_input(spec, m, capability)) in compiled, m

@@ -1,7 +1,7 @@
 """The matmul kernels against the reference implementation: in the interpreter here, for real where there is a GPU."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -33,6 +33,7 @@ class Problem:
     rank: int = 0
     bias: bool = False
     plain: bool = False
+    planes: int = 1
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,23 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
     p = problem
     k, q_max = p.blocks * p.group_width, (1 << (p.bits - 1)) - 1
     q = torch.randint(-q_max, q_max + 1, (p.m, k), generator=generator, dtype=torch.int8)
-    signs = torch.randint(0, 2, (p.n, k), generator=generator, dtype=torch.int8) * 2 - 1
+    row = (p.n,) if p.planes == 1 else (p.n, p.planes)  # a single plane has no axis
+    signs = torch.randint(0, 2, (*row, k), generator=generator, dtype=torch.int8) * 2 - 1
     scale = torch.ones(p.m, p.blocks) if p.plain else torch.rand(p.m, p.blocks, generator=generator) + 0.1
-    alpha = torch.ones(p.n) if p.plain else torch.rand(p.n, generator=generator) / k**0.5 + 0.01
+    alpha = torch.rand(row, generator=generator) / k**0.5 + 0.01
+    if p.plain:  # whole numbers by which the planes can be told apart
+        alpha = torch.tensor([1.0, 2.0, 5.0, 11.0])[: p.planes].expand(p.n, -1).contiguous().view(row)
     q_sum = q.unflatten(1, (p.blocks, p.group_width)).sum(-1, dtype=torch.int32)
     u = torch.randn(p.m, p.rank, generator=generator) if p.rank else None
     low_b = torch.randn(p.n, p.rank, generator=generator).bfloat16() if p.rank else None
     bias = torch.randn(p.n, generator=generator) if p.bias else None
 
-    sums = reference.group_sums(q, signs, p.blocks).double()
-    want = (sums * scale.double().unsqueeze(-1)).sum(1) * alpha.double()
+    want = torch.zeros(p.m, p.n, dtype=torch.float64)
+    for plane in range(p.planes):
+        sums = reference.group_sums(q, signs.view(p.n, -1, k)[:, plane], p.blocks).double()
+        want += (sums * scale.double().unsqueeze(-1)).sum(1) * alpha.view(p.n, -1)[:, plane].double()
     scaled = q.abs().double() * scale.double().repeat_interleave(p.group_width, 1)
-    size = 2 * scaled.sum(1, keepdim=True) * alpha.double()
+    size = 2 * scaled.sum(1, keepdim=True) * alpha.view(p.n, -1).sum(1).double()
     if u is not None and low_b is not None:
         want += u.double() @ low_b.double().t()
         size = size + u.abs().double() @ low_b.abs().double().t()
@@ -70,7 +76,7 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
         want += bias.double()
         size = size + bias.abs().double()
 
-    layout = chunk_layout(p.n, p.blocks, p.group_width)
+    layout = chunk_layout(p.n, p.blocks, p.group_width, p.planes)
     padded = None
     if low_b is not None:
         padded = torch.zeros(layout.rows, -(-p.rank // RANK_STEP) * RANK_STEP, dtype=torch.bfloat16)
@@ -229,9 +235,64 @@ def test_no_tokens(config: MatmulConfig, device: torch.device) -> None:
     assert y.shape == (0, 20)
 
 
-def test_a_stored_layer(make_layer, device: torch.device) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("planes", [2, 3, 4])
+@pytest.mark.parametrize(("blocks", "width"), BLOCKS)
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (1, binary(1)),
+        (3, binary(4, rows=64, warps=4, k_warps=1)),
+        (7, binary(8, unroll=2)),
+        (5, integer(16, rows=32)),
+        (5, integer(16, rows=16, split=2)),
+        (33, integer(32)),
+    ],
+    ids=str,
+)
+def test_integers_of_several_planes_are_exact(
+    m: int, config: MatmulConfig, blocks: int, width: int, planes: int, device: torch.device
+) -> None:
+    check(Problem(m, 40, blocks, width, plain=True, planes=planes), config, torch.float32, device)
+
+
+def random_problem(draws: random.Random) -> Problem:
+    """Draw a small problem of one to four planes."""
+    blocks = draws.choice([1, 1, 2, 3, 5])
+    return Problem(
+        draws.randint(1, 20),
+        draws.randint(1, 70),
+        blocks,
+        32 * draws.randint(1, 24 // blocks),
+        bits=draws.randint(2, 8),
+        rank=draws.choice([0, 5, 16]),
+        bias=draws.random() < 0.5,
+        plain=draws.random() < 0.5,
+        planes=draws.randint(1, 4),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes_and_planes(seed: int, device: torch.device) -> None:
+    """Ten random problems a seed, each in a random cut of the kernel that its number of tokens allows."""
+    draws = random.Random(seed)
+    for number in range(10):
+        problem = random_problem(draws)
+        if problem.plain:
+            problem = replace(problem, rank=0, bias=False)
+        unroll = draws.randint(1, 3)
+        if problem.m <= 8 and draws.random() < 0.6:
+            tokens = next(tokens for tokens in (1, 2, 4, 8) if tokens >= problem.m)
+            config = binary(tokens, draws.choice([32, 64]), 4, draws.choice([2, 4]), unroll)
+        else:
+            config = integer(16, draws.choice([16, 32, 64]), draws.choice([1, 2, 4]))
+        dtype = torch.float32 if problem.plain else draws.choice([torch.float16, torch.float32])
+        check(problem, config, dtype, device, 100 * seed + number)
+
+
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
+def test_a_stored_layer(make_layer, planes: int, device: torch.device) -> None:  # type: ignore[no-untyped-def]
     """The stored weights, prepared as a backend would, against the reference."""
-    spec = LayerSpec(72, 512, 2, 16, 16, rank=3, bias=True)
+    spec = LayerSpec(72, 512, 2, 16, 16, rank=3, bias=True, planes=planes)
     tensors = make_layer(spec, 1)
     source = torch.randn(3, 512, generator=torch.Generator().manual_seed(2))
     prepared = reference.prepare_input(source, tensors, spec)
@@ -260,7 +321,7 @@ def test_refuses_what_a_configuration_cannot_do(device: torch.device) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("seed", range(20))
 def test_random_shapes_on_a_gpu(seed: int) -> None:
-    """60 random problems a seed (1,200 in all), each in the configuration that serving would choose."""
+    """60 random problems a seed (1,200 in all), each in the configuration that serving would choose for it."""
     device = torch.device("cuda")
     capability = torch.cuda.get_device_capability()
     sm_count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -278,10 +339,14 @@ def test_random_shapes_on_a_gpu(seed: int) -> None:
             rank=draws.choice([0, 4, 16, 32]),
             bias=draws.random() < 0.5,
             plain=draws.random() < 0.3,
+            planes=draws.randint(1, 4),
         )
         chunk = chunk_layout(problem.n, blocks, width).chunk
         config = select_config(
-            problem.n, blocks * width, blocks, chunk, m, problem.bits, capability, sm_count
+            *(problem.n, blocks * width, blocks, chunk, m, problem.bits),
+            capability,
+            sm_count,
+            problem.planes,
         )
         dtype = (
             torch.float32 if problem.plain else draws.choice([torch.bfloat16, torch.float16, torch.float32])
@@ -307,6 +372,7 @@ def test_kernels_agree_on_a_gpu(kernel: str) -> None:
             32 * draws.randint(1, 40),
             draws.randint(2, 8),
             plain=True,
+            planes=draws.randint(1, 4),
         )
         config = binary(4, 64, 4, 4) if kernel == BINARY else integer(16, 128, draws.choice([1, 2, 8]))
         check(problem, config, torch.float32, device, seed)

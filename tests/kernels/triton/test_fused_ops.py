@@ -6,7 +6,7 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.backend import TritonBackend
 from torch import Tensor
 
-SPECS = [LayerSpec(40, 256, 1, 16, 16, rank=3, bias=True), LayerSpec(70, 256, 2, 8, 16)]
+SPECS = [LayerSpec(40, 256, 1, 16, 16, rank=3, bias=True), LayerSpec(70, 256, 2, 8, 16, planes=2)]
 EPSILON = 1e-3
 
 
@@ -15,6 +15,7 @@ def arguments(prepared: dict[str, Tensor], spec: LayerSpec) -> tuple[object, ...
     names = ("weight_chunks", "weight_scale", "split_counters", "left_split", "right_split", "column_scale")
     optional = ("low_rank_a", "low_rank_b", "bias")
     sizes = (spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip)
+    sizes = (*sizes, spec.planes)
     return (*(prepared[name] for name in names), *(prepared.get(name) for name in optional), *sizes)
 
 

@@ -15,35 +15,53 @@ from bwla_kernels.triton.layout import (
 SHAPES = [(5, 1, 256), (130, 2, 128), (3, 3, 96), (1030, 1, 544), (128, 5, 384)]
 
 
-def random_signs(n: int, k: int) -> torch.Tensor:
+PLANES = pytest.mark.parametrize("planes", [1, 2, 3, 4])
+
+
+def random_signs(n: int, k: int, planes: int = 1) -> torch.Tensor:
+    """Draw signs [N, P, K]."""
     generator = torch.Generator().manual_seed(n + k)
-    return torch.randint(0, 2, (n, k), generator=generator, dtype=torch.int8) * 2 - 1
+    return torch.randint(0, 2, (n, planes, k), generator=generator, dtype=torch.int8) * 2 - 1
 
 
+def stored(signs: torch.Tensor) -> torch.Tensor:
+    """Pack signs as a checkpoint does, where a single plane has no axis."""
+    return pack_signs(signs.squeeze(1) if signs.shape[1] == 1 else signs)
+
+
+@PLANES
 @pytest.mark.parametrize(("n", "blocks", "width"), SHAPES)
-def test_round_trip(n: int, blocks: int, width: int) -> None:
-    layout = chunk_layout(n, blocks, width)
-    signs = random_signs(n, blocks * width)
-    packed = repack_weights(pack_signs(signs), layout)
-    assert packed.shape == (blocks * -(-width // layout.chunk), -(-n // 128) * 128, layout.chunk // 8)
+def test_round_trip(n: int, blocks: int, width: int, planes: int) -> None:
+    layout = chunk_layout(n, blocks, width, planes)
+    signs = random_signs(n, blocks * width, planes)
+    packed = repack_weights(stored(signs), layout)
+    rows = -(-n // 128) * 128
+    assert packed.shape == (blocks * -(-width // layout.chunk), rows * planes, layout.chunk // 8)
     assert torch.equal(unpack_weights(packed, layout), signs)
-    assert not packed[:, n:].any()
+    some = torch.tensor([n - 1, 0, n // 2])
+    assert torch.equal(unpack_weights(packed, layout, some), signs[some])
+    all_rows = packed.view(layout.tiles).transpose(2, 3).flatten(1, 2)
+    assert not all_rows[:, n:].any()
 
 
+@PLANES
 @pytest.mark.parametrize(("n", "blocks", "width"), SHAPES)
-def test_every_bit_is_where_the_layout_says(n: int, blocks: int, width: int) -> None:
-    layout = chunk_layout(n, blocks, width)
-    signs = random_signs(n, blocks * width)
-    packed = repack_weights(pack_signs(signs), layout)
+def test_every_bit_is_where_the_layout_says(n: int, blocks: int, width: int, planes: int) -> None:
+    layout = chunk_layout(n, blocks, width, planes)
+    signs = random_signs(n, blocks * width, planes)
+    packed = repack_weights(stored(signs), layout)
     span = layout.chunk // 8
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        row, column = (int(torch.randint(0, top, (), generator=generator)) for top in (n, blocks * width))
+        row, plane, column = (
+            int(torch.randint(0, top, (), generator=generator)) for top in (n, planes, blocks * width)
+        )
         g, inside = divmod(column, width)
         t, rest = divmod(inside, layout.chunk)
         j, b = divmod(rest, span)
-        byte = int(packed[g * layout.chunks_per_group + t, row, b])
-        assert (byte >> j) & 1 == (signs[row, column] > 0)
+        at = row // 16 * 16 * planes + 16 * plane + row % 16
+        byte = int(packed[g * layout.chunks_per_group + t, at, b])
+        assert (byte >> j) & 1 == (signs[row, plane, column] > 0)
 
 
 def test_memory_is_the_packed_bytes() -> None:
@@ -69,13 +87,18 @@ def test_planes_add_up_to_the_codes(bits: int, blocks: int, width: int) -> None:
     total = torch.zeros(3, blocks * width, dtype=torch.int32)
     for i in range(bits):
         rows = planes[:, i].reshape(3, layout.chunks, -1).transpose(0, 1).contiguous().view(torch.uint8)
-        found = unpack_weights(rows, chunk_layout(3, blocks, width)) > 0
+        whole = torch.nn.functional.pad(rows, (0, 0, 0, 128 - 3))
+        found = unpack_weights(whole, chunk_layout(3, blocks, width)).squeeze(1) > 0
         total += found.int() * (-(1 << i) if i == bits - 1 else 1 << i)
     assert torch.equal(total, q.int())
 
 
 def test_refuses_what_does_not_fit() -> None:
-    with pytest.raises(BackendError, match="multiple of 32 columns, found 4 rows and 1 groups of 40"):
+    with pytest.raises(
+        BackendError, match="multiple of 32 columns, found 4 rows of 1 planes and 1 groups of 40"
+    ):
         chunk_layout(4, 1, 40)
+    with pytest.raises(BackendError, match=r"int32 \[4, 2, 8\], found torch.int32 \[4, 8\]"):
+        repack_weights(torch.zeros(4, 8, dtype=torch.int32), chunk_layout(4, 1, 256, 2))
     with pytest.raises(BackendError, match=r"int32 \[4, 8\], found torch.int32 \[4, 4\]"):
         repack_weights(torch.zeros(4, 4, dtype=torch.int32), chunk_layout(4, 1, 256))

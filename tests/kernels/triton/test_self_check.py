@@ -8,6 +8,7 @@ import triton
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import self_check
+from bwla_kernels.triton.binary_matmul import Weights
 from bwla_kernels.triton.prepare_config import select_config
 from bwla_kernels.triton.prepare_input import FusedInput
 from bwla_kernels.triton.self_check import (
@@ -53,9 +54,11 @@ def check_input_of(
     check_input(input_spec(spec), config, m, m <= 4, dtype, fused, norm_dtype, device)
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_sound_matmuls_pass(config: MatmulConfig, spec: LayerSpec, device: torch.device) -> None:
+def test_sound_matmuls_pass(config: MatmulConfig, spec: LayerSpec, planes: int, device: torch.device) -> None:
+    spec = dataclasses.replace(spec, planes=planes)
     bias = torch.float16 if spec.bias else None
     for dtype in (torch.float32, torch.float16):
         check_matmul(matmul_spec(spec), config, dtype, bias, device)
@@ -85,6 +88,23 @@ def test_the_loader_may_have_other_defaults(device: torch.device) -> None:
                 check_input_of(SPEC, 1, fused, device)
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[1], CONFIGS[3]], ids=str)
+def test_a_wrong_plane_is_seen(
+    config: MatmulConfig, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sign of the last plane, wherever it is repacked to."""
+    real = self_check.binary_matmul
+
+    def wrong(prepared: object, weights: Weights, *rest: object) -> torch.Tensor:
+        packed = weights.packed.clone()
+        packed.view(weights.layout.tiles)[0, 1, -1, 0, 0] ^= 1
+        return real(prepared, dataclasses.replace(weights, packed=packed), *rest)
+
+    monkeypatch.setattr(self_check, "binary_matmul", wrong)
+    with pytest.raises(BackendError, match="computes wrong products"):
+        check_matmul(matmul_spec(dataclasses.replace(SPEC, planes=3)), config, torch.float32, None, device)
 
 
 @pytest.mark.parametrize("config", CONFIGS[1:], ids=str)
@@ -222,3 +242,5 @@ def test_each_is_checked_once(device: torch.device, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(self_check, "binary_matmul", None)
     other = dataclasses.replace(SPEC, out_features=96, clip=0.5)
     check_matmul(matmul_spec(other), CONFIGS[0], torch.float32, None, device)
+    assert matmul_spec(dataclasses.replace(SPEC, planes=2)) != matmul_spec(SPEC)
+    assert input_spec(dataclasses.replace(SPEC, planes=2)) == input_spec(SPEC)

@@ -1,6 +1,7 @@
 """Tuning: few candidates, each one that a launch accepts, compared with float64 and left out where it is wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,23 @@ from bwla_kernels.triton.tuning import BINARY, INTEGER, MatmulConfig, load_table
 from torch import Tensor
 
 SHAPES = [tune.parse_shape(text) for text in tune.SHAPES.split(",")]
+PLANES = [(n, k, g, planes) for n, k, g, _ in SHAPES[:4] for planes in (2, 3, 4)]
 HOPPER = ((9, 0), 132)
 TINY = chunk_layout(120, 2, 96)
 DTYPE = torch.float16
 """Of the outputs: the interpreter cuts bfloat16 off instead of rounding."""
 
 
-def layout_of(shape: tuple[int, int, int]) -> ChunkLayout:
-    n, k, g = shape
-    return chunk_layout(n, g, k // g)
+def layout_of(shape: tuple[int, int, int, int]) -> ChunkLayout:
+    n, k, g, planes = shape
+    return chunk_layout(n, g, k // g, planes)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1024, 1024, 1), (300, 992, 31)])
+@pytest.mark.parametrize("shape", [*SHAPES, *PLANES, (1024, 1024, 1, 1), (300, 992, 31, 1)])
 @pytest.mark.parametrize("m", [1, 2, 4, 5, 8, 16, 64, 256, 8192])
 @pytest.mark.parametrize("gpu", [HOPPER, ((8, 0), 108), ((10, 0), 148)])
 def test_candidates_fit_and_are_few(
-    shape: tuple[int, int, int], m: int, gpu: tuple[tuple[int, int], int]
+    shape: tuple[int, int, int, int], m: int, gpu: tuple[tuple[int, int], int]
 ) -> None:
     layout = layout_of(shape)
     found = tune.candidates(layout, m, *gpu)
@@ -68,8 +70,9 @@ def some_time(problem: tune.Problem, config: MatmulConfig) -> float:
     "config",
     [MatmulConfig(BINARY, 2, 16, 2, k_warps=2, max_registers=255), MatmulConfig(INTEGER, 16, 64, 4, 3, 2)],
 )
-def test_a_right_candidate_is_timed(config: MatmulConfig, device: torch.device) -> None:
-    problem = tune.draw(TINY, 2, device, 1 << 16, DTYPE)
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_a_right_candidate_is_timed(config: MatmulConfig, planes: int, device: torch.device) -> None:
+    problem = tune.draw(replace(TINY, planes=planes), 2, device, 1 << 16, DTYPE)
     assert len(problem.weights) > 1
     assert tune.try_config(problem, config, some_time) == tune.Finding(config, 1.5)
 
@@ -135,14 +138,17 @@ def test_a_record_is_read_back(tmp_path: Path) -> None:
 def test_a_measured_shape_enters_a_copy_of_the_table() -> None:
     table = tune.new_table("a GPU", "90")
     config = MatmulConfig(INTEGER, 16, 64, 4, 3, 2)
-    tune.enter(table, "90", (16, 32, 1), 9, config)
+    tune.enter(table, "90", (16, 32, 1, 1), 9, config)
+    tune.enter(table, "90", (16, 32, 1, 2), 9, replace(config, block_n=32))
     assert MatmulConfig(**table["architectures"]["90"]["shapes"][shape_key(16, 32, 1)]["16"]) == config
+    assert table["architectures"]["90"]["shapes"]["16x32/1/2"]["16"]["block_n"] == 32
     assert shape_key(16, 32, 1) not in load_table()["architectures"]["90"]["shapes"]
     assert "a GPU" in table["origin"]
 
 
 def test_a_shape_is_written_so() -> None:
-    assert tune.parse_shape("51200x5120/1") == (51200, 5120, 1)
-    for text in ("51200x5120", "a", "1x2/3/4"):
+    assert tune.parse_shape("51200x5120/1") == (51200, 5120, 1, 1)
+    assert tune.parse_shape(shape_key(51200, 5120, 1, 3)) == (51200, 5120, 1, 3)
+    for text in ("51200x5120", "a", "1x2/3/4/5"):
         with pytest.raises(BackendError, match="expected a shape NxK/G"):
             tune.parse_shape(text)

@@ -14,20 +14,21 @@ SM_COUNTS = {(8, 0): 108, (8, 6): 84, (8, 9): 142, (9, 0): 132, (10, 0): 148, (1
 SHAPES = [(51200, 5120, 1), (5120, 25600, 8), (1024, 4096, 1), (5120, 8192, 8), (16, 32, 1), (300, 992, 31)]
 
 
-def choose(n: int, k: int, g: int, m: int, capability: tuple[int, int]) -> MatmulConfig:
+def choose(n: int, k: int, g: int, m: int, capability: tuple[int, int], planes: int = 1) -> MatmulConfig:
     chunk = chunk_layout(n, g, k // g).chunk
-    return select_config(n, k, g, chunk, m, 6, capability, SM_COUNTS[capability])
+    return select_config(n, k, g, chunk, m, 6, capability, SM_COUNTS[capability], planes)
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("n", "k", "g"), SHAPES)
 def test_every_choice_fits_and_is_compiled_by_the_check(
-    n: int, k: int, g: int, capability: tuple[int, int]
+    n: int, k: int, g: int, capability: tuple[int, int], planes: int
 ) -> None:
-    known = selectable(tuning.table_arch(capability), g == 1)
+    known = selectable(tuning.table_arch(capability), g == 1, planes)
     layout = chunk_layout(n, g, k // g)
     for m in (0, 1, 2, 3, 4, 5, 8, 9, 31, 32, 33, 64, 65, 500, 4096, 100_000):
-        config = choose(n, k, g, m, capability)
+        config = choose(n, k, g, m, capability, planes)
         fitted = [tuning.fit_unroll(one, g, layout.chunks_per_group, layout.chunk) for one in known]
         assert config in (fitted if config.kernel == BINARY else known)
         assert layout.rows % config.block_n == 0
@@ -83,6 +84,7 @@ def test_measured_shapes_win(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "load_table", lambda: table)
     assert choose(4096, 4096, 1, 40, (9, 0)) == measured
     assert choose(4096, 4096, 1, 65, (9, 0)) != measured
+    assert choose(4096, 4096, 1, 40, (9, 0), planes=2) != measured
     assert choose(4096, 4096, 1, 40, (8, 0)) != measured
 
 

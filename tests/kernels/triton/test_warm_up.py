@@ -16,7 +16,7 @@ FUSED = ["", "norm", "add+norm", "silu*mul"]
 SPECS = [
     LayerSpec(48, 320, 1, 16, 20, rank=3, bias=True),
     LayerSpec(50, 512, 2, 16, 16, rank=20, bits=8),
-    LayerSpec(640, 2560, 8, 16, 20),
+    LayerSpec(640, 2560, 8, 16, 20, planes=3),
 ]
 Launch = tuple[object, ...]
 
@@ -71,6 +71,7 @@ def request(spec: LayerSpec, prepared: dict[str, torch.Tensor], m: int, fused: s
     layer = [prepared[name] for name in names]
     layer += [prepared.get(name) for name in ("low_rank_a", "low_rank_b", "bias")]
     layer += [spec.out_features, spec.rotation_groups, spec.n1, spec.n2, spec.rank, spec.bits, spec.clip]
+    layer += [spec.planes]
     x = torch.zeros(m, spec.in_features * (2 if fused == "silu*mul" else 1), dtype=torch.float16)
     ops, weight = torch.ops.bwla, norm_weight(spec, fused)
     if fused == "norm":
