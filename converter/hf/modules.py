@@ -140,24 +140,18 @@ class BWLAEmbedding(_Stored):
 
     Args:
         spec: sizes.
-        dtype: dtype of the looked-up rows; it follows the module when that is converted to another dtype.
+        dtype: dtype of the looked-up rows.
         factor: number that the rows are multiplied by, in `dtype`; Gemma's sqrt(hidden_size).
     """
 
     def __init__(self, spec: HeadSpec, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__(head_tensor_specs(spec))
-        self.spec, self.factor = spec, factor
+        self.spec, self.dtype, self.factor = spec, dtype, factor
         self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
-        # Holds no values: only its dtype matters.
-        self.register_buffer("rows_like", torch.empty(0, dtype=dtype), persistent=False)
-
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors by their names in the format."""
-        return {key: tensor for key, tensor in super().stored().items() if key != "rows_like"}
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up token ids [...]: [..., K]."""
-        rows = dequantize_rows(**self.stored(), ids=ids, dtype=self.rows_like.dtype)
+        rows = dequantize_rows(**self.stored(), ids=ids, dtype=self.dtype)
         return rows if self.factor == 1.0 else rows * torch.tensor(self.factor).to(rows.dtype)
 
     def extra_repr(self) -> str:
