@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bwla_kernels.errors import BackendError, FormatError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.head import EMBEDDING_MODULE
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -147,18 +148,17 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             layer: the module under construction.
             prefix: its name inside the model.
 
-        Returns: `BWLALinearMethod` for a quantized linear, `BWLAHeadMethod` for an 8-bit head, vLLM's
-            unquantized method for another linear, None (vLLM's default) for everything else.
+        Returns: `BWLALinearMethod` for a quantized linear, a method of `bwla_vllm.head` for a head or an embedding in
+            8 bits, vLLM's unquantized method for another linear, None (vLLM's default) for everything else.
 
         Raises:
             StartError: a fused layer whose parts are quantized differently; one-bit experts or head; sizes that
                 the tensor-parallel size does not divide.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from bwla_vllm.compat import is_moe_layer
-        from bwla_vllm.head import BWLAHeadMethod
         from bwla_vllm.linear import BWLALinearMethod
 
         quantization = self.known_format()
@@ -168,8 +168,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             if not parts:
                 return UnquantizedLinearMethod()
             return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
-        if isinstance(layer, ParallelLMHead) and quantization.lm_head is not None:
-            return BWLAHeadMethod(self.backend, self.observer)
+        if isinstance(layer, VocabParallelEmbedding) and (method := self._int8_method(layer, prefix)):
+            return method
         refused = [prefix] if isinstance(layer, ParallelLMHead) else []
         if is_moe_layer(layer):
             refused = [f"{prefix}.0.{leaf}" for leaf in EXPERT_LEAVES]
@@ -186,6 +186,23 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         if self.format is None:
             raise StartError(NO_CHECKPOINT)
         return self.format
+
+    def _int8_method(self, layer: Any, prefix: str) -> Any:
+        """Return the method of a head or an embedding, or None where it is not quantized."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        from bwla_vllm.head import BWLAEmbeddingMethod, BWLAHeadMethod, BWLATiedHeadMethod
+
+        quantization = self.known_format()
+        if isinstance(layer, ParallelLMHead):
+            if quantization.lm_head is not None:
+                return BWLAHeadMethod(self.backend, self.observer)
+            return BWLATiedHeadMethod() if quantization.embedding is not None and ties_head() else None
+        # Some of vLLM's classes (Llama's) give their embedding no name.
+        is_embedding = not prefix or prefix.rpartition(".")[2] == EMBEDDING_MODULE.rpartition(".")[2]
+        if quantization.embedding is None or not is_embedding:
+            return None
+        return BWLAEmbeddingMethod(self.backend, self.observer, ties_head())
 
     def _check_sharding_once(self) -> None:
         """Check the sharding before the first layer allocates: vLLM's own assertions do not name the layer."""
@@ -222,6 +239,15 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
                     f"{name}: this release of the plugin does not serve one-bit experts or a one-bit language-model "
                     f"head: convert the model again with --ignore {name.rpartition('.')[2]}"
                 )
+
+
+def ties_head() -> bool:
+    """Return whether the model that vLLM is building ties its head to the embedding; False outside an engine."""
+    from vllm.config import get_current_vllm_config_or_none
+
+    config = get_current_vllm_config_or_none()
+    model = None if config is None else config.model_config
+    return model is not None and bool(model.hf_config.get_text_config().tie_word_embeddings)
 
 
 def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | None]) -> str:

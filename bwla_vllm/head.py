@@ -1,4 +1,4 @@
-"""`BWLAHeadMethod`: allocate, load and compute the 8-bit language-model head in vLLM."""
+"""Allocate, load and compute the 8-bit language-model head and the 8-bit embedding in vLLM."""
 
 import time
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.head import TorchHead, dequantize_rows
 from bwla_kernels.ops import HeadBackend, select_head_backend
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,7 +18,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE
 from bwla_vllm.dummy import loads_dummy_weights
-from bwla_vllm.errors import one_sentence
+from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.observe import Observer
 
 logger = init_logger("vllm.bwla")
@@ -28,16 +29,18 @@ UNSET_CODE = -128
 
 @dataclass(frozen=True)
 class LocalHead:
-    """The head as this tensor-parallel rank computes it.
+    """The head or the embedding as this tensor-parallel rank computes it.
 
     Attributes:
         spec: sizes of this rank's shard, with the padded vocabulary.
         backend: backend that computes the head.
+        dtype: dtype of the model's activations, to which an embedding's rows are rounded.
         dummy: whether to replace the load by placeholder tensors.
     """
 
     spec: HeadSpec
     backend: HeadBackend
+    dtype: torch.dtype
     dummy: bool
 
 
@@ -47,7 +50,14 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     Args:
         backend_name: requested backend, or None for the fastest.
         observer: collects the summary of the head.
+
+    Attributes:
+        module: name of the layer in the checkpoint.
+        is_head: whether the layer computes logits.
     """
+
+    module = HEAD_MODULE
+    is_head = True
 
     def __init__(self, backend_name: str | None, observer: Observer) -> None:
         self.backend_name = backend_name
@@ -73,10 +83,12 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.register_parameter(name, parameter)
         with one_sentence():
             backend, reason = select_head_backend(spec, layer.weight_int8.device, self.backend_name)
-        logger.info_once("BWLA head, 8 bits: %s", reason)
-        backend = self.observer.watch_head(backend, HEAD_MODULE)
-        self.observer.expect(HEAD_MODULE)
-        layer.bwla = LocalHead(spec, backend, loads_dummy_weights(get_current_vllm_config_or_none()))
+        if self.is_head:
+            logger.info_once("BWLA head, 8 bits: %s", reason)
+            backend = self.observer.watch_head(backend, self.module)
+        self.observer.expect(self.module)
+        dummy = loads_dummy_weights(get_current_vllm_config_or_none())
+        layer.bwla = LocalHead(spec, backend, params_dtype, dummy)
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -99,10 +111,11 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         rows = shard.org_vocab_end_index - shard.org_vocab_start_index
         with one_sentence():
             if bool((stored["weight_int8"][:rows] == UNSET_CODE).any()):
-                raise FormatError(f"{HEAD_MODULE}.weight_int8: not found in the checkpoint; {ADVICE}")
+                raise FormatError(f"{self.module}.weight_int8: not found in the checkpoint; {ADVICE}")
             validate_head(
                 {name: tensor[:rows] for name, tensor in stored.items()},
                 HeadSpec(rows, local.spec.in_features),
+                self.module,
             )
         prepared = local.backend.prepare(stored, local.spec)
         for name in stored:
@@ -110,10 +123,58 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         layer.bwla_tensors = tuple(prepared)
-        self.observer.loaded(HEAD_MODULE, local.backend, local.spec, prepared, time.perf_counter() - started)
+        self.observer.loaded(self.module, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute x [..., K] -> [..., V] in the dtype of x."""
         local: LocalHead = layer.bwla
         y = local.backend.apply(x, {name: getattr(layer, name) for name in layer.bwla_tensors}, local.spec)
         return y if bias is None else y + bias
+
+
+class BWLAEmbeddingMethod(BWLAHeadMethod):
+    """Quantization method of an 8-bit embedding, and of a head that is tied to it.
+
+    Rows are looked up in plain torch, which torch.compile and CUDA graphs can trace; the tied head is computed as one
+    that is stored.
+
+    Args:
+        backend_name, observer: as in `BWLAHeadMethod`.
+        is_head: whether the model's head is tied to the embedding.
+    """
+
+    module = EMBEDDING_MODULE
+
+    def __init__(self, backend_name: str | None, observer: Observer, is_head: bool) -> None:
+        super().__init__(backend_name if is_head else TorchHead.name, observer)
+        self.is_head = is_head
+
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
+        """Look up this rank's rows: ids [...] -> [..., K] in the model's dtype."""
+        return dequantize_rows(layer.weight_int8, layer.weight_scale, input_, layer.bwla.dtype)
+
+
+class BWLATiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
+    """Method of a head that vLLM will replace by the 8-bit embedding: it has no tensors of its own."""
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        """Allocate nothing."""
+
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
+        """Return the layer to compute logits with: the embedding."""
+        return embed_tokens
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Refuse a model class that kept this head.
+
+        Raises:
+            StartError: always.
+        """
+        raise StartError(
+            f"{HEAD_MODULE}: config.json ties the head to the 8-bit embedding, but vLLM's class for this model does "
+            "not: convert the model again with --embedding-bits 16"
+        )
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Refuse to compute, as in `process_weights_after_loading`."""
+        raise NotImplementedError(f"{HEAD_MODULE} is tied to the 8-bit embedding, which computes the logits")

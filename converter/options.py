@@ -50,7 +50,10 @@ class Options:
             calibration text.
         seed: seed of the random numbers.
         overwrite: replace `out` if it is a model already.
-        head_bits: bits of the language-model head, 8, or 16 to leave it as it is. None: 8 if it is untied or large.
+        head_bits: bits of the language-model head, 8, or 16 to leave it as it is. None: 8 if it is untied or
+            large, or tied to an 8-bit embedding.
+        embedding_bits: bits of the embedding, 8, or 16 to leave it as it is. None: 8, unless vLLM cannot serve that
+            for the model's family, or the embedding is tied to a head of 16 bits.
         ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.
         calibration: the calibration text, which the recipes "fast" and "best" need.
         tune_epochs: recipe "best": passes over the calibration samples to tune each decoder layer, 0 or more. None: the
@@ -84,6 +87,7 @@ class Options:
     seed: int = 0
     overwrite: bool = False
     head_bits: int | None = None
+    embedding_bits: int | None = None
     ignore: tuple[str, ...] = ()
     calibration: Calibration | None = None
     tune_epochs: int | None = None

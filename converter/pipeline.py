@@ -13,7 +13,7 @@ import torch
 from bwla_converter.allocation.stage import check_targets
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
-from bwla_converter.checkpoint.layout import Shards, output_config, quantized_head, verify
+from bwla_converter.checkpoint.layout import Shards, int8_tensors, output_config, verify
 from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.devices import choose_device
@@ -162,7 +162,16 @@ def _make_plan(options: Options, source: Source) -> ConversionPlan:
     if options.allocates:
         # Until the planes of each group are known, memory and time are predicted for as many in all of them.
         rank, planes = rank or 0, min(math.ceil(options.target_bits or PLANES_UNKNOWN), MAX_PLANES)
-    return make_plan(source, rank, options.bits, options.clip, provenance, options.head_bits, planes)
+    return make_plan(
+        source,
+        rank,
+        options.bits,
+        options.clip,
+        provenance,
+        options.head_bits,
+        planes,
+        options.embedding_bits,
+    )
 
 
 def _with_calibration(plan: ConversionPlan, calibration: Mapping[str, object]) -> ConversionPlan:
@@ -259,7 +268,8 @@ def _check_source(conversion: Conversion, work: WorkFolder) -> None:
     if work.manifest.source:
         _check_unchanged(conversion, work)
     else:
-        check_values(conversion.source, conversion.plan.head_source, conversion.listener.checked)
+        int8 = conversion.plan.int8_sources.values()
+        check_values(conversion.source, int8, conversion.listener.checked)
         work.save(source=mark_files(conversion.source))
     conversion.listener.quantizing()
 
@@ -324,9 +334,9 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
 
 
 def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:
-    """Write the tensors outside the decoder layers: unchanged, except for the quantized head."""
+    """Write the tensors outside the decoder layers: unchanged, except for the quantized head and embedding."""
     for file, names in Shards(source).rest():
         tensors = source.read([name for name in names if not plan.is_replaced(name)])
-        if plan.head_source in names:
-            tensors.update(quantized_head(source.read([plan.head_source])[plan.head_source]))
+        for name in names:
+            tensors.update(int8_tensors(plan, name, lambda name: source.read([name])[name]))
         writer.write_shard(file, tensors)

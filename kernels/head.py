@@ -1,4 +1,4 @@
-"""The language-model head in 8 bits: quantization, reference implementation and torch backend.
+"""The language-model head and the embedding in 8 bits: quantization, reference implementation and torch backend.
 
 Weights are int8 with one scale per row. Activations are quantized to 16 bits, dynamically, with one scale per token:
 the rounding error is then 2^-15 of the largest magnitude, far below that of bfloat16, while both halves of a code
@@ -25,9 +25,9 @@ _LIBRARY.define("head_torch(Tensor x, Tensor weight_int8, Tensor weight_scale) -
 
 
 def quantize_head(weight: Tensor) -> dict[str, Tensor]:
-    """Quantize a head weight [V, K] to `weight_int8` and `weight_scale`: round to nearest, symmetric, by row.
+    """Quantize the weight [V, K] of a head or an embedding to `weight_int8` and `weight_scale`.
 
-    A row of zeros gets codes 0 and the smallest positive scale.
+    Round to nearest, symmetric, with one scale per row. A row of zeros gets codes 0 and the smallest positive scale.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
@@ -38,6 +38,15 @@ def quantize_head(weight: Tensor) -> dict[str, Tensor]:
         scale[part] = (weights.abs().amax(1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         codes[part] = torch.round(weights / scale[part].unsqueeze(1)).clamp(-127, 127).to(torch.int8)
     return {"weight_int8": codes, "weight_scale": scale}
+
+
+def dequantize_rows(weight_int8: Tensor, weight_scale: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Look up rows of an 8-bit embedding, dequantized: ids [...] -> [..., K] in `dtype`.
+
+    Codes [V, K] times scales [V] are computed in float32 and rounded once, so the result equals a lookup in the
+    dequantized embedding.
+    """
+    return (weight_int8[ids].float() * weight_scale[ids].float().unsqueeze(-1)).to(dtype)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

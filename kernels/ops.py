@@ -49,7 +49,11 @@ class HeadBackend(Protocol):
         """Return whether this backend can run such a head on `device`, and the reason."""
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: HeadSpec) -> dict[str, Tensor]:
-        """Repack the stored tensors, once, into those that `apply` uses; modify none of them."""
+        """Repack the stored tensors, once, into those that `apply` uses; modify none of them.
+
+        The result contains `weight_int8` [V, K] and `weight_scale` [V] with the stored values: an embedding that is
+        tied to the head looks its rows up in them.
+        """
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: HeadSpec) -> Tensor:
         """Compute x [..., K] -> [..., V] in the dtype of x, in agreement with `head.head_reference`."""

@@ -119,12 +119,14 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
         ("packed_modules_mapping",),
     ),
     Members("vllm.model_executor.layers.fused_moe", "RoutedExperts|FusedMoE", ()),
-    Members(HEAD, "ParallelLMHead", ("shard_indices", "quant_method")),
+    Members(HEAD, "VocabParallelEmbedding", ("shard_indices", "quant_method")),
+    Members(HEAD, "ParallelLMHead", ("shard_indices", "quant_method", "tie_weights")),
+    Members(HEAD, "UnquantizedEmbeddingMethod", ("embedding", "tie_weights")),
     Members(HEAD, "VocabParallelEmbeddingShardIndices", ("org_vocab_start_index", "org_vocab_end_index")),
     Members(
         "vllm.config", "VllmConfig", ("additional_config", "load_config", "model_config", "quant_config")
     ),
-    Members("vllm.config", "ModelConfig", ("enforce_eager",)),
+    Members("vllm.config", "ModelConfig", ("enforce_eager", "hf_config")),
     Members("vllm.config", "CompilationConfig", ("inductor_compile_config", "mode")),
     Members("vllm.config.load", "LoadConfig", ("load_format",)),
     Members("vllm.model_executor.models.utils", "WeightsMapper", ("apply_list", "apply_dict")),

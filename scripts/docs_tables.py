@@ -271,11 +271,28 @@ def phase_table(name: str) -> str:
     return markdown_table([f"seconds, {rows[0]['model']}", *(METHODS[row["method"]] for row in rows)], lines)
 
 
+def embedding_table(name: str) -> str:
+    """One line per choice of bits for embedding and head: size and perplexity."""
+    result = read_result(name)
+    lines = [
+        [
+            f"{row['embedding_bits']} bits",
+            f"{row['head_bits']} bits",
+            f"{row['embedding_and_head_bytes'] / 1e6:.1f}",
+            f"{row['ppl']:.4f}",
+            f"{row['percent']:+.3f} %",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown_table([f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "families": lambda _: family_table(),
     "quality": quality_table,
     "ablations": ablation_table,
     "amounts": amounts_table,
+    "embedding": embedding_table,
     "cpu": cpu_table,
     "variants": variants_table,
     "serving": serving_table,

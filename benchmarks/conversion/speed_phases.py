@@ -68,7 +68,7 @@ PHASES: Mapping[str, Phase] = {
     "quantize.group:store_group": "writing",
     "checkpoint.writer:CheckpointWriter.write_shard": "writing",
     "checkpoint.writer:CheckpointWriter.finish": "writing",
-    "checkpoint.layout:quantized_head": "writing",
+    "checkpoint.layout:int8_tensors": "writing",
     "checkpoint.layout:verify": "writing",
     "resume.work_folder:WorkFolder.commit_layer": "writing",
     "resume.work_folder:WorkFolder.replace": "writing",

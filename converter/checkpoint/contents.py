@@ -9,7 +9,7 @@ from bwla_converter.common.bits import bits_per_weight, num_weights, stored_bits
 from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
-from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 
 PARTS = {
@@ -52,6 +52,17 @@ class Contents:
         return bits_per_weight(self.specs.values())
 
     @property
+    def embedding_bits(self) -> int:
+        """Bits of the embedding: 8, or 16 where it is not quantized."""
+        return 8 if self.format.embedding is not None else 16
+
+    @property
+    def head_bits(self) -> int:
+        """Bits of the head, a head that is tied to the embedding included: 8, or 16 where it is not quantized."""
+        tied = not any(name.startswith(f"{HEAD_MODULE}.") for name in self.entries)
+        return self.embedding_bits if tied else 8 if self.format.lm_head is not None else 16
+
+    @property
     def weights(self) -> int:
         """Number of quantized weights."""
         return sum(map(num_weights, self.specs.values()))
@@ -88,7 +99,7 @@ def split_bytes(entries: Mapping[str, Entry], linears: Iterable[str]) -> dict[st
             sizes[LINEARS] += entry_bytes(entry)
         elif module == HEAD_MODULE:
             sizes[HEAD] += entry_bytes(entry)
-        elif module.endswith("embed_tokens"):
+        elif module == EMBEDDING_MODULE:
             sizes[EMBEDDINGS] += entry_bytes(entry)
         else:
             sizes[REST] += entry_bytes(entry)

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from bwla_converter.checkpoint.contents import Contents, dtype_name, read_contents
-from bwla_converter.checkpoint.layout import check_space
+from bwla_converter.checkpoint.layout import check_space, read_int8
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
-from bwla_kernels.format.folder import read_json, read_tensors
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.folder import int8_modules, read_json, read_tensors
 from bwla_kernels.format.layer import ROW_TENSORS
+from bwla_kernels.head import dequantize_rows
 from bwla_kernels.reference import dequantize
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def dequantized_bytes(contents: Contents, dtype: torch.dtype) -> int:
         module, _, key = name.rpartition(".")
         if module in contents.specs and key != "bias":
             continue
-        if name != f"{HEAD_MODULE}.weight_scale":
+        if key != "weight_scale":  # of an 8-bit head or embedding
             total += tensor_bytes(entry.shape, dtype)
     return total
 
@@ -118,26 +118,21 @@ def _dequantized_shard(
                 if spec.bias:
                     tensors[f"{module}.bias"] = _finite(f"{module}.bias", layer["bias"].to(dtype))
                 on_linear(module)
-        elif module == HEAD_MODULE and contents.format.lm_head is not None:
+        elif module in int8_modules(contents.format):
             if key == "weight_int8":
-                head_spec = HeadSpec(entry.shape[0], entry.shape[1])
-                stored = read([f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head_spec)])
-                head = {name.removeprefix(f"{HEAD_MODULE}."): tensor for name, tensor in stored.items()}
-                validate_head(head, head_spec)
-                tensors[f"{HEAD_MODULE}.weight"] = _dequantized_head(head, dtype)
+                stored = read_int8(contents.folder, contents.entries, module)
+                tensors[f"{module}.weight"] = _finite(f"{module}.weight", _dequantized_int8(stored, dtype))
         else:
             tensor = read([name])[name]
             tensors[name] = _finite(name, tensor.to(dtype)) if tensor.is_floating_point() else tensor
     return tensors
 
 
-def _dequantized_head(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return codes times scales, computed a few rows at a time."""
-    codes, scale = stored["weight_int8"], stored["weight_scale"]
-    step = max(1, CHUNK_ELEMENTS // codes.shape[1])
-    parts = zip(codes.split(step), scale.split(step), strict=True)
-    weight = torch.cat([(part.float() * factor.unsqueeze(1)).to(dtype) for part, factor in parts])
-    return _finite(f"{HEAD_MODULE}.weight", weight)
+def _dequantized_int8(stored: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight [V, K] of an 8-bit head or embedding in `dtype`, computed a few rows at a time."""
+    rows, columns = stored["weight_int8"].shape
+    parts = torch.arange(rows).split(max(1, CHUNK_ELEMENTS // columns))
+    return torch.cat([dequantize_rows(**stored, ids=part, dtype=dtype) for part in parts])
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

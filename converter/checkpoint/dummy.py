@@ -6,7 +6,7 @@ Only the source's config.json (and tokenizer files, if there are any) is needed.
 from pathlib import Path
 
 import torch
-from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
+from bwla_converter.checkpoint.layout import Shards, check_space, int8_tensors, output_config
 from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
 from bwla_converter.planning.plan import ConversionPlan, make_plan
@@ -72,7 +72,14 @@ def plan_dummy(options: Options) -> tuple[Source, ConversionPlan]:
     source = config_source(Path(options.model), options.ignore)
     provenance = Provenance(base_model=source.folder.resolve().name, recipe=DUMMY_RECIPE, seed=options.seed)
     return source, make_plan(
-        source, options.rank, options.bits, options.clip, provenance, options.head_bits, options.planes
+        source,
+        options.rank,
+        options.bits,
+        options.clip,
+        provenance,
+        options.head_bits,
+        options.planes,
+        options.embedding_bits,
     )
 
 
@@ -96,8 +103,8 @@ def write_dummy(options: Options) -> ConversionPlan:
             )
         for file, names in shards.rest():
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
-            if plan.head_source in names:
-                tensors.update(quantized_head(_plain(source, plan.head_source)))
+            for name in names:
+                tensors.update(int8_tensors(plan, name, lambda name: _plain(source, name)))
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan))
     return plan

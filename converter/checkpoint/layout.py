@@ -1,6 +1,7 @@
 """Layout of a converted checkpoint: its shards, its config.json and the final check."""
 
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 from bwla_kernels.format import tensor_specs, validate_layer
-from bwla_kernels.format.folder import check_folder, read_folder, read_tensors
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_tensors
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.head import quantize_head
 from torch import Tensor
 
@@ -28,20 +29,44 @@ def verify(folder: Path) -> None:
     for name, spec in check_folder(folder, entries).items():
         stored = read_tensors(folder, entries, [f"{name}.{key}" for key in tensor_specs(spec)])
         validate_layer(name, {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}, spec)
-    codes = entries.get(f"{HEAD_MODULE}.weight_int8")
-    if codes is not None:
-        head = HeadSpec(*codes.shape)
-        stored = read_tensors(folder, entries, [f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(head)])
-        validate_head({key.removeprefix(f"{HEAD_MODULE}."): tensor for key, tensor in stored.items()}, head)
+    for module in (HEAD_MODULE, EMBEDDING_MODULE):
+        if f"{module}.weight_int8" in entries:
+            read_int8(folder, entries, module)
 
 
-def quantized_head(weight: Tensor) -> dict[str, Tensor]:
-    """Quantize the weight of a head or embedding to the 8-bit head; return its tensors by stored name."""
-    return {f"{HEAD_MODULE}.{key}": value for key, value in quantize_head(weight).items()}
+def read_int8(folder: Path, entries: Mapping[str, Entry], module: str) -> dict[str, Tensor]:
+    """Read and check the 8-bit head or embedding called `module`; return its tensors by their names in the format.
+
+    Raises:
+        FormatError: a tensor is missing or invalid.
+    """
+    spec = HeadSpec(*entries[f"{module}.weight_int8"].shape)
+    stored = read_tensors(folder, entries, [f"{module}.{key}" for key in head_tensor_specs(spec)])
+    tensors = {key.removeprefix(f"{module}."): tensor for key, tensor in stored.items()}
+    validate_head(tensors, spec, module)
+    return tensors
+
+
+def int8_tensors(plan: ConversionPlan, name: str, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Quantize the head or the embedding that is made from the source's tensor `name`.
+
+    Args:
+        plan: what will be written.
+        name: name of a tensor of the source.
+        read: returns the source's tensor of a name.
+
+    Returns: the 8-bit tensors by stored name; empty if none are made from that tensor.
+    """
+    return {
+        f"{module}.{key}": value
+        for module, source_name in plan.int8_sources.items()
+        if source_name == name
+        for key, value in quantize_head(read(name)).items()
+    }
 
 
 def output_config(source: Source, plan: ConversionPlan) -> dict[str, Any]:
-    """Return the output's config.json; with an 8-bit head, the embeddings are no longer tied to it."""
+    """Return the output's config.json; with an 8-bit head of its own, a model is no longer tied."""
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}
 

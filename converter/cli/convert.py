@@ -68,7 +68,7 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a language model to 1-bit weights and low-bit activations, to be served by vLLM."""
-    head_bits = quantization.lm_head_bits
+    head_bits, embedding_bits = quantization.lm_head_bits, quantization.embedding_bits
     calibration = None
     if text.calibration is not None:
         calibration = Calibration(text.calibration, text.num_calibration_samples, text.max_seq_length)
@@ -85,6 +85,7 @@ def convert(
         seed=quantization.seed,
         overwrite=target.overwrite,
         head_bits=None if head_bits == "auto" else int(head_bits),
+        embedding_bits=None if embedding_bits == "auto" else int(embedding_bits),
         ignore=tuple(quantization.ignore or ()),
         calibration=calibration,
         tune_epochs=training.tune_epochs,

@@ -115,7 +115,15 @@ class Quantization(Panel):
     lm_head_bits: Annotated[
         Literal["auto", "8", "16"],
         typer.Option(
-            help="Bits of the language-model head; 16 leaves it as it is. auto: 8 if it is untied or large."
+            help="Bits of the language-model head; 16 leaves it as it is. auto: 8 if it is untied or large, "
+            "or tied to an 8-bit embedding."
+        ),
+    ] = "auto"
+    embedding_bits: Annotated[
+        Literal["auto", "8", "16"],
+        typer.Option(
+            help="Bits of the embedding, which a tied head shares; 16 leaves it as it is. auto: 8 where vLLM can serve "
+            "it and --lm-head-bits allows it."
         ),
     ] = "auto"
     ignore: Annotated[

@@ -188,7 +188,8 @@ def show(
         "recipe": f"{provenance.recipe}, seed {provenance.seed}",
         "calibration": ", ".join(f"{key} {value}" for key, value in provenance.calibration.items()) or "none",
         "activations": "not quantized" if contents.format.bits == 16 else f"{contents.format.bits} bits",
-        "head": "8 bits" if contents.format.lm_head is not None else "unquantized",
+        "head": "8 bits" if contents.head_bits == 8 else "unquantized",
+        "embedding": "8 bits" if contents.embedding_bits == 8 else "unquantized",
         "made with": f"bwla {provenance.bwla_version}",
     }
     for key, value in origin.items():

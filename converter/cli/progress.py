@@ -73,7 +73,7 @@ class ProgressListener(Listener):
             f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight, "
             "everything counted"
         )
-        self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + bool(plan.head_source))
+        self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + len(plan.int8_sources))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
 
     def budgeted(self, budget: Budget) -> None:

@@ -1,4 +1,4 @@
-"""Quantized linears and the 8-bit head as torch modules, for models of transformers and for the converter itself.
+"""Quantized linears, 8-bit head and embedding as torch modules, for models of transformers and the converter itself.
 
 transformers uses them through `quantizer`, which `import bwla_converter.hf` registers.
 """
@@ -15,17 +15,19 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
 from bwla_kernels.format.files import read_folder
 from bwla_kernels.format.folder import check_folder
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
-from bwla_kernels.format.model import check_model, not_finite
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.model import check_model, not_finite, tied_names
 from bwla_kernels.format.schema import BWLAFormat
-from bwla_kernels.head import head_reference
+from bwla_kernels.head import dequantize_rows, head_reference
 from torch import Tensor, nn
 
 __all__ = [
     "BACKEND_VARIABLE",
     "REFERENCE",
+    "BWLAEmbedding",
     "BWLAHead",
     "BWLALinear",
+    "BWLATiedHead",
     "check_files",
     "check_loaded",
     "replace_linears",
@@ -36,8 +38,9 @@ REFERENCE = "reference"
 
 
 class _Stored(nn.Module):
-    """A module whose parameters are the tensors of the format, so that it is saved back unchanged.
+    """A module whose buffers are the tensors of the format, so that it is saved back unchanged.
 
+    They are no parameters, because transformers takes the dtype of a model's first parameter for that of the model.
     The tensors that the backend prepares from them are cached, and prepared again after the module has moved to another
     device.
     """
@@ -47,12 +50,12 @@ class _Stored(nn.Module):
         for key, spec in specs.items():
             dtype = torch.get_default_dtype() if key == "bias" else spec.dtypes[0]
             empty = torch.empty(spec.shape, dtype=dtype, device="meta")
-            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+            self.register_buffer(key, empty)
         self._prepared: tuple[torch.device, Any, dict[str, Tensor]] | None = None
 
     def stored(self) -> dict[str, Tensor]:
         """Return the tensors by their names in the format."""
-        return {key: param.data for key, param in self.named_parameters()}
+        return dict(self.named_buffers())
 
     def prepared(
         self, spec: Any, device: torch.device, select: Callable[[], Any]
@@ -88,7 +91,7 @@ class BWLALinear(_Stored):
             parameters["bias"] = bias
         linear = cls(replace(spec, bias=bias is not None), name)
         for key, tensor in parameters.items():
-            setattr(linear, key, nn.Parameter(tensor, requires_grad=False))
+            linear.register_buffer(key, tensor.detach())
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,6 +135,48 @@ class BWLAHead(_Stored):
         return str(self.spec)
 
 
+class BWLAEmbedding(_Stored):
+    """An 8-bit embedding.
+
+    Args:
+        spec: sizes.
+        dtype: dtype of the looked-up rows.
+        factor: number that the rows are multiplied by, in `dtype`; Gemma's sqrt(hidden_size).
+    """
+
+    def __init__(self, spec: HeadSpec, dtype: torch.dtype, factor: float = 1.0) -> None:
+        super().__init__(head_tensor_specs(spec))
+        self.spec, self.dtype, self.factor = spec, dtype, factor
+        self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Look up token ids [...]: [..., K]."""
+        rows = dequantize_rows(**self.stored(), ids=ids, dtype=self.dtype)
+        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor).to(rows.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.spec)
+
+
+class BWLATiedHead(BWLAHead):
+    """A head that computes with the tensors of the 8-bit embedding to which it is tied, and stores none itself.
+
+    Args:
+        embedding: the embedding.
+        backend: as in `BWLAHead`.
+    """
+
+    def __init__(self, embedding: BWLAEmbedding, backend: str | None = None) -> None:
+        super().__init__(embedding.spec, backend)
+        for key in head_tensor_specs(embedding.spec):
+            delattr(self, key)
+        self._embedding = (embedding,)  # in a tuple, so that it is not a submodule
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return the tensors of the embedding."""
+        return self._embedding[0].stored()
+
+
 def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
     """Check the headers of a checkpoint folder, and that it holds all tensors of the model.
 
@@ -163,8 +208,10 @@ def check_loaded(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, BWLALinear):
             validate_layer(name, module.stored(), module.spec)
-        elif isinstance(module, BWLAHead):
-            validate_head(module.stored(), module.spec)
+        elif isinstance(module, BWLATiedHead):
+            continue  # its tensors are the embedding's
+        elif isinstance(module, BWLAHead | BWLAEmbedding):
+            validate_head(module.stored(), module.spec, name)
         else:
             for key, parameter in module.named_parameters(recurse=False):
                 if not_finite(parameter):
@@ -180,7 +227,7 @@ def replace_linears(
     backend: str | None = None,
     specs: Mapping[str, LayerSpec] | None = None,
 ) -> None:
-    """Replace, in place, every `nn.Linear` that the config quantizes by a `BWLALinear` on the meta device.
+    """Replace, in place, all modules that the config quantizes by their BWLA counterparts on the meta device.
 
     Args:
         model: a transformers model, usually on the meta device.
@@ -191,6 +238,8 @@ def replace_linears(
     Raises:
         FormatError: config, checkpoint and model do not agree.
     """
+    if config.embedding is not None:
+        _replace_embedding(model, backend)
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
@@ -207,3 +256,27 @@ def replace_linears(
                 "convert or download the model again"
             )
         model.set_submodule(name, BWLALinear(spec, name, backend))
+
+
+def _replace_embedding(model: nn.Module, backend: str | None) -> None:
+    """Replace the embedding, and a head that is tied to it.
+
+    Raises:
+        FormatError: the model has no such embedding, or one that computes more than a lookup and a factor.
+    """
+    module = dict(model.named_modules()).get(EMBEDDING_MODULE)
+    factor = getattr(module, "scalar_embed_scale", 1.0)
+    if not isinstance(module, nn.Embedding) or (type(module) is not nn.Embedding and factor == 1.0):
+        raise FormatError(
+            f"{EMBEDDING_MODULE}: expected an embedding, found {type(module).__name__}; the quantization_config does "
+            "not belong to this model: convert or download the model again"
+        )
+    embedding = BWLAEmbedding(
+        HeadSpec(module.num_embeddings, module.embedding_dim), module.weight.dtype, factor
+    )
+    model.set_submodule(EMBEDDING_MODULE, embedding)
+    tied = tied_names(model)
+    if tied.pop(f"{HEAD_MODULE}.weight", None) is not None:
+        model.set_submodule(HEAD_MODULE, BWLATiedHead(embedding, backend))
+        # Else transformers would tie weights that neither module has, now and in `tie_weights`.
+        model.all_tied_weights_keys = model._tied_weights_keys = tied  # type: ignore[assignment]

@@ -170,13 +170,13 @@ def predict(
 def _writing_estimates(source: Source, plan: ConversionPlan) -> list[MemoryEstimate]:
     """Return the memory of writing each tensor outside the layers.
 
-    A tensor is mapped from its file; beside it, the 8-bit head that is made from it.
+    A tensor is mapped from its file; beside it, the 8-bit head or embedding that is made from it.
     """
     estimates = []
     for name in source.names_outside_layers():
         entry = source.entries[name]
-        head = math.prod(entry.shape) if name == plan.head_source else 0
-        estimates.append(MemoryEstimate(entry_bytes(entry) + head + WORKSPACE_BYTES, f"writing {name}"))
+        int8 = math.prod(entry.shape) if name in plan.int8_sources.values() else 0
+        estimates.append(MemoryEstimate(entry_bytes(entry) + int8 + WORKSPACE_BYTES, f"writing {name}"))
     return estimates
 
 

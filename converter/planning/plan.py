@@ -1,4 +1,4 @@
-"""Plan a conversion from the model's headers: a spec for every linear, the rank, the head, the sizes on disk."""
+"""Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.head import HEAD_MODULE
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
 
 DEFAULT_BITS = 6
@@ -38,7 +38,9 @@ class ConversionPlan:
         fitting_rank: the largest rank within the bit budget where the rank was chosen automatically (see
             `bits.auto_rank`), else `rank`.
         format: the `quantization_config` of the output.
-        head_source: name of the tensor that the 8-bit head is made from; None where the head stays unquantized.
+        head_source: name of the tensor that a stored 8-bit head is made from; None where none is stored.
+        embedding_source: name of the tensor that the 8-bit embedding is made from; None where it stays unquantized.
+        tied_head: whether the head is the embedding, in 8 bits or unquantized.
     """
 
     specs: Mapping[str, LayerSpec]
@@ -46,6 +48,8 @@ class ConversionPlan:
     fitting_rank: int
     format: BWLAFormat
     head_source: str | None = None
+    embedding_source: str | None = None
+    tied_head: bool = False
 
     @property
     def weights(self) -> int:
@@ -66,20 +70,23 @@ class ConversionPlan:
         return dict(sorted(counts.items()))
 
     def output_bytes(self, source: Source) -> int:
-        """Return the size of the output's tensors: quantized linears, the 8-bit head, and all others unchanged."""
+        """Return the size of the output's tensors: what is quantized, and all others unchanged."""
         kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
-        kept_bytes = sum(map(entry_bytes, kept))
-        head_bytes = 0
-        if self.head_source is not None:
-            rows, columns = source.entries[self.head_source].shape
-            head_bytes = rows * columns + 4 * rows
-        return kept_bytes + head_bytes + sum(map(stored_bits, self.specs.values())) // 8
+        int8_shapes = (source.entries[name].shape for name in self.int8_sources.values())
+        int8_bytes = sum(rows * columns + 4 * rows for rows, columns in int8_shapes)
+        return sum(map(entry_bytes, kept)) + int8_bytes + sum(map(stored_bits, self.specs.values())) // 8
+
+    @property
+    def int8_sources(self) -> dict[str, str]:
+        """Modules that are stored in 8 bits (head, embedding), each with the name of the tensor it is made from."""
+        sources = {HEAD_MODULE: self.head_source, EMBEDDING_MODULE: self.embedding_source}
+        return {module: name for module, name in sources.items() if name is not None}
 
     def is_replaced(self, name: str) -> bool:
         """Return whether the output has a quantized form of the source's tensor `name` instead of a copy."""
-        return name.removesuffix(".weight") in self.specs or (
-            self.head_source is not None and name == HEAD_WEIGHT
-        )
+        if name == HEAD_WEIGHT:  # a tied head may be stored beside the embedding
+            return self.head_source is not None or (self.tied_head and self.embedding_source is not None)
+        return name.removesuffix(".weight") in self.specs or name == self.embedding_source
 
 
 def input_bytes(source: Source) -> int:
@@ -116,6 +123,37 @@ def choose_head(source: Source, bits: int | None) -> str | None:
     return name if bits == 8 or large or not source.tied_head else None
 
 
+def choose_embedding(source: Source, bits: int | None, head_bits: int | None = None) -> str | None:
+    """Return the name of the tensor to make an 8-bit embedding from, or None to leave the embedding as it is.
+
+    A tied head is then the 8-bit embedding too.
+
+    Args:
+        source: the model.
+        bits: 8, 16, or None to choose: 8, which costs less than 0.1 % of perplexity
+            (benchmarks/results/embedding.json), unless vLLM cannot serve it or a tied head is to stay unquantized.
+        head_bits: bits of the head, see `choose_head`.
+
+    Raises:
+        SourceError: `bits` is none of these, or 8 bits cannot be had.
+    """
+    if bits not in (None, 8, 16):
+        raise SourceError(f"--embedding-bits: expected 8, 16 or auto, found {bits}")
+    family = source.family
+    if bits == 8 and not family.int8_embedding:
+        raise SourceError(
+            f"{source.folder}: vLLM has no quantized embedding for {family.architecture}, found --embedding-bits 8: "
+            "use --embedding-bits auto"
+        )
+    if bits == 8 and source.tied_head and head_bits == 16:
+        raise SourceError(
+            f"{source.folder}: the head is tied to the embedding, so both have the same bits, found "
+            "--embedding-bits 8 and --lm-head-bits 16: use auto for one of them"
+        )
+    is_shared = source.tied_head and head_bits == 16
+    return None if bits == 16 or is_shared or not family.int8_embedding else EMBEDDING_WEIGHT
+
+
 def make_plan(
     source: Source,
     rank: int | None,
@@ -124,6 +162,7 @@ def make_plan(
     provenance: Provenance,
     head_bits: int | None = None,
     planes: int = 1,
+    embedding_bits: int | None = None,
 ) -> ConversionPlan:
     """Choose rotation sizes and the rank for every linear of `source`.
 
@@ -136,10 +175,12 @@ def make_plan(
         provenance: what the output records about the conversion.
         head_bits: bits of the head, see `choose_head`.
         planes: binary planes of every linear.
+        embedding_bits: bits of the embedding, see `choose_embedding`.
 
     Raises:
         FormatError: `bits`, `clip`, `planes` or `rank` is out of range.
-        SourceError: `rank` is larger than a linear, `head_bits` is not supported, or there is no linear to quantize.
+        SourceError: `rank` is larger than a linear, `head_bits` or `embedding_bits` is not supported, or there is no
+            linear to quantize.
     """
     clip = 1.0 if clip is None else clip
     bits = DEFAULT_BITS if bits is None else bits
@@ -171,9 +212,11 @@ def make_plan(
                 f"{spec.out_features} x {spec.in_features} weight, found {rank}: choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
-    head_source = choose_head(source, head_bits)
+    embedding_source = choose_embedding(source, embedding_bits, head_bits)
+    # A tied head is the 8-bit embedding.
+    head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
     format_ = BWLAFormat(
-        format_version=1 if planes == 1 else 2,
+        format_version=1 if planes == 1 and embedding_source is None else 2,
         planes=planes,
         input_activations=activation_args(bits),
         clip=clip,
@@ -181,9 +224,10 @@ def make_plan(
         rotation=rotation,
         ignore=[HEAD_MODULE, *source.ignore],
         lm_head=head_args() if head_source else None,
+        embedding=head_args() if embedding_source else None,
         provenance=provenance,
     )
-    return ConversionPlan(specs, rank, fitting, format_, head_source)
+    return ConversionPlan(specs, rank, fitting, format_, head_source, embedding_source, source.tied_head)
 
 
 def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPlan:

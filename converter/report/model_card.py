@@ -103,7 +103,8 @@ def command(contents: Contents) -> str:
     words += ["--abits", str(format_.bits)]
     if isinstance(format_.clip, float) and format_.clip != 1.0:
         words += ["--clip", str(format_.clip)]
-    words += ["--lm-head-bits", "8" if format_.lm_head is not None else "16", "--seed", str(provenance.seed)]
+    words += ["--lm-head-bits", str(contents.head_bits), "--embedding-bits", str(contents.embedding_bits)]
+    words += ["--seed", str(provenance.seed)]
     words += [word for name in format_.ignore if name != "lm_head" for word in ("--ignore", name)]
     return shlex.join(words)
 

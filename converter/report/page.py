@@ -72,6 +72,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         (f"{report['bytes_before'] / report['bytes_after']:.2f}x", "smaller, the whole model"),
         ("not quantized" if bits == 16 else f"{bits} bits", "activations"),
         (f"{report['head_bits']} bits", "language-model head"),
+        (f"{report['embedding_bits']} bits", "embedding"),
         (f"{sum(errors) / len(errors):.3f}", f"mean relative error of {len(errors)} linears"),
         (duration(report["seconds"]), "conversion time"),
         (decimal(report["memory"]["cpu"]), "peak memory of the process"),

@@ -47,6 +47,8 @@ class Family:
         gguf: llama.cpp's name of the architecture in GGUF files; empty if those of this family cannot be read.
         own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
             unquantized.
+        int8_embedding: whether vLLM's class lets the plugin choose how the embedding is stored; if not, it stays
+            unquantized.
         note: special properties, for the documentation.
     """
 
@@ -59,6 +61,7 @@ class Family:
     gguf: str = ""
     scaled_embedding: bool = False
     own_head: bool = True
+    int8_embedding: bool = True
     note: str = ""
 
     def layer_name(self, index: int) -> str:
@@ -116,7 +119,8 @@ FAMILIES = (
         scaled_embedding=True,
         gguf="gemma2",
         own_head=False,
-        note="the head is tied to the embedding and stays unquantized, because vLLM's class has no separate head. In "
+        int8_embedding=False,
+        note="embedding and head, which are tied, stay unquantized, because vLLM's class cannot quantize them. In "
         'transformers, pass `attn_implementation="eager"`; the default ignores the soft cap',
     ),
     Family(

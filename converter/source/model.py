@@ -1,7 +1,7 @@
 """The model to convert: locate it, check it before the conversion starts, and read it one decoder layer at a time."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,19 +224,19 @@ def _fp8_config(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 
 def check_values(
-    source: Source, head: str | None = None, on_tensor: Callable[[str], None] = lambda name: None
+    source: Source, int8: Iterable[str] = (), on_tensor: Callable[[str], None] = lambda name: None
 ) -> None:
     """Read every tensor once and raise if any holds NaN or infinity.
 
     Args:
         source: the model.
-        head: name of the tensor that the 8-bit head is made from, if any.
+        int8: names of the tensors that the 8-bit head and embedding are made from.
         on_tensor: called with the name of each weight that will be quantized, after it was read.
 
     Raises:
         SourceError: the list of all tensors with problems.
     """
-    quantized = {*_linear_weights(source), *([head] if head else [])}
+    quantized = {*_linear_weights(source), *int8}
     problems = []
     for name, entry in source.entries.items():
         if not_finite(source.read([name])[name]):

@@ -5,7 +5,7 @@ so completeness and shapes are checked here, before a loader starts.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bwla_kernels.format.files import (
     read_tensors,
     scan_folder,
 )
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import FLOAT_DTYPES, LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 
@@ -85,9 +85,9 @@ def _folder_problems(
         yield from _layer_problems(name, entries, spec, folder)
     if not specs:
         yield f"{folder}: expected quantized layers (*{PACKED_SUFFIX}), found none"
-    if config.lm_head:
-        yield from _head_problems(entries, raw_config, folder)
-    yield from _plain_problems(entries, specs, config.lm_head is not None, folder)
+    for module in int8_modules(config):
+        yield from _int8_problems(module, entries, raw_config, folder)
+    yield from _plain_problems(entries, specs, int8_modules(config), folder)
     yield from _stray_files(entries, folder)
     config_path = folder / "config.json"
     count = _layer_count(raw_config, config_path)
@@ -119,23 +119,31 @@ def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, fo
                 yield f"{folder / stored[key].file}: {prefix}{key}: {problem}"
 
 
-def plain_names(entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool) -> list[str]:
+def int8_modules(config: BWLAFormat) -> list[str]:
+    """Return the module paths of the head and the embedding, as far as they are stored in 8 bits."""
+    stored = {HEAD_MODULE: config.lm_head, EMBEDDING_MODULE: config.embedding}
+    return [module for module, arguments in stored.items() if arguments is not None]
+
+
+def plain_names(
+    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], int8: Iterable[str] = ()
+) -> list[str]:
     """Return the names of the stored tensors that are not quantized.
 
     Args:
         entries: all tensors.
         specs: the quantized linears.
-        with_head: whether the head is quantized.
+        int8: modules in 8 bits, from `int8_modules`.
     """
-    head = {f"{HEAD_MODULE}.{key}" for key in head_tensor_specs(HeadSpec(1, 1))} if with_head else set()
-    return [name for name in entries if name.rpartition(".")[0] not in specs and name not in head]
+    quantized = {f"{module}.{key}" for module in int8 for key in head_tensor_specs(HeadSpec(1, 1))}
+    return [name for name in entries if name.rpartition(".")[0] not in specs and name not in quantized]
 
 
 def _plain_problems(
-    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], with_head: bool, folder: Path
+    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], int8: Iterable[str], folder: Path
 ) -> Iterator[str]:
     """Yield the unquantized tensors whose dtype loaders would silently cast."""
-    for name in plain_names(entries, specs, with_head):
+    for name in plain_names(entries, specs, int8):
         shape, dtype = entries[name].shape, entries[name].dtype
         problem = shape_problem(TensorSpec(shape, FLOAT_DTYPES), shape, dtype)
         if problem:
@@ -149,18 +157,23 @@ def _stray_files(entries: Mapping[str, Entry], folder: Path) -> Iterator[str]:
         yield f"{folder / file}: expected only files of this checkpoint, found one that is not"
 
 
-def _head_problems(
-    entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path
+def _int8_problems(
+    module: str, entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path
 ) -> Iterator[str]:
-    """Yield the differences between the stored 8-bit head and the sizes in config.json."""
+    """Yield the differences between the stored 8-bit head or embedding and the sizes in config.json."""
     text_config = raw_config.get("text_config") or raw_config
     sizes = text_config if isinstance(text_config, Mapping) else {}
     vocabulary, hidden = sizes.get("vocab_size"), sizes.get("hidden_size")
     if not isinstance(vocabulary, int) or not isinstance(hidden, int):
-        yield f"{folder / 'config.json'}: expected vocab_size and hidden_size, which an 8-bit head needs, found none"
+        yield (
+            f"{folder / 'config.json'}: expected vocab_size and hidden_size, which {module} in 8 bits needs, found none"
+        )
         return
+    plain = entries.get(f"{module}.weight")
+    if plain is not None:
+        yield f"{folder / plain.file}: {module}.weight: expected no such tensor beside {module}.weight_int8, found one"
     for key, want in head_tensor_specs(HeadSpec(vocabulary, hidden)).items():
-        name = f"{HEAD_MODULE}.{key}"
+        name = f"{module}.{key}"
         entry = entries.get(name)
         if entry is None:
             yield f"{folder}: {name} is missing, expected shape {list(want.shape)}"

@@ -1,4 +1,4 @@
-"""The stored 8-bit language-model head."""
+"""The stored 8-bit language-model head and 8-bit embedding, which have the same tensors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,17 +11,20 @@ from torch import Tensor
 HEAD_MODULE = "lm_head"
 """Module path of the head in every supported model family."""
 
+EMBEDDING_MODULE = "model.embed_tokens"
+"""Module path of the embedding in every supported model family."""
+
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """Sizes of a head: `out_features` V (the vocabulary), `in_features` K."""
+    """Sizes of a head or an embedding: `out_features` V (the vocabulary), `in_features` K."""
 
     out_features: int
     in_features: int
 
 
 def head_tensor_specs(spec: HeadSpec) -> dict[str, TensorSpec]:
-    """Return the tensors stored under `lm_head.`.
+    """Return the tensors stored under `lm_head.` or `model.embed_tokens.`.
 
     The name `weight_int8` keeps loaders from taking the codes for weights.
     """
@@ -31,14 +34,14 @@ def head_tensor_specs(spec: HeadSpec) -> dict[str, TensorSpec]:
     }
 
 
-def validate_head(tensors: Mapping[str, Tensor], spec: HeadSpec) -> None:
-    """Check the tensors of a loaded head.
+def validate_head(tensors: Mapping[str, Tensor], spec: HeadSpec, module: str = HEAD_MODULE) -> None:
+    """Check the tensors of a loaded head or embedding; `module` is its module path, for messages.
 
     Raises:
         FormatError: missing or misshapen tensors, wrong dtypes, scales that are not finite and positive.
     """
     for key, want in head_tensor_specs(spec).items():
-        name = f"{HEAD_MODULE}.{key}"
+        name = f"{module}.{key}"
         if key not in tensors:
             raise FormatError(f"{name}: expected {want}, found no such tensor; convert the model again")
         tensor = tensors[key]

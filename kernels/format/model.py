@@ -89,6 +89,11 @@ def tied_conflict(folder: Path, entries: Mapping[str, Entry], tied: Mapping[str,
     return None
 
 
+def int8_name(name: str) -> str:
+    """Return the name of the 8-bit codes that a head or an embedding stores instead of the tensor `name`."""
+    return f"{name.rpartition('.')[0]}.weight_int8"
+
+
 def not_finite(tensor: torch.Tensor) -> bool:
     """Return whether a tensor holds NaN or infinity; checks it in pieces to limit memory use."""
     pieces = tensor.reshape(-1).split(ELEMENTS_AT_ONCE)
@@ -105,11 +110,16 @@ def _model_problems(
     if named and type(model).__name__ not in named:
         yield f"{folder / 'config.json'}: expected the architecture {type(model).__name__} by model_type, found {named}"
     tied = tied_names(model)
-    for key in tied:
-        head = f"{key.rpartition('.')[0]}.weight_int8"
+    for key, other in tied.items():
+        head, embedding = int8_name(key), int8_name(other)
         if head in entries:
             yield (
                 f"{folder / 'config.json'}: expected tie_word_embeddings false, because {head} is stored, found true"
+            )
+        if key in entries and embedding in entries:
+            yield (
+                f"{folder / entries[key].file}: {key}: expected no such tensor, because config.json ties the head to "
+                f"{embedding} (tie_word_embeddings), found one"
             )
     for name, spec in specs.items():
         linear = modules[name]
@@ -123,7 +133,7 @@ def _model_problems(
     model_keys = model.state_dict().keys()
     for key, parameter in model.named_parameters():
         owner = key.rpartition(".")[0]
-        if owner in specs or f"{owner}.weight_int8" in entries:
+        if owner in specs or int8_name(key) in entries:
             continue  # `check_folder` has checked these
         expected = list(parameter.shape)
         if key in entries:
@@ -139,7 +149,7 @@ def _model_problems(
             yield f"{folder}: {owner} is missing, expected its weight {expected} or its one-bit tensors"
     for key in entries:
         owner = key.rpartition(".")[0]
-        known = key in model_keys or owner in specs or f"{owner}.weight_int8" in entries
+        known = key in model_keys or owner in specs or int8_name(key) in entries
         if not known and not key.endswith(COMPUTED):
             yield f"{folder / entries[key].file}: {key} is not a tensor of this model"
 

@@ -11,11 +11,19 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format.layer import MAX_PLANES, LayerSpec
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 QUANT_METHOD = "bwla"
 FORMAT_VERSIONS = (1, 2)
-"""Versions that can be read. Version 2 has `planes`; without it, version 1 is written."""
+"""Versions that can be read. Version 2 has `planes` and `embedding`; without them, version 1 is written."""
 
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 """Fields of `QuantizationArgs` that are written to config.json."""
@@ -29,7 +37,7 @@ def one_bit_weights() -> QuantizationArgs:
 
 
 def head_args() -> QuantizationArgs:
-    """Return the only format of a quantized head: int8, one scale per row."""
+    """Return the only format of a quantized head or embedding: int8, one scale per row."""
     return QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
 
 
@@ -78,7 +86,9 @@ class BWLAFormat(BaseModel):
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
         ignore: modules that are not quantized, by name or `re:` pattern (compressed-tensors' matching).
-        lm_head: 8-bit weights of the language-model head, or None where it is not quantized.
+        lm_head: 8-bit weights of a language-model head that is stored, or None where it is not quantized.
+        embedding: 8-bit weights of the embedding, and of a head that is tied to it, or None where they are not
+            quantized; version 1 does not know it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -93,6 +103,7 @@ class BWLAFormat(BaseModel):
     rotation: dict[str, tuple[int, int, int]]
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     lm_head: QuantizationArgs | None = None
+    embedding: QuantizationArgs | None = None
     provenance: Provenance = Provenance()
 
     @field_validator("weights")
@@ -109,11 +120,15 @@ class BWLAFormat(BaseModel):
             raise ValueError("input_activations must be dynamic, symmetric integers (strategy 'token')")
         return args
 
-    @field_validator("lm_head")
+    @field_validator("lm_head", "embedding")
     @classmethod
-    def _head_is_int8(cls, args: QuantizationArgs | None) -> QuantizationArgs | None:
+    def _vocabulary_is_int8(
+        cls, args: QuantizationArgs | None, info: ValidationInfo
+    ) -> QuantizationArgs | None:
         if args and (args.num_bits, args.type, args.symmetric, args.strategy) != (8, "int", True, "channel"):
-            raise ValueError("lm_head must be 8-bit, symmetric, one scale per row (strategy 'channel')")
+            raise ValueError(
+                f"{info.field_name} must be 8-bit, symmetric, one scale per row (strategy 'channel')"
+            )
         return args
 
     @field_validator("rotation")
@@ -125,12 +140,14 @@ class BWLAFormat(BaseModel):
         return table
 
     @model_validator(mode="after")
-    def _planes_need_version_2(self) -> "BWLAFormat":
+    def _planes_and_embedding_need_version_2(self) -> "BWLAFormat":
         counts = self.planes.values() if isinstance(self.planes, dict) else [self.planes]
         if not all(1 <= count <= MAX_PLANES for count in counts):
             raise ValueError(f"planes must be 1..{MAX_PLANES}, found {self.planes}")
         if self.format_version == 1 and self.planes != 1:
             raise ValueError(f"planes other than 1 need format_version 2, found {self.planes}")
+        if self.format_version == 1 and self.embedding is not None:
+            raise ValueError("an 8-bit embedding needs format_version 2, found 1")
         return self
 
     @property
@@ -175,12 +192,12 @@ class BWLAFormat(BaseModel):
 
     def to_json(self) -> dict[str, Any]:
         """Return the dictionary for config.json, without the defaults of the argument models."""
-        data = self.model_dump(mode="json", exclude={"lm_head"})
+        data = self.model_dump(mode="json", exclude={"lm_head", "embedding"})
         if self.format_version == 1:
             del data["planes"]
         if not self.provenance.allocation:
             del data["provenance"]["allocation"]
-        for field in ("weights", "input_activations", "lm_head"):
+        for field in ("weights", "input_activations", "lm_head", "embedding"):
             arguments = getattr(self, field)
             if arguments is not None:
                 data[field] = arguments.model_dump(mode="json", include=_ARGUMENTS)

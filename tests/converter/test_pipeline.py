@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert, disk_bytes
@@ -46,8 +47,11 @@ def test_every_family_is_converted_and_passes_the_loader_checks(make_model, tmp_
     assert {spec.rank for spec in specs.values()} == {2}
     before, after = read_all(folder), read_all(out)
     for name, tensor in before.items():
-        if name.removesuffix(".weight") not in specs and name != "lm_head.weight":
+        if f"{name.removesuffix('.weight')}.weight_int8" in after:
+            assert name in ("model.embed_tokens.weight", "lm_head.weight")
+        elif name.removesuffix(".weight") not in specs:
             assert torch.equal(after[name], tensor), name
+    assert ("model.embed_tokens.weight_int8" in after) is entry.int8_embedding
     assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
     assert summary.bytes_before == sum(t.numel() * t.element_size() for t in before.values())
     assert leftovers(tmp_path) == []
@@ -122,7 +126,8 @@ def test_only_one_layer_is_read_at_a_time(make_model, tmp_path, monkeypatch) -> 
     convert(Options(str(make_model(shards=2)), tmp_path / "out"))
     assert [layers for layers in reads if len(layers) != 1] == []
     # The values are checked tensor by tensor, which ends before the first layer is quantized.
-    assert list(map(min, reads))[-4:] == ["0", "1", "rest", "rest"]
+    # The rest: what is copied, then the embedding and the head.
+    assert list(map(min, reads))[-5:] == ["0", "1", "rest", "rest", "rest"]
 
 
 def test_hard_links_to_one_file_take_its_disk_space_once(tmp_path: Path) -> None:
@@ -209,6 +214,7 @@ def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> Non
         ({"clip": 0.0}, "clip must lie in"),
         ({"rank": 65}, "expected a rank of at most 64 for its 64 x 64 weight, found 65"),
         ({"head_bits": 4}, "--lm-head-bits: expected 8, 16 or auto, found 4"),
+        ({"embedding_bits": 4}, "--embedding-bits: expected 8, 16 or auto, found 4"),
         ({"recipe": "magic"}, "recipe 'magic' does not exist"),
     ],
 )
@@ -227,12 +233,13 @@ def test_verify_notices_damage(make_model, tmp_path, edit) -> None:
         verify(out)
 
 
-def test_verify_notices_damage_of_the_head(make_model, tmp_path, edit) -> None:
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_verify_notices_damage_of_the_head_and_the_embedding(make_model, tmp_path, edit, module: str) -> None:
     out = tmp_path / "out"
     convert(Options(str(make_model()), out, head_bits=8))
-    shard = out / read_folder(out)["lm_head.weight_scale"].file
-    edit.tensor(shard, "lm_head.weight_scale", lambda t: t * float("nan"))
-    with pytest.raises(FormatError, match=r"lm_head\.weight_scale: expected"):
+    shard = out / read_folder(out)[f"{module}.weight_scale"].file
+    edit.tensor(shard, f"{module}.weight_scale", lambda t: t * float("nan"))
+    with pytest.raises(FormatError, match=rf"{module}\.weight_scale: expected"):
         verify(out)
 
 
@@ -251,15 +258,48 @@ def test_a_missing_layer_is_noticed(make_model, tmp_path) -> None:
 
 def test_small_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model(tie_word_embeddings=True)), out))
+    convert(Options(str(make_model(tie_word_embeddings=True)), out, embedding_bits=16))
     assert not [name for name in read_all(out) if name.startswith("lm_head")]
-    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is True
+    assert config["quantization_config"]["format_version"] == 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_has_8_bits_by_default(make_model, tmp_path, tied: bool) -> None:
+    folder, out = make_model(tie_word_embeddings=tied), tmp_path / "out"
+    summary = convert(Options(str(folder), out))
+    original, after = read_all(folder)["model.embed_tokens.weight"].float(), read_all(out)
+    codes, scale = after["model.embed_tokens.weight_int8"], after["model.embed_tokens.weight_scale"]
+    assert ((codes * scale.unsqueeze(1) - original).abs() <= scale.unsqueeze(1) * 0.5001).all()
+    assert "model.embed_tokens.weight" not in after
+    # A tied head is the embedding.
+    assert [name for name in after if name.startswith("lm_head")] == (
+        [] if tied else ["lm_head.weight_int8", "lm_head.weight_scale"]
+    )
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is tied
+    assert config["quantization_config"]["format_version"] == 2
+    assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
+    contents = read_contents(out)
+    assert (contents.embedding_bits, contents.head_bits) == (8, 8)
+
+
+def test_the_bits_of_an_untied_head_and_of_the_embedding_are_independent(make_model, tmp_path) -> None:
+    folder = make_model()
+    for head_bits, embedding_bits in ((16, 8), (8, 16)):
+        out = tmp_path / f"{head_bits}-{embedding_bits}"
+        convert(Options(str(folder), out, head_bits=head_bits, embedding_bits=embedding_bits))
+        contents = read_contents(out)
+        assert (contents.head_bits, contents.embedding_bits) == (head_bits, embedding_bits)
+        assert ("lm_head.weight" in contents.entries) is (head_bits == 16)
+        assert ("model.embed_tokens.weight" in contents.entries) is (embedding_bits == 16)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_8_bit_head_is_a_tensor_of_its_own(make_model, tmp_path, tied: bool) -> None:
     folder, out = make_model(tie_word_embeddings=tied), tmp_path / "out"
-    summary = convert(Options(str(folder), out, head_bits=8))
+    summary = convert(Options(str(folder), out, head_bits=8, embedding_bits=16))
     before, after = read_all(folder), read_all(out)
     original = before["model.embed_tokens.weight" if tied else "lm_head.weight"].float()
     codes, scale = after["lm_head.weight_int8"], after["lm_head.weight_scale"]

@@ -64,6 +64,25 @@ def test_codes_lose_at_most_half_a_step() -> None:
 
 
 @pytest.mark.parametrize("name", [backend.name for backend in ops.head_backends()])
+def test_backends_keep_the_rows_that_a_tied_embedding_looks_up(name: str) -> None:
+    spec = HeadSpec(33, 100)
+    tensors, _ = make(33, 100, 1, torch.float32)
+    prepared = able(name, spec).prepare(tensors, spec)
+    assert all(torch.equal(prepared[key], tensor) for key, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_equal_a_lookup_in_the_dequantized_embedding(dtype: torch.dtype) -> None:
+    tensors, _ = make(33, 100, 1, torch.float32)
+    ids = torch.tensor([[0, 5], [32, 16]])
+    table = (tensors["weight_int8"].float() * tensors["weight_scale"].unsqueeze(1)).to(dtype)
+    rows = head.dequantize_rows(**tensors, ids=ids, dtype=dtype)
+    assert rows.dtype == dtype
+    assert torch.equal(rows, torch.nn.functional.embedding(ids, table))
+    assert head.dequantize_rows(**tensors, ids=ids[:0], dtype=dtype).shape == (0, 2, 100)
+
+
+@pytest.mark.parametrize("name", [backend.name for backend in ops.head_backends()])
 def test_opcheck_and_compile(name: str) -> None:
     spec = HeadSpec(33, 100)
     backend = able(name, spec)

@@ -50,6 +50,14 @@ def test_version_1_does_not_mention_planes() -> None:
     assert "planes" not in config()
 
 
+def test_version_2_gives_an_8_bit_embedding() -> None:
+    parsed = parse_config(config(format_version=2, embedding={"num_bits": 8, "strategy": "channel"}))
+    assert parsed.embedding is not None
+    assert parsed.lm_head is None
+    assert parse_config(parsed.to_json()) == parsed
+    assert "embedding" not in config()
+
+
 def test_ignored_layers_have_no_spec() -> None:
     parsed = parse_config(config(ignore=["re:.*layers\\.0\\..*", "lm_head"]))
     assert parsed.layer_spec("model.layers.0.q_proj", 10, 64) is None
@@ -67,6 +75,14 @@ def test_ignored_layers_have_no_spec() -> None:
         ({"planes": 2}, "planes other than 1 need format_version 2, found 2"),
         ({"format_version": 2, "planes": {"q_proj": 5}}, "planes must be 1..4, found {'q_proj': 5}"),
         ({"format_version": 2, "planes": 0}, "planes must be 1..4, found 0"),
+        (
+            {"embedding": {"num_bits": 8, "strategy": "channel"}},
+            "an 8-bit embedding needs format_version 2, found 1",
+        ),
+        (
+            {"format_version": 2, "embedding": {"num_bits": 4, "strategy": "channel"}},
+            "embedding must be 8-bit, symmetric, one scale per row",
+        ),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"rotation": {"q_proj": [0, 8, 8]}}, "rotation sizes must be positive"),
         ({"rotation": {"q_proj": [8, 8]}}, "rotation.q_proj"),

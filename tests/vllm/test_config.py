@@ -117,7 +117,7 @@ def test_unknown_backend_is_refused_before_loading(monkeypatch: pytest.MonkeyPat
         ("linear", "model.layers.0.mlp.gate", "UnquantizedLinearMethod"),
         ("linear", "model.layers.1.self_attn.qkv_proj", "UnquantizedLinearMethod"),
         ("head", "lm_head", "NoneType"),
-        ("embedding", "model.embed_tokens", "NoneType"),
+        ("embedding", "model.embed_tokens", "NoneType"),  # tests/vllm/test_embedding.py has the 8-bit one
         ("attention", "model.layers.0.self_attn.attn", "NoneType"),
     ],
 )

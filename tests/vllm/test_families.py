@@ -14,7 +14,7 @@ from golden import find_golden, load_reference, watched
 from benchmarks.common.tiny_models import write_model
 
 VOCABULARY = 256
-LENGTH = 20
+LENGTH = 14
 """Longer than the sliding windows (8), so that a block that ignores its window shows."""
 
 LLAMA3_ROPE = {

@@ -24,12 +24,21 @@ def logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return result.float()
 
 
-@pytest.mark.parametrize(("family", "head_bits"), [("Qwen2", 16), ("Llama", 8)])
+@pytest.mark.parametrize(
+    ("family", "tied", "bits"),
+    [
+        ("Qwen2", False, {"head_bits": 16}),
+        ("Llama", False, {"embedding_bits": 16}),
+        ("Qwen3", True, {}),
+        ("Gemma 3", True, {}),
+    ],
+)
 def test_logits_are_those_of_the_checkpoint(
-    make_model, tmp_path: Path, monkeypatch, family: str, head_bits: int
+    make_model, tmp_path: Path, monkeypatch, family: str, tied: bool, bits: dict[str, int]
 ) -> None:
     checkpoint, plain = tmp_path / "bwla", tmp_path / "plain"
-    convert(Options(str(make_model(family)), checkpoint, rank=2, bits=16, head_bits=head_bits))
+    model = make_model(family, tie_word_embeddings=tied)
+    convert(Options(str(model), checkpoint, rank=2, bits=16, **bits))
     # More than one piece to a weight.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
     done = write_dequantized(checkpoint, plain, "float32")
@@ -48,7 +57,7 @@ def test_bfloat16_is_close_and_has_no_trace_of_quantization(example_bwla: Path, 
     config = json.loads((plain / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
-    assert config["tie_word_embeddings"] is False  # this one has an 8-bit head of its own
+    assert config["tie_word_embeddings"] is True  # the head is the 8-bit embedding
     entries = read_folder(plain)
     assert {entry.dtype for entry in entries.values()} == {torch.bfloat16}
     assert not [name for name in entries if "packed" in name or "scale" in name]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bwla_converter.checkpoint import layout
-from bwla_converter.checkpoint.layout import Shards, check_space, output_config, quantized_head
+from bwla_converter.checkpoint.layout import Shards, check_space, int8_tensors, output_config
 from bwla_converter.checkpoint.writer import OutputError
 from bwla_kernels.format.files import Entry
 
@@ -49,5 +49,11 @@ def test_an_8_bit_head_is_not_tied_to_the_embeddings(head_source: str | None) ->
     assert source.config == {"tie_word_embeddings": True, "hidden_size": 8}
 
 
-def test_the_tensors_of_the_head_have_their_stored_names() -> None:
-    assert quantized_head(torch.randn(16, 8)).keys() == {"lm_head.weight_int8", "lm_head.weight_scale"}
+def test_8_bit_tensors_have_their_stored_names_and_come_from_their_source() -> None:
+    plan = SimpleNamespace(int8_sources={"lm_head": "lm_head.weight", "model.embed_tokens": "wte"})
+    weight = torch.randn(16, 8)
+    for name, module in (("lm_head.weight", "lm_head"), ("wte", "model.embed_tokens")):
+        tensors = int8_tensors(plan, name, {name: weight}.__getitem__)
+        assert tensors.keys() == {f"{module}.weight_int8", f"{module}.weight_scale"}
+        assert torch.equal(tensors[f"{module}.weight_scale"], weight.abs().amax(1) / 127)
+    assert int8_tensors(plan, "model.norm.weight", {}.__getitem__) == {}

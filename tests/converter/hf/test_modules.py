@@ -1,5 +1,6 @@
 """BWLA checkpoints in transformers: the reference implementation's numbers, saving, and refusal of damage."""
 
+import copy
 import hashlib
 import json
 import subprocess
@@ -14,6 +15,7 @@ from bwla_converter.pipeline import convert
 from bwla_kernels import reference
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.folder import read_folder
+from bwla_kernels.head import head_reference
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -67,7 +69,9 @@ def test_logits_equal_those_of_dequantized_weights_without_activation_quantizati
     assert isinstance(ours.lm_head, hf.BWLAHead)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, module in ours.named_modules():
-        if isinstance(module, hf.BWLAHead):
+        if isinstance(module, hf.BWLAEmbedding):
+            plain.model.embed_tokens.weight.copy_(module.weight_int8 * module.weight_scale.unsqueeze(1))
+        elif isinstance(module, hf.BWLAHead):
             plain.lm_head.weight.copy_(module.weight_int8 * module.weight_scale.unsqueeze(1))
         elif isinstance(module, hf.BWLALinear):
             plain.get_submodule(name).weight.copy_(reference.dequantize(module.stored(), module.spec))
@@ -89,6 +93,88 @@ def test_saves_back_unchanged(make_model, tmp_path: Path, family: str) -> None:
     assert tensor_digests(again) == tensor_digests(out)
     assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
     assert torch.equal(load(again)(IDS).logits, load(out)(IDS).logits)
+
+
+EMBEDDED = [("Qwen3", True), ("Qwen3", False), ("Gemma 3", True)]
+"""Families, and whether their head is tied to the embedding; Gemma's class multiplies embeddings."""
+
+
+@pytest.mark.parametrize(("family", "tied"), EMBEDDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_the_8_bit_embedding_equals_the_dequantized_one(
+    make_model, tmp_path: Path, family: str, tied: bool, dtype: torch.dtype
+) -> None:
+    folder, out = make_model(family, tie_word_embeddings=tied), tmp_path / "out"
+    convert(Options(str(folder), out, rank=2))
+    ours = load(out, dtype=dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    embedding = ours.model.embed_tokens
+    assert isinstance(embedding, hf.BWLAEmbedding)
+    plain.model.embed_tokens.weight.copy_(embedding.weight_int8 * embedding.weight_scale.unsqueeze(1))
+    rows = embedding(IDS)
+    assert rows.dtype == ours.dtype == dtype
+    assert torch.equal(rows, plain.model.embed_tokens(IDS))
+    assert isinstance(ours.lm_head, hf.BWLATiedHead) is tied
+    if tied:
+        hidden = torch.randn(2, 64, dtype=torch.float32, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(ours.lm_head(hidden), head_reference(hidden, **embedding.stored()))
+
+
+@pytest.mark.parametrize(("family", "tied"), EMBEDDED)
+def test_an_8_bit_embedding_survives_what_users_do_to_a_model(
+    make_model, tmp_path: Path, family: str, tied: bool
+) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    convert(Options(str(make_model(family, tie_word_embeddings=tied)), out, rank=2))
+    model = load(out)
+    logits = model(IDS).logits
+    model.tie_weights()
+    copied = copy.deepcopy(model)
+    model.model.embed_tokens.weight_int8.zero_()
+    assert torch.equal(copied(IDS).logits, logits)
+    copied.save_pretrained(again)
+    assert tensor_digests(again) == tensor_digests(out)
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert copied.generate(IDS, max_new_tokens=2, do_sample=False).shape == (1, 26)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_dtype_of_the_model_is_the_one_asked_for(checkpoint: Path, dtype: torch.dtype) -> None:
+    assert load(checkpoint, dtype=dtype).dtype == dtype
+
+
+def test_a_checkpoint_of_version_1_still_loads(make_model, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert(Options(str(make_model("Qwen2")), out, rank=2, embedding_bits=16))
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 1
+    assert not {"planes", "embedding"} & config.keys()
+    assert type(load(out).model.embed_tokens) is torch.nn.Embedding
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "weight_int8",
+            lambda t: None,
+            r"model.embed_tokens.weight_int8 .* should be in|weight_int8 should be in",
+        ),
+        (
+            "weight_int8",
+            lambda t: t[:, :32].contiguous(),
+            r"weight_int8: expected shape \[96, 64\], found \[96, 32\]",
+        ),
+        ("weight_scale", lambda t: t.bfloat16(), "weight_scale: expected dtype float32, found bfloat16"),
+        ("weight_scale", lambda t: -t, "model.embed_tokens.weight_scale: expected positive"),
+    ],
+)
+def test_a_damaged_embedding_is_refused(checkpoint: Path, edit, name: str, change, sentence: str) -> None:
+    name = f"model.embed_tokens.{name}"
+    edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, change)
+    with pytest.raises(FormatError, match=sentence):
+        load(checkpoint)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from bwla_converter.common.bits import AUTO_RANK_BITS_PER_WEIGHT, auto_rank, lar
 from bwla_converter.planning.plan import (
     LARGE_HEAD,
     ConversionPlan,
+    choose_embedding,
     choose_head,
     input_bytes,
     make_plan,
@@ -94,16 +95,66 @@ def test_a_family_without_a_head_of_its_own_keeps_the_tied_one(make_model) -> No
         choose_head(replace(source, tied_head=False), None)
 
 
+def test_the_embedding_has_8_bits_unless_16_are_requested(source: Source, tied: Source) -> None:
+    assert [choose_embedding(source, bits) for bits in (None, 8, 16)] == [EMBEDDING, EMBEDDING, None]
+    assert choose_embedding(source, None, head_bits=16) == EMBEDDING
+    # A tied head has the bits of the embedding, so either option can ask for 16.
+    assert [choose_embedding(tied, None, head_bits) for head_bits in (None, 8, 16)] == [
+        EMBEDDING,
+        EMBEDDING,
+        None,
+    ]
+    with pytest.raises(
+        SourceError, match="both have the same bits, found --embedding-bits 8 and --lm-head-bits 16"
+    ):
+        choose_embedding(tied, 8, head_bits=16)
+    with pytest.raises(SourceError, match="--embedding-bits: expected 8, 16 or auto, found 4"):
+        choose_embedding(source, 4)
+
+
+def test_a_family_whose_embedding_vllm_cannot_quantize_keeps_it(make_model) -> None:
+    source = open_source(str(make_model("Gemma 2", tie_word_embeddings=True)))
+    assert choose_embedding(source, None) is None
+    with pytest.raises(
+        SourceError, match="no quantized embedding for Gemma2ForCausalLM, found --embedding-bits 8"
+    ):
+        choose_embedding(source, 8)
+
+
+def test_a_tied_head_is_the_8_bit_embedding(tied: Source) -> None:
+    for head_bits in (None, 8):
+        made = make_plan(tied, 2, 6, None, PROVENANCE, head_bits)
+        assert made.int8_sources == {"model.embed_tokens": EMBEDDING}
+        assert made.format.lm_head is None
+        assert made.format.embedding is not None
+        # Some models store the tied head beside the embedding.
+        assert made.is_replaced(HEAD)
+    apart = make_plan(tied, 2, 6, None, PROVENANCE, 8, embedding_bits=16)
+    assert apart.int8_sources == {"lm_head": EMBEDDING}
+    assert apart.format.embedding is None
+
+
+def test_only_what_needs_it_is_written_as_version_2(source: Source) -> None:
+    def version(planes: int, embedding_bits: int) -> int:
+        made = make_plan(source, 2, 6, None, PROVENANCE, None, planes, embedding_bits)
+        return made.format.format_version
+
+    assert [version(1, 16), version(1, 8), version(2, 16), version(2, 8)] == [1, 2, 2, 2]
+
+
 def test_the_predicted_size_counts_what_is_written(source: Source, tied: Source) -> None:
     made = plan(source)
     replaced = [name for name in source.entries if made.is_replaced(name)]
-    assert sorted(replaced) == sorted([*(f"{name}.weight" for name in made.specs), HEAD])
+    assert sorted(replaced) == sorted([*(f"{name}.weight" for name in made.specs), EMBEDDING, HEAD])
     assert made.output_bytes(source) < input_bytes(source)
     assert plan(source, rank=3).output_bytes(source) > made.output_bytes(source)
-    with_head = make_plan(tied, 2, 6, None, PROVENANCE, head_bits=8)
+    plain = make_plan(tied, 2, 6, None, PROVENANCE, head_bits=16)
+    with_head = make_plan(tied, 2, 6, None, PROVENANCE, head_bits=8, embedding_bits=16)
     # The embedding stays, and its 8-bit copy with a float32 scale per row is added.
     assert not with_head.is_replaced(EMBEDDING)
-    assert with_head.output_bytes(tied) == plan(tied).output_bytes(tied) + 96 * 64 + 4 * 96
+    assert with_head.output_bytes(tied) == plain.output_bytes(tied) + 96 * 64 + 4 * 96
+    # Or that copy replaces it.
+    assert plan(tied).output_bytes(tied) == plain.output_bytes(tied) - 96 * 64 + 4 * 96
 
 
 def test_clips_of_the_recipe_replace_those_of_the_plan(source: Source) -> None:
