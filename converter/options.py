@@ -34,7 +34,7 @@ class Options:
         out: the folder to create. It appears complete or not at all.
         recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
-            than 1 need the recipe "fast".
+            than 1 need the recipe "fast" or "best".
         rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest
             that keeps the whole model within 1.16 bits per weight, or `planes` + 0.2 for several planes, lowered to a
             multiple of 16 if a GPU would have to pad it by more than half of the last 16 columns.
