@@ -34,7 +34,7 @@ class Options:
         out: the folder to create. It appears complete or not at all.
         recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
-            than 1 need the recipe "fast".
+            than 1 need the recipe "fast" or "best".
         target_bits: stored bits per quantized weight, everything counted, that the planes of the input groups may take
             together; each group gets as many as pay off most. Excludes `planes` and `target_loss`. None: `planes`.
         target_loss: increase of the loss, in nats per token, that the planes are chosen for; the fewest that are

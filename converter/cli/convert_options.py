@@ -68,8 +68,8 @@ class Quantization(Panel):
         typer.Option(
             min=1,
             max=4,
-            help="Binary planes of each weight: a sum of sign matrices. Each costs one bit and cuts the error; recipe "
-            "fast only.",
+            help="Binary planes of each weight: a sum of sign matrices. Each costs one bit and cuts the error; recipes "
+            "fast and best.",
         ),
     ] = 1
     bits: Annotated[

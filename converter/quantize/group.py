@@ -32,7 +32,7 @@ class GroupResult:
             calibration data, of the output.
         traces: name of an objective -> its values at the start and after each round.
         latents: name of the linear -> the values whose signs are stored, float32 [N, K], in the rotated basis and in
-            units of the row scale; empty unless requested.
+            units of the row scale (that of the first plane); empty unless requested.
         clip: the activation clip chosen for the group; None keeps that of the spec.
         inputs: a sample of the group's inputs [M, K] for the report; None if the recipe uses no calibration data.
     """

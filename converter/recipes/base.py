@@ -125,7 +125,7 @@ def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) ->
             f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, or "
             "wikitext2"
         )
-    if planes > 1 and name != "fast":
+    if planes > 1 and not RECIPES[name].needs_calibration:
         raise BWLAError(
-            f"recipe {name!r} chooses the signs of one plane, found --planes {planes}: use --recipe fast"
+            f"recipe {name!r} chooses the signs of one plane, found --planes {planes}: use --recipe fast or best"
         )

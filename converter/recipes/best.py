@@ -15,6 +15,7 @@ from bwla_converter.calibration.activations import Activations, ActivationStore,
 from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
+from bwla_converter.common.bits import num_weights
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
@@ -253,29 +254,41 @@ class BestRecipe:
 _EVALUATION_EPOCHS = 1
 """What evaluating the divergence before and after distillation costs, in epochs."""
 
+_LEVEL_COPIES = 6
+"""Float32 copies of a linear's weights that the levels of several planes and their gradients need at a time."""
+
 
 def _tuning_bytes(layer: LayerShape, workload: Workload) -> float:
     """Return the memory of tuning a layer.
 
     Counted are the original layer, the latent weights with gradients and Adam's two moments, and the activations that
-    the backward pass needs.
+    the backward pass needs; of several planes also the dequantized weights in half precision, and what computes the
+    levels and gradients of the largest group.
     """
     tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
     activations = sum(group.rows + 4 * group.columns for _, group in layer.groups)
-    return float(FLOAT_BYTES * (6 * layer.weights + tokens * 2 * activations))
+    planes = [group.weights for _, group in layer.groups if group.planes > 1]
+    dequantized = sum(planes) // 2 + _LEVEL_COPIES * max(planes, default=0)
+    return float(FLOAT_BYTES * (6 * layer.weights + dequantized + tokens * 2 * activations))
 
 
 def _distillation_bytes(workload: Workload) -> float:
     """Return the memory of distillation.
 
-    Counted are the whole model with signs in int8, the embedding and both heads in float32, one stage's latent weights
-    with gradients and Adam's two moments, the activations of a batch that the backward pass needs, and six copies of
-    the logits that are computed at a time.
+    Counted are the whole model with the signs of every plane in int8, the embedding and both heads in float32, one
+    stage's latent weights with gradients and Adam's two moments, the activations of a batch that the backward pass
+    needs (for several planes, inputs in half precision among them), and six copies of the logits that are computed at a
+    time. With several planes, a stage's weights are also held dequantized in half precision.
     """
     tokens = workload.batch_tokens(DISTILLATION.batch)
     stage_weights = max(stage.weights for stage in make_stages(workload.source))
     vocab_size, hidden_size = workload.source.entries[EMBEDDING_WEIGHT].shape
+    several = [spec for spec in workload.specs.values() if spec.planes > 1]
     activations = sum(spec.out_features + 2 * spec.in_features for spec in workload.specs.values())
+    activations += sum(spec.in_features for spec in several) // 2
     trained = 3 * vocab_size * hidden_size + 4 * stage_weights
+    if several:
+        trained += stage_weights // 2 + _LEVEL_COPIES * max(map(num_weights, several))
+    signs = sum(spec.planes * num_weights(spec) for spec in workload.specs.values())
     logits = 6 * chunk_logits(workload.device)
-    return float(workload.weights + FLOAT_BYTES * (trained + tokens * activations + logits))
+    return float(signs + FLOAT_BYTES * (trained + tokens * activations + logits))

@@ -3,7 +3,7 @@
 The forward pass agrees with `bwla_kernels.reference` in float32 (while training, products with signs are computed in
 bfloat16 where that is fast). In the backward pass, the rounding of activations and the sign of a weight count as the
 identity (straight-through estimator, arXiv 1308.3432), the latter only within LATENT_RANGE. Scales are trained as
-logarithms, so that they stay positive.
+logarithms, so that they stay positive. `levels` has what differs for several planes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,6 +11,13 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.layer_runner import DecoderLayer
+from bwla_converter.training.levels import (
+    Levels,
+    in_descending_order,
+    level_unit,
+    planes_product,
+    sum_of_planes,
+)
 from bwla_kernels.format import LayerSpec, pack_signs, unpack_signs
 from bwla_kernels.format.layer import SCALE_DTYPE, UNQUANTIZED_BITS, to_compute_dtype
 from bwla_kernels.precision import product_dtype
@@ -129,7 +136,8 @@ class STELinear(nn.Module):
         tensors: the linear's stored tensors.
         spec: its spec.
         bias: [N], not trained.
-        latent: float32 [N, K]. Latent weights (straight-through) divided by the row scale; None freezes the signs.
+        latent: float32 [N, K]. Latent weights (straight-through) divided by the row scale (that of the first plane);
+            None freezes the signs.
     """
 
     signs: Tensor | None
@@ -146,17 +154,22 @@ class STELinear(nn.Module):
         super().__init__()
         self.input_transform, self.spec = input_transform, spec
         self.register_buffer("signs", unpack_signs(tensors["weight_packed"]))
+        self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.latent: nn.Parameter | None = None
         if latent is not None:
             self.unfreeze_signs(latent)
         self.register_buffer("bias", bias)
-        self.log_scale = nn.Parameter(tensors["weight_scale"].float().log())
         self.low_rank_b = nn.Parameter(tensors["low_rank_b"].float()) if spec.rank else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs [..., N] for x [..., K], in the dtype of x."""
         x_hat, u = self.input_transform(x)
-        y: Tensor = sign_product(x_hat, self._sign_weights) * self.log_scale.exp()
+        scale = self.log_scale.exp()
+        y: Tensor
+        if self.spec.planes == 1:
+            y = sign_product(x_hat, self._sign_weights) * scale
+        else:
+            y = planes_product(x_hat, self._sign_weights, scale)
         if u is not None and self.low_rank_b is not None:
             y = y + u @ self.low_rank_b.mT
         if self.bias is not None:
@@ -171,17 +184,29 @@ class STELinear(nn.Module):
         return weights
 
     def unfreeze_signs(self, latent: Tensor) -> None:
-        """Train the signs through latent weights, initialized from `latent` [N, K] in units of the row scale."""
+        """Train the signs through latent weights, initialized from `latent` [N, K] in units of the first scale."""
         assert self.signs is not None
-        self.latent, self.signs = nn.Parameter(latent_with_signs(latent, self.signs)), None
+        if self.spec.planes == 1:
+            start = latent_with_signs(latent, self.signs)
+        else:
+            scale = self.log_scale.detach().exp()
+            weights = sum_of_planes(self.signs, scale)
+            start = Levels.of(scale).move_inside(latent * (scale[:, :1] / level_unit(scale)), weights)
+        self.latent, self.signs = nn.Parameter(start), None
 
     @torch.no_grad()
     def freeze_signs(self) -> Tensor:
-        """Keep the current signs, release the latent weights, and return the signs, int8 [N, K]."""
+        """Keep the current signs, release the latent weights, and return the signs, int8 [N, K] or [N, P, K]."""
         assert self.latent is not None
-        signs = _signs(self.latent, torch.int8)
-        self.latent, self.signs = None, signs
-        return signs
+        self.signs = self._current_signs()
+        self.latent = None
+        return self.signs
+
+    def _current_signs(self) -> Tensor:
+        """Return the signs, int8 [N, K], those of several planes [N, P, K]."""
+        if self.latent is not None and self.spec.planes > 1:
+            return Levels.of(self.log_scale.exp()).plane_signs(self.latent)
+        return _signs(self._sign_weights, torch.int8)
 
     @torch.no_grad()
     def original_latent(self, weight: Tensor) -> Tensor:
@@ -194,14 +219,17 @@ class STELinear(nn.Module):
                 / column
             )
             rotated -= self.low_rank_b @ low_rank_a
-        return rotated / self.log_scale.exp().unsqueeze(1)
+        return rotated / self.log_scale.exp().view(len(rotated), -1)[:, :1]
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """Return the trained tensors as the format stores them, by their names inside the linear."""
+        signs, scale = self._current_signs(), self.log_scale.exp()
+        if self.spec.planes > 1:
+            signs, scale = in_descending_order(signs, scale)
         tensors = {
-            "weight_packed": pack_signs(_signs(self._sign_weights, torch.int8)),
-            "weight_scale": self.log_scale.exp().to(SCALE_DTYPE),
+            "weight_packed": pack_signs(signs),
+            "weight_scale": scale.to(SCALE_DTYPE),
             "column_scale": self.input_transform.log_column_scale.exp().to(SCALE_DTYPE),
         }
         if self.low_rank_b is not None and self.input_transform.low_rank_a is not None:

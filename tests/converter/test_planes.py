@@ -11,6 +11,7 @@ from bwla_converter import (
     conversion,
     hf,  # noqa: F401 -- registers the format with transformers
 )
+from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.listener import Listener
@@ -80,12 +81,27 @@ def test_more_planes_are_closer_to_the_original(options: Options) -> None:
     assert errors[2] < 0.7 * errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "best"])
-def test_other_recipes_refuse_several_planes_before_any_work(options: Options, recipe: str) -> None:
-    with pytest.raises(
-        BWLAError, match=f"recipe '{recipe}' chooses the signs of one plane, found --planes 2"
-    ):
-        convert(replace(options, recipe=recipe))
+def test_best_is_closer_to_the_original_than_fast(options: Options) -> None:
+    divergence = {}
+    original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    ids, _ = calibration_samples(options.calibration, Path(options.model), options.seed)
+    with torch.no_grad():
+        expected = original(ids).logits.log_softmax(-1)
+    for recipe in ("fast", "best"):
+        chosen = replace(options, recipe=recipe, out=options.out.with_name(recipe), distill_epochs=8)
+        convert(chosen)
+        verify(chosen.out)
+        assert {spec.planes for spec in check_folder(chosen.out).values()} == {2}
+        model = AutoModelForCausalLM.from_pretrained(chosen.out, dtype=torch.float32)
+        with torch.no_grad():
+            found = model(ids).logits.log_softmax(-1)
+        divergence[recipe] = float((expected.exp() * (expected - found)).sum(-1).mean())
+    assert divergence["best"] < 0.9 * divergence["fast"]
+
+
+def test_the_data_free_recipe_refuses_several_planes_before_any_work(options: Options) -> None:
+    with pytest.raises(BWLAError, match="recipe 'paper' chooses the signs of one plane, found --planes 2"):
+        convert(replace(options, recipe="paper"))
     assert not options.out.exists()
 
 

@@ -49,16 +49,21 @@ def calibration(tmp_path: Path) -> Calibration:
     return Calibration(str(path), num_samples=6, max_seq_length=24)
 
 
-def specs_of(source: Source, names: list[str]) -> dict[str, LayerSpec]:
+def specs_of(source: Source, names: list[str], planes: int) -> dict[str, LayerSpec]:
     specs = {}
     for name in names:
         rows, columns = source.entries[f"{name}.weight"].shape
-        specs[name] = LayerSpec(rows, columns, 1, 8, columns // 8, rank=1)
+        specs[name] = LayerSpec(rows, columns, 1, 8, columns // 8, rank=1, planes=planes)
     return specs
 
 
-def run(recipe: BestRecipe, source: Source) -> tuple[dict[str, Tensor], PreTrainedModel, list[Tensor]]:
-    """Quantize all layers; return the stored tensors, the quantized model, and the hidden states after each layer."""
+def run(
+    recipe: BestRecipe, source: Source, planes: tuple[int, ...] = (1,)
+) -> tuple[dict[str, Tensor], PreTrainedModel, list[Tensor]]:
+    """Quantize all layers, their input groups with `planes` planes in turn.
+
+    Returns: the stored tensors, the quantized model, and the hidden states after each layer.
+    """
     stored: dict[str, Tensor] = {}
     model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32).eval()
     model.config.use_cache = False  # each layer was built as layer 0 of its own model
@@ -67,9 +72,10 @@ def run(recipe: BestRecipe, source: Source) -> tuple[dict[str, Tensor], PreTrain
         tensors = source.read(source.names_of_layer(index))
         recipe.begin_layer(index, tensors)
         _, quantized = recipe.loop.layers
-        for _, names in source.groups_of_layer(index):
+        for number, (_, names) in enumerate(source.groups_of_layer(index)):
             weights = {name: tensors[f"{name}.weight"] for name in names}
-            result = recipe.quantize(weights, specs_of(source, names))
+            specs = specs_of(source, names, planes[number % len(planes)])
+            result = recipe.quantize(weights, specs)
             for name in names:
                 stored |= {f"{name}.{key}": value for key, value in result.tensors[name].items()}
         stored |= recipe.end_layer()
@@ -78,15 +84,16 @@ def run(recipe: BestRecipe, source: Source) -> tuple[dict[str, Tensor], PreTrain
     return stored, model, hidden
 
 
+@pytest.mark.parametrize("planes", [(1,), (2, 1, 3, 2)])
 def test_tuning_reduces_the_loss_and_continues_with_what_is_stored(
-    source: Source, calibration: Calibration
+    source: Source, calibration: Calibration, planes: tuple[int, ...]
 ) -> None:
     tuned, plain = (
         BestRecipe(source, calibration, 0, replace(OPTIONS, tune=replace(OPTIONS.tune, epochs=epochs)))
         for epochs in (8, 0)
     )
-    stored, model, hidden = run(tuned, source)
-    run(plain, source)
+    stored, model, hidden = run(tuned, source, planes)
+    run(plain, source, planes)
     every = torch.arange(6)
     assert torch.equal(tuned.loop.original_hidden[every], plain.loop.original_hidden[every])
     losses = [
@@ -99,6 +106,7 @@ def test_tuning_reduces_the_loss_and_continues_with_what_is_stored(
         if isinstance(module, BWLALinear):
             own = {key: stored[f"{name}.{key}"] for key in module.stored()}
             validate_layer(name, own, module.spec)
+            assert own["weight_scale"].dim() == 1 or bool((own["weight_scale"].diff(dim=1) <= 0).all())
             assert all(torch.equal(value, own[key]) for key, value in module.stored().items())
     norm = "model.layers.1.input_layernorm.weight"
     assert stored[norm].dtype == torch.bfloat16
@@ -124,7 +132,14 @@ def test_tuning_that_does_not_help_is_rolled_back(
 
 
 @pytest.mark.parametrize(
-    ("rate", "max_weights", "epochs"), [(0.0, 2**28, 20), (3e-3, 2**28, 20), (3e-3, 1, 40)]
+    ("rate", "max_weights", "epochs", "planes"),
+    [
+        (0.0, 2**28, 20, (1,)),
+        (3e-3, 2**28, 20, (1,)),
+        (3e-3, 1, 40, (1,)),
+        (0.0, 2**28, 20, (2, 1, 3, 2)),
+        (3e-3, 1, 40, (2, 1, 3, 2)),
+    ],
 )
 def test_distillation_lowers_the_divergence(
     source: Source,
@@ -133,13 +148,14 @@ def test_distillation_lowers_the_divergence(
     rate: float,
     max_weights: int,
     epochs: int,
+    planes: tuple[int, ...],
 ) -> None:
     """With frozen signs, with all signs trained at once, and with one layer's signs trained per stage."""
     monkeypatch.setattr(distill, "make_stages", lambda source: make_stages(source, max_weights))
     patient = replace(OPTIONS.distill, epochs=epochs, latent_rate=rate)
     untuned = replace(OPTIONS.tune, epochs=0)
     recipe = BestRecipe(source, calibration, 0, replace(OPTIONS, tune=untuned, distill=patient))
-    stored, model, _ = run(recipe, source)
+    stored, model, _ = run(recipe, source, planes)
     changed = recipe.distill(model)
     assert recipe.divergence[-1] < recipe.divergence[0]
     assert not any(name.endswith("rotation_left") for name in changed)

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.training import ste_linear
+from bwla_converter.training import levels, ste_linear
+from bwla_converter.training.levels import level_unit, sum_of_planes
 from bwla_converter.training.ste_linear import (
     LATENT_RANGE,
     InputTransform,
@@ -35,10 +36,12 @@ def stored() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("bits", [2, 6, 8, 16])
 @pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_forward_agrees_with_the_reference(
-    stored: dict[str, Tensor], generator: torch.Generator, bits: int, trained: bool
+    generator: torch.Generator, bits: int, trained: bool, planes: int
 ) -> None:
-    spec = replace(SPEC, bits=bits)
+    spec = replace(SPEC, bits=bits, planes=planes)
+    stored = random_layer(spec, seed=3)
     bias = torch.randn(24, generator=generator)
     latent = torch.randn(24, 64, generator=generator) if trained else None
     linear = STELinear(InputTransform(stored, spec), stored, spec, bias, latent)
@@ -63,9 +66,31 @@ def test_what_is_stored_is_what_was_given(stored: dict[str, Tensor], generator: 
             torch.testing.assert_close(tensors[key], stored[key])
 
 
-def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: torch.Generator) -> None:
-    input_transform = InputTransform(stored, SPEC)
-    linear = STELinear(input_transform, stored, SPEC, latent=torch.randn(24, 64, generator=generator))
+@pytest.mark.parametrize("planes", [2, 3, 4])
+def test_what_is_stored_of_several_planes_has_descending_scales(
+    generator: torch.Generator, planes: int
+) -> None:
+    spec = replace(SPEC, planes=planes)
+    stored = random_layer(spec, seed=3)  # its scales are in no order
+    scale = stored["weight_scale"].float()
+    expected = sum_of_planes(unpack_signs(stored["weight_packed"]), scale)
+    for latent in (None, torch.randn(24, 64, generator=generator)):
+        linear = STELinear(InputTransform(stored, spec), stored, spec, latent=latent)
+        tensors = {**stored, **linear.stored()}
+        validate_layer("layer", tensors, spec)
+        assert torch.equal(tensors["weight_scale"], stored["weight_scale"].sort(1, descending=True).values)
+        weights = sum_of_planes(unpack_signs(tensors["weight_packed"]), tensors["weight_scale"].float())
+        torch.testing.assert_close(weights, expected)
+        again = STELinear(InputTransform(tensors, spec), tensors, spec).stored()
+        assert all(torch.equal(tensor, again[key]) for key, tensor in linear.stored().items())
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+def test_every_parameter_gets_a_gradient(generator: torch.Generator, planes: int) -> None:
+    spec = replace(SPEC, planes=planes)
+    stored = random_layer(spec, seed=3)
+    input_transform = InputTransform(stored, spec)
+    linear = STELinear(input_transform, stored, spec, latent=torch.randn(24, 64, generator=generator))
     linear(torch.randn(7, 64, generator=generator)).square().mean().backward()
     grads = {name: parameter.grad for name, parameter in linear.named_parameters()}
     assert set(grads) == {
@@ -78,12 +103,15 @@ def test_every_parameter_gets_a_gradient(stored: dict[str, Tensor], generator: t
     assert all(grad is not None and bool(grad.abs().sum() > 0) for grad in grads.values())
 
 
+@pytest.mark.parametrize("planes", [1, 2, 3, 4])
 def test_scales_have_the_true_gradient(
-    stored: dict[str, Tensor], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, planes: int
 ) -> None:
     """Without rounding of activations, everything but the signs is smooth: compare with finite differences."""
-    spec = replace(SPEC, bits=16)
-    monkeypatch.setattr(ste_linear, "product_dtype", lambda device: torch.float32)
+    spec = replace(SPEC, bits=16, planes=planes)
+    stored = random_layer(spec, seed=3)
+    for module in (ste_linear, levels):
+        monkeypatch.setattr(module, "product_dtype", lambda device: torch.float32)
     linear = STELinear(InputTransform(stored, spec), stored, spec)
     x = torch.randn(4, 64, generator=generator)
 
@@ -168,6 +196,39 @@ def test_a_weight_as_latent_is_the_weight_in_other_units(
     torch.testing.assert_close(
         outputs, x @ weight.mT, rtol=1e-2, atol=1e-1
     )  # rotations are stored in 16 bits
+
+
+def test_a_weight_as_latent_is_in_units_of_the_first_scale(generator: torch.Generator) -> None:
+    spec = replace(SPEC, planes=2)
+    stored = random_layer(spec, seed=3)
+    one = {
+        **stored,
+        "weight_scale": stored["weight_scale"][:, 0],
+        "weight_packed": stored["weight_packed"][:, 0],
+    }
+    weight = torch.randn(24, 64, generator=generator)
+    latent = STELinear(InputTransform(stored, spec), stored, spec).original_latent(weight)
+    assert torch.equal(latent, STELinear(InputTransform(one, SPEC), one, SPEC).original_latent(weight))
+
+
+def test_levels_that_are_unfrozen_and_frozen_again_are_the_same(generator: torch.Generator) -> None:
+    spec = replace(SPEC, planes=3)
+    stored = random_layer(spec, seed=3)
+    linear = STELinear(InputTransform(stored, spec), stored, spec)
+    signs, scale = linear.signs, stored["weight_scale"].float()
+    assert signs is not None
+    assert signs.shape == (24, 3, 64)
+    wanted = sum_of_planes(signs, scale)
+    linear.unfreeze_signs(wanted / scale[:, :1])
+    assert linear.latent is not None
+    torch.testing.assert_close(linear.latent * level_unit(scale), wanted, rtol=1e-2, atol=1e-3)
+    with torch.no_grad():
+        linear.latent[0, 0] *= -1.0
+    frozen = linear.freeze_signs()
+    assert linear.latent is None
+    assert frozen.dtype == torch.int8
+    assert (frozen != signs).any(1).nonzero().tolist() == [[0, 0]]
+    assert torch.equal(frozen[0, :, 0], -signs[0, :, 0])
 
 
 def test_signs_that_are_unfrozen_and_frozen_again_are_the_same(
