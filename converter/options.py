@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-RecipeName = Literal["paper", "fast", "best"]
+RecipeName = Literal["data-free", "paper", "fast", "best"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Options:
     Attributes:
         model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
-        recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
+        recipe: "data-free" uses the weights alone and makes most pretrained models unusable; "paper" is the published
+            method with calibration text; "fast", our own, loses much less; "best" also tunes by gradients.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
             than 1 need the recipe "fast".
         rank: rank of the low-rank correction, 0 or more and at most the smaller side of every weight. None: the largest
@@ -46,7 +47,7 @@ class Options:
         overwrite: replace `out` if it is a model already.
         head_bits: bits of the language-model head, 8, or 16 to leave it as it is. None: 8 if it is untied or large.
         ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.
-        calibration: the calibration text, which the recipes "fast" and "best" need.
+        calibration: the calibration text, which all recipes but "data-free" need.
         tune_epochs: recipe "best": passes over the calibration samples to tune each decoder layer, 0 or more. None: the
             recipe's default.
         distill_epochs: recipe "best": passes over the calibration samples to distill the whole model, 0 or more. None:
@@ -68,7 +69,7 @@ class Options:
 
     model: str
     out: Path
-    recipe: RecipeName = "paper"
+    recipe: RecipeName = "data-free"
     planes: int = 1
     rank: int | None = None
     bits: int = 6

@@ -76,7 +76,7 @@ def test_more_planes_are_closer_to_the_original(options: Options) -> None:
     assert errors[2] < 0.7 * errors[1] < 0.5 * errors[0]
 
 
-@pytest.mark.parametrize("recipe", ["paper", "best"])
+@pytest.mark.parametrize("recipe", ["data-free", "paper", "best"])
 def test_other_recipes_refuse_several_planes_before_any_work(options: Options, recipe: str) -> None:
     with pytest.raises(
         BWLAError, match=f"recipe '{recipe}' chooses the signs of one plane, found --planes 2"

@@ -29,16 +29,17 @@ def test_samples_are_shared_out_once_and_evenly(count: int, world_size: int) -> 
 def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     start_processes(1)
-    assert join_processes("paper", torch.device("cpu"), 8) == Processes(0, 1)
+    assert join_processes("data-free", torch.device("cpu"), 8) == Processes(0, 1)
     assert Processes().broadcast_flags([True, False]) == [True, False]
 
 
 def test_a_recipe_without_calibration_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        BWLAError, match="recipe 'paper' cannot run in several processes: use --gpus 1, or recipe fast"
+        BWLAError,
+        match="recipe 'data-free' cannot run in several processes: use --gpus 1, or recipe paper or fast",
     ):
-        join_processes("paper", torch.device("cpu"), 8)
+        join_processes("data-free", torch.device("cpu"), 8)
 
 
 def test_every_process_needs_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.calibration.loop import CalibrationLoop
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
-from bwla_converter.quantize import paper
+from bwla_converter.quantize import data_free
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.format import LayerSpec
@@ -38,7 +38,7 @@ class Recorder:
 
     def __call__(self, weights, specs, moments, inputs) -> GroupResult:
         self.calls.append((weights, specs, moments, inputs))
-        result = paper.quantize_group(weights, specs, options=paper.PaperOptions(2, 2, 2))
+        result = data_free.quantize_group(weights, specs, options=data_free.DataFreeOptions(2, 2, 2))
         return GroupResult(result.tensors, result.errors, clip=0.5)
 
 

@@ -26,7 +26,7 @@ def test_a_checkpoint_in_tables(example_bwla: Path) -> None:
     assert f"{report['bits_per_weight']:.4f} bits per quantized weight" in done.stdout
     assert f"{report['bytes_after']:,}" in done.stdout
     assert "intact:" in done.stdout
-    assert "recipe       paper, seed 0" in done.stdout
+    assert "recipe       data-free, seed 0" in done.stdout
     assert "model.layers.0" not in done.stdout
     (down,) = [line for line in done.stdout.splitlines() if "down_proj" in line]
     assert "192 x 512" in down
@@ -45,7 +45,7 @@ def test_json_holds_everything_and_adds_up(example_bwla: Path) -> None:
     assert len(data["layers"]) == 28
     assert sum(layer["bytes"] for layer in data["layers"]) == data["bytes"]["quantized linears"]
     assert data["integrity"]["intact"] is True
-    assert data["format"]["provenance"]["recipe"] == "paper"
+    assert data["format"]["provenance"]["recipe"] == "data-free"
     assert data["files"]["config.json"] == (example_bwla / "config.json").stat().st_size
 
 

@@ -1,12 +1,12 @@
-"""Recipe `paper`: the stored tensors are valid, have the reported error, and depend only on seed and names."""
+"""Recipe `data-free`: the stored tensors are valid, have the reported error, and depend only on seed and names."""
 
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from bwla_converter.quantize.data_free import DataFreeOptions, quantize_group
 from bwla_converter.quantize.group import GroupResult, group_generator
-from bwla_converter.quantize.paper import PaperOptions, quantize_group
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, unpack_signs, validate_layer
 from bwla_kernels.reference import dequantize, linear, rotate
@@ -14,7 +14,7 @@ from torch import Tensor
 
 SIZES = (2, 8, 12)
 WIDTH = 192
-QUICK = PaperOptions(okt_rounds=4, psp_rounds=4)
+QUICK = DataFreeOptions(okt_rounds=4, psp_rounds=4)
 INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 
 
@@ -33,7 +33,7 @@ def specs_of(weights: dict[str, Tensor], rank: int = 2, **changes: object) -> di
     return {name: replace(base, out_features=len(w), **changes) for name, w in weights.items()}  # type: ignore[arg-type]
 
 
-def quantize(rank: int = 2, seed: int = 0, options: PaperOptions = QUICK) -> GroupResult:
+def quantize(rank: int = 2, seed: int = 0, options: DataFreeOptions = QUICK) -> GroupResult:
     return quantize_group(group(), specs_of(group(), rank), seed=seed, options=options)
 
 
@@ -77,7 +77,7 @@ def test_linears_of_a_group_share_the_input_transform() -> None:
 
 
 def test_rotations_are_orthogonal_to_half_precision() -> None:
-    tensors = quantize(options=PaperOptions()).tensors["layers.0.q_proj"]
+    tensors = quantize(options=DataFreeOptions()).tensors["layers.0.q_proj"]
     for key in ("rotation_left", "rotation_right"):
         assert tensors[key].dtype == torch.float16
         gram = tensors[key].double().mT @ tensors[key].double()
@@ -99,7 +99,7 @@ def test_rank_and_rotation_lower_the_error() -> None:
     def mean(result: GroupResult) -> float:
         return sum(result.errors.values()) / len(result.errors)
 
-    full = PaperOptions()
+    full = DataFreeOptions()
     by_rank = [mean(quantize(rank, options=full)) for rank in (0, 1, 4)]
     assert by_rank == sorted(by_rank, reverse=True)
     assert by_rank[2] < by_rank[0] - 0.02
@@ -126,7 +126,7 @@ def test_the_unbiased_layer_preserves_the_projection_on_the_weight(rank: int) ->
 def test_a_row_mean_takes_one_rank() -> None:
     offset = {name: weight + 0.05 for name, weight in group().items()}
     specs = specs_of(offset, rank=1)
-    centred = PaperOptions(okt_rounds=0, start="identity", row_mean=True)
+    centred = DataFreeOptions(okt_rounds=0, start="identity", row_mean=True)
     result = quantize_group(offset, specs, options=centred)
     for name, weight in offset.items():
         t = result.tensors[name]
