@@ -120,7 +120,8 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     assert not work_path(out).exists()
 
 
-def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_calibrated_recipe_is_resumed_to_the_bit(make_model, tmp_path: Path, recipe: str) -> None:
     vocabulary = json.loads((EXAMPLE / "config.json").read_text())["vocab_size"]
     model = make_model(vocab_size=vocabulary)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -128,7 +129,7 @@ def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some of the words that there are, again and again. " * 40)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = Options(str(model), out, recipe="fast", rank=2, calibration=Calibration(str(text), 2, 16))
+    options = Options(str(model), out, recipe=recipe, rank=2, calibration=Calibration(str(text), 2, 16))
     convert(replace(options, out=whole))
     again = interrupted(options, 1)
     text.write_text("Other words, just as many of them as before, or so. " * 40)

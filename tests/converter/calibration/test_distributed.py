@@ -64,7 +64,8 @@ def test_two_processes_exchange_what_they_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path, recipe: str) -> None:
     """The first group agrees within rounding. After it, an activation at a rounding tie may get another code, and the
     optimization then takes another, equally good path: errors agree within a few percent, their mean more closely."""
     model = make_model(vocab_size=json.loads((EXAMPLE / "config.json").read_text())["vocab_size"])
@@ -74,7 +75,7 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
     text.write_text((EXAMPLE.parent / "text" / "calibration.txt").read_text()[:20000])
     flags = [
         "--recipe",
-        "fast",
+        recipe,
         "--rank",
         "2",
         "--calibration",
