@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.cli.inspect import app
+from bwla_converter.report.model_card import command
 from typer.testing import CliRunner
 
 
@@ -98,3 +100,14 @@ def test_figures_go_into_the_card(copy: Path, tmp_path: Path) -> None:
     assert run(copy, "--evaluation", result).exit_code == 0
     assert "| perplexity | 2 | 3 |" in (copy / "README.md").read_text()
     assert "intact:" in run(copy).stdout
+
+
+def test_a_checkpoint_of_the_recipe_formerly_called_paper_is_read(copy: Path, edit) -> None:
+    """Checkpoints that were written before the recipe was renamed have no calibration text and say "paper"."""
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    config["provenance"]["recipe"] = "paper"
+    edit.json(copy / "config.json", quantization_config=config)
+    done = run(copy, "--no-hashes")
+    assert done.exit_code == 0, done.output
+    assert "recipe       data-free, seed 0" in done.stdout
+    assert "--recipe data-free" in command(read_contents(copy))
