@@ -7,7 +7,7 @@ inputs in the rotated basis, signs are chosen column by column with GPTQ's error
 column scales are refined in turn. x are the inputs in the model whose preceding layers are quantized, and the target is
 the original weight.
 
-The steps of the binarization are those of `quantize.fast`, with less effort.
+The steps of the binarization are those of `quantize.fast`.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.quantize.fast import (
+    SCALE_FACTORS,
     State,
     binarization_step,
     column_scale_step,
@@ -41,16 +42,17 @@ class PaperOptions:
         rounds: times that the signs are chosen; the column scales are refitted in between. 1 keeps them at 1.
         sweeps: sweeps of sign refinement after the error feedback of the last round; the row scales are refitted after
             each (the alternating refinement of ARB-LLM). The rounds before it have one sweep, if any.
-        scale_factors: initial row scales of the last round, in units of the row's mean magnitude.
+        scale_factors: initial row scales of the last round, in units of the row's mean magnitude. The best three of
+            each row go through one sweep, and the best two of these through the others.
         damping: added to the diagonal of the Hessian, in units of its mean.
         choose_clip: choose the activation clip; otherwise the spec's is used.
     """
 
     okt_rounds: int = 40
     psp_rounds: int = 20
-    rounds: int = 2
-    sweeps: int = 2
-    scale_factors: tuple[float, ...] = (1.0,)
+    rounds: int = 3
+    sweeps: int = 8
+    scale_factors: tuple[float, ...] = SCALE_FACTORS
     damping: float = 0.01
     choose_clip: bool = True
 
@@ -58,7 +60,8 @@ class PaperOptions:
     def efforts(self) -> tuple[Effort, ...]:
         """Return how thoroughly each round searches for signs."""
         first = Effort((1.0,), ((1, min(self.sweeps, 1)),), exact=False)
-        return (*[first] * (self.rounds - 1), Effort(self.scale_factors, ((1, self.sweeps),)))
+        stages = ((3, min(self.sweeps, 1)), (2, max(self.sweeps - 1, 0)))
+        return (*[first] * (self.rounds - 1), Effort(self.scale_factors, stages))
 
 
 def quantize_group(
