@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-RecipeName = Literal["paper", "fast", "best"]
+RecipeName = Literal["data-free", "paper", "fast", "best"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Options:
     Attributes:
         model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
-        recipe: "paper" uses the weights alone; "fast" also uses calibration text; "best" also tunes by gradients.
+        recipe: "data-free" uses the weights alone and makes most pretrained models unusable; "paper" is the published
+            method with calibration text; "fast", our own, loses much less; "best" also tunes by gradients.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
             than 1 need the recipe "fast" or "best".
         target_bits: stored bits per quantized weight, everything counted, that the planes of the input groups may take
@@ -55,7 +56,7 @@ class Options:
         embedding_bits: bits of the embedding, 8, or 16 to leave it as it is. None: 8, unless vLLM cannot serve that
             for the model's family, or the embedding is tied to a head of 16 bits.
         ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.
-        calibration: the calibration text, which the recipes "fast" and "best" need.
+        calibration: the calibration text, which all recipes but "data-free" need.
         tune_epochs: recipe "best": passes over the calibration samples to tune each decoder layer, 0 or more. None: the
             recipe's default.
         distill_epochs: recipe "best": passes over the calibration samples to distill the whole model, 0 or more. None:
@@ -77,7 +78,7 @@ class Options:
 
     model: str
     out: Path
-    recipe: RecipeName = "paper"
+    recipe: RecipeName = "data-free"
     planes: int = 1
     target_bits: float | None = None
     target_loss: float | None = None

@@ -32,10 +32,14 @@ METHODS = {
     "gptq, equal bits": "GPTQ, equal bits",
     "hadamard+gptq": "Hadamard rotation + GPTQ",
     "billm": "BiLLM (our implementation)",
+    "data-free": "`data-free`",
     "paper": "`paper`",
     "fast": "`fast`",
     "best": "`best`",
 }
+RENAMED = "2026-11-29T12:00:00+00:00"
+"""Until then, results call the recipe `data-free` "paper"."""
+
 CONVERSION_PEERS = {
     "llmcompressor-gptq": "GPTQ, 4 bits (llm-compressor)",
     "gptqmodel-gptq": "GPTQ, 4 bits (GPTQModel)",
@@ -55,16 +59,20 @@ ABLATIONS = {
     "fast, no coordinate descent": "`fast` without coordinate descent",
     "fast, no error feedback": "`fast` without error feedback and coordinate descent",
     "fast, original target": "`fast` without compensating the error of earlier layers",
-    "paper": "`paper`",
-    "paper, rank 0": "`paper` without the low-rank correction",
+    "data-free": "`data-free`",
+    "data-free, rank 0": "`data-free` without the low-rank correction",
 }
 
 Rows = list[dict[str, Any]]
 
 
 def read_result(name: str) -> dict[str, Any]:
-    """Read a result file by its name without `.json`."""
+    """Read a result file by its name without `.json`. Recipes have their present names."""
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if isinstance(result["rows"], list) and result.get("date", RENAMED) < RENAMED:
+        for row in result["rows"]:
+            if "method" in row:
+                row["method"] = re.sub("^paper", "data-free", row["method"])
     return result
 
 
@@ -284,7 +292,9 @@ def embedding_table(name: str) -> str:
         ]
         for row in result["rows"]
     ]
-    return markdown_table([f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines)
+    return markdown_table(
+        [f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines
+    )
 
 
 TABLES: dict[str, Callable[[str], str]] = {

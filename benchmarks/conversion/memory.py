@@ -4,8 +4,8 @@
     python -m benchmarks.conversion.memory --recipe fast --shape 1.7b --layers 2 --quick \\
         --out benchmarks/results/convert_memory_fast.json
 
-The peak must be within 20 % of what `planning.budget` predicts and, for recipe paper, below a quarter of the model's
-bytes plus 1 GB. Layers are converted one after the other, so a few of them have the same peak as all. `--quick`
+The peak must be within 20 % of what `planning.budget` predicts and, for recipe data-free, below a quarter of the
+model's bytes plus 1 GB. Layers are converted one after the other, so a few of them have the same peak as all. `--quick`
 reduces the rounds of the recipe's steps, which does not change the peak.
 """
 
@@ -107,7 +107,7 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert
     from bwla_converter.planning.budget import Budget
-    from bwla_converter.quantize import fast, paper
+    from bwla_converter.quantize import data_free, fast
     from bwla_converter.recipes import base as recipes
     from bwla_converter.report.data import peak_resident_bytes
 
@@ -115,8 +115,10 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
         few = partial(fast.FastOptions, okt_rounds=1, rounds=1, sweeps=1)
         recipes.FastOptions = few  # type: ignore[attr-defined,assignment]
         fast.SCALE_FACTORS = (1.0, 1.3)  # type: ignore[assignment]
-        rounds = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
-        paper.PaperOptions = rounds  # type: ignore[assignment,misc]
+        rounds = partial(data_free.DataFreeOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
+        data_free.DataFreeOptions = rounds  # type: ignore[assignment,misc]
+        once = partial(recipes.PaperOptions, okt_rounds=1, psp_rounds=1, rounds=1, sweeps=1)
+        recipes.PaperOptions = once  # type: ignore[attr-defined,assignment]
     predicted: list[Budget] = []
 
     class Notes(Listener):
@@ -131,7 +133,7 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
         str(model),
         out,
         recipe=arguments.recipe,
-        calibration=None if arguments.recipe == "paper" else text,
+        calibration=None if arguments.recipe == "data-free" else text,
         text_samples=0,
     )
     summary = convert(options, Notes())
@@ -154,7 +156,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--recipe", default="paper", help="recipe (paper)")
+    parser.add_argument("--recipe", default="data-free", help="recipe (data-free)")
     parser.add_argument("--shape", choices=SHAPES, default="1.2b", help="shape of the model (1.2b)")
     parser.add_argument("--layers", type=int, default=24, help="number of decoder layers (24)")
     parser.add_argument("--num-calibration-samples", type=int, default=4, help="calibration samples (4)")
@@ -184,7 +186,7 @@ def main() -> int:
         ]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         measured = json.loads(done.stdout.strip().splitlines()[-1])
-    limit = size // 4 + 10**9 if arguments.recipe == "paper" and not arguments.quick else None
+    limit = size // 4 + 10**9 if arguments.recipe == "data-free" and not arguments.quick else None
     ratio = measured["peak_bytes"] / measured["predicted_bytes"]
     print(
         f"model {size / 1e9:.2f} GB, peak memory {measured['peak_bytes'] / 1e9:.2f} GB, predicted "

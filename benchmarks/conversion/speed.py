@@ -34,7 +34,7 @@ from benchmarks.common.record import ROOT, write_result
 from benchmarks.conversion.peers import PEERS
 from benchmarks.conversion.speed_models import RANDOM_MODELS, make_model
 
-RECIPES = ("paper", "fast", "best")
+RECIPES = ("data-free", "paper", "fast", "best")
 GROUP_SIZES = (128, 64, 32)
 QUICK_MODELS, QUICK_LAYERS = ("smollm2-135m",), 2
 QUICK_SAMPLES, QUICK_LENGTH = 16, 256
@@ -122,7 +122,7 @@ def convert(job: Job, recipe: str) -> dict[str, Any]:
     """
     options: list[str | Path] = ["--recipe", recipe, "--device", "cpu"]
     tokens = 0
-    if recipe != "paper":
+    if recipe != "data-free":
         samples, length = job.calibration.num_samples, job.calibration.max_seq_length
         tokens = samples * length
         options += ["--calibration", Path(job.calibration.source).resolve()]

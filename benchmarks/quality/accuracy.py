@@ -25,12 +25,13 @@ from bwla_converter.evaluation.perplexity import perplexity, windows_of
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
 from bwla_converter.planning.plan import make_plan
+from bwla_converter.quantize.data_free import quantize_group
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
-from bwla_converter.quantize.paper import quantize_group
 from bwla_converter.recipes.best import BestOptions, BestRecipe
 from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.recipes.paper import PaperRecipe
 from bwla_converter.source.model import Source, open_source
 from bwla_converter.training.ste_linear import norm_weights
 from bwla_kernels.format import LayerSpec
@@ -55,7 +56,7 @@ from benchmarks.quality.peers import (
 )
 
 ABITS = (16, 8, 6, 4)
-LoopedRecipe = FastRecipe | BestRecipe | LoopRecipe
+LoopedRecipe = PaperRecipe | FastRecipe | BestRecipe | LoopRecipe
 Make = Callable[[Source, Calibration, int], LoopedRecipe]
 
 
@@ -76,8 +77,8 @@ class Method:
     ablation: bool = False
 
 
-class PaperInTheLoop(LoopRecipe):
-    """Recipe `paper`, which uses no calibration text, in the calibration loop that all methods share."""
+class DataFreeInTheLoop(LoopRecipe):
+    """Recipe `data-free`, which uses no calibration text, in the calibration loop that all methods share."""
 
     def group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
@@ -106,10 +107,11 @@ METHODS: dict[str, Method] = {
     "gptq, equal bits": Method(GroupedGptq),
     "hadamard+gptq": Method(HadamardGptq, 0, hadamard_spec),
     "billm": Method(BiLLM, 0),
-    "paper": Method(PaperInTheLoop),
+    "data-free": Method(DataFreeInTheLoop),
+    "paper": Method(PaperRecipe),
     "fast": Method(fast_with()),
     "best": Method(best_with()),
-    "paper, rank 0": Method(PaperInTheLoop, 0, ablation=True),
+    "data-free, rank 0": Method(DataFreeInTheLoop, 0, ablation=True),
     "fast, random rotation": Method(fast_with(okt_rounds=0), ablation=True),
     "fast, no PSP": Method(fast_with(), 0, ablation=True),
     "fast, no column scales": Method(fast_with(column_scales=False), ablation=True),
@@ -149,7 +151,7 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
     for index in range(task.source.num_layers):
         tensors = task.source.read(task.source.names_of_layer(index))
         recipe.begin_layer(index, tensors)
-        _, quantized = recipe.loop.layers
+        quantized = recipe.loop.quantized.layer
         for _, names in task.source.groups_of_layer(index):
             recipe.quantize(
                 {name: tensors[f"{name}.weight"] for name in names}, {name: specs[name] for name in names}

@@ -1,6 +1,6 @@
 """Reproduce one row of the paper's table 1: convert, evaluate, and print our figures beside the paper's.
 
-    python -m benchmarks.quality.paper qwen3-8b-a6                       # recipe paper, as published
+    python -m benchmarks.quality.paper qwen3-8b-a6                       # recipe paper
     python -m benchmarks.quality.paper qwen3-8b-a6 --recipe best --calibration c4
     python -m benchmarks.quality.paper qwen3-8b-a6 --model ./Qwen3-8B    # a local folder
 
@@ -65,7 +65,7 @@ def commands(row: dict[str, Any], out: Path, limit: int | None) -> tuple[list[st
         str(row["abits"]),
         "--resume",
     ]
-    if row["recipe"] != "paper":
+    if row["recipe"] != "data-free":
         convert += [
             "--calibration",
             row["calibration"],

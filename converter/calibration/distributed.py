@@ -22,7 +22,7 @@ from torch import Tensor
 TIMEOUT = timedelta(days=2)
 """The other processes wait this long while process 0 checks the model or quantizes a group."""
 
-DISTRIBUTED_RECIPES = ("fast",)
+DISTRIBUTED_RECIPES = ("paper", "fast")
 """Recipes that can run in several processes."""
 
 
@@ -151,7 +151,7 @@ def join_processes(recipe: str, device: torch.device, num_samples: int) -> Proce
     if recipe not in DISTRIBUTED_RECIPES:
         raise BWLAError(
             f"recipe {recipe!r} cannot run in several processes: use --gpus 1, or recipe "
-            f"{', '.join(DISTRIBUTED_RECIPES)}"
+            f"{' or '.join(DISTRIBUTED_RECIPES)}"
         )
     if num_samples < int(os.environ["WORLD_SIZE"]):
         raise BWLAError(

@@ -1,10 +1,11 @@
 """The loop of the calibrated recipes: samples run through the original and the quantized model, layer by layer.
 
 The quantized model's layers get the hidden states that the layers quantized before them produce, so that each input
-group is quantized for the inputs that it will have.
+group is quantized for the inputs that it will have. A recipe that does not compare with the original model runs the
+quantized one alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from torch import Tensor
 QuantizeGroup = Callable[[Mapping[str, Tensor], Mapping[str, LayerSpec], Moments, Tensor], GroupResult]
 """Quantizes an input group: (weights, specs, moments of its inputs, some of the inputs [M, K]) -> result."""
 
+Inputs = tuple[Tensor, Tensor | None]
+OriginalInputs = tuple[Tensor | None, Tensor | None]
+
 
 def clipped_specs(specs: Mapping[str, LayerSpec], clip: float | None) -> dict[str, LayerSpec]:
     """Return `specs` with the given clipping ratio; None leaves them as they are."""
@@ -35,7 +39,7 @@ def clipped_specs(specs: Mapping[str, LayerSpec], clip: float | None) -> dict[st
 
 
 class CalibrationLoop:
-    """Run calibration samples through the original and the quantized decoder layers side by side.
+    """Run calibration samples through the quantized decoder layers, and the original ones beside them.
 
     A recipe calls `begin_layer`, `quantize` for each input group and `end_layer`, for each layer in order.
 
@@ -46,6 +50,8 @@ class CalibrationLoop:
         quantize_group: quantizes an input group; called in process 0 only, so that all processes get the same tensors.
         store: where the hidden states are kept; None for in memory.
         follow_stream: whether the outputs that are added to the residual stream also compensate its error.
+        run_original: whether the samples run through the original layers too. Otherwise the moments say nothing about
+            the original model, and `original_hidden` stays empty.
 
     Attributes:
         ids: token ids of this process's samples [S, T].
@@ -63,6 +69,7 @@ class CalibrationLoop:
         quantize_group: QuantizeGroup,
         store: ActivationStore | None = None,
         follow_stream: bool = True,
+        run_original: bool = True,
     ) -> None:
         ids, digest = calibration_samples(calibration, source.folder, seed)
         self.description: dict[str, object] = {
@@ -76,34 +83,38 @@ class CalibrationLoop:
         self.runner = LayerRunner(source, self.store.device)
         self.hidden = self.original_hidden = self.store.empty()
         self._quantize_group, self._follow_stream = quantize_group, follow_stream
-        self._current: tuple[StepwiseLayer, StepwiseLayer] | None = None
+        self._run_original = run_original
+        self._original: StepwiseLayer | None = None
+        self._quantized: StepwiseLayer | None = None
 
     @property
-    def current(self) -> tuple[StepwiseLayer, StepwiseLayer]:
-        """The current decoder layer with its hidden states, of the original and of the quantized model."""
-        assert self._current is not None
-        return self._current
+    def quantized(self) -> StepwiseLayer:
+        """The current decoder layer of the quantized model with its hidden states; linears are replaced in it."""
+        assert self._quantized is not None
+        return self._quantized
 
     @property
     def layers(self) -> tuple[DecoderLayer, DecoderLayer]:
         """The current decoder layer: the original, and the one whose linears are replaced by quantized ones."""
-        original, quantized = self.current
-        return original.layer, quantized.layer
+        assert self._original is not None
+        return self._original.layer, self.quantized.layer
 
     @torch.no_grad()
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Build decoder layer `index` twice from its stored tensors; layer 0 starts from the embeddings."""
+        """Build decoder layer `index` of each model from its stored tensors; layer 0 starts from the embeddings."""
         if index == 0:
             parts = map(self.runner.embed, self.ids.split(SAMPLES_PER_BATCH))
             shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
-            self.hidden = self.original_hidden = self.store.keep(shape, parts)
+            self.hidden = self.store.keep(shape, parts)
+            if self._run_original:
+                self.original_hidden = self.hidden
         names = [members[0] for _, members in self.runner.source.groups_of_layer(index)]
-        original, quantized = (self.runner.layer(index, tensors) for _ in range(2))
-        projections = find_output_projections(original, names, self.original_hidden)
-        self._current = (
-            StepwiseLayer(original, self.original_hidden, self.store, projections),
-            StepwiseLayer(quantized, self.hidden, self.store, projections),
-        )
+        layer = self.runner.layer(index, tensors)
+        projections = find_output_projections(layer, names, self.hidden)
+        self._quantized = StepwiseLayer(layer, self.hidden, self.store, projections)
+        if self._run_original:
+            original = self.runner.layer(index, tensors)
+            self._original = StepwiseLayer(original, self.original_hidden, self.store, projections)
 
     @torch.no_grad()
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
@@ -113,7 +124,7 @@ class CalibrationLoop:
         own = self._quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
         result = replace(processes.broadcast_group(own, specs, self.store.device), inputs=inputs)
         specs = clipped_specs(specs, result.clip)
-        _, quantized = self.layers
+        quantized = self.quantized.layer
         for name, tensors in result.tensors.items():
             bias = getattr(quantized.linear(name), "bias", None)
             quantized.replace(name, BWLALinear.from_stored(name, specs[name], tensors, bias))
@@ -128,57 +139,68 @@ class CalibrationLoop:
 
         Returns: the moments of its inputs over all processes, and some of this process's inputs [M, K].
         """
-        original, quantized = self.current
         name, first = next(iter(weights.items()))
         width = first.shape[1]
         limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.hidden)
-        reader = self.runner.source.family.group_of(name).stream if self._follow_stream else None
-        moments = Moments.zeros(width, self.store.device, cross_gram=reader is None)
+        follow = self._follow_stream and self._run_original
+        reader = self.runner.source.family.group_of(name).stream if follow else None
+        cross_gram = reader is None and self._run_original
+        moments = Moments.zeros(width, self.store.device, cross_gram)
         pooled = None if reader is None else pool_rows(weights.values())
         sampled = []
         with fast_products(self.store.device):
-            batches = zip(quantized.inputs_of(name, reader), original.inputs_of(name, reader), strict=True)
-            for (inputs, stream_hat), (original_inputs, stream) in batches:
+            for (inputs, stream_hat), (original_inputs, stream) in self._inputs_of(name, reader):
                 moments.add(inputs, original_inputs)
                 if pooled is not None and stream is not None and stream_hat is not None:
+                    assert original_inputs is not None
                     error = (original_inputs.float() - inputs.float()) @ pooled.mT
                     moments.add_error(inputs, error + stream - stream_hat)
                 sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)
 
+    def _inputs_of(self, name: str, reader: str | None) -> Iterator[tuple[Inputs, OriginalInputs]]:
+        """Yield, for each batch of samples, `StepwiseLayer.inputs_of` of the quantized and of the original layer."""
+        quantized = self.quantized.inputs_of(name, reader)
+        if self._original is not None:
+            yield from zip(quantized, self._original.inputs_of(name, reader), strict=True)
+        else:
+            yield from ((inputs, (None, None)) for inputs in quantized)
+
     @torch.no_grad()
     def advance_original(self) -> None:
         """Replace the original model's hidden states by the outputs of its current layer."""
-        original, _ = self.current
+        assert self._original is not None
         with fast_products(self.store.device):
-            self.original_hidden = original.outputs()
-        original.hidden = self.store.empty()
+            self.original_hidden = self._original.outputs()
+        self._original.hidden = self.store.empty()
 
     @torch.no_grad()
     def quantized_outputs(self) -> Activations:
         """Return the outputs of the current quantized layer."""
-        _, quantized = self.current
         with fast_products(self.store.device):
-            return quantized.outputs()
+            return self.quantized.outputs()
 
     def advance_quantized(self, outputs: Activations) -> None:
         """Replace the quantized model's hidden states by `outputs`, and release the current layer."""
         self.hidden = outputs
-        self._current = None
+        self._original = self._quantized = None
 
     def end_layer(self) -> None:
-        """Replace the hidden states of both models by the outputs of the current layer, and release it."""
-        self.advance_original()
+        """Replace the hidden states by the outputs of the current layer, and release it."""
+        if self._run_original:
+            self.advance_original()
         self.advance_quantized(self.quantized_outputs())
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """Return the hidden states of both models before the next layer."""
-        return {"original_hidden": self.original_hidden.stored(), "hidden": self.hidden.stored()}
+        """Return the hidden states before the next layer."""
+        original = {"original_hidden": self.original_hidden.stored()} if self._run_original else {}
+        return {**original, "hidden": self.hidden.stored()}
 
     def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
         """Continue from a `state` of an earlier session."""
-        self.original_hidden = self.store.take(state.get("original_hidden"))
+        if self._run_original:
+            self.original_hidden = self.store.take(state.get("original_hidden"))
         self.hidden = self.store.take(state.get("hidden"))
 
     def fit_final_norm(self) -> dict[str, Tensor]:

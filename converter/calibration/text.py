@@ -96,7 +96,7 @@ def load_tokenizer(model: Path) -> Any:
         reason = " ".join(str(cause).split())
         raise SourceError(
             f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
-            "tokenizer.json and tokenizer_config.json to the folder, or use recipe paper, which needs no text"
+            "tokenizer.json and tokenizer_config.json to the folder, or use recipe data-free, which needs no text"
         ) from None
 
 

@@ -67,6 +67,13 @@ class Contents:
         """Number of quantized weights."""
         return sum(map(num_weights, self.specs.values()))
 
+    @property
+    def recipe(self) -> str:
+        """The present name of the recipe: `paper` without calibration text was renamed to `data-free`."""
+        provenance = self.format.provenance
+        renamed = provenance.recipe == "paper" and not provenance.calibration
+        return "data-free" if renamed else provenance.recipe
+
 
 def kind_of(name: str) -> str:
     """Return the last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""

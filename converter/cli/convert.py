@@ -109,9 +109,9 @@ def convert(
     summary = _convert(console, options, machine.gpus)
     if summary is None:
         return
-    if options.recipe == "paper":
+    if options.recipe == "data-free":
         console.print(
-            "recipe paper reproduces the publication; for a much more accurate model: --recipe fast --calibration TEXT",
+            "warning: recipe data-free makes most pretrained models unusable: use --recipe fast --calibration TEXT",
             soft_wrap=True,
         )
     typer.echo(_describe(summary))

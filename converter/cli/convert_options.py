@@ -59,10 +59,11 @@ class Quantization(Panel):
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="paper: as published, from the weights alone. fast: calibrated on sample text; much more accurate, "
-            "takes minutes longer. best: fast, then tuned by gradients; takes hours."
+            help="data-free: from the weights alone; makes most pretrained models unusable. paper: the published "
+            "method, calibrated on sample text. fast: our own method, also calibrated; much more accurate. best: "
+            "fast, then tuned by gradients; takes hours."
         ),
-    ] = "paper"
+    ] = "data-free"
     planes: Annotated[
         int,
         typer.Option(
@@ -140,7 +141,7 @@ class Quantization(Panel):
 class CalibrationText(Panel):
     """Calibration text for the recipes that use it."""
 
-    title = "Calibration (recipes fast and best)"
+    title = "Calibration (recipes paper, fast and best)"
 
     calibration: Annotated[
         str | None,
@@ -223,7 +224,7 @@ class Machine(Panel):
     gpus: Annotated[
         int,
         typer.Option(
-            help="Number of processes, each on a GPU, that share the calibration samples (recipe fast).",
+            help="Number of processes, each on a GPU, that share the calibration samples (recipes paper and fast).",
             min=1,
         ),
     ] = 1

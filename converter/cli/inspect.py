@@ -185,7 +185,7 @@ def show(
     console.print(_size_table(data))
     origin = {
         "base model": provenance.base_model + (f" at {provenance.revision}" if provenance.revision else ""),
-        "recipe": f"{provenance.recipe}, seed {provenance.seed}",
+        "recipe": f"{contents.recipe}, seed {provenance.seed}",
         "calibration": ", ".join(f"{key} {value}" for key, value in provenance.calibration.items()) or "none",
         "activations": "not quantized" if contents.format.bits == 16 else f"{contents.format.bits} bits",
         "head": "8 bits" if contents.head_bits == 8 else "unquantized",

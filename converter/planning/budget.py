@@ -31,11 +31,8 @@ from bwla_kernels.errors import BWLAError
 from bwla_kernels.precision import fast_products
 from rich.filesize import decimal
 
-LIVE_HIDDEN_STATES = 3
-"""Hidden states that a calibration loop holds at a time: both models', and the ones being computed."""
-
-HIDDEN_STATES_ON_DISK = 3 * 2
-"""Hidden states on disk at a time: both models' after each of the last two layers, and the ones being written."""
+COPIES_ON_DISK = 3
+"""Hidden states of a model on disk at a time: those after each of the last two layers, and the ones being written."""
 
 USABLE_SHARE = 0.95
 """Share of the free memory that a conversion may use."""
@@ -146,10 +143,17 @@ def predict(
     """
     chosen = RECIPES[recipe]
     workload = Workload(
-        source, plan.specs, plan.rank, calibration if chosen.needs_calibration else None, device, *epochs
+        source,
+        plan.specs,
+        plan.rank,
+        calibration if chosen.needs_calibration else None,
+        device,
+        chosen.models,
+        *epochs,
     )
     base = float(psutil.Process().memory_info().rss)
-    hidden = float(LIVE_HIDDEN_STATES * workload.hidden_bytes + workload.kept_bytes)
+    # A calibration loop holds the hidden states of each model, and the ones being computed.
+    hidden = float((chosen.models + 1) * workload.hidden_bytes + workload.kept_bytes)
     peak = max(
         [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)],
         key=lambda estimate: (estimate.num_bytes, estimate.step),
@@ -161,7 +165,7 @@ def predict(
         hidden=hidden,
         hidden_in_memory=base + peak.num_bytes + hidden <= limit,
         output=float(plan.output_bytes(source)),
-        kept=float(HIDDEN_STATES_ON_DISK * workload.hidden_bytes + workload.kept_bytes),
+        kept=float(COPIES_ON_DISK * chosen.models * workload.hidden_bytes + workload.kept_bytes),
         seconds=(speed or measure_speed()).seconds(chosen.compute_estimate(workload)),
         threads=torch.get_num_threads(),
     )

@@ -170,20 +170,15 @@ def quantize_group(
         if spec.rank:
             state = low_rank_step(state, spec.rank, generator)
         state = binarization_step(state, options.effort(round_number == rounds), spec.planes)
-        trace.append(_relative(state.signs.error, target_norm))
-    sign, scale = state.signs.sign, state.signs.scale
-    rows = [len(weight) for weight in weights.values()]
-    parts = zip(weights, state.signs.error.split(rows), target_norm.split(rows), strict=True)
+        trace.append(relative_norm(state.signs.error, target_norm))
+    result = group_result(state, weights, specs, target_norm, inputs=inputs if options.choose_clip else None)
     latents = {}
     if options.keep_latents:
-        latents = dict(zip(weights, (state.residual.weight / scale[:, :1]).split(rows), strict=True))
-    return GroupResult(
-        store_group(weights, specs, {}, _input_transform(state), sign, scale, state.low_rank_b),
-        {name: _relative(error, norm) for name, error, norm in parts},
-        {"okt": state.rotation.trace, "output": trace},
-        latents,
-        clip=_choose_clip(state, inputs, spec) if options.choose_clip and inputs is not None else None,
-    )
+        rows = [len(weight) for weight in weights.values()]
+        latents = dict(
+            zip(weights, (state.residual.weight / state.signs.scale[:, :1]).split(rows), strict=True)
+        )
+    return replace(result, traces={"okt": state.rotation.trace, "output": trace}, latents=latents)
 
 
 def start_state(
@@ -292,6 +287,32 @@ def binarization_step(state: State, effort: Effort, planes: int) -> State:
     return replace(state, binary=gptq_binarize(state.residual, state.metric, effort, planes))
 
 
+def group_result(
+    state: State,
+    weights: Mapping[str, Tensor],
+    specs: Mapping[str, LayerSpec],
+    target_norm: Tensor,
+    *,
+    inputs: Tensor | None,
+) -> GroupResult:
+    """Build the tensors as they are stored, and the relative output error of each linear.
+
+    Args:
+        state: the state after the last step.
+        weights, specs: as in `quantize_group`.
+        target_norm: `Target.norms` of the target, float32 [N].
+        inputs: a sample of the inputs [M, K] for choosing the clip; None keeps the specs' clip.
+    """
+    signs, rows = state.signs, [len(weight) for weight in weights.values()]
+    parts = zip(weights, signs.error.split(rows), target_norm.split(rows), strict=True)
+    spec = next(iter(specs.values()))
+    return GroupResult(
+        store_group(weights, specs, {}, _input_transform(state), signs.sign, signs.scale, state.low_rank_b),
+        {name: relative_norm(error, norm) for name, error, norm in parts},
+        clip=None if inputs is None else _choose_clip(state, inputs, spec),
+    )
+
+
 def _input_transform(state: State) -> dict[str, Tensor]:
     """Return the tensors that all linears of the group store."""
     tensors = {
@@ -308,6 +329,6 @@ def _choose_clip(state: State, inputs: Tensor, spec: LayerSpec) -> float:
     return choose_clip(x_hat, state.signs.dequantize(), spec)
 
 
-def _relative(error: Tensor, norm: Tensor) -> float:
+def relative_norm(error: Tensor, norm: Tensor) -> float:
     """Return the square root of sum(error) / sum(norm), which are squared norms; 0 for a target of zeros."""
     return math.sqrt(max(float(error.sum()), 0.0) / (float(norm.sum()) or 1.0))

@@ -1,27 +1,34 @@
-"""Recipe `paper` for one input group: OKT, PSP, signs and scales, from the weights alone (BWLA, arXiv 2605.00422).
+"""Recipe `paper` for one input group: BWLA (arXiv 2605.00422) with what its relatives do with calibration data.
 
-It needs no calibration data. The steps are the paper's, in its order: rotation, low-rank correction, row and column
-scales, signs. Each stored tensor is rounded before the next step uses it: signs and scales are fitted to the residual
-of the bfloat16 low-rank factors, and errors are measured on the stored tensors.
+OKT learns the rotation and PSP the low-rank correction from the weights alone, as the publication describes. It also
+calibrates, and does not say how. What is left of the weight is therefore binarized as TWLA (arXiv 2606.13054, by the
+same authors), BiLLM (arXiv 2402.04291) and ARB-LLM (arXiv 2410.03129) do it: with the Hessian H = E[x x^T] of the
+inputs in the rotated basis, signs are chosen column by column with GPTQ's error feedback, then signs, row scales and
+column scales are refined in turn. x are the inputs in the model whose preceding layers are quantized, and the target is
+the original weight.
+
+The steps of the binarization are those of `quantize.fast`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from bwla_converter.common.tensors import in_one_buffer, split_rows
-from bwla_converter.quantize.binarize import fit_scales, unbiased
-from bwla_converter.quantize.group import (
-    GroupResult,
-    check_group,
-    group_generator,
-    relative_error,
-    store_group,
+from bwla_converter.quantize.fast import (
+    SCALE_FACTORS,
+    State,
+    binarization_step,
+    column_scale_step,
+    group_result,
+    relative_norm,
 )
-from bwla_converter.quantize.okt import Rotation, Start, learn_rotation
+from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
+from bwla_converter.quantize.moments import Moments, rotate_hessian
+from bwla_converter.quantize.okt import learn_rotation
 from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
+from bwla_kernels.sign_search import Effort, Metric, Target
 from torch import Tensor
 
 
@@ -30,94 +37,101 @@ class PaperOptions:
     """Hyperparameters of the `paper` recipe.
 
     Attributes:
-        okt_rounds: rounds of OKT, 40 in the paper.
-        psp_rounds: rounds of PSP, 20 in the paper.
-        scale_rounds: alternations of row and column scales.
-        start: initial rotation.
-        row_mean: use one rank for the row means of the residual (the paper's row centering). Off by default, because a
-            free direction of the low-rank correction removes several times as much error.
-        unbiased: rescale the rows so that the binarized weight is an unbiased estimate instead of the least-squares
-            one. This increases the weight error and decreases the model's loss, see `binarize`.
+        okt_rounds: rounds of OKT, 40 in the publication.
+        psp_rounds: rounds of PSP, 20 in the publication.
+        rounds: times that the signs are chosen; the column scales are refitted in between. 1 keeps them at 1.
+        sweeps: sweeps of sign refinement after the error feedback of the last round; the row scales are refitted after
+            each (the alternating refinement of ARB-LLM). The rounds before it have one sweep, if any.
+        scale_factors: initial row scales of the last round, in units of the row's mean magnitude. The best three of
+            each row go through one sweep, and the best two of these through the others.
+        damping: added to the diagonal of the Hessian, in units of its mean.
+        choose_clip: choose the activation clip; otherwise the spec's is used.
     """
 
     okt_rounds: int = 40
     psp_rounds: int = 20
-    scale_rounds: int = 12
-    start: Start = "random"
-    row_mean: bool = False
-    unbiased: bool = True
+    rounds: int = 3
+    sweeps: int = 8
+    scale_factors: tuple[float, ...] = SCALE_FACTORS
+    damping: float = 0.01
+    choose_clip: bool = True
+
+    @property
+    def efforts(self) -> tuple[Effort, ...]:
+        """Return how thoroughly each round searches for signs."""
+        first = Effort((1.0,), ((1, min(self.sweeps, 1)),), exact=False)
+        stages = ((3, min(self.sweeps, 1)), (2, max(self.sweeps - 1, 0)))
+        return (*[first] * (self.rounds - 1), Effort(self.scale_factors, stages))
 
 
 def quantize_group(
     weights: Mapping[str, Tensor],
     specs: Mapping[str, LayerSpec],
+    moments: Moments,
     *,
-    biases: Mapping[str, Tensor] | None = None,
+    inputs: Tensor | None = None,
     seed: int = 0,
     options: PaperOptions | None = None,
 ) -> GroupResult:
     """Quantize the linears of one input group.
 
-    Holds two float32 copies of the group's weights in addition to the weights, and temporary buffers.
+    Holds a few float32 copies of the group's weights and of H. Time grows with N K^2.
 
     Args:
         weights: module name -> W [N_i, K], any float dtype, all on one device. The order of the names matters.
-        specs: module name -> spec; all must have the same input transform (K, rotation sizes, rank, bits, clip).
-        biases: module name -> bias [N_i] to include unchanged in the result. Linears without an entry here get no
-            bias in the result, even if their spec has one.
-        seed: seed of all randomness, together with the names: the same call gives the same bytes.
+        specs: module name -> spec with one plane; all must have the same input transform (K, rotation sizes, rank,
+            bits, clip).
+        moments: second moments of the group's inputs, on the same device; only `Moments.gram` is used.
+        inputs: a sample of the inputs [M, K] for choosing the clip; None keeps the spec's clip.
+        seed: seed of all randomness, together with the names.
         options: None for the defaults.
 
+    Returns: the quantized group. Its errors and the trace "output" (after each round) are relative output errors; the
+        traces "okt" and "psp" are the objectives of both steps.
+
     Raises:
-        SourceError: weights, biases and specs do not fit together, a value is not finite, or the rank exceeds the
-            group's size. Raised before quantization starts.
+        SourceError: weights and specs do not fit together, or the moments are not finite. Raised before quantization
+            starts.
     """
     options = options or PaperOptions()
-    biases = biases or {}
-    spec = check_group(weights, biases, specs)
+    spec = check_group(weights, {}, specs)
     generator = group_generator(seed, weights)
-    rotation = learn_rotation(
-        list(weights.values()),
-        (spec.rotation_groups, spec.n1, spec.n2),
-        rounds=options.okt_rounds,
-        generator=generator,
-        start=options.start,
+    state, psp_trace = start_state(weights, spec, moments, generator, options)
+    target_norm, trace = state.target.norms(), []
+    for round_number, effort in enumerate(options.efforts):
+        # Rebind `state` after every step, so that at most two states are alive.
+        if round_number:
+            state = column_scale_step(state)
+        state = binarization_step(state, effort, planes=1)
+        trace.append(relative_norm(state.signs.error, target_norm))
+    result = group_result(state, weights, specs, target_norm, inputs=inputs if options.choose_clip else None)
+    return replace(result, traces={"okt": state.rotation.trace, "psp": psp_trace, "output": trace})
+
+
+def start_state(
+    weights: Mapping[str, Tensor],
+    spec: LayerSpec,
+    moments: Moments,
+    generator: torch.Generator,
+    options: PaperOptions,
+) -> tuple[State, list[float]]:
+    """Learn the rotation, rotate weight and Hessian, and fit the low-rank correction. `spec` is that of `check_group`.
+
+    Returns: the state, and the trace of PSP.
+    """
+    hessian = moments.hessian(options.damping)
+    sizes = (spec.rotation_groups, spec.n1, spec.n2)
+    rotation = learn_rotation(list(weights.values()), sizes, rounds=options.okt_rounds, generator=generator)
+    weight = rotate(pool_rows(weights.values()), rotation.left, rotation.right)
+    low_rank = proximal_low_rank(weight, spec.rank, rounds=options.psp_rounds, generator=generator)
+    metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))
+    state = State(
+        rotation,
+        Target.of(weight, metric),
+        metric=metric,
+        column_scale=torch.ones(spec.in_features, device=weight.device),
+        # Rounded as they are stored, so that the binarization compensates the rounding.
+        low_rank_a=rotate_back(low_rank.a, rotation.left, rotation.right).bfloat16(),
+        low_rank_b=low_rank.b.bfloat16(),
     )
-    rotated = _rotate_rows(list(weights.values()), rotation)
-    shared = {"rotation_left": rotation.left, "rotation_right": rotation.right}
-    b, a, psp_trace = _low_rank(rotated, spec.rank, generator, options)
-    low_rank_b, residual = b.to(torch.bfloat16), rotated
-    if spec.rank:
-        shared["low_rank_a"] = rotate_back(a, rotation.left, rotation.right).to(torch.bfloat16)
-        stored_a = rotate(shared["low_rank_a"], rotation.left, rotation.right)
-        residual = torch.addmm(rotated, low_rank_b.float(), stored_a, alpha=-1.0)
-    del rotated
-    scales = fit_scales(residual, rounds=options.scale_rounds)
-    if options.unbiased:
-        scales = unbiased(residual, scales)
-    shared["column_scale"] = scales.column
-
-    tensors = store_group(weights, specs, biases, shared, residual, scales.row, low_rank_b)
-    errors = {name: relative_error(weights[name], stored, specs[name]) for name, stored in tensors.items()}
-    traces = {"okt": rotation.trace, "psp": psp_trace, "scales": scales.trace}
-    return GroupResult(tensors, errors, traces)
-
-
-def _rotate_rows(weights: list[Tensor], rotation: Rotation) -> Tensor:
-    """Rotate the rows of all weights, float32 [sum of N_i, K]."""
-    rows = weights[0].new_empty(sum(map(len, weights)), weights[0].shape[1], dtype=torch.float32)
-    parts = (part for weight in weights for part in split_rows(weight))
-    in_one_buffer((rotate(part.float(), rotation.left, rotation.right) for part in parts), rows.view(-1))
-    return rows
-
-
-def _low_rank(
-    rotated: Tensor, rank: int, generator: torch.Generator, options: PaperOptions
-) -> tuple[Tensor, Tensor, list[float]]:
-    """Return the factors b [N, r] and a [r, K] in the rotated basis, float32, and the trace of PSP."""
-    mean_rank = int(options.row_mean and rank > 0)
-    fitted = proximal_low_rank(rotated, rank - mean_rank, rounds=options.psp_rounds, generator=generator)
-    if not mean_rank:
-        return fitted.b, fitted.a, fitted.trace
-    mean = rotated.mean(1, keepdim=True) - fitted.b @ fitted.a.mean(1, keepdim=True)
-    return torch.cat([fitted.b, mean], 1), torch.cat([fitted.a, torch.ones_like(rotated[:1])]), fitted.trace
+    return state, low_rank.trace

@@ -1,1 +1,1 @@
-"""The recipes `paper`, `fast` and `best`: what is done to each decoder layer, and what it costs."""
+"""The recipes `data-free`, `paper`, `fast` and `best`: what is done to each decoder layer, and what it costs."""

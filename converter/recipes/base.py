@@ -9,7 +9,9 @@ from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.options import Calibration, Options
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
+from bwla_converter.quantize.paper import PaperOptions
 from bwla_converter.recipes.best import BestOptions, BestRecipe
+from bwla_converter.recipes.data_free import DataFreeRecipe
 from bwla_converter.recipes.fast import FastRecipe
 from bwla_converter.recipes.paper import PaperRecipe
 from bwla_converter.recipes.workload import ComputeEstimate, MemoryEstimate, Workload
@@ -28,6 +30,9 @@ class Recipe(Protocol):
 
     needs_calibration: ClassVar[bool]
     """Whether the recipe needs calibration data."""
+
+    models: ClassVar[int]
+    """How many models the calibration samples run through: the quantized one, and the original to compare with."""
 
     calibration: dict[str, object]
     """What the report and the checkpoint record about the calibration data; empty without."""
@@ -62,11 +67,16 @@ class Recipe(Protocol):
         """Estimate the work of the whole conversion."""
 
 
-RECIPES: Mapping[str, type[PaperRecipe] | type[FastRecipe] | type[BestRecipe]] = {
+RECIPES: Mapping[str, type[DataFreeRecipe] | type[PaperRecipe] | type[FastRecipe] | type[BestRecipe]] = {
+    "data-free": DataFreeRecipe,
     "paper": PaperRecipe,
     "fast": FastRecipe,
     "best": BestRecipe,
 }
+
+
+SEVERAL_PLANES = ("fast", "best")
+"""Recipes that choose the signs of several planes."""
 
 
 def make_recipe(options: Options, source: Source, store: ActivationStore | None = None) -> Recipe:
@@ -82,9 +92,12 @@ def make_recipe(options: Options, source: Source, store: ActivationStore | None 
         SourceError: the calibration data cannot be used.
     """
     check_recipe(options.recipe, options.calibration)
-    if options.recipe == "paper":
-        return PaperRecipe(options.seed)
+    if options.recipe == "data-free":
+        return DataFreeRecipe(options.seed)
     assert options.calibration is not None
+    if options.recipe == "paper":
+        paper_options = PaperOptions(choose_clip=options.clip is None)
+        return PaperRecipe(source, options.calibration, options.seed, paper_options, store)
     fast_options = FastOptions(choose_clip=options.clip is None)
     if options.recipe == "fast":
         return FastRecipe(source, options.calibration, options.seed, fast_options, store)
@@ -125,7 +138,7 @@ def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) ->
             f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, or "
             "wikitext2"
         )
-    if planes > 1 and not RECIPES[name].needs_calibration:
+    if planes > 1 and name not in SEVERAL_PLANES:
         raise BWLAError(
             f"recipe {name!r} chooses the signs of one plane, found --planes {planes}: use --recipe fast or best"
         )

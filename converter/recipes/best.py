@@ -87,6 +87,7 @@ class BestRecipe:
     """`best`. Arguments as in `FastRecipe`."""
 
     needs_calibration: ClassVar[bool] = True
+    models: ClassVar[int] = 2
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class FastRecipe:
     """
 
     needs_calibration: ClassVar[bool] = True
+    models: ClassVar[int] = 2
 
     def __init__(
         self,
@@ -109,8 +110,8 @@ class FastRecipe:
                 unquantized = sum(other.weights for _, other in layer.groups[number:])
                 held = layer.stored_bytes + FLOAT_BYTES * (layer.weights + unquantized) + WORKSPACE_BYTES
                 step = f"layer {layer.index}, {label}"
-                yield MemoryEstimate(held + _quantize_group_bytes(group, workload.device), step)
-                yield MemoryEstimate(held + _moments_bytes(layer, group, workload), f"{step}, its inputs")
+                yield MemoryEstimate(held + quantize_group_bytes(group, workload.device), step)
+                yield MemoryEstimate(held + moments_bytes(layer, group, workload), f"{step}, its inputs")
 
     @staticmethod
     def compute_estimate(workload: Workload) -> ComputeEstimate:
@@ -118,33 +119,34 @@ class FastRecipe:
         options, total = fast.FastOptions(), ComputeEstimate()
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
-            total += _binarization_compute(group, options.efforts, workload.device)
-            total += ComputeEstimate(flops=_FACTORIZATIONS * group.columns**3)
-            total += _text_compute(group, workload.tokens)
-        saved = 2 * workload.hidden_bytes * workload.source.num_layers
-        return total + ComputeEstimate(bytes_moved=_SAVING * saved)
+            total += binarization_compute(group, options.efforts, workload.device)
+            total += ComputeEstimate(flops=FACTORIZATIONS * group.columns**3)
+            total += text_compute(group, workload.tokens)
+        saved = FastRecipe.models * workload.hidden_bytes * workload.source.num_layers
+        return total + ComputeEstimate(bytes_moved=SAVING * saved)
 
 
-_FACTORIZATIONS = 2.5
+FACTORIZATIONS = 2.5
 """Operations of float32 products, in units of K^3, that take as long as three factorizations of H, two in float64."""
 
-_SAVING = 36
-"""Bytes moved that take as long as saving and hashing a byte of the hidden states of both models after a layer."""
+SAVING = 36
+"""Bytes moved that take as long as saving and hashing a byte of the hidden states of a model after a layer."""
 
 _SEARCH_BYTES = 1300
 """Bytes per weight that the sign search moves around its products and sweeps: transposed copies, candidates, sums."""
 
 
-def _text_compute(group: GroupShape, tokens: int) -> ComputeEstimate:
-    """Estimate the moments, the products of both models, and the element-wise work on `tokens` tokens."""
-    # About 0.6 of the Gram matrix is computed, and either E[x x_hat^T] or, from two products, E[e x_hat^T].
-    moments = 2 * tokens * (0.6 * group.square + min(group.square, 2 * group.weights))
-    products = 2 * 2 * tokens * group.weights
-    elements = 12 * tokens * (group.rows + 2 * group.columns)
+def text_compute(group: GroupShape, tokens: int, models: int = 2) -> ComputeEstimate:
+    """Estimate the moments, and the products and element-wise work of each model, on `tokens` tokens."""
+    # About 0.6 of the Gram matrix is computed; with two models, also E[x x_hat^T] or, from two products, E[e x_hat^T].
+    cross = min(group.square, 2 * group.weights) if models > 1 else 0
+    moments = 2 * tokens * (0.6 * group.square + cross)
+    products = models * 2 * tokens * group.weights
+    elements = 6 * models * tokens * (group.rows + 2 * group.columns)
     return ComputeEstimate(bytes_moved=FLOAT_BYTES * elements, fast_flops=moments + products)
 
 
-def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: str) -> ComputeEstimate:
+def binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: str) -> ComputeEstimate:
     """Estimate the sign search of all rounds, and the solution and the product for the target.
 
     The factors are measured: a sweep of the compiled kernel takes as long as 0.4 operations of a matrix product per row
@@ -159,7 +161,7 @@ def _binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: 
     return ComputeEstimate(2 * product, copied + sweeps * 530 * group.weights, fast_flops + sweeps * product)
 
 
-def _quantize_group_bytes(group: GroupShape, device: str) -> float:
+def quantize_group_bytes(group: GroupShape, device: str) -> float:
     """Return the memory of the largest step of `fast.quantize_group`, the moments included."""
     target = 5 * group.weights + 9 * group.square  # with a factorization in float64
     factors = 4 * group.weights + 12 * group.square  # also in float64
@@ -169,7 +171,7 @@ def _quantize_group_bytes(group: GroupShape, device: str) -> float:
     return float(FLOAT_BYTES * max(target, factors, column_scales, signs))
 
 
-def _moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> float:
+def moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> float:
     """Return the memory of the activations of one batch in a layer, and of the moments of a group's inputs."""
     tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
     widths = sum(other.rows for _, other in layer.groups) + 4 * layer.groups[0][1].columns

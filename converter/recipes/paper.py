@@ -1,12 +1,26 @@
-"""Recipe `paper`: every input group is quantized from its weights alone, as published (arXiv 2605.00422)."""
+"""Recipe `paper`: the publication's rotation and low-rank correction, binarized for the inputs of calibration samples.
+
+See `quantize.paper` for what the publication states and what it leaves open.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
-from bwla_converter.calibration.activations import StoredStates
+from bwla_converter.calibration.activations import ActivationStore, StoredStates
+from bwla_converter.calibration.loop import CalibrationLoop
+from bwla_converter.options import Calibration
 from bwla_converter.quantize import paper
 from bwla_converter.quantize.group import GroupResult
+from bwla_converter.quantize.moments import Moments
+from bwla_converter.recipes.fast import (
+    FACTORIZATIONS,
+    SAVING,
+    binarization_compute,
+    moments_bytes,
+    quantize_group_bytes,
+    text_compute,
+)
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -14,38 +28,69 @@ from bwla_converter.recipes.workload import (
     MemoryEstimate,
     Workload,
     okt_compute,
+    psp_compute,
 )
+from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
 
 class PaperRecipe:
-    """`paper`: OKT, PSP, signs and scales, without calibration data."""
+    """`paper`.
 
-    needs_calibration: ClassVar[bool] = False
+    Args:
+        source: the model.
+        calibration: the calibration data.
+        seed: seed of the choice of samples and of everything random.
+        options: hyperparameters; None for the defaults.
+        store: where the hidden states are kept; None for in memory.
+    """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.calibration: dict[str, object] = {}
+    needs_calibration: ClassVar[bool] = True
+    models: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        source: Source,
+        calibration: Calibration,
+        seed: int,
+        options: paper.PaperOptions | None = None,
+        store: ActivationStore | None = None,
+    ) -> None:
+        self.seed, self.options = seed, options or paper.PaperOptions()
+        self.loop = CalibrationLoop(
+            source, calibration, seed, self._quantize_group, store, run_original=False
+        )
+        self.calibration = self.loop.description
         self.layer_traces: dict[str, dict[str, list[float]]] = {}
 
+    def _quantize_group(
+        self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
+    ) -> GroupResult:
+        return paper.quantize_group(
+            weights, specs, moments, inputs=inputs, seed=self.seed, options=self.options
+        )
+
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Do nothing: groups are independent of each other."""
+        """Build the decoder layer."""
+        self.loop.begin_layer(index, tensors)
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
-        """Quantize an input group by OKT, PSP, signs and scales."""
-        return paper.quantize_group(weights, specs, seed=self.seed)
+        """Quantize an input group for its inputs."""
+        return self.loop.quantize(weights, specs)
 
     def end_layer(self) -> Mapping[str, Tensor]:
-        """Return no further changes."""
+        """Run the samples through the quantized layer; return no further changes."""
+        self.loop.end_layer()
         return {}
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """Return an empty state: layers are independent of each other."""
-        return {}
+        """Return the samples' hidden states."""
+        return self.loop.state()
 
     def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
-        """Do nothing: there is no state."""
+        """Take the samples' hidden states from `state`."""
+        self.loop.restore(state)
 
     def finish(self, folder: Path) -> Mapping[str, Tensor]:
         """Return no further changes."""
@@ -53,19 +98,27 @@ class PaperRecipe:
 
     @staticmethod
     def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:
-        """Yield the memory of each group: its layer as stored, and four float32 copies of the group's weights."""
+        """Yield the memory of quantizing each group and of collecting its moments.
+
+        Both hold the layer as stored, and the quantized layer's linears that are still unquantized.
+        """
         for layer in workload.distinct_layers():
-            for label, group in layer.groups:
-                num_bytes = layer.stored_bytes + 4 * FLOAT_BYTES * group.weights + WORKSPACE_BYTES
-                yield MemoryEstimate(num_bytes, f"layer {layer.index}, {label}")
+            for number, (label, group) in enumerate(layer.groups):
+                unquantized = sum(other.weights for _, other in layer.groups[number:])
+                held = layer.stored_bytes + FLOAT_BYTES * unquantized + WORKSPACE_BYTES
+                step = f"layer {layer.index}, {label}"
+                yield MemoryEstimate(held + quantize_group_bytes(group, workload.device), step)
+                yield MemoryEstimate(held + moments_bytes(layer, group, workload), f"{step}, its inputs")
 
     @staticmethod
     def compute_estimate(workload: Workload) -> ComputeEstimate:
-        """Estimate OKT, PSP and the fit of the scales of all groups."""
+        """Estimate OKT, PSP, the choice of signs, the moments, and the samples' way through the quantized model."""
         options, total = paper.PaperOptions(), ComputeEstimate()
         for group in workload.groups():
-            flops = 20 * options.psp_rounds * group.weights * (workload.rank + 8)
-            passes = 28 * options.psp_rounds + 4 * options.scale_rounds
             total += okt_compute(group, options.okt_rounds)
-            total += ComputeEstimate(flops, FLOAT_BYTES * group.weights * passes)
-        return total
+            total += psp_compute(group, workload.rank, options.psp_rounds)
+            total += binarization_compute(group, options.efforts, workload.device)
+            total += ComputeEstimate(flops=FACTORIZATIONS * group.columns**3)
+            total += text_compute(group, workload.tokens, PaperRecipe.models)
+        saved = workload.hidden_bytes * workload.source.num_layers
+        return total + ComputeEstimate(bytes_moved=SAVING * saved)

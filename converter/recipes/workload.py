@@ -100,6 +100,7 @@ class Workload:
         rank: rank of the low-rank correction.
         calibration: the calibration data; None for a recipe that uses none.
         device: type of the device that computes.
+        models: models through which the calibration samples run.
         tune_epochs, distill_epochs: epochs of tuning and of distillation; None for the recipe's default.
     """
 
@@ -108,6 +109,7 @@ class Workload:
     rank: int
     calibration: Calibration | None
     device: str = "cpu"
+    models: int = 2
     tune_epochs: int | None = None
     distill_epochs: int | None = None
 
@@ -129,15 +131,15 @@ class Workload:
 
     @property
     def hidden_bytes(self) -> int:
-        """Hidden states of all calibration samples, float32."""
+        """Hidden states of all calibration samples in one model, float32."""
         return FLOAT_BYTES * self.tokens * self.source.entries[EMBEDDING_WEIGHT].shape[1]
 
     @property
     def kept_bytes(self) -> int:
-        """Inputs of linears that a calibration loop keeps for both models while it quantizes a layer."""
+        """Inputs of linears that a calibration loop keeps for each model while it quantizes a layer."""
         itemsize = product_dtype(torch.device(self.device)).itemsize
         columns = max((layer.kept_columns for layer in self.distinct_layers()), default=0)
-        return 2 * itemsize * self.tokens * columns
+        return self.models * itemsize * self.tokens * columns
 
     def layer(self, index: int) -> LayerShape:
         """Return the shape of decoder layer `index`."""
@@ -177,3 +179,9 @@ def okt_compute(group: GroupShape, rounds: int) -> ComputeEstimate:
     weights = min(group.weights, WEIGHTS_PER_PARAMETER * rotation_width**2 // 2)
     flops = 8 * rounds * weights * rotation_width / 2
     return ComputeEstimate(flops, 32 * FLOAT_BYTES * rounds * weights)
+
+
+def psp_compute(group: GroupShape, rank: int, rounds: int) -> ComputeEstimate:
+    """Estimate the work of fitting the low-rank correction of an input group."""
+    flops = 20 * rounds * group.weights * (rank + 8)
+    return ComputeEstimate(flops, 28 * FLOAT_BYTES * rounds * group.weights)

@@ -88,7 +88,7 @@ def model_card(contents: Contents, metadata: Mapping[str, Any], location: str = 
 def command(contents: Contents) -> str:
     """Return the command that reproduces this checkpoint, without local paths."""
     format_, provenance = contents.format, contents.format.provenance
-    words = ["bwla-convert", provenance.base_model, "OUT", "--recipe", provenance.recipe]
+    words = ["bwla-convert", provenance.base_model, "OUT", "--recipe", contents.recipe]
     calibration = provenance.calibration
     if calibration:
         words += ["--calibration", str(calibration.get("source", ""))]

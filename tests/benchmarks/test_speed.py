@@ -142,7 +142,7 @@ def test_conversions_pass_through_every_phase(tmp_path: Path, monkeypatch: pytes
     ]
     found: set[str] = set()
     for recipe, options in (
-        ("paper", ["--samples-of-text", "1"]),
+        ("data-free", ["--samples-of-text", "1"]),
         ("best", [*text, "--tune-epochs", "1", "--distill-epochs", "1", "--lm-head-bits", "8"]),
     ):
         result = tmp_path / f"{recipe}.json"

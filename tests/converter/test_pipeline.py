@@ -10,7 +10,7 @@ from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert, disk_bytes
-from bwla_converter.quantize import paper
+from bwla_converter.quantize import data_free
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import Source
 from bwla_kernels import reference
@@ -105,7 +105,7 @@ def test_config_and_report_record_the_conversion(make_model, tmp_path) -> None:
     assert quantization["input_activations"]["num_bits"] == 4
     assert quantization["clip"] == 0.9
     assert quantization["provenance"] | {"bwla_version": ""} == {
-        "base_model": "model", "revision": "", "recipe": "paper", "seed": 5, "bwla_version": "", "calibration": {}
+        "base_model": "model", "revision": "", "recipe": "data-free", "seed": 5, "bwla_version": "", "calibration": {}
     }  # fmt: skip
     report = json.loads((out / "bwla_report.json").read_text())
     assert [entry["name"] for entry in report["linears"]] == [linear.name for linear in summary.linears]
@@ -186,8 +186,8 @@ def test_a_failure_midway_keeps_the_old_output_and_the_finished_layers(
             raise error("in the middle")
         return plain(*args, **kwargs)
 
-    plain = paper.quantize_group
-    monkeypatch.setattr(paper, "quantize_group", failing)
+    plain = data_free.quantize_group
+    monkeypatch.setattr(data_free, "quantize_group", failing)
     with pytest.raises(error):
         convert(Options(str(folder), out, overwrite=True))
     assert len(calls) == 6

@@ -99,9 +99,12 @@ def test_best_is_closer_to_the_original_than_fast(options: Options) -> None:
     assert divergence["best"] < 0.9 * divergence["fast"]
 
 
-def test_the_data_free_recipe_refuses_several_planes_before_any_work(options: Options) -> None:
-    with pytest.raises(BWLAError, match="recipe 'paper' chooses the signs of one plane, found --planes 2"):
-        convert(replace(options, recipe="paper"))
+@pytest.mark.parametrize("recipe", ["data-free", "paper"])
+def test_recipes_of_one_plane_refuse_several_before_any_work(options: Options, recipe: str) -> None:
+    with pytest.raises(
+        BWLAError, match=f"recipe '{recipe}' chooses the signs of one plane, found --planes 2"
+    ):
+        convert(replace(options, recipe=recipe))
     assert not options.out.exists()
 
 

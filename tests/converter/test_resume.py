@@ -14,8 +14,8 @@ from bwla_converter import pipeline
 from bwla_converter.listener import Listener
 from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import RecipeFactory, convert
-from bwla_converter.quantize import paper
-from bwla_converter.recipes.paper import PaperRecipe
+from bwla_converter.quantize import data_free
+from bwla_converter.recipes.data_free import DataFreeRecipe
 from bwla_converter.resume import fingerprint
 from bwla_converter.resume.manifest import WorkError, read_manifest
 from bwla_converter.resume.work_folder import MANIFEST, work_path
@@ -42,8 +42,8 @@ class StopAfter(Listener):
             raise KeyboardInterrupt
 
 
-class StatefulPaper(PaperRecipe):
-    """`paper` with a state and a last step: the seed of a layer depends on all layers before it."""
+class StatefulDataFree(DataFreeRecipe):
+    """`data-free` with a state and a last step: the seed of a layer depends on all layers before it."""
 
     def __init__(self, seed: int) -> None:
         super().__init__(seed)
@@ -78,10 +78,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real steps, with fewer rounds."""
-    options = paper.PaperOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
-    plain = paper.quantize_group
+    options = data_free.DataFreeOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
+    plain = data_free.quantize_group
     monkeypatch.setattr(
-        paper, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
+        data_free, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
     )
 
 
@@ -90,8 +90,8 @@ def model(make_model) -> Path:
     return make_model(shards=2, num_hidden_layers=LAYERS)
 
 
-def make_stateful(options: Options, *_: object) -> StatefulPaper:
-    return StatefulPaper(options.seed)
+def make_stateful(options: Options, *_: object) -> StatefulDataFree:
+    return StatefulDataFree(options.seed)
 
 
 def interrupted(options: Options, layers: int, recipe_factory: RecipeFactory | None = None) -> Options:
@@ -120,7 +120,8 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     assert not work_path(out).exists()
 
 
-def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_calibrated_recipe_is_resumed_to_the_bit(make_model, tmp_path: Path, recipe: str) -> None:
     vocabulary = json.loads((EXAMPLE / "config.json").read_text())["vocab_size"]
     model = make_model(vocab_size=vocabulary)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -128,7 +129,7 @@ def test_recipe_fast_is_resumed_to_the_bit(make_model, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some of the words that there are, again and again. " * 40)
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = Options(str(model), out, recipe="fast", rank=2, calibration=Calibration(str(text), 2, 16))
+    options = Options(str(model), out, recipe=recipe, rank=2, calibration=Calibration(str(text), 2, 16))
     convert(replace(options, out=whole))
     again = interrupted(options, 1)
     text.write_text("Other words, just as many of them as before, or so. " * 40)
@@ -327,7 +328,7 @@ def test_a_failure_before_the_first_finished_layer_leaves_nothing(
     def failing(*_: object, **__: object) -> None:
         raise RuntimeError("at once")
 
-    monkeypatch.setattr(paper, "quantize_group", failing)
+    monkeypatch.setattr(data_free, "quantize_group", failing)
     with pytest.raises(RuntimeError):
         convert(Options(str(model), tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

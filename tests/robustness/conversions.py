@@ -19,7 +19,7 @@ from pathlib import Path
 from bwla_converter import pipeline
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.options import Calibration, Options
-from bwla_converter.quantize import fast, paper
+from bwla_converter.quantize import data_free, fast
 from bwla_converter.recipes import base as recipes
 from bwla_converter.recipes import fast as calibrated
 from bwla_converter.recipes.base import Recipe
@@ -36,7 +36,7 @@ DONE, REFUSED, CRASHED = 0, 3, 4
 """Exit codes of a conversion in a fork."""
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-RECIPES = ("paper", "fast", "fast with a final step")
+RECIPES = ("data-free", "paper", "fast", "fast with a final step")
 
 
 class TouchUp(calibrated.FastRecipe):
@@ -57,9 +57,11 @@ def make_touch_up(options: Options, source: Source, store: ActivationStore) -> R
 
 def few_rounds() -> None:
     """Reduce the number of rounds of all recipes in this process."""
-    paper_options = partial(paper.PaperOptions, okt_rounds=2, psp_rounds=2, scale_rounds=2)
+    few = partial(data_free.DataFreeOptions, okt_rounds=2, psp_rounds=2, scale_rounds=2)
+    paper_options = partial(recipes.PaperOptions, okt_rounds=2, psp_rounds=2)
     fast_options = partial(fast.FastOptions, okt_rounds=2, rounds=2, sweeps=1)
-    paper.PaperOptions = paper_options  # type: ignore[assignment,misc]
+    data_free.DataFreeOptions = few  # type: ignore[assignment,misc]
+    recipes.PaperOptions = paper_options  # type: ignore[attr-defined,assignment]
     recipes.FastOptions = calibrated.fast.FastOptions = fast_options  # type: ignore[attr-defined,assignment,misc]
 
 
@@ -80,7 +82,7 @@ class Case:
             rank=2,
             seed=seed,
             overwrite=self.overwrite,
-            calibration=None if self.recipe == "paper" else text,
+            calibration=None if self.recipe == "data-free" else text,
             text_samples=0,
         )
 
@@ -95,7 +97,7 @@ class Case:
             "0",
             *(["--overwrite"] if self.overwrite else []),
         ]
-        if self.recipe != "paper":
+        if self.recipe != "data-free":
             text = str(model.parent / "text.txt")
             flags += ["--calibration", text, "--num-calibration-samples", "4", "--max-seq-length", "32"]
         return flags

@@ -88,7 +88,7 @@ class Harness:
         for recipe in turn:
             self._measure(Case(recipe, overwrite=False))
         self.older = folder / "older"
-        self._convert(Case("paper", overwrite=False), self.older, seed=1)
+        self._convert(Case("data-free", overwrite=False), self.older, seed=1)
         self.older_digest = digest_of(self.older)
 
     def _convert(self, case: Case, out: Path, seed: int = 0) -> None:

@@ -44,6 +44,7 @@ def test_kills_at_random_moments_end_in_the_same_bytes(tmp_path: Path) -> None:
         "--kills",
         "5",
         "--recipes",
+        "data-free",
         "paper",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -29,16 +29,17 @@ def test_samples_are_shared_out_once_and_evenly(count: int, world_size: int) -> 
 def test_one_process_needs_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     start_processes(1)
-    assert join_processes("paper", torch.device("cpu"), 8) == Processes(0, 1)
+    assert join_processes("data-free", torch.device("cpu"), 8) == Processes(0, 1)
     assert Processes().broadcast_flags([True, False]) == [True, False]
 
 
 def test_a_recipe_without_calibration_runs_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
-        BWLAError, match="recipe 'paper' cannot run in several processes: use --gpus 1, or recipe fast"
+        BWLAError,
+        match="recipe 'data-free' cannot run in several processes: use --gpus 1, or recipe paper or fast",
     ):
-        join_processes("paper", torch.device("cpu"), 8)
+        join_processes("data-free", torch.device("cpu"), 8)
 
 
 def test_every_process_needs_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +64,8 @@ def test_two_processes_exchange_what_they_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path, recipe: str) -> None:
     """The first group agrees within rounding. After it, an activation at a rounding tie may get another code, and the
     optimization then takes another, equally good path: errors agree within a few percent, their mean more closely."""
     model = make_model(vocab_size=json.loads((EXAMPLE / "config.json").read_text())["vocab_size"])
@@ -73,7 +75,7 @@ def test_two_processes_make_the_model_of_one(make_model, tmp_path: Path) -> None
     text.write_text((EXAMPLE.parent / "text" / "calibration.txt").read_text()[:20000])
     flags = [
         "--recipe",
-        "fast",
+        recipe,
         "--rank",
         "2",
         "--calibration",

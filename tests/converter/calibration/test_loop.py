@@ -10,7 +10,7 @@ from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.calibration.loop import CalibrationLoop
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.options import Calibration
-from bwla_converter.quantize import paper
+from bwla_converter.quantize import data_free
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.format import LayerSpec
@@ -38,14 +38,14 @@ class Recorder:
 
     def __call__(self, weights, specs, moments, inputs) -> GroupResult:
         self.calls.append((weights, specs, moments, inputs))
-        result = paper.quantize_group(weights, specs, options=paper.PaperOptions(2, 2, 2))
+        result = data_free.quantize_group(weights, specs, options=data_free.DataFreeOptions(2, 2, 2))
         return GroupResult(result.tensors, result.errors, clip=0.5)
 
 
-def make_loop(source: Source, tmp_path: Path, recorder: Recorder) -> CalibrationLoop:
+def make_loop(source: Source, tmp_path: Path, recorder: Recorder, **options: bool) -> CalibrationLoop:
     text = tmp_path / "text.txt"
     text.write_text("It was a bright cold day in April, and the clocks were striking. " * 20)
-    return CalibrationLoop(source, Calibration(str(text), 5, 16), 0, recorder)
+    return CalibrationLoop(source, Calibration(str(text), 5, 16), 0, recorder, **options)
 
 
 def every(hidden) -> Tensor:
@@ -114,3 +114,25 @@ def test_the_calibration_data_is_described(source: Source, tmp_path: Path) -> No
     description = make_loop(source, tmp_path, Recorder()).description
     assert (description["source"], description["samples"], description["length"]) == ("text.txt", 5, 16)
     assert len(str(description["sha256"])) == 64
+
+
+def test_the_quantized_model_can_run_alone(source: Source, tmp_path: Path) -> None:
+    recorder = Recorder()
+    both, alone = (
+        make_loop(source, tmp_path, Recorder()),
+        make_loop(source, tmp_path, recorder, run_original=False),
+    )
+    tensors = source.read(source.names_of_layer(0))
+    for loop in (both, alone):
+        loop.begin_layer(0, tensors)
+        loop.quantize({NAME: tensors[f"{NAME}.weight"]}, {NAME: SPEC})
+        loop.end_layer()
+    assert torch.equal(every(alone.hidden), every(both.hidden))
+    [(_, _, moments, _)] = recorder.calls
+    assert moments.count == 5 * 16
+    assert moments.cross_gram is None
+    assert moments.error_cross_gram is None
+    assert alone.state().keys() == {"hidden"}
+    resumed = make_loop(source, tmp_path, Recorder(), run_original=False)
+    resumed.restore(alone.state())
+    assert torch.equal(every(resumed.hidden), every(alone.hidden))

@@ -27,7 +27,7 @@ def test_help_has_panels_and_examples() -> None:
         "Options",
         "Model and output",
         "Quantization",
-        "Calibration (recipes fast and best)",
+        "Calibration (recipes paper, fast and best)",
         "Training (recipe best)",
         "Resume",
         "Machine",
@@ -58,7 +58,7 @@ def test_the_old_names_of_options_lead_to_the_new_ones(option: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "choices"),
     [
-        (["--recipe", "magic"], ("paper", "fast", "best")),
+        (["--recipe", "magic"], ("data-free", "paper", "fast", "best")),
         (["--lm-head-bits", "4"], ("auto", "8", "16")),
         (["--device", "tpu"], ("auto", "cpu", "cuda")),
     ],

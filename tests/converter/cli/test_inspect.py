@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.cli.inspect import app
+from bwla_converter.report.model_card import command
 from typer.testing import CliRunner
 
 
@@ -26,7 +28,7 @@ def test_a_checkpoint_in_tables(example_bwla: Path) -> None:
     assert f"{report['bits_per_weight']:.4f} bits per quantized weight" in done.stdout
     assert f"{report['bytes_after']:,}" in done.stdout
     assert "intact:" in done.stdout
-    assert "recipe       paper, seed 0" in done.stdout
+    assert "recipe       data-free, seed 0" in done.stdout
     assert "model.layers.0" not in done.stdout
     (down,) = [line for line in done.stdout.splitlines() if "down_proj" in line]
     assert "192 x 512" in down
@@ -45,7 +47,7 @@ def test_json_holds_everything_and_adds_up(example_bwla: Path) -> None:
     assert len(data["layers"]) == 28
     assert sum(layer["bytes"] for layer in data["layers"]) == data["bytes"]["quantized linears"]
     assert data["integrity"]["intact"] is True
-    assert data["format"]["provenance"]["recipe"] == "paper"
+    assert data["format"]["provenance"]["recipe"] == "data-free"
     assert data["files"]["config.json"] == (example_bwla / "config.json").stat().st_size
 
 
@@ -98,3 +100,14 @@ def test_figures_go_into_the_card(copy: Path, tmp_path: Path) -> None:
     assert run(copy, "--evaluation", result).exit_code == 0
     assert "| perplexity | 2 | 3 |" in (copy / "README.md").read_text()
     assert "intact:" in run(copy).stdout
+
+
+def test_a_checkpoint_of_the_recipe_formerly_called_paper_is_read(copy: Path, edit) -> None:
+    """Checkpoints that were written before the recipe was renamed have no calibration text and say "paper"."""
+    config = json.loads((copy / "config.json").read_text())["quantization_config"]
+    config["provenance"]["recipe"] = "paper"
+    edit.json(copy / "config.json", quantization_config=config)
+    done = run(copy, "--no-hashes")
+    assert done.exit_code == 0, done.output
+    assert "recipe       data-free, seed 0" in done.stdout
+    assert "--recipe data-free" in command(read_contents(copy))

@@ -73,14 +73,24 @@ def text(samples: int) -> Calibration:
 @pytest.mark.parametrize(
     ("shape", "recipe", "device", "work", "step", "seconds"),
     [
-        (TINY, "paper", "cpu", 160360832.0, "layer 0, q_proj", 0.080216064),
+        (TINY, "data-free", "cpu", 160360832.0, "layer 0, q_proj", 0.080216064),
+        (TINY, "paper", "cpu", 1.0, "layer", 1.0),
         (TINY, "fast", "cpu", 198306944.0, "layer 0, o_proj, its inputs", 5.006770569216),
         (TINY, "best", "cpu", 303889280.0, "layer 0, tuning", 86.133334081536),
-        (QWEN3_1_7B, "paper", "cpu", 1093494784.0, "writing model.embed_tokens.weight", 691.3244921856001),
+        (
+            QWEN3_1_7B,
+            "data-free",
+            "cpu",
+            1093494784.0,
+            "writing model.embed_tokens.weight",
+            691.3244921856001,
+        ),
+        (QWEN3_1_7B, "paper", "cpu", 1.0, "layer", 1.0),
         (QWEN3_1_7B, "fast", "cpu", 3314142720.0, "layer 0, gate_proj", 9531.291679064067),
         (QWEN3_1_7B, "fast", "cuda", 3314142720.0, "layer 0, gate_proj", 10953.678547058687),
         (QWEN3_1_7B, "best", "cpu", 35677798400.0, "distillation", 162685.5090122916),
-        (LLAMA_8B, "paper", "cpu", 2475272192.0, "layer 0, gate_proj", 3293.6299593728),
+        (LLAMA_8B, "data-free", "cpu", 2475272192.0, "layer 0, gate_proj", 3293.6299593728),
+        (LLAMA_8B, "paper", "cpu", 1.0, "layer", 1.0),
         (LLAMA_8B, "fast", "cpu", 12508080128.0, "layer 0, down_proj", 48636.87960349895),
         (LLAMA_8B, "fast", "cuda", 14722672640.0, "layer 0, gate_proj", 56156.070258671534),
         (LLAMA_8B, "best", "cuda", 83345014784.0, "distillation", 721829.3148441641),
@@ -100,7 +110,8 @@ def test_predictions_of_known_models(
     budget = predict(source, plan, recipe, Calibration("text.txt", 128, 2048), 1e12, SPEED, device)
     assert (budget.work, budget.step) == (work, step)
     assert budget.seconds == pytest.approx(seconds, rel=1e-12)
-    tokens = 0 if recipe == "paper" else 128 * 2048
+    tokens = 0 if recipe == "data-free" else 128 * 2048
+    models = {"data-free": 0, "paper": 1}.get(recipe, 2)
     states = 4 * tokens * int(str(shape["hidden_size"]))
     widths = 32 * int(str(shape["num_attention_heads"])) * (1 if shape is TINY else 4)
     inputs = (
@@ -108,7 +119,8 @@ def test_predictions_of_known_models(
         * tokens
         * (widths + int(str(shape["intermediate_size"])))
     )
-    assert (budget.hidden, budget.kept) == (3 * states + 2 * inputs, 6 * states + 2 * inputs)
+    assert budget.hidden == (models + 1) * states + models * inputs
+    assert budget.kept == 3 * models * states + models * inputs
     assert budget.output == plan.output_bytes(source)
 
 
@@ -126,8 +138,8 @@ def test_more_text_costs_time_disk_and_memory_until_it_is_on_disk(planned) -> No
     assert "on disk" in str(tight)
 
 
-def test_paper_keeps_no_text(planned) -> None:
-    budget = predict(*planned, "paper", None, 1e12, SPEED)
+def test_data_free_keeps_no_text(planned) -> None:
+    budget = predict(*planned, "data-free", None, 1e12, SPEED)
     assert budget.hidden == budget.kept == 0
     assert budget.output == planned[1].output_bytes(planned[0])
     assert budget.seconds < predict(*planned, "fast", text(80), 1e12, SPEED).seconds

@@ -17,7 +17,7 @@ from bwla_converter.source.model import Source, open_source
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.format.schema import Provenance
 
-PROVENANCE = Provenance(base_model="m", recipe="paper", seed=0)
+PROVENANCE = Provenance(base_model="m", recipe="data-free", seed=0)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 

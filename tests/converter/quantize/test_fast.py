@@ -1,10 +1,10 @@
-"""Recipe `fast` on one group: valid, deterministic, and closer to the original's outputs than `paper`."""
+"""Recipe `fast` on one group: valid, deterministic, and closer to the original's outputs than `data-free`."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from bwla_converter.quantize import fast, paper
+from bwla_converter.quantize import data_free, fast
 from bwla_converter.quantize.fast import FastOptions, corrected_target
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments, rotate_hessian
@@ -48,7 +48,7 @@ def output_error(weights: dict[str, Tensor], result: GroupResult, x: Tensor, x_h
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
-def test_valid_and_better_than_paper(weights: dict[str, Tensor], noise: float) -> None:
+def test_valid_and_better_than_data_free(weights: dict[str, Tensor], noise: float) -> None:
     x, x_hat = inputs(noise=noise)
     result = fast.quantize_group(weights, SPECS, moments_of(x, x_hat), options=QUICK)
     for name, tensors in result.tensors.items():
@@ -56,7 +56,8 @@ def test_valid_and_better_than_paper(weights: dict[str, Tensor], noise: float) -
         assert all(
             torch.equal(tensors[key], result.tensors["q"][key]) for key in ("rotation_left", "low_rank_a")
         )
-    by_weights = paper.quantize_group(weights, SPECS, options=paper.PaperOptions(okt_rounds=4, psp_rounds=4))
+    few = data_free.DataFreeOptions(okt_rounds=4, psp_rounds=4)
+    by_weights = data_free.quantize_group(weights, SPECS, options=few)
     assert output_error(weights, result, x, x_hat) < 0.8 * output_error(weights, by_weights, x, x_hat)
     assert result.traces["output"][-1] <= result.traces["output"][0]
 
