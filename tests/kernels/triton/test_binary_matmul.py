@@ -56,7 +56,7 @@ def draw(problem: Problem, device: torch.device, seed: int = 0) -> Drawn:
     signs = torch.randint(0, 2, (*row, k), generator=generator, dtype=torch.int8) * 2 - 1
     scale = torch.ones(p.m, p.blocks) if p.plain else torch.rand(p.m, p.blocks, generator=generator) + 0.1
     alpha = torch.rand(row, generator=generator) / k**0.5 + 0.01
-    if p.plain:  # whole numbers by which the planes can be told apart
+    if p.plain:  # whole numbers by which the planes can be distinguished
         alpha = torch.tensor([1.0, 2.0, 5.0, 11.0])[: p.planes].expand(p.n, -1).contiguous().view(row)
     q_sum = q.unflatten(1, (p.blocks, p.group_width)).sum(-1, dtype=torch.int32)
     u = torch.randn(p.m, p.rank, generator=generator) if p.rank else None
