@@ -284,7 +284,9 @@ def embedding_table(name: str) -> str:
         ]
         for row in result["rows"]
     ]
-    return markdown_table([f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines)
+    return markdown_table(
+        [f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines
+    )
 
 
 TABLES: dict[str, Callable[[str], str]] = {
