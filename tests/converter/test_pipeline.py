@@ -17,6 +17,7 @@ from bwla_kernels import reference
 from bwla_kernels.errors import BWLAError, FormatError, SourceError
 from bwla_kernels.format.folder import check_folder, read_folder
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
@@ -283,6 +284,20 @@ def test_the_embedding_has_8_bits_by_default(make_model, tmp_path, tied: bool) -
     assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
     contents = read_contents(out)
     assert (contents.embedding_bits, contents.head_bits) == (8, 8)
+
+
+def test_a_tied_head_that_the_model_stores_is_not_written_beside_the_8_bit_embedding(
+    make_model, tmp_path
+) -> None:
+    folder, out = make_model(tie_word_embeddings=True), tmp_path / "out"
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    summary = convert(Options(str(folder), out))
+    after = read_all(out)
+    assert "model.embed_tokens.weight_int8" in after
+    assert not [name for name in after if name.startswith("lm_head")]
+    assert summary.bytes_after == sum(t.numel() * t.element_size() for t in after.values())
 
 
 def test_the_bits_of_an_untied_head_and_of_the_embedding_are_independent(make_model, tmp_path) -> None:

@@ -41,7 +41,8 @@ from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import validate_layer
 from bwla_kernels.format.files import read_folder, read_tensors
-from bwla_kernels.format.head import HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.folder import int8_modules
+from bwla_kernels.format.head import HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.layer import INPUT_TRANSFORM
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
@@ -116,10 +117,10 @@ def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
             if key.startswith(name + ".")
         }
         validate_layer(name, layer, spec)
-    if config.format is not None and config.format.lm_head is not None:
+    for module in int8_modules(config.known_format()):
         names = head_tensor_specs(HeadSpec(1, 1))
-        head = {key: tensors[f"{HEAD_MODULE}.{key}"] for key in names}
-        validate_head(head, HeadSpec(*head["weight_int8"].shape))
+        stored_int8 = {key: tensors[f"{module}.{key}"] for key in names}
+        validate_head(stored_int8, HeadSpec(*stored_int8["weight_int8"].shape), module)
     if not hf_config.architectures:
         raise ValueError("vLLM refuses a model without architectures")
     _refuse_unequal_copies(hf_config.architectures[0], hf_config.num_hidden_layers, tensors)

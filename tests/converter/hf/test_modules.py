@@ -17,6 +17,7 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format.folder import read_folder
 from bwla_kernels.head import head_reference
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 IDS = torch.arange(24).view(1, 24)
@@ -175,6 +176,34 @@ def test_a_damaged_embedding_is_refused(checkpoint: Path, edit, name: str, chang
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, change)
     with pytest.raises(FormatError, match=sentence):
         load(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("tied", "name", "sentence"),
+    [
+        (
+            True,
+            "lm_head.weight",
+            "lm_head.weight: expected no such tensor, because config.json ties the head to",
+        ),
+        (True, "model.embed_tokens.weight", "expected no such tensor beside model.embed_tokens.weight_int8"),
+        (False, "lm_head.weight", "expected no such tensor beside lm_head.weight_int8"),
+    ],
+)
+def test_an_unquantized_tensor_beside_the_8_bit_one_is_refused(
+    make_model, tmp_path: Path, tied: bool, name: str, sentence: str
+) -> None:
+    """Loaders would use one of the two, and not the same one."""
+    out = tmp_path / "out"
+    convert(Options(str(make_model(tie_word_embeddings=tied)), out))
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    file = index["weight_map"]["model.embed_tokens.weight_int8"]
+    tensors = load_file(out / file)
+    save_file({**tensors, name: torch.ones(96, 64)}, out / file, metadata={"format": "pt"})
+    index["weight_map"][name] = file
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=sentence):
+        load(out)
 
 
 @pytest.mark.gpu
