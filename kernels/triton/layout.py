@@ -120,7 +120,7 @@ def repack_weights(packed: Tensor, layout: ChunkLayout) -> Tensor:
         BackendError: the tensor does not fit the layout.
     """
     words = layout.groups * layout.group_width // PACK_FACTOR
-    shape = (layout.out_features, layout.planes, words)
+    shape: tuple[int, ...] = (layout.out_features, layout.planes, words)
     if layout.planes == 1:
         shape = (layout.out_features, words)
     if packed.dtype != torch.int32 or tuple(packed.shape) != shape:

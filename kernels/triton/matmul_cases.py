@@ -76,7 +76,7 @@ def compile_cases(arch: int) -> list[CompileCase]:
     Launches are dependent from 9.0 on, as in serving; a layer without both, and launches that do not overlap, are
     compiled for the most common layout. Weights of several planes are compiled as in serving.
     """
-    cases = []
+    cases: list[CompileCase] = []
     served = Variant(pdl=arch >= 90)
     for name, layout in LAYOUTS.items():
         variants = [served]

@@ -228,9 +228,9 @@ def draw(
     weights = [Weights(part, alpha, low_b, None, counters, layout) for part in packed]
     rows, tokens = _ends(layout.out_features, device), _ends(m, device)
     signs = unpack_weights(packed[0], layout, rows).double()
-    weight = torch.einsum("npk,np->nk", signs, alpha.view(-1, layout.planes)[rows].double())
+    sampled = torch.einsum("npk,np->nk", signs, alpha.view(-1, layout.planes)[rows].double())
     x_hat = q[tokens].double() * scale[tokens].double().repeat_interleave(layout.group_width, 1)
-    expected = x_hat @ weight.t()
+    expected = x_hat @ sampled.t()
     expected += u[tokens].double() @ low_b[rows].double().t()
     return Problem(QuantizedInput(q, scale, q_sum, u, planes), weights, tokens, rows, expected, dtype)
 
