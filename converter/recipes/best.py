@@ -25,6 +25,7 @@ from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
     ComputeEstimate,
+    GroupShape,
     LayerShape,
     MemoryEstimate,
     Workload,
@@ -248,7 +249,10 @@ class BestRecipe:
         widths = sum(group.rows + 2 * group.columns for group in workload.groups())
         elements = 30 * widths * (tuning + distillation) + 40 * vocab_size * distillation
         flops = 16 * tokens * workload.weights * (tuning + distillation)
-        training = ComputeEstimate(bytes_moved=FLOAT_BYTES * tokens * elements, fast_flops=flops)
+        samples = workload.calibration.num_samples if workload.calibration else 0
+        steps = samples * (tuning / options.tune.batch + distillation / options.distill.batch)
+        moved = FLOAT_BYTES * tokens * elements + steps * sum(map(_level_bytes_moved, workload.groups()))
+        training = ComputeEstimate(bytes_moved=moved, fast_flops=flops)
         return FastRecipe.compute_estimate(workload) + training
 
 
@@ -257,6 +261,12 @@ _EVALUATION_EPOCHS = 1
 
 _LEVEL_COPIES = 6
 """Float32 copies of a linear's weights that the levels of several planes and their gradients need at a time."""
+
+
+def _level_bytes_moved(group: GroupShape) -> float:
+    """Return the bytes that a training step moves for the levels of a group's weights and their gradients."""
+    thresholds = 2 ** (group.planes - 1) - 1
+    return group.weights * (110 + 45 * thresholds) if thresholds else 0.0
 
 
 def _tuning_bytes(layer: LayerShape, workload: Workload) -> float:

@@ -63,7 +63,8 @@ class Levels:
         result = self.values[:, :1].expand_as(latent).clone()
         for index, above in enumerate(self._above(latent)):
             result.addcmul_(above, steps[:, index : index + 1])
-        return result.copysign_(latent)
+        result.copysign_(latent)
+        return result
 
     def plane_signs(self, latent: Tensor) -> Tensor:
         """Return the signs of these levels, int8 [N, P, K]."""
@@ -138,7 +139,8 @@ class PlanesProduct(torch.autograd.Function):
         rows = x.flatten(0, -2).to(dtype)
         dense = _dense(weights, scale).to(dtype)
         # Fixed signs are summed again in the backward pass, because those of a whole model are held at a time.
-        ctx.save_for_backward(weights, scale, rows, dense if weights.is_floating_point() else None)
+        kept = dense if weights.is_floating_point() else dense.new_empty(0)
+        ctx.save_for_backward(weights, scale, rows, kept)
         ctx.dtype, ctx.shape = dtype, x.shape[:-1]  # type: ignore[attr-defined]
         result: Tensor = (rows @ dense.mT).to(x.dtype).unflatten(0, x.shape[:-1])
         return result
@@ -148,7 +150,7 @@ class PlanesProduct(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor, None]:
         weights, scale, rows, dense = ctx.saved_tensors  # type: ignore[attr-defined]
-        if dense is None:
+        if not dense.numel():
             dense = _dense(weights, scale).to(ctx.dtype)  # type: ignore[attr-defined]
         output_gradient = gradient.flatten(0, -2).to(ctx.dtype)  # type: ignore[attr-defined]
         of_x = (output_gradient @ dense).to(gradient.dtype).unflatten(0, ctx.shape)  # type: ignore[attr-defined]
