@@ -107,7 +107,7 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
     from bwla_converter.options import Calibration, Options
     from bwla_converter.pipeline import convert
     from bwla_converter.planning.budget import Budget
-    from bwla_converter.quantize import data_free, fast
+    from bwla_converter.quantize import data_free, fast, paper
     from bwla_converter.recipes import base as recipes
     from bwla_converter.report.data import peak_resident_bytes
 
@@ -117,7 +117,8 @@ def convert_here(model: Path, out: Path, arguments: argparse.Namespace) -> None:
         fast.SCALE_FACTORS = (1.0, 1.3)  # type: ignore[assignment]
         rounds = partial(data_free.DataFreeOptions, okt_rounds=1, psp_rounds=1, scale_rounds=1)
         data_free.DataFreeOptions = rounds  # type: ignore[assignment,misc]
-        once = partial(recipes.PaperOptions, okt_rounds=1, psp_rounds=1, rounds=1, sweeps=1)
+        once = partial(paper.PaperOptions, okt_rounds=1, psp_rounds=1, rounds=1, sweeps=1)
+        paper.PaperOptions = once  # type: ignore[assignment,misc]
         recipes.PaperOptions = once  # type: ignore[attr-defined,assignment]
     predicted: list[Budget] = []
 

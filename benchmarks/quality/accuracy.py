@@ -160,7 +160,7 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
         model.set_submodule(task.source.family.layer_name(index), quantized.layer)
     if isinstance(recipe, BestRecipe) and recipe.options.distill.epochs:
         distil(model, recipe)
-    else:
+    elif not isinstance(recipe, PaperRecipe):
         model.load_state_dict(recipe.fitted_norm(), strict=False)
     return model, method_bits(recipe, specs)
 

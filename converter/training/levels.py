@@ -106,7 +106,8 @@ class Levels:
 
 def level_unit(scale: Tensor) -> Tensor:
     """Return the unit of latent weights of rows with the scales [N, P]: [N, 1]."""
-    return scale.sum(1, keepdim=True) / (2 ** scale.shape[1] - 1)
+    unit: Tensor = scale.sum(1, keepdim=True) / (2 ** scale.shape[1] - 1)
+    return unit
 
 
 def sum_of_planes(signs: Tensor, scale: Tensor) -> Tensor:
