@@ -8,6 +8,7 @@ files in benchmarks/results without `.json`, joined by `+`. The kind `families` 
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -44,6 +45,15 @@ CONVERSION_PEERS = {
     "llmcompressor-gptq": "GPTQ, 4 bits (llm-compressor)",
     "gptqmodel-gptq": "GPTQ, 4 bits (GPTQModel)",
     "autoround-light": "AutoRound light, 4 bits",
+}
+FRONTIER_METHODS = {
+    "paper": "`paper`",
+    "fast": "`fast`",
+    "best": "`best`",
+    "llmcompressor-gptq": "GPTQ (llm-compressor), symmetric",
+    "llmcompressor-gptq-asym": "GPTQ (llm-compressor), zero points",
+    "autoround-light": "AutoRound light",
+    "hqq": "HQQ",
 }
 ABLATIONS = {
     "best, 8 distillation epochs": "`best` with `--distill-epochs 8`",
@@ -297,6 +307,33 @@ def embedding_table(name: str) -> str:
     )
 
 
+def frontier_table(name: str) -> str:
+    """One line per model, method, size and number of activation bits: what is lost, mean over the seeds."""
+    lines = []
+    runs: dict[tuple[Any, ...], Rows] = {}
+    for row in read_result(name)["rows"]:
+        setting = (row.get("target_bits"), row.get("code_bits"), row.get("group_size"), row["abits"])
+        runs.setdefault((row["model"], row["method"], *setting), []).append(row)
+    for method, title in FRONTIER_METHODS.items():
+        mine = [rows for key, rows in runs.items() if key[1] == method]
+        for rows in sorted(mine, key=lambda rows: (rows[0]["model"], rows[0]["abits"], mean(rows, "bits"))):
+            row = rows[0]
+            size = f", {row['code_bits']} bits, groups of {row['group_size']}" if "code_bits" in row else ""
+            predicted = [run for run in rows if run.get("predicted") is not None]
+            cells = [row["model"], title + size, f"{mean(rows, 'bits'):.2f}", str(row["abits"])]
+            cells += [f"{math.exp(statistics.mean(math.log(run['ppl']) for run in rows)):.2f}"]
+            cells += [mean_loss(rows, row["abits"])]
+            cells += [f"{mean(predicted, 'predicted'):.3f}" if predicted else ""]
+            lines.append([*cells, f"{mean(rows, 'seconds'):.0f}", str(len(rows))])
+    header = ["model", "method", "bits per weight", "activation bits", "perplexity", "d", "d predicted"]
+    return markdown_table([*header, "seconds", "seeds"], lines)
+
+
+def mean(rows: Rows, entry: str) -> float:
+    """Return the mean of a number over rows."""
+    return statistics.mean(row[entry] for row in rows)
+
+
 TABLES: dict[str, Callable[[str], str]] = {
     "families": lambda _: family_table(),
     "quality": quality_table,
@@ -310,6 +347,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "summary": summary_table,
     "conversion": conversion_table,
     "phases": phase_table,
+    "frontier": frontier_table,
 }
 
 

@@ -1,14 +1,16 @@
-"""Draw the two pictures of the documentation from benchmarks/results: tokens per second, and sizes of checkpoints.
+"""Draw the pictures of the documentation from benchmarks/results: tokens per second, sizes of checkpoints, and losses.
 
-    python -m scripts.plot_results                  # writes docs/images/speed.svg and docs/images/size.svg
+    python -m scripts.plot_results                  # writes speed.svg, size.svg and frontier.svg to docs/images
 
 Colours are readable on light and dark pages. The same results give the same bytes.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,93 @@ def bars(
     axes.legend(frameon=False, loc="lower right" if better == "faster" else "upper right")
 
 
+@dataclass(frozen=True)
+class Curve:
+    """How a method is drawn in the picture of losses.
+
+    Attributes:
+        title: its name in the legend.
+        colour: colour of the line.
+        marker: matplotlib's marker of its points.
+    """
+
+    title: str
+    colour: str
+    marker: str
+
+
+CURVES = {
+    "fast": Curve("BWLA fast", "#2563eb", "o"),
+    "best": Curve("BWLA best", "#0d9488", "D"),
+    "llmcompressor-gptq": Curve("GPTQ, symmetric", "#d97706", "v"),
+    "llmcompressor-gptq-asym": Curve("GPTQ, zero points", "#dc2626", "^"),
+    "autoround-light": Curve("AutoRound light", "#9333ea", "s"),
+    "hqq": Curve("HQQ", "#6b7280", "P"),
+}
+"""Methods of benchmarks.quality.frontier in the picture."""
+
+
+def curve_points(rows: Sequence[dict[str, Any]], group_size: int | None) -> list[tuple[float, float]]:
+    """Return (bits per weight, mean d over the seeds) of a method at one group size, fewest bits first.
+
+    Sizes at which nothing is lost are left out: a logarithmic axis cannot show them.
+    """
+    sizes: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("group_size") == group_size:
+            sizes.setdefault(row.get("code_bits") or row.get("target_bits"), []).append(row)
+    means = [
+        (statistics.mean(row["bits"] for row in runs), statistics.mean(row["d"] for row in runs))
+        for runs in sizes.values()
+    ]
+    return sorted(point for point in means if point[1] > 0)
+
+
+def losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw d against bits per weight: a line for each method, number of activation bits and group size.
+
+    Args:
+        axes: where to draw.
+        rows: rows of benchmarks.quality.frontier for one model.
+    """
+    for method, curve in CURVES.items():
+        mine = [row for row in rows if row["method"] == method]
+        lines = dict.fromkeys((row["abits"], row.get("group_size")) for row in mine)
+        for place, (abits, group_size) in enumerate(lines):
+            points = curve_points([row for row in mine if row["abits"] == abits], group_size)
+            if not points:
+                continue
+            group = f", groups of {group_size}" if group_size else ""
+            bits, lost = zip(*points, strict=True)
+            axes.plot(
+                bits,
+                lost,
+                color=curve.colour,
+                marker=curve.marker,
+                linestyle=("-", "--", ":")[place % 3],
+                label=f"{curve.title}{group}, A{abits}",
+            )
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight, everything counted")
+    axes.set_ylabel("d = ln(perplexity / original's)")
+    axes.grid(which="major", color=INK, alpha=0.2)
+    axes.legend(frameon=False)
+
+
+def frontier(results: Path, out: Path) -> None:
+    """Draw the losses of the first model in frontier.json, if there is such a file."""
+    file = results / "frontier.json"
+    if not file.exists():
+        return
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    rows = [row for row in rows if row["model"] == rows[0]["model"]]
+    figure = Figure(figsize=(7.2, 4.4))
+    axes = figure.subplots()
+    losses(axes, rows)
+    axes.set_title(f"{rows[0]['model']}: what is lost at a given size", color=INK)
+    save(figure, out)
+
+
 def save(figure: Figure, out: Path) -> None:
     """Write an SVG file without a date."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -111,6 +200,7 @@ def main() -> int:
         bars(axes, [model.title() for model in models], [sizes[model] for model in models], plain, "smaller")
         axes.set_title("Checkpoint with 8-bit head, GB", color=INK)
         save(figure, arguments.out / "size.svg")
+        frontier(arguments.results, arguments.out / "frontier.svg")
     return 0
 
 

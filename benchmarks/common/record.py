@@ -46,7 +46,7 @@ def _commit() -> str:
     return git("rev-parse", "HEAD") + ("+changes" if code else "")
 
 
-def _command() -> str:
+def command_line() -> str:
     """Return the command line of this process, `python -m MODULE ...` for a module run that way."""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name] if spec else sys.argv[:1]
@@ -72,7 +72,7 @@ def write_result(out: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> 
         facts: further entries that describe the run.
     """
     result = {
-        "command": _command(),
+        "command": command_line(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **_gpu()},

@@ -13,9 +13,7 @@ its report and writing the checkpoint, which the others do not do here.
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,19 +27,19 @@ from bwla_converter.options import Calibration
 from bwla_converter.source.model import Source, open_source
 from safetensors.torch import save_file
 
+from benchmarks.common.processes import RunError, add_method_options, choose_methods, peer_command, run
 from benchmarks.common.real_models import MODELS as REAL_MODELS
 from benchmarks.common.record import ROOT, write_result
 from benchmarks.conversion.peers import PEERS
 from benchmarks.conversion.speed_models import RANDOM_MODELS, make_model
 
 RECIPES = ("data-free", "paper", "fast", "best")
+BITS = 4
+"""Code bits of the other libraries."""
+
 GROUP_SIZES = (128, 64, 32)
 QUICK_MODELS, QUICK_LAYERS = ("smollm2-135m",), 2
 QUICK_SAMPLES, QUICK_LENGTH = 16, 256
-
-
-class RunError(Exception):
-    """Raised if a conversion fails; the message is the last line that it printed."""
 
 
 @dataclass(frozen=True)
@@ -78,42 +76,6 @@ class Job:
         }
 
 
-def run(command: Sequence[str | Path], result: Path, threads: int, folder: Path) -> dict[str, Any]:
-    """Run a command that writes the JSON file `result`, and return its contents.
-
-    Args:
-        command: the command.
-        result: the file.
-        threads: threads that it may use.
-        folder: where it runs.
-
-    Raises:
-        RunError: it failed.
-    """
-    count = str(threads)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": count,
-        "MKL_NUM_THREADS": count,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONDONTWRITEBYTECODE": "",  # Libraries are compiled once, not in every process.
-    }
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode or not result.is_file():
-        lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-        raise RunError(f"exit status {done.returncode}: {lines[-1] if lines else 'no output'}")
-    measured: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    return measured
-
-
 def convert(job: Job, recipe: str) -> dict[str, Any]:
     """Convert the model with one of our recipes; return its row.
 
@@ -148,13 +110,10 @@ def quantize_with_peer(job: Job, method: str, python: Path) -> dict[str, Any]:
         save_file({"ids": samples}, ids)
     group_size = find_group_size(job.source)
     result = job.folder / f"{method}.json"
-    script = Path(__file__).with_name("peers.py")
-    # -P keeps the script's folder out of the import path, where our modules could hide the library's.
-    command: list[str | Path] = [python, "-P", script, result, method]
-    command += [job.source.folder.resolve(), ids, str(group_size), str(job.threads)]
+    command = peer_command(python, method, job.source.folder, ids, result, (BITS, group_size, job.threads))
     measured = run(command, result, job.threads, job.folder)
     tokens = job.calibration.num_samples * job.calibration.max_seq_length
-    return job.row(method, tokens, {"bits": 4, "group_size": group_size, **measured})
+    return job.row(method, tokens, {"bits": BITS, "group_size": group_size, **measured})
 
 
 def find_group_size(source: Source) -> int:
@@ -197,9 +156,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     models = (*REAL_MODELS, *RANDOM_MODELS)
     parser.add_argument("--models", help=f"{', '.join(models)}, or folders of models, joined by commas (all)")
-    methods = (*RECIPES, *PEERS)
-    parser.add_argument("--methods", help=f"{', '.join(methods)}, joined by commas (those that can run)")
-    parser.add_argument("--peer-python", action="append", default=[], metavar="METHOD=PYTHON")
+    add_method_options(parser, (*RECIPES, *PEERS))
     parser.add_argument("--layers", type=int, help="first decoder layers of each model")
     parser.add_argument("--calibration", default=str(ROOT / "examples" / "text" / "calibration.txt"))
     parser.add_argument("--num-calibration-samples", type=int, default=64, help="calibration samples (64)")
@@ -214,15 +171,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.quick:
         models, arguments.layers = QUICK_MODELS, QUICK_LAYERS
         arguments.num_calibration_samples, arguments.max_seq_length = QUICK_SAMPLES, QUICK_LENGTH
-    pairs = [text.partition("=") for text in arguments.peer_python]
-    arguments.pythons = {method: Path(python).absolute() for method, _, python in pairs}
     arguments.models = arguments.models.split(",") if arguments.models else models
-    can_run = (*RECIPES, *arguments.pythons)
-    arguments.methods = arguments.methods.split(",") if arguments.methods else can_run
-    if unknown := {*arguments.methods, *arguments.pythons} - {*methods}:
-        parser.error(f"expected {', '.join(methods)} as a method, found {', '.join(sorted(unknown))}")
-    if missing := {*arguments.methods} - {*can_run}:
-        parser.error(f"expected --peer-python METHOD=PYTHON for {', '.join(sorted(missing))}, found none")
+    choose_methods(parser, arguments, RECIPES, PEERS)
     return arguments
 
 

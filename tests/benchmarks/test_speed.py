@@ -13,8 +13,10 @@ from bwla_converter.source.model import open_source
 from paths import CALIBRATION_TEXT, EXAMPLE
 from safetensors.torch import load_file
 
+from benchmarks.common.processes import RunError, run
 from benchmarks.conversion import peers, speed, speed_convert
-from benchmarks.conversion.speed import Job, RunError, find_group_size, measure, quantize_with_peer, run
+from benchmarks.conversion.peers import Peer
+from benchmarks.conversion.speed import Job, find_group_size, measure, quantize_with_peer
 from benchmarks.conversion.speed_models import make_model, write_first_layers
 from benchmarks.conversion.speed_phases import PHASES
 
@@ -101,10 +103,11 @@ def fake_peer(job: Job, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[
     def install(quantize: Callable[[], object]) -> Path:
         monkeypatch.setattr(speed, "run", lambda *_: {})
         quantize_with_peer(job, "autoround-light", Path("python"))
-        monkeypatch.setattr(peers, "PEERS", {"fake": ("safetensors", lambda *_: quantize)})
+        monkeypatch.setattr(peers, "PEERS", {"fake": Peer("safetensors", lambda _: quantize)})
         ids, result = job.folder / "ids.safetensors", job.folder / "fake.json"
         threads = str(torch.get_num_threads())
-        monkeypatch.setattr(sys, "argv", ["peers.py", str(result), "fake", "model", str(ids), "64", threads])
+        words = ["peers.py", str(result), "fake", "model", str(ids), "4", "64", threads]
+        monkeypatch.setattr(sys, "argv", words)
         return result
 
     return install

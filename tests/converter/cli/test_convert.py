@@ -138,7 +138,10 @@ def test_a_conversion_ends_with_a_summary(make_model, tmp_path: Path) -> None:
     result = run(app, [str(make_model()), str(tmp_path / "out"), "--rank", "1", "--abits", "8"])
     assert result.exit_code == 0, result.output
     assert "bits per quantized weight, everything counted, rank 1, " in result.output
-    assert "recipe data-free makes most pretrained models unusable: use --recipe fast --calibration TEXT" in result.output
+    assert (
+        "recipe data-free makes most pretrained models unusable: use --recipe fast --calibration TEXT"
+        in result.output
+    )
     assert "model.layers.1.mlp.down_proj  relative error" in result.output
     assert (tmp_path / "out" / "config.json").is_file()
 
