@@ -54,7 +54,7 @@ def test_a_checkpoint_with_two_planes(options: Options) -> None:
 
 
 def test_transformers_computes_with_the_sum_of_the_planes(options: Options) -> None:
-    convert(replace(options, bits=16, head_bits=16))
+    convert(replace(options, bits=16, head_bits=16, embedding_bits=16))
     model = AutoModelForCausalLM.from_pretrained(options.out, dtype=torch.float32)
     original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     entries = read_folder(options.out)
