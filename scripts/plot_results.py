@@ -148,7 +148,8 @@ def losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_xlabel("bits per weight, everything counted")
     axes.set_ylabel("d = ln(perplexity / original's)")
     axes.grid(which="major", color=INK, alpha=0.2)
-    axes.legend(frameon=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.legend(frameon=False, loc="upper right")
 
 
 def frontier(results: Path, out: Path) -> None:

@@ -223,6 +223,21 @@ def read_earlier(out: Path | None, settings: dict[str, Any]) -> tuple[list[Row],
     return result["rows"], result["unavailable"]
 
 
+def record(out: Path, settings: dict[str, Any], row: Row) -> None:
+    """Add a row of `measure` to a result file, which is read again, as another process may have added rows meanwhile.
+
+    Raises:
+        BWLAError: the file's rows were measured with other settings.
+    """
+    rows, failures = read_earlier(out, settings)
+    if "error" in row:
+        failures = merge(failures, row)
+    else:
+        rows = merge(rows, row)
+        failures = [failure for failure in failures if key_of(failure) != key_of(row)]
+    write_result(out, rows, **settings, unavailable=failures)
+
+
 def parse_bits(text: str) -> float | None:
     """Parse an element of --bits."""
     return None if text == "auto" else float(text)
@@ -299,7 +314,7 @@ def main() -> int:
                 "windows": len(windows),
             },
         }
-        rows, failures = read_earlier(arguments.out, settings)
+        read_earlier(arguments.out, settings)
     except BWLAError as error:
         print(f"frontier: {error}", file=sys.stderr)
         return 2
@@ -316,13 +331,8 @@ def main() -> int:
         )
         for row in measure(job, arguments):
             print_row(row)
-            if "error" in row:
-                failures = merge(failures, row)
-            else:
-                rows = merge(rows, row)
-                failures = [failure for failure in failures if key_of(failure) != key_of(row)]
             if arguments.out is not None:
-                write_result(arguments.out, rows, **settings, unavailable=failures)
+                record(arguments.out, settings, row)
     return 0
 
 
