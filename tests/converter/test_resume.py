@@ -206,7 +206,7 @@ def change_threads(_: Path, monkeypatch: pytest.MonkeyPatch, again: Options) -> 
             lambda *all_: replace(all_[2], rank=3),
             "it was started with --rank 2, now it is 3: give the same arguments",
         ),
-        (lambda *all_: replace(all_[2], bits=8), "it was started with --abits 6, now it is 8"),
+        (lambda *all_: replace(all_[2], bits=8), "it was started with --abits not given, now it is 8"),
         (
             lambda *all_: replace(all_[2], ignore=("down_proj",)),
             "it was started with --ignore not given, now it is down_proj",
