@@ -3,9 +3,9 @@
 OKT learns the rotation and PSP the low-rank correction from the weights alone, as the publication describes. It also
 calibrates, and does not say how. What is left of the weight is therefore binarized as TWLA (arXiv 2606.13054, by the
 same authors), BiLLM (arXiv 2402.04291) and ARB-LLM (arXiv 2410.03129) do it: with the Hessian H = E[x x^T] of the
-inputs in the rotated basis, signs are chosen column by column with GPTQ's error feedback, then signs, row scales and
-column scales are refined in turn. x are the inputs in the model whose preceding layers are quantized, and the target is
-the original weight.
+inputs in the rotated basis, signs are chosen column by column with GPTQ's error feedback, then signs, row scales,
+column scales and the factor B of the low-rank correction are refined in turn. x are the inputs in the model whose
+preceding layers are quantized, and the target is the original weight.
 
 The steps of the binarization are those of `quantize.fast`.
 """
@@ -39,7 +39,8 @@ class PaperOptions:
     Attributes:
         okt_rounds: rounds of OKT, 40 in the publication.
         psp_rounds: rounds of PSP, 20 in the publication.
-        rounds: times that the signs are chosen; the column scales are refitted in between. 1 keeps them at 1.
+        rounds: times that the signs are chosen; column scales and B are refitted in between. 1 keeps the column scales
+            at 1.
         sweeps: sweeps of sign refinement after the error feedback of the last round; the row scales are refitted after
             each (the alternating refinement of ARB-LLM). The rounds before it have one sweep, if any.
         scale_factors: initial row scales of the last round, in units of the row's mean magnitude. The best three of
@@ -102,6 +103,8 @@ def quantize_group(
         # Rebind `state` after every step, so that at most two states are alive.
         if round_number:
             state = column_scale_step(state)
+            if spec.rank:
+                state = row_factor_step(state)
         state = binarization_step(state, effort, planes=1)
         trace.append(relative_norm(state.signs.error, target_norm))
     result = group_result(state, weights, specs, target_norm, inputs=inputs if options.choose_clip else None)
@@ -135,3 +138,17 @@ def start_state(
         low_rank_b=low_rank.b.bfloat16(),
     )
     return state, low_rank.trace
+
+
+def row_factor_step(state: State) -> State:
+    """Refit B of the low-rank correction to the current signs and scales; A stays that of PSP.
+
+    Least squares in B: B = E H A^T (A H A^T)^-1 with the error E of the binary weight. ARB-LLM refits the means of
+    rows on calibration inputs, which is the same with A = (1, ..., 1).
+    """
+    a = rotate(state.low_rank_a, state.rotation.left, state.rotation.right) / state.column_scale
+    hessian_product = state.metric.hessian @ a.mT
+    error = state.target.weight - state.signs.dequantize()
+    gram = (a @ hessian_product).double()
+    b = torch.linalg.solve(gram, (error @ hessian_product).double().mT).mT
+    return replace(state, low_rank_b=b.bfloat16())

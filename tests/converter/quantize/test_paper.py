@@ -11,7 +11,7 @@ from bwla_converter.quantize.moments import Moments
 from bwla_converter.quantize.paper import PaperOptions
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, validate_layer
-from bwla_kernels.reference import dequantize
+from bwla_kernels.reference import dequantize, rotate
 from torch import Tensor
 
 QUICK = PaperOptions(okt_rounds=4, psp_rounds=4)
@@ -61,8 +61,8 @@ def test_valid_and_much_closer_to_the_outputs_than_data_free(weights: dict[str, 
 def test_rotation_and_low_rank_correction_are_those_of_the_weights(
     weights: dict[str, Tensor], x: Tensor
 ) -> None:
-    """OKT and PSP see no inputs: the tensors are the same as without calibration."""
-    result = paper.quantize_group(weights, SPECS, moments_of(x), options=QUICK)
+    """OKT and PSP see no inputs: before the refinement, the tensors are the same as without calibration."""
+    result = paper.quantize_group(weights, SPECS, moments_of(x), options=replace(QUICK, rounds=1))
     few = data_free.DataFreeOptions(okt_rounds=4, psp_rounds=4)
     by_weights = data_free.quantize_group(weights, SPECS, options=few)
     for name, tensors in result.tensors.items():
@@ -88,6 +88,25 @@ def test_each_round_and_each_sweep_lowers_the_error(weights: dict[str, Tensor], 
     assert columns < plain
     refined = [error(rounds=2, sweeps=sweeps) for sweeps in (0, 1, 4)]
     assert all(after < before for before, after in pairwise(refined))
+
+
+def test_the_factor_b_is_the_least_squares_fit(weights: dict[str, Tensor], x: Tensor) -> None:
+    spec = replace(SPECS["q"], out_features=1)
+    generator = torch.Generator().manual_seed(0)
+    state, _ = paper.start_state(weights, spec, moments_of(x), generator, QUICK)
+    state = paper.column_scale_step(paper.binarization_step(state, QUICK.efforts[0], planes=1))
+    fitted = paper.row_factor_step(state)
+    assert torch.equal(fitted.low_rank_a, state.low_rank_a)
+
+    def error(b: Tensor) -> float:
+        a = rotate(state.low_rank_a, state.rotation.left, state.rotation.right) / state.column_scale
+        rest = state.target.weight - state.signs.dequantize() - b @ a
+        return float(((rest @ state.metric.hessian) * rest).sum())
+
+    best = error(fitted.low_rank_b.float())
+    assert best < error(state.low_rank_b.float())
+    for factor in (0.97, 1.03):
+        assert best < error(factor * fitted.low_rank_b.float())
 
 
 def test_one_round_has_no_column_scales_and_rank_0_no_correction(
