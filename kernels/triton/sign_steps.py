@@ -4,7 +4,7 @@ Triton is imported at the first launch, so that a machine without a GPU need not
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from bwla_kernels.checks import MATRICES, SUMS, expect_sign_step
@@ -268,7 +268,7 @@ def self_check(device: torch.device, planes: int = 0) -> None:
 
     columns, candidates, rows = CHECK_SHAPE
     choose, flip = draw_block(columns, planes or candidates, rows, planes > 0)
-    references: tuple[tuple[str, Callable[..., None]], ...] = (
+    references = (
         (("choose_levels", levels.choose_levels_reference), ("move_levels", levels.move_levels_reference))
         if planes
         else (("choose_signs", steps.choose_signs_reference), ("flip_signs", steps.flip_signs_reference))
