@@ -5,16 +5,14 @@ chooses the level nearest to the weight to which all earlier errors have been fe
 column to the level with the smallest error while all other columns stay. Both change the signs of all planes together:
 descent that flips a single sign at a time cannot move from a level to the next where two signs differ.
 
-As in `steps`, tensors are transposed, [K, P, N], and the functions here define the results. Compiled kernels compute
-the same but for ties and the order of sums: error feedback in a block and whole sweeps on a CPU, both in a block on a
-GPU.
+As in `steps`, tensors are transposed, [K, P, N], the functions here define the results, and a compiled kernel on the
+CPU computes the same but for ties and the order of sums. On other devices the reference implementation runs.
 """
 
 import torch
 from bwla_kernels.cpu import sign_steps as cpu
 from bwla_kernels.precision import fast_products
 from bwla_kernels.sign_search.steps import blocks, register_step
-from bwla_kernels.triton import sign_steps as triton
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -22,11 +20,10 @@ _LIBRARY.define(
     "choose_levels(Tensor target, Tensor(a!) product, Tensor factor, Tensor pivots, Tensor scale, Tensor(b!) sign, "
     "Tensor(c!) dots, Tensor(d!) norms) -> ()"
 )
-for _name in ("move_levels", "sweep_levels"):
-    _LIBRARY.define(
-        f"{_name}(Tensor target, Tensor(a!) product, Tensor hessian, Tensor scale, Tensor(b!) sign, "
-        "Tensor(c!) change, Tensor(d!) dots, Tensor(e!) norms) -> ()"
-    )
+_LIBRARY.define(
+    "sweep_levels(Tensor target, Tensor(a!) product, Tensor hessian, Tensor scale, Tensor(b!) sign, "
+    "Tensor(c!) change, Tensor(d!) dots, Tensor(e!) norms) -> ()"
+)
 
 
 def nearest_level(wanted: Tensor, scale: Tensor, sign: Tensor, distance: Tensor) -> Tensor:
@@ -78,41 +75,6 @@ def choose_levels_reference(
         norms += pivots[j] * product[j].unsqueeze(1) * product[j]
 
 
-def move_levels_reference(
-    target: Tensor,
-    product: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    change: Tensor,
-    dots: Tensor,
-    norms: Tensor,
-) -> None:
-    """Visit every column of a block once and move it to the best level. All tensors are float32.
-
-    With g = (v - w) H, the best value of column j is v_j - g_j / H_jj.
-
-    Args:
-        target: H w of the block, [B, N].
-        product: H s of the block, [B, P, N], in and out.
-        hessian: H within the block, [B, B].
-        scale: a, [P, N].
-        sign: s, [B, P, N], in and out.
-        change: out: new minus old signs, [B, P, N].
-        dots: s_p H w^T, [P, N], in and out.
-        norms: s_p H s_q^T, [P, P, N], in and out.
-    """
-    for j in range(len(sign)):
-        step = ((scale * product[j]).sum(0) - target[j]) / hessian[j, j]
-        value = (scale * sign[j]).sum(0)
-        change[j] = nearest_level(value - step, scale, sign[j], step.square()) - sign[j]
-        both = change[j].unsqueeze(1) * product[j]
-        dots += change[j] * target[j]
-        norms += both + both.transpose(0, 1) + hessian[j, j] * change[j].unsqueeze(1) * change[j]
-        sign[j] += change[j]
-        product += hessian[j, :, None, None] * change[j]
-
-
 def sweep_levels_reference(
     target: Tensor,
     product: Tensor,
@@ -124,6 +86,8 @@ def sweep_levels_reference(
     norms: Tensor,
 ) -> None:
     """Visit every column once, block by block, and move it to the best level. All tensors are float32.
+
+    With g = (v - w) H, the best value of column j is v_j - g_j / H_jj.
 
     Args:
         target: H w, [K, N].
@@ -139,27 +103,24 @@ def sweep_levels_reference(
         change[block] = 0.0
         with fast_products(hessian.device):
             product[block].flatten(1).addmm_(hessian[block], change.flatten(1))
-        torch.ops.bwla.move_levels(
-            target[block],
-            product[block],
-            hessian[block, block].contiguous(),
-            scale,
-            sign[block],
-            change[block],
-            dots,
-            norms,
-        )
+        for j in range(block.start, block.stop):
+            step = ((scale * product[j]).sum(0) - target[j]) / hessian[j, j]
+            value = (scale * sign[j]).sum(0)
+            change[j] = nearest_level(value - step, scale, sign[j], step.square()) - sign[j]
+            both = change[j].unsqueeze(1) * product[j]
+            dots += change[j] * target[j]
+            norms += both + both.transpose(0, 1) + hessian[j, j] * change[j].unsqueeze(1) * change[j]
+            sign[j] += change[j]
+            product[block] += hessian[block, j, None, None] * change[j]
 
 
-for _name in ("choose_levels", "move_levels", "sweep_levels"):
+for _name, _reference in (
+    ("choose_levels", choose_levels_reference),
+    ("sweep_levels", sweep_levels_reference),
+):
     torch.library.register_fake(f"bwla::{_name}", lambda *_: None, lib=_LIBRARY)
-register_step("choose_levels", "CPU", choose_levels_reference, cpu)
-register_step("sweep_levels", "CPU", sweep_levels_reference, cpu)
-register_step("choose_levels", "CUDA", choose_levels_reference, triton)
-register_step("move_levels", "CUDA", move_levels_reference, triton)
-# A sweep is made of the moves in its blocks.
-_LIBRARY.impl("move_levels", move_levels_reference, "CPU")
-_LIBRARY.impl("sweep_levels", sweep_levels_reference, "CUDA")
+    for _device in ("CPU", "CUDA"):
+        register_step(_name, _device, _reference, cpu)
 
 choose_levels = torch.ops.bwla.choose_levels.default
 sweep_levels = torch.ops.bwla.sweep_levels.default

@@ -1,4 +1,4 @@
-"""The steps of the sign search on NVIDIA GPUs; `sign_search.steps` and `levels` have the reference implementations.
+"""The steps of the sign search on NVIDIA GPUs; `sign_search.steps` has the reference implementations.
 
 Triton is imported at the first launch, so that a machine without a GPU need not have it.
 """
@@ -87,54 +87,6 @@ def flip_signs(
     _run("flip_signs", {**tensors, "dots": dots, "norms": norms}, changed=("product", "sign", "change"))
 
 
-def choose_levels(
-    target: Tensor,
-    product: Tensor,
-    factor: Tensor,
-    pivots: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    dots: Tensor,
-    norms: Tensor,
-) -> None:
-    """Choose the signs of all planes of a block by error feedback; see `choose_levels_reference` and `choose_signs`."""
-    tensors = {
-        "target": target,
-        "product": product,
-        "factor": factor,
-        "pivots": pivots,
-        "scale": scale,
-        "sign": sign,
-    }
-    _run("choose_levels", {**tensors, "dots": dots, "norms": norms}, changed=("sign",))
-
-
-def move_levels(
-    target: Tensor,
-    product: Tensor,
-    hessian: Tensor,
-    scale: Tensor,
-    sign: Tensor,
-    change: Tensor,
-    dots: Tensor,
-    norms: Tensor,
-) -> None:
-    """Visit every column of a block once; see `move_levels_reference` and `flip_signs`."""
-    tensors = {
-        "target": target,
-        "product": product,
-        "hessian": hessian,
-        "scale": scale,
-        "sign": sign,
-        "change": change,
-    }
-    _run("move_levels", {**tensors, "dots": dots, "norms": norms}, changed=("product", "sign", "change"))
-
-
-LEVEL_STEPS = ("choose_levels", "move_levels")
-"""Steps of all planes of a weight, see `sign_search.levels`; the others are of one plane, for several candidates."""
-
-
 def _run(step: str, tensors: dict[str, Tensor], changed: tuple[str, ...]) -> None:
     """Check the arguments of a step, launch its kernel, and return what it wrote to padded copies."""
     target, sign = tensors["target"], tensors["sign"]
@@ -145,11 +97,10 @@ def _run(step: str, tensors: dict[str, Tensor], changed: tuple[str, ...]) -> Non
             f"sign: expected fewer than {MOST_ELEMENTS} elements, found {list(sign.shape)}: "
             "search fewer rows at a time"
         )
-    levels = step in LEVEL_STEPS
-    expect_sign_step(tensors, target.device, levels)
+    expect_sign_step(tensors, target.device)
     if not sign.numel():
         return
-    _checked(target.device, len(tensors["scale"]) if levels else 0)
+    _checked(target.device)
     padded = {
         name: tensor if name in SUMS else _pad(tensor, name in MATRICES) for name, tensor in tensors.items()
     }
@@ -163,19 +114,13 @@ def launch(step: str, tensors: Mapping[str, Tensor]) -> None:
     """Launch the kernel of a step without checks.
 
     Args:
-        step: "choose_signs", "flip_signs", "choose_levels" or "move_levels".
+        step: "choose_signs" or "flip_signs".
         tensors: the step's arguments by name; the columns are a multiple of COLUMN_STEP.
     """
-    from bwla_kernels.triton import level_steps_kernel, sign_steps_kernel
+    from bwla_kernels.triton import sign_steps_kernel
     from bwla_kernels.triton.binary_matmul import interpreted
 
     columns, candidates, rows = tensors["sign"].shape
-    if step in LEVEL_STEPS:
-        kernel = getattr(level_steps_kernel, f"{step}_kernel")
-        kernel[(-(-rows // sign_steps_kernel.ROWS),)](
-            **tensors, N=rows, B=columns, PLANES=candidates, PURE=interpreted(), **OPTIONS
-        )
-        return
     kernel = getattr(sign_steps_kernel, f"{step}_kernel")
     kernel[(-(-rows // sign_steps_kernel.ROWS), candidates)](
         **tensors, N=rows, C=candidates, B=columns, PURE=interpreted(), **OPTIONS
@@ -212,17 +157,11 @@ program. Other numbers of rows and candidates run the same compiled kernel."""
 CHECK_SEED = 19
 
 
-def draw_block(
-    columns: int, candidates: int, rows: int, planes: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draw arguments of `choose_signs` and `flip_signs`, or of `choose_levels` and `move_levels`, on the CPU.
+def draw_block(columns: int, candidates: int, rows: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draw arguments of `choose_signs` and `flip_signs`, on the CPU.
 
     Every number of the decisions is a multiple of 2^-16 or a power of two, so that float32 holds all sums exactly.
     Elements of the matrices have 16 bits and a sign: not all of them are sums of two bfloat16 numbers.
-
-    Args:
-        columns, candidates, rows: B, C and N; with `planes`, the candidates are the planes.
-        planes: whether the arguments are those of the steps of all planes.
     """
     generator = torch.Generator("cpu").manual_seed(CHECK_SEED)
 
@@ -233,8 +172,7 @@ def draw_block(
     shape = (columns, candidates, rows)
     matrix = draw(1, columns, columns)
     scale = torch.exp2(torch.randint(-2, 1, shape[1:], generator=generator, device="cpu").to(torch.float32))
-    pairs = (candidates, *shape[1:]) if planes else shape[1:]
-    sums = {"dots": draw(1, *shape[1:]), "norms": draw(1, *pairs)}
+    sums = {"dots": draw(1, *shape[1:]), "norms": draw(1, *shape[1:])}
     sign = torch.where(draw(1, *shape) >= 0, 1.0, -1.0)
     choose = {
         "target": draw(2, columns, rows),
@@ -257,24 +195,19 @@ def draw_block(
     return choose, flip
 
 
-def self_check(device: torch.device, planes: int = 0) -> None:
-    """Run both steps of one plane, or those of several, on a small block; compare with the reference implementation.
+def self_check(device: torch.device) -> None:
+    """Choose and flip the signs of a small block and compare with the reference implementation.
 
     Raises:
         BackendError: a kernel computes wrong numbers on this GPU with this Triton.
     """
     import triton
-    from bwla_kernels.sign_search import levels, steps
+    from bwla_kernels.sign_search.steps import choose_signs_reference, flip_signs_reference
 
-    columns, candidates, rows = CHECK_SHAPE
-    choose, flip = draw_block(columns, planes or candidates, rows, planes > 0)
-    references = (
-        (("choose_levels", levels.choose_levels_reference), ("move_levels", levels.move_levels_reference))
-        if planes
-        else (("choose_signs", steps.choose_signs_reference), ("flip_signs", steps.flip_signs_reference))
-    )
-    for (step, reference), tensors, exact in zip(
-        references, (choose, flip), (("sign",), ("sign", "change", "product")), strict=True
+    choose, flip = draw_block(*CHECK_SHAPE)
+    for step, reference, tensors, exact in (
+        ("choose_signs", choose_signs_reference, choose, ("sign",)),
+        ("flip_signs", flip_signs_reference, flip, ("sign", "change", "product")),
     ):
         found = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         launch(step, found)
@@ -292,5 +225,5 @@ def self_check(device: torch.device, planes: int = 0) -> None:
 
 
 @functools.cache
-def _checked(device: torch.device, planes: int) -> None:
-    self_check(device, planes)
+def _checked(device: torch.device) -> None:
+    self_check(device)
