@@ -19,7 +19,7 @@ from pathlib import Path
 from bwla_converter import pipeline
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.options import Calibration, Options
-from bwla_converter.quantize import data_free, fast
+from bwla_converter.quantize import data_free, fast, paper
 from bwla_converter.recipes import base as recipes
 from bwla_converter.recipes import fast as calibrated
 from bwla_converter.recipes.base import Recipe
@@ -58,7 +58,7 @@ def make_touch_up(options: Options, source: Source, store: ActivationStore) -> R
 def few_rounds() -> None:
     """Reduce the number of rounds of all recipes in this process."""
     few = partial(data_free.DataFreeOptions, okt_rounds=2, psp_rounds=2, scale_rounds=2)
-    paper_options = partial(recipes.PaperOptions, okt_rounds=2, psp_rounds=2)
+    paper_options = partial(paper.PaperOptions, okt_rounds=2, psp_rounds=2)
     fast_options = partial(fast.FastOptions, okt_rounds=2, rounds=2, sweeps=1)
     data_free.DataFreeOptions = few  # type: ignore[assignment,misc]
     recipes.PaperOptions = paper_options  # type: ignore[attr-defined,assignment]

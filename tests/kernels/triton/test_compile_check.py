@@ -77,8 +77,11 @@ def test_kernels_compile_cleanly(arch: int, count: int, tmp_path: Path) -> None:
     kernels = {row["kernel"] for row in rows}
     assert "integer_mma_kernel" in kernels
     assert ("binary_mma_kernel" in kernels) == (arch < 100)
-    several = {row["kernel"] for row in rows if "planes" in row["config"]}
-    assert several == {name for name in kernels if name.endswith("_mma_kernel")}
+    # The bit planes of activations, which prepare_few writes, are others.
+    products = {name for name in kernels if name.endswith("_mma_kernel")}
+    assert products == {
+        row["kernel"] for row in rows if row["kernel"] in products and "planes" in row["config"]
+    }
     for row in rows:
         assert row["arch"] == arch
         assert row["registers"] > 16
