@@ -331,7 +331,7 @@ def frontier_table(name: str) -> str:
 
 def mean(rows: Rows, entry: str) -> float:
     """Return the mean of a number over rows."""
-    return statistics.mean(row[entry] for row in rows)
+    return float(statistics.mean(row[entry] for row in rows))
 
 
 TABLES: dict[str, Callable[[str], str]] = {
