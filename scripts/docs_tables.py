@@ -47,6 +47,7 @@ CONVERSION_PEERS = {
     "autoround-light": "AutoRound light, 4 bits",
 }
 FRONTIER_METHODS = {
+    "data-free": "`data-free`",
     "paper": "`paper`",
     "fast": "`fast`",
     "best": "`best`",

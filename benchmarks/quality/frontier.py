@@ -41,8 +41,8 @@ from benchmarks.common.real_models import MODELS, real_model
 from benchmarks.common.record import ROOT, command_line, write_result
 from benchmarks.conversion.peers import PEERS
 
-RECIPES = ("paper", "fast", "best")
-WITHOUT_TEXT = ("paper",)
+RECIPES = ("data-free", "paper", "fast", "best")
+WITHOUT_TEXT = ("data-free",)
 FRONTIER_PEERS = tuple(name for name, peer in PEERS.items() if peer.dequantizes)
 PEER_ABITS = 16
 KEY = ("model", "method", "target_bits", "code_bits", "group_size", "abits", "seed")
@@ -99,7 +99,7 @@ def convert_with(job: Job, recipe: str, target_bits: float | None, abits: int, s
 
     Args:
         job: what all methods share.
-        recipe: "paper", "fast" or "best".
+        recipe: an element of `RECIPES`.
         target_bits: bits per weight that the planes are chosen for; None for what the recipe does without a target.
         abits: bits of the activations.
         seed: seed of the conversion.

@@ -94,7 +94,10 @@ def test_the_command_line_names_variants() -> None:
     ("words", "message"),
     [
         ("--methods hqq", "expected --peer-python METHOD=PYTHON for hqq, found none"),
-        ("--methods gptqmodel-gptq", "expected paper, fast, best, .* as a method, found gptqmodel-gptq"),
+        (
+            "--methods gptqmodel-gptq",
+            "expected data-free, paper, fast, best, .* as a method, found gptqmodel-gptq",
+        ),
         ("--seeds one", "expected numbers, joined by commas"),
     ],
 )
@@ -273,4 +276,4 @@ def test_the_picture_has_a_point_for_each_size_with_a_loss() -> None:
 def test_every_method_has_a_title_and_a_curve() -> None:
     methods = {*frontier.RECIPES, *frontier.FRONTIER_PEERS}
     assert methods == {*docs_tables.FRONTIER_METHODS}
-    assert methods - {"paper"} == {*plot_results.CURVES}
+    assert methods - {"data-free", "paper"} == {*plot_results.CURVES}
