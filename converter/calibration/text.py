@@ -1,18 +1,16 @@
 """Read calibration text and cut samples of tokens from it."""
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.calibration.text_files import Messages, read_texts
 from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from torch import Tensor
-from transformers import AutoTokenizer
-
-TEXT_FILES = ("*.txt", "*.jsonl")
+from transformers import AutoConfig, AutoTokenizer
 
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
@@ -57,31 +55,6 @@ def dataset_text(name: str) -> str:
             "or use a text file"
         ) from None
     return "\n\n".join(parts)
-
-
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file, or of all .txt and .jsonl files of a folder; of JSON lines, each object's "text".
-
-    Raises:
-        SourceError: there is no such file, or a JSON line is not an object with a "text".
-    """
-    files = [path] if path.is_file() else sorted(file for kind in TEXT_FILES for file in path.rglob(kind))
-    if not files:
-        raise SourceError(
-            f"--calibration {path}: expected a file or a folder with .txt or .jsonl files, found none"
-        )
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix != ".jsonl":
-            yield text
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise SourceError(
-                    f'--calibration {file}, line {number}: expected an object with a "text", found {line[:60]!r}'
-                ) from None
 
 
 def load_tokenizer(model: Path) -> Any:
@@ -149,11 +122,46 @@ def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: i
 def _read_ids(calibration: Calibration, model: Path) -> tuple[Tensor, str]:
     """Return the token ids of the whole calibration text [T], and the text's SHA-256."""
     name = calibration.source
-    texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     tokenizer = load_tokenizer(model)
-    pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
-    return torch.cat(pieces), digest
+
+    def render(messages: Messages) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        # The tokenizer adds the token again.
+        return text.removeprefix(tokenizer.bos_token or "")
+
+    path = Path(name).expanduser()
+    texts = [dataset_text(name)] if name in DATASETS else list(read_texts(path, render))
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return tokenize(tokenizer, texts, model, f"--calibration {name}"), digest
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str], model: Path, text_name: str) -> Tensor:
+    """Return the token ids of texts, one after the other, [T].
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: the texts; empty ones are skipped.
+        model: folder of the model.
+        text_name: the option and the name of the text, for messages.
+
+    Raises:
+        SourceError: a token is not in the model's vocabulary, or the text has no tokens.
+    """
+    pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts if text]
+    ids = torch.cat(pieces).long() if pieces else torch.empty(0, dtype=torch.long)
+    if not len(ids):
+        raise SourceError(
+            f"{text_name}: expected tokens, found none: check the text and {model / 'tokenizer.json'}"
+        )
+    vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise SourceError(
+            f"{model}: expected token ids below {vocabulary}, the vocab_size of config.json, found {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}) in {text_name}: the tokenizer belongs to another model, "
+            "put this model's tokenizer files in the folder"
+        )
+    return ids
 
 
 def _starts(length: int, calibration: Calibration, seed: int) -> list[int]:
