@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.text_files import Messages, read_texts
-from bwla_converter.options import Calibration
+from bwla_converter.options import SELF, Calibration
 from bwla_kernels.errors import SourceError
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
@@ -74,7 +75,7 @@ def load_tokenizer(model: Path) -> Any:
 
 
 def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
-    """Cut random samples from the calibration text.
+    """Cut random samples from the calibration text, or return those that the model has written.
 
     Args:
         calibration: which text to use, and how much of it.
@@ -86,6 +87,9 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     Raises:
         SourceError: there is no text, or less than one sample of it.
     """
+    if calibration.source == SELF:
+        samples = written_samples(calibration)
+        return samples[: calibration.num_samples], hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     ids, digest = _read_ids(calibration, model)
     length = calibration.max_seq_length
     return torch.stack(
@@ -102,8 +106,11 @@ def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: i
 
     Returns: token ids [S, max_seq_length]; None if there is no text left.
     """
-    ids, _ = _read_ids(calibration, model)
     length = calibration.max_seq_length
+    if calibration.source == SELF:
+        others = written_samples(calibration)[calibration.num_samples :]
+        return others[: max(1, tokens // length)] if len(others) else None
+    ids, _ = _read_ids(calibration, model)
     unused = torch.ones(len(ids), dtype=torch.bool)
     for start in _starts(len(ids), calibration, seed):
         unused[start : start + length] = False
@@ -117,6 +124,14 @@ def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: i
             samples.append(ids[start : start + length])
             start += length
     return torch.stack(samples[: max(1, tokens // length)]) if samples else None
+
+
+def written_samples(calibration: Calibration) -> Tensor:
+    """Return the token ids [S, max_seq_length] of all samples that the model has written itself."""
+    if calibration.written is None:
+        raise SourceError("--calibration self: expected the text that the model has written, found none")
+    ids: Tensor = load_file(calibration.written)["ids"]
+    return ids.long()
 
 
 def _read_ids(calibration: Calibration, model: Path) -> tuple[Tensor, str]:

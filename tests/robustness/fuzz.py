@@ -165,7 +165,7 @@ def make_folders(work: Path) -> dict[str, list[Path]]:
     checkpoints = []
     for source in sources:
         checkpoints.append(work / f"{source.name}-bwla")
-        convert(Options(str(source), checkpoints[-1], rank=2))
+        convert(Options(str(source), checkpoints[-1], rank=2, recipe="data-free"))
     return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
 
 

@@ -157,7 +157,7 @@ def test_best_counts_what_distillation_trains(planned, monkeypatch: pytest.Monke
 
 
 def test_too_little_memory_is_refused_with_the_numbers(make_model, tmp_path: Path) -> None:
-    options = Options(str(make_model()), tmp_path / "out", rank=2, max_memory=10**7)
+    options = Options(str(make_model()), tmp_path / "out", recipe="data-free", rank=2, max_memory=10**7)
     message = r"expected [\d.]+ [MG]B of memory .*\(peak: .*\), found 10\.0 MB: .* raise --max-memory"
     with pytest.raises(BudgetError, match=message):
         convert(options)

@@ -144,7 +144,7 @@ def test_a_report_without_statistics_still_has_a_page(report: dict) -> None:
 
 
 def test_without_report(make_model, tmp_path: Path) -> None:
-    convert(Options(str(make_model()), tmp_path / "out", report=False))
+    convert(Options(str(make_model()), tmp_path / "out", report=False, recipe="data-free"))
     assert not (tmp_path / "out" / PAGE_FILE).exists()
     assert "bwla_report.html" not in (tmp_path / "out" / "README.md").read_text()
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())
