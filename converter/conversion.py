@@ -16,12 +16,9 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import SELF, Calibration, Options
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import Recipe
+from bwla_converter.recipes.measurements import LOSS_TOKENS
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
-
-LOSS_TOKENS = 8192
-"""Tokens of calibration text on which the loss is measured."""
-
 
 CUDA_SAMPLES, CPU_SAMPLES = (128, 2048), (32, 1024)
 """Number and length of calibration samples by default: as is usual, and what a CPU carries in minutes."""
