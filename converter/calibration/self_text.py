@@ -193,7 +193,7 @@ def make_scripts(tokenizer: Any, ends: set[int], count: int, generator: torch.Ge
         count: number of sequences.
         generator: random numbers.
     """
-    words = [id for id in range(len(tokenizer)) if id not in set(tokenizer.all_special_ids)]
+    words = sorted({*range(len(tokenizer))} - {*tokenizer.all_special_ids})
     turns = conversation_parts(tokenizer, ends)
     before = tokenizer("", add_special_tokens=True).input_ids
     before = before[:1] if before and before[0] == tokenizer.bos_token_id else []

@@ -65,13 +65,17 @@ def load_tokenizer(model: Path) -> Any:
         SourceError: it is missing or damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Without its files, transformers may return a tokenizer that knows special tokens only.
+        if len(tokenizer.get_vocab()) > len(tokenizer.all_special_tokens):
+            return tokenizer
+        reason = "its vocabulary is empty"
     except Exception as cause:  # damaged files raise errors of many types
         reason = " ".join(str(cause).split())
-        raise SourceError(
-            f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
-            "tokenizer.json and tokenizer_config.json to the folder, or use recipe data-free, which needs no text"
-        ) from None
+    raise SourceError(
+        f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
+        "tokenizer.json and tokenizer_config.json to the folder, or use recipe data-free, which needs no text"
+    )
 
 
 def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
