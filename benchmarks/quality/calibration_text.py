@@ -1,6 +1,6 @@
 """Compare calibration on text that the model writes itself with calibration on real text.
 
-    python -m benchmarks.quality.calibration_text --model smollm2-135m --bits 2.2 --calibration FILE --text FILE \\
+    python -m benchmarks.quality.calibration_text --model smollm2-135m --bits 2.2 --calibration self FILE --text FILE \\
         --out benchmarks/results/calibration_text.json
 
 The model is converted by recipe `fast` once for each calibration text, with the same number of samples. The losses
@@ -78,7 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="smollm2-135m", help=f"{', '.join(MODELS)}, or a folder (smollm2-135m)")
     add("--bits", type=float, default=2.2, help="bits per weight (2.2)")
     add("--seed", type=int, default=0, help="seed of the conversions (0)")
-    add("--calibration", default=str(examples / "calibration.txt"), help="real calibration text")
+    texts = [SELF, str(examples / "calibration.txt")]
+    add("--calibration", nargs="+", default=texts, help="calibration texts, one conversion for each")
     add("--num-calibration-samples", type=int, default=32, help="calibration samples (32)")
     add("--max-seq-length", type=int, default=1024, help="tokens of a calibration sample (1024)")
     add("--text", type=Path, default=examples / "heldout.txt", help="real evaluation text")
@@ -104,7 +105,7 @@ def main() -> int:
         }
         original = {name: measure_perplexity(model, part) for name, part in windows.items()}
         rows: list[dict[str, Any]] = []
-        for source in (SELF, arguments.calibration):
+        for source in arguments.calibration:
             row = measure(model, Calibration(source, samples, length), arguments, windows)
             d = {name: math.log(row["ppl"][name] / original[name]) for name in windows}
             text = SELF if source == SELF else Path(source).name
