@@ -32,6 +32,10 @@ from transformers import PreTrainedModel
 HELD_OUT_TOKENS = 8192
 """Tokens that are written beside the calibration samples, to measure the loss on."""
 
+LONGEST = 512
+"""Tokens of a sequence that is written in one piece. A longer sample is put together from several: the time of a step
+grows with the length, and a larger batch makes better use of the weights."""
+
 CACHE_BYTES = 8 * 2**30
 """Keys and values of the sequences that are sampled at the same time."""
 
@@ -39,7 +43,7 @@ STARTS = 64
 """Random tokens that are drawn for each sequence, to start a new text after each end token."""
 
 MARK = "(user message)"
-VERSION = 1
+VERSION = 2
 """Increased when the same model would write other text."""
 
 OnStep = Callable[[int, int], None]
@@ -64,9 +68,19 @@ class Writing:
     memory: float
 
     @property
-    def sequences(self) -> int:
-        """Number of sequences: the calibration samples, and others to measure the loss on."""
+    def samples(self) -> int:
+        """Number of samples: those for calibration, and others to measure the loss on."""
         return self.calibration.num_samples + -(-HELD_OUT_TOKENS // self.calibration.max_seq_length)
+
+    @property
+    def pieces(self) -> int:
+        """Number of sequences that a sample is put together from."""
+        return -(-self.calibration.max_seq_length // LONGEST)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return -(-self.calibration.max_seq_length // self.pieces)
 
     def cache_file(self) -> Path:
         """Return the file in the cache, under a digest of everything that determines its contents."""
@@ -97,7 +111,7 @@ def write_calibration(source: Source, writing: Writing, on_step: OnStep) -> Path
             if not file.exists():
                 ids = _write(source, writing, on_step)
                 with whole_file(file) as part:
-                    save_file({"ids": ids.int()}, part)
+                    save_file({"ids": ids.int().contiguous()}, part)
     except OSError as cause:
         raise SourceError(
             f"{file}: the calibration text cannot be kept ({cause.strerror}): name another folder in BWLA_CACHE"
@@ -118,15 +132,15 @@ def text_lines(calibration: Calibration, folder: Path) -> Iterator[str]:
 
 
 def _write(source: Source, writing: Writing, on_step: OnStep) -> Tensor:
-    """Let the model write all sequences; return their token ids [S, T]."""
+    """Let the model write all samples; return their token ids [S, T]."""
     tokenizer = load_tokenizer(source.folder)
     meta_model = build_meta_model(source.folder, source.config)
     batch = _batch_size(source, meta_model, writing)
     model = _load(source, meta_model).to(writing.device)
     generator = torch.Generator().manual_seed(writing.seed)
     ends = end_tokens(tokenizer, model)
-    scripts = make_scripts(tokenizer, ends, writing.sequences, generator)
-    length = writing.calibration.max_seq_length
+    scripts = make_scripts(tokenizer, ends, writing.samples * writing.pieces, generator)
+    length = writing.length
     vocabulary = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     batches = [scripts[start : start + batch] for start in range(0, len(scripts), batch)]
     parts: list[Tensor] = []
@@ -136,7 +150,7 @@ def _write(source: Source, writing: Writing, on_step: OnStep) -> Tensor:
             on_step(done + step, len(batches) * length)
 
         parts.append(sample_sequences(model, some, length, (ends, vocabulary), generator, on_token))
-    return torch.cat(parts)
+    return torch.cat(parts).view(writing.samples, -1)[:, : writing.calibration.max_seq_length]
 
 
 def _batch_size(source: Source, model: PreTrainedModel, writing: Writing) -> int:
@@ -148,7 +162,7 @@ def _batch_size(source: Source, model: PreTrainedModel, writing: Writing) -> int
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    sequence = 2 * config.num_hidden_layers * heads * width * 2 * writing.calibration.max_seq_length
+    sequence = 2 * config.num_hidden_layers * heads * width * 2 * writing.length
     weights = sum(map(entry_bytes, source.entries.values()))
     free = writing.memory - weights
     if free < sequence:
@@ -156,7 +170,7 @@ def _batch_size(source: Source, model: PreTrainedModel, writing: Writing) -> int
             f"--calibration self: expected {decimal(weights + sequence)} of memory for {source.name}, which writes its "
             f"own calibration text, found {decimal(int(writing.memory))}: give --calibration a text file, or wikitext2"
         )
-    return max(1, min(writing.sequences, int(min(free, CACHE_BYTES) // sequence)))
+    return max(1, min(writing.samples * writing.pieces, int(min(free, CACHE_BYTES) // sequence)))
 
 
 def _load(source: Source, model: PreTrainedModel) -> PreTrainedModel:

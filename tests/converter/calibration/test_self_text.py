@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bwla_converter.calibration import self_text as module
 from bwla_converter.calibration.generation import Script, sample_sequences
 from bwla_converter.calibration.self_text import (
     MARK,
@@ -52,7 +53,7 @@ def writing(source: Source, seed: int = 0, memory: float = 1e12) -> Writing:
 def short(source: Source, seed: int = 0) -> Writing:
     """Two samples and one more for the loss, of 16 tokens."""
     made = Writing(source.folder, Calibration("self", 2, 16), seed, torch.device("cpu"), 1e12)
-    assert made.sequences == 2 + 512
+    assert (made.samples, made.pieces, made.length) == (2 + 512, 1, 16)
     return made
 
 
@@ -103,6 +104,22 @@ def test_the_same_seed_writes_the_same_text_once(cache: Path, tmp_path: Path) ->
     assert calibration_samples(again, EXAMPLE, seed=0)[1] == digest
     other = Calibration("self", 2, 16, write_calibration(source, short(source, seed=1), lambda *_: None))
     assert calibration_samples(other, EXAMPLE, seed=0)[1] != digest
+
+
+def test_long_samples_are_put_together_from_several_sequences(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LONGEST", 8)
+    monkeypatch.setattr(module, "HELD_OUT_TOKENS", 20)
+    source = open_source(str(EXAMPLE))
+    made = Writing(source.folder, Calibration("self", 3, 20), 0, torch.device("cpu"), 1e12)
+    assert (made.samples, made.pieces, made.length) == (4, 3, 7)
+    steps: list[tuple[int, int]] = []
+    file = write_calibration(source, made, lambda step, total: steps.append((step, total)))
+    assert steps[-1] == (7, 7)
+    samples, _ = calibration_samples(Calibration("self", 3, 20, file), EXAMPLE, 0)
+    assert samples.shape == (3, 20)
+    assert len({tuple(row.tolist()) for row in samples}) == 3
 
 
 def test_a_changed_model_writes_again(cache: Path, tmp_path: Path) -> None:
