@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from bwla_kernels import reference
 from bwla_kernels.errors import BackendError
-from bwla_kernels.precision import has_fast_bfloat16
+from bwla_kernels.precision import has_fast_bfloat16, without_autocast
 from torch import Tensor
 
 WEIGHTS_AT_ONCE = 1 << 24
@@ -96,7 +96,7 @@ def register_input_gradient(
 
     def run(gradient: Tensor, *arguments: Any) -> Tensor:
         rows = gradient.reshape(-1, gradient.shape[-1])
-        with torch.autocast(gradient.device.type, enabled=False):
+        with without_autocast(gradient.device):
             result = compute(rows, *arguments).to(gradient.dtype)
         return result.reshape(*gradient.shape[:-1], in_features(*arguments))
 

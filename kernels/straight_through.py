@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bwla_kernels.precision import without_autocast
 from torch import Tensor
 
 
@@ -20,11 +21,13 @@ class _StraightThrough(torch.autograd.Function):
         ctx: Any, x: Tensor, compute: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]
     ) -> Tensor:
         ctx.weight, ctx.dtype = weight, x.dtype
-        return compute(x)
+        with without_autocast(x.device):
+            return compute(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return (gradient.float() @ ctx.weight()).to(ctx.dtype), None, None
+        with without_autocast(gradient.device):
+            return (gradient.float() @ ctx.weight()).to(ctx.dtype), None, None
 
 
 def straight_through(x: Tensor, compute: Callable[[Tensor], Tensor], weight: Callable[[], Tensor]) -> Tensor:

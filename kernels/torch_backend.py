@@ -4,11 +4,13 @@ It follows `reference.py` step by step, except that the signs are unpacked only 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from bwla_kernels import gradients, reference
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS, to_compute_dtype
+from bwla_kernels.precision import without_autocast
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -30,7 +32,12 @@ def int_matmul(q: Tensor, signs: Tensor) -> Tensor:
     return torch._int_mm(q, signs.t())[:rows]
 
 
-def _linear(
+def _linear(x: Tensor, *layer: Any) -> Tensor:
+    with without_autocast(x.device):
+        return _compute(x, *layer)
+
+
+def _compute(
     x: Tensor,
     signs: Tensor,
     weight_scale: Tensor,

@@ -1,4 +1,4 @@
-"""The packed layer can be unpacked again, in every variant's layout, and gives the gradient of the dequantized layer."""
+"""A packed layer can be unpacked again, in every variant's layout, and gives the gradient of the dequantized layer."""
 
 import pytest
 import torch
