@@ -104,9 +104,6 @@ class _Stored(nn.Module):
 class BWLALinear(_Stored):
     """A quantized linear, computed by the best backend for its device.
 
-    The gradient with respect to its input is straight-through (`bwla_kernels.straight_through`), which is what training
-    adapters around it and attributing its output to its input need; its own tensors get none.
-
     Args:
         spec: sizes and quantization parameters.
         name: module path, for error messages.
@@ -132,7 +129,12 @@ class BWLALinear(_Stored):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x [..., K] -> [..., N] in the dtype of x."""
+        """Compute x [..., K] -> [..., N] in the dtype of x.
+
+        The gradient with respect to x, for adapters and attribution, is straight-through: that of the dequantized
+        weight, since activations that are rounded to a few bits have no useful one (`bwla_kernels.straight_through`).
+        The stored tensors get none.
+        """
         if self.backend == REFERENCE:
             return reference.linear(x, self.stored(), self.spec)
         backend, tensors = self.prepared(
@@ -148,7 +150,7 @@ class BWLALinear(_Stored):
 
 
 class BWLAHead(_Stored):
-    """The 8-bit language-model head, computed by the best backend for its device; its gradient is as a linear's.
+    """The 8-bit language-model head, computed by the best backend for its device.
 
     Args:
         spec: sizes.
@@ -161,7 +163,7 @@ class BWLAHead(_Stored):
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x; the gradient is as a linear's."""
         if self.backend == REFERENCE:
             return head_reference(x, **self.stored())
         backend, tensors = self.prepared(
