@@ -70,7 +70,9 @@ class _Stored(nn.Module):
         assert self._prepared is not None
         return self._prepared[1:]
 
-    @torch.compiler.disable(reason="prepare the backend's tensors: run the model once before torch.compile")
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="prepare the backend's tensors: run the model once before torch.compile"
+    )
     def _prepare(self, spec: Any, device: torch.device, select: Callable[[], Any]) -> None:
         backend = select()
         # Tensors that are created in inference mode could not be saved for a later backward pass.
@@ -95,7 +97,7 @@ class _Stored(nn.Module):
             return tensor.to(moved.device)
 
         bias = self._buffers.get("bias")  # has the dtype of the model, not one of the format
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if bias is not None:
             self.bias = fn(bias)
         return self
@@ -184,6 +186,8 @@ class BWLAEmbedding(_Stored):
         dtype: dtype of the looked-up rows.
         factor: number that the rows are multiplied by, in `dtype`; Gemma's sqrt(hidden_size).
     """
+
+    weight_int8: Tensor
 
     def __init__(self, spec: HeadSpec, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__(head_tensor_specs(spec))
