@@ -10,7 +10,9 @@ still fit the processor's 8-bit dot products. At one token a head is bound by me
 from collections.abc import Mapping
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.format.head import HeadSpec
+from bwla_kernels.straight_through import straight_through
 from bwla_kernels.torch_backend import int_matmul
 from torch import Tensor
 
@@ -21,7 +23,8 @@ HEAD_CHUNK = 8192
 """Rows of a head that are quantized at once."""
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
-_LIBRARY.define("head_torch(Tensor x, Tensor weight_int8, Tensor weight_scale) -> Tensor")
+_LAYER = "Tensor weight_int8, Tensor weight_scale"
+_LIBRARY.define(f"head_torch(Tensor x, {_LAYER}) -> Tensor")
 
 
 def quantize_head(weight: Tensor) -> dict[str, Tensor]:
@@ -59,12 +62,17 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 def head_reference(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
     """Compute logits by the reference implementation: [..., K] -> [..., V] in the dtype of x.
 
-    Float64 holds the integer sums exactly.
+    Float64 holds the integer sums exactly. The gradient with respect to x is straight-through: that of x times the
+    dequantized weight (see `straight_through`).
     """
-    codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    sums = codes.double() @ weight_int8.double().t()
-    y = sums.float() * (scale.unsqueeze(1) * weight_scale)
-    return y.to(x.dtype).reshape(*x.shape[:-1], weight_int8.shape[0])
+
+    def compute(x: Tensor) -> Tensor:
+        codes, scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+        sums = codes.double() @ weight_int8.double().t()
+        y = sums.float() * (scale.unsqueeze(1) * weight_scale)
+        return y.to(x.dtype).reshape(*x.shape[:-1], weight_int8.shape[0])
+
+    return straight_through(x, compute, lambda: weight_int8 * weight_scale.unsqueeze(1))
 
 
 def _head(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
@@ -87,6 +95,9 @@ def _head_fake(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
 
 _LIBRARY.impl("head_torch", _head, "CompositeExplicitAutograd")
 torch.library.register_fake("bwla::head_torch", _head_fake, lib=_LIBRARY)
+gradients.register_input_gradient(
+    _LIBRARY, "head_torch", _LAYER, gradients.head_input_gradient, lambda weight, *_: weight.shape[1]
+)
 
 
 class TorchHead:

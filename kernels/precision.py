@@ -1,7 +1,7 @@
 """Matrix products of float32 tensors in reduced precision, where that is several times faster."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,17 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 def product_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of the operands of matrix products: bfloat16 where that is much faster, else float32."""
     return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which matrix products keep their precision, also where the caller uses `torch.autocast`.
+
+    Autocast also reaches into ops that are written in torch. There it would round rotations to bfloat16, which changes
+    activation codes.
+    """
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from bwla_kernels.format import LayerSpec, unpack_signs
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
+from bwla_kernels.straight_through import straight_through
 from torch import Tensor
 
 
@@ -119,10 +120,18 @@ def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: 
 
 
 def linear(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """Compute the layer: x [..., K] -> [..., N] in the dtype of x, computed in float32."""
-    flat = x.reshape(-1, spec.in_features)
-    y = binary_matmul(prepare_input(flat, tensors, spec), tensors, spec)
-    return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
+    """Compute the layer: x [..., K] -> [..., N] in the dtype of x, computed in float32.
+
+    The gradient with respect to x is straight-through: that of x times the dequantized weight, as if activations were
+    not quantized (see `straight_through`). The layer's tensors get none.
+    """
+
+    def compute(x: Tensor) -> Tensor:
+        flat = x.reshape(-1, spec.in_features)
+        y = binary_matmul(prepare_input(flat, tensors, spec), tensors, spec)
+        return y.to(x.dtype).reshape(*x.shape[:-1], spec.out_features)
+
+    return straight_through(x, compute, lambda: dequantize(tensors, spec))
 
 
 def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:

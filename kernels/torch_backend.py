@@ -4,18 +4,21 @@ It follows `reference.py` step by step, except that the signs are unpacked only 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
-from bwla_kernels import reference
+from bwla_kernels import gradients, reference
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS, to_compute_dtype
+from bwla_kernels.precision import without_autocast
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
-_LIBRARY.define(
-    "linear_torch(Tensor x, Tensor signs, Tensor weight_scale, Tensor rotation_left, Tensor rotation_right, "
-    "Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int bits, float clip) -> Tensor"
+_LAYER = (
+    "Tensor signs, Tensor weight_scale, Tensor rotation_left, Tensor rotation_right, Tensor column_scale, "
+    "Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int bits, float clip"
 )
+_LIBRARY.define(f"linear_torch(Tensor x, {_LAYER}) -> Tensor")
 
 INT_MM_MIN_ROWS = 17
 """Fewest rows that cuBLAS accepts in an integer matmul."""
@@ -29,7 +32,12 @@ def int_matmul(q: Tensor, signs: Tensor) -> Tensor:
     return torch._int_mm(q, signs.t())[:rows]
 
 
-def _linear(
+def _linear(x: Tensor, *layer: Any) -> Tensor:
+    with without_autocast(x.device):
+        return _compute(x, *layer)
+
+
+def _compute(
     x: Tensor,
     signs: Tensor,
     weight_scale: Tensor,
@@ -74,6 +82,31 @@ def _linear_fake(x: Tensor, signs: Tensor, *_: object) -> Tensor:
 
 _LIBRARY.impl("linear_torch", _linear, "CompositeExplicitAutograd")
 torch.library.register_fake("bwla::linear_torch", _linear_fake, lib=_LIBRARY)
+
+
+def _input_gradient(
+    gradient: Tensor,
+    signs: Tensor,
+    weight_scale: Tensor,
+    rotation_left: Tensor,
+    rotation_right: Tensor,
+    column_scale: Tensor,
+    low_rank_a: Tensor | None,
+    low_rank_b: Tensor | None,
+    *_: object,
+) -> Tensor:
+    planes, rows, columns = signs.shape
+    scales = weight_scale.view(rows, planes).t().unsqueeze(-1)
+    parts = gradients.row_slabs(rows, planes * columns)
+    slabs = ((signs[:, part] * scales[:, part]).sum(0) for part in parts)
+    return gradients.linear_input_gradient(
+        gradient, slabs, rotation_left, rotation_right, column_scale, low_rank_a, low_rank_b
+    )
+
+
+gradients.register_input_gradient(
+    _LIBRARY, "linear_torch", _LAYER, _input_gradient, lambda signs, *_: signs.shape[-1]
+)
 
 
 class TorchBackend:

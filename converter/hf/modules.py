@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from bwla_converter.hf.quantizer import BACKEND_VARIABLE
 from bwla_kernels import ops, reference
-from bwla_kernels.errors import FormatError
+from bwla_kernels.errors import BackendError, FormatError
 from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
 from bwla_kernels.format.files import read_folder
 from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.format.model import check_model, not_finite, tied_names
 from bwla_kernels.format.schema import BWLAFormat
 from bwla_kernels.head import dequantize_rows, head_reference
@@ -40,9 +41,12 @@ REFERENCE = "reference"
 class _Stored(nn.Module):
     """A module whose buffers are the tensors of the format, so that it is saved back unchanged.
 
-    They are no parameters, because transformers takes the dtype of a model's first parameter for that of the model.
-    The tensors that the backend prepares from them are cached, and prepared again after the module has moved to another
-    device.
+    They are no parameters, because transformers takes the dtype of a model's first parameter for that of the model,
+    and because they are not trained: no optimizer finds them. The tensors that the backend prepares from them are
+    cached, and prepared again after the module has moved to another device.
+
+    Casts such as `model.to(torch.float16)` and `half()` change the dtype of the module's inputs and outputs, as
+    `from_pretrained(dtype=...)` does, but not the stored tensors: their dtypes belong to the format.
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
@@ -62,9 +66,41 @@ class _Stored(nn.Module):
     ) -> tuple[Any, dict[str, Tensor]]:
         """Return the backend that `select` chooses and the tensors that it prepares from the stored ones."""
         if self._prepared is None or self._prepared[0] != device:
-            backend = select()
-            self._prepared = (device, backend, backend.prepare(self.stored(), spec))
+            self._prepare(spec, device, select)
+        assert self._prepared is not None
         return self._prepared[1:]
+
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="prepare the backend's tensors: run the model once before torch.compile"
+    )
+    def _prepare(self, spec: Any, device: torch.device, select: Callable[[], Any]) -> None:
+        backend = select()
+        # Tensors that are created in inference mode could not be saved for a later backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            self._prepared = (device, backend, backend.prepare(self.stored(), spec))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Stored":
+        """Move the stored tensors as `fn` does, without its cast; torch calls this for `to`, `half`, `cuda` and others.
+
+        Raises:
+            BackendError: a cast to a dtype in which no backend computes, such as float64.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype:
+                return moved
+            if moved.dtype not in FLOAT_DTYPES:
+                raise BackendError(
+                    f"{type(self).__name__}: expected a cast to bfloat16, float16 or float32, found {moved.dtype}"
+                )
+            return tensor.to(moved.device)
+
+        bias = self._buffers.get("bias")  # has the dtype of the model, not one of the format
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            self.bias = fn(bias)
+        return self
 
 
 class BWLALinear(_Stored):
@@ -95,12 +131,19 @@ class BWLALinear(_Stored):
         return linear
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x [..., K] -> [..., N] in the dtype of x."""
+        """Compute x [..., K] -> [..., N] in the dtype of x.
+
+        The gradient with respect to x, for adapters and attribution, is straight-through: that of the dequantized
+        weight, since activations that are rounded to a few bits have no useful one (`bwla_kernels.straight_through`).
+        The stored tensors get none.
+        """
         if self.backend == REFERENCE:
             return reference.linear(x, self.stored(), self.spec)
         backend, tensors = self.prepared(
             self.spec, x.device, lambda: ops.select_backend(self.spec, x.device, self.backend)[0]
         )
+        if self.spec.bias:
+            tensors = {**tensors, "bias": self.bias}  # which may have been cast since
         y: Tensor = backend.apply(x, tensors, self.spec)
         return y
 
@@ -122,7 +165,7 @@ class BWLAHead(_Stored):
         self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute x [..., K] -> [..., V] in the dtype of x."""
+        """Compute x [..., K] -> [..., V] in the dtype of x; the gradient is as a linear's."""
         if self.backend == REFERENCE:
             return head_reference(x, **self.stored())
         backend, tensors = self.prepared(
@@ -144,10 +187,18 @@ class BWLAEmbedding(_Stored):
         factor: number that the rows are multiplied by, in `dtype`; Gemma's sqrt(hidden_size).
     """
 
+    weight_int8: Tensor
+
     def __init__(self, spec: HeadSpec, dtype: torch.dtype, factor: float = 1.0) -> None:
         super().__init__(head_tensor_specs(spec))
         self.spec, self.dtype, self.factor = spec, dtype, factor
         self.num_embeddings, self.embedding_dim = spec.out_features, spec.in_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Stored:
+        """Cast the looked-up rows as `fn` casts a tensor of their dtype."""
+        super()._apply(fn, recurse)
+        self.dtype = fn(torch.empty(1, dtype=self.dtype, device=self.weight_int8.device)).dtype
+        return self
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up token ids [...]: [..., K]."""

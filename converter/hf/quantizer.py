@@ -82,5 +82,5 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Return False: signs have no gradient."""
-        return False
+        """Return True: signs have no gradient, but adapters do, since gradients pass through the quantized linears."""
+        return True

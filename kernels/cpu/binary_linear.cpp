@@ -159,6 +159,20 @@ struct PackBody {
     }
 };
 
+struct UnpackBody {
+    const uint8_t* packed;
+    const Sizes& sizes;
+    Order order;
+    int64_t first, panels;
+    float* weight;
+    void operator()(Team& team) const {
+        const int64_t begin = panels * team.id / team.size, end = panels * (team.id + 1) / team.size;
+        for (int64_t panel = begin; panel < end; ++panel) {
+            unpack_panel(packed, sizes, order, first + panel, weight + panel * kRows * sizes.k());
+        }
+    }
+};
+
 }  // namespace bwla
 
 // The plain C interface. Functions return 0, or 1: sizes or arguments that make no sense, 2: out of memory,
@@ -177,6 +191,11 @@ struct bwla_layer {
 
 static bwla::Sizes sizes_of(const bwla_layer& layer) {
     return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank, layer.planes};
+}
+
+static bwla::Order order_of(const bwla_layer& layer) {
+    const bool row_major = layer.isa == bwla::kAvx512vbmi || layer.isa == bwla::kAmx;
+    return row_major ? bwla::Order::kRowMajor : bwla::Order::kByteMajor;
 }
 
 static bwla::Call call_of(const bwla_layer& layer, const uint8_t* packed, int64_t m) {
@@ -241,9 +260,19 @@ BWLA_API int32_t bwla_pack(const bwla_layer* layer, const int32_t* words, const 
     const bwla::Sizes sizes = sizes_of(*layer);
     if (!sizes.valid() || (sizes.rank && !(low_rank_a && low_rank_b))) return bwla::kBadArgument;
     const bwla::Tensors tensors{words, scale, low_rank_b, left, right, column_scale, low_rank_a};
-    const bool row_major = layer->isa == bwla::kAvx512vbmi || layer->isa == bwla::kAmx;
-    bwla::PackBody body{tensors, sizes, row_major ? bwla::Order::kRowMajor : bwla::Order::kByteMajor, packed};
+    bwla::PackBody body{tensors, sizes, order_of(*layer), packed};
     bwla::run_parallel(sizes.n * sizes.k() < (1 << 18) ? 1 : threads, body);
+    return bwla::kOk;
+}
+
+// Dequantizes the rows of `panels` panels (64 rows each, the last one of a layer may have fewer) from panel `first`
+// on, in the rotated basis and without the low-rank part: weight float32 [rows, k].
+BWLA_API int32_t bwla_unpack(const bwla_layer* layer, const uint8_t* packed, int64_t first, int64_t panels,
+                             float* weight, int32_t threads) {
+    const bwla::Sizes sizes = sizes_of(*layer);
+    if (!sizes.valid() || first < 0 || panels < 0 || first + panels > sizes.panels()) return bwla::kBadArgument;
+    bwla::UnpackBody body{packed, sizes, order_of(*layer), first, panels, weight};
+    bwla::run_parallel(panels * bwla::kRows * sizes.k() < (1 << 18) ? 1 : threads, body);
     return bwla::kOk;
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.cpu.library import Isa, available, load
 from bwla_kernels.cpu.linear import DTYPES, STATUS, empty_huge, expect
 from bwla_kernels.errors import BackendError
@@ -16,7 +17,8 @@ ROWS_AT_ONCE = 8192
 """Rows that are summed at a time: torch converts them to int32 first."""
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
-_LIBRARY.define("head_cpu(Tensor x, Tensor weight_int8, Tensor weight_scale, Tensor row_sum) -> Tensor")
+_LAYER = "Tensor weight_int8, Tensor weight_scale, Tensor row_sum"
+_LIBRARY.define(f"head_cpu(Tensor x, {_LAYER}) -> Tensor")
 
 
 def head(
@@ -70,6 +72,9 @@ def _head_fake(x: Tensor, weight_int8: Tensor, weight_scale: Tensor, row_sum: Te
 
 
 torch.library.register_fake("bwla::head_cpu", _head_fake, lib=_LIBRARY)
+gradients.register_input_gradient(
+    _LIBRARY, "head_cpu", _LAYER, gradients.head_input_gradient, lambda weight, *_: weight.shape[1]
+)
 _HEAD = torch.ops.bwla.head_cpu.default
 
 

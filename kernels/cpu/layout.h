@@ -95,6 +95,11 @@ inline uint32_t interleave_nibbles(uint32_t word) {
     return bytes;
 }
 
+// Byte i of row r in a step of 256 bytes.
+inline int64_t byte_at(Order order, int64_t r, int64_t i) {
+    return order == Order::kRowMajor ? 4 * r + i : 64 * i + 2 * (r % 32) + r / 32;
+}
+
 inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t panel, uint8_t* packed) {
     uint8_t* out = packed + z.panels_at() + panel * z.panel_bytes();
     const int64_t steps = z.k() / kColumns, first = panel * kRows,
@@ -105,8 +110,7 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
         for (int64_t r = 0; r < rows; ++r) {
             const uint32_t bytes = interleave_nibbles(uint32_t(from.words[(first + r) * z.planes * steps + c]));
             for (int64_t i = 0; i < 4; ++i) {
-                const int64_t at = order == Order::kRowMajor ? 4 * r + i : 64 * i + 2 * (r % 32) + r / 32;
-                step[at] = uint8_t(bytes >> (8 * i));
+                step[byte_at(order, r, i)] = uint8_t(bytes >> (8 * i));
             }
         }
     }
@@ -116,6 +120,29 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
         for (int64_t p = 0; p < z.planes; ++p) scale[p * kRows + r] = from.scale[(first + r) * z.planes + p];
         for (int64_t j = 0; j < z.rank; ++j)
             low_rank[j * kRows + r] = from.low_rank_b[(first + r) * z.rank + j];
+    }
+}
+
+// The rows of a panel in the rotated basis, the sum over the planes of scale * sign: float32 [rows][k].
+inline void unpack_panel(const uint8_t* packed, const Sizes& z, Order order, int64_t panel, float* weight) {
+    const Panel from(packed, z, panel);
+    const int64_t steps = z.k() / kColumns, first = panel * kRows,
+                  rows = z.n - first < kRows ? z.n - first : kRows;
+    std::memset(weight, 0, std::size_t(rows * z.k()) * sizeof(float));
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t p = 0; p < z.planes; ++p) {
+            const float scale = from.scale[p * kRows + r];
+            for (int64_t c = 0; c < steps; ++c) {
+                const uint8_t* step = from.signs + (p * steps + c) * kStepBytes;
+                uint32_t word = 0;  // the inverse of interleave_nibbles
+                for (int i = 0; i < 4; ++i) {
+                    const uint32_t byte = step[byte_at(order, r, i)];
+                    word |= (byte & 15u) << (4 * i) | (byte >> 4) << (16 + 4 * i);
+                }
+                float* out = weight + r * z.k() + c * kColumns;
+                for (int j = 0; j < kColumns; ++j) out[j] += (word >> j & 1u) ? scale : -scale;
+            }
+        }
     }
 }
 

@@ -68,6 +68,7 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_advise_huge_pages": (None, [c_void_p, c_int64]),
     "bwla_packed_bytes": (c_int64, [c_void_p]),
     "bwla_pack": (c_int32, [*[c_void_p] * 9, c_int32]),
+    "bwla_unpack": (c_int32, [*_LAYER, c_int64, c_int64, c_void_p, c_int32]),
     "bwla_linear": (c_int32, [*_LAYER, *_X, c_void_p, c_int32, c_void_p, c_int32]),
     "bwla_prepare_input": (c_int32, [*_LAYER, *_X, *[c_void_p] * 3, c_int32]),
     "bwla_binary_matmul": (c_int32, [*_LAYER, *[c_void_p] * 3, c_int64, c_void_p, c_int32, c_int32]),

@@ -17,6 +17,9 @@ CPU = torch.device("cpu")
 
 HUGE_PAGE = 2 << 20
 
+PANEL_ROWS = 64
+"""Rows that lie together in a packed layer (layout.h)."""
+
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """The library's numbers for dtypes."""
 
@@ -114,6 +117,31 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     threads = torch.get_num_threads()
     _check(load().handle.bwla_pack(layer.address, *pointers, packed.data_ptr(), threads), spec)
     return packed
+
+
+def unpack_rows(packed: Tensor, spec: LayerSpec, rows: slice, isa: Isa | None = None) -> Tensor:
+    """Dequantize rows of a packed layer in the rotated basis, without the low-rank part.
+
+    Args:
+        packed: from `pack` with the same spec and variant.
+        spec: the layer.
+        rows: the rows, from a multiple of 64 to another one or to the end.
+        isa: variant; by default the loaded one.
+
+    Returns: sum_p alpha_p S_p, float32 [rows, K].
+
+    Raises:
+        BackendError: the packed layer is of another spec.
+    """
+    layer = _layer(spec, isa)
+    expect("packed", packed, torch.uint8, (layer.size,))
+    weight = torch.empty((rows.stop - rows.start, spec.in_features))
+    first, panels = rows.start // PANEL_ROWS, -(-weight.shape[0] // PANEL_ROWS)
+    status = load().handle.bwla_unpack(
+        layer.address, packed.data_ptr(), first, panels, weight.data_ptr(), torch.get_num_threads()
+    )
+    _check(status, spec)
+    return weight
 
 
 def _rows(x: Tensor, packed: Tensor, layer: _Layer, spec: LayerSpec) -> tuple[Tensor, int, int, int]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 from bwla_kernels.triton.gpu import can_run, gpu_properties
@@ -15,17 +16,18 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LAYER = (
-    "Tensor x, Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
+    "Tensor weight_chunks, Tensor weight_scale, Tensor split_counters, Tensor left_split, "
     "Tensor right_split, Tensor column_scale, Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, "
     "int out_features, int rotation_groups, int n1, int n2, int rank, int bits, float clip, int planes"
 )
 # The fused ops also compute what precedes the layer, where its input is loaded; bwla_vllm.fusion inserts them.
-_LIBRARY.define(f"linear_triton({_LAYER}) -> Tensor")
-_LIBRARY.define(f"rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps) -> Tensor")
+_LIBRARY.define(f"linear_triton(Tensor x, {_LAYER}) -> Tensor")
+_LIBRARY.define(f"rms_norm_linear_triton(Tensor x, {_LAYER}, Tensor norm_weight, float eps) -> Tensor")
 _LIBRARY.define(
-    f"add_rms_norm_linear_triton({_LAYER}, Tensor norm_weight, float eps, Tensor residual) -> (Tensor, Tensor)"
+    f"add_rms_norm_linear_triton(Tensor x, {_LAYER}, Tensor norm_weight, float eps, Tensor residual) "
+    "-> (Tensor, Tensor)"
 )
-_LIBRARY.define(f"silu_mul_linear_triton({_LAYER}) -> Tensor")
+_LIBRARY.define(f"silu_mul_linear_triton(Tensor x, {_LAYER}) -> Tensor")
 
 _TENSORS = (
     "weight_chunks",
@@ -128,6 +130,34 @@ for _name, _run, _fake in (
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bwla::{_name}", _fake, lib=_LIBRARY)
+
+
+def _input_gradient(gradient: Tensor, *layer: Any) -> Tensor:
+    from bwla_kernels.triton.layout import layer_layout, unpack_weights
+    from bwla_kernels.triton.prepare_input import join_rotations
+
+    tensors, spec = _unpack(layer)
+    packed, layout = tensors["weight_chunks"], layer_layout(spec)
+    rows = torch.arange(spec.out_features, device=packed.device)
+    scales = tensors["weight_scale"].view(-1, spec.planes, 1)
+    parts = gradients.row_slabs(spec.out_features, spec.planes * spec.in_features)
+    slabs = ((unpack_weights(packed, layout, rows[part]) * scales[part]).sum(1) for part in parts)
+    rotations = join_rotations(tensors["left_split"], tensors["right_split"], spec)
+    low_rank_a, low_rank_b = tensors.get("low_rank_a"), tensors.get("low_rank_b")
+    if low_rank_b is not None:
+        low_rank_b = low_rank_b[: spec.out_features, : spec.rank]
+    return gradients.linear_input_gradient(
+        gradient, slabs, *rotations, tensors["column_scale"], low_rank_a, low_rank_b
+    )
+
+
+gradients.register_input_gradient(
+    _LIBRARY, "linear_triton", _LAYER, _input_gradient, lambda *layer: _unpack(layer)[1].in_features
+)
+for _name in ("rms_norm_linear_triton", "add_rms_norm_linear_triton", "silu_mul_linear_triton"):
+    gradients.refuse_gradient(
+        _LIBRARY, _name, "it is for inference only: compute the layer and what precedes it apart"
+    )
 
 
 def repack(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:

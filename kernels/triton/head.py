@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import head_reference
@@ -27,7 +28,8 @@ GROUP_M = 8
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
-_LIBRARY.define("head_triton(Tensor x, Tensor weight_int8, Tensor weight_scale) -> Tensor")
+_LAYER = "Tensor weight_int8, Tensor weight_scale"
+_LIBRARY.define(f"head_triton(Tensor x, {_LAYER}) -> Tensor")
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,9 @@ def _head_fake(x: Tensor, weight_int8: Tensor, weight_scale: Tensor) -> Tensor:
 
 _LIBRARY.impl("head_triton", _head, "CompositeExplicitAutograd")
 torch.library.register_fake("bwla::head_triton", _head_fake, lib=_LIBRARY)
+gradients.register_input_gradient(
+    _LIBRARY, "head_triton", _LAYER, gradients.head_input_gradient, lambda weight, *_: weight.shape[1]
+)
 
 
 class TritonHead:

@@ -142,6 +142,12 @@ def split_rotations(rotation_left: Tensor, rotation_right: Tensor) -> tuple[Tens
     return left, split(rotation_right, right_columns(rotation_right.shape[-1]))
 
 
+def join_rotations(left_split: Tensor, right_split: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:
+    """Return the float32 rotations [G, n1, n1] and [G, n2, n2] that `split_rotations` has split."""
+    left, right = (split.float().sum(1) * 2.0**-ROTATION_EXPONENT for split in (left_split, right_split))
+    return left[:, : spec.n1, : spec.n1].transpose(1, 2), right[:, : spec.n2, : spec.n2]
+
+
 def can_prepare(spec: LayerSpec) -> tuple[bool, str]:
     """Return whether the kernels compute the input transform of such a layer, and the reason."""
     if not 2 <= spec.bits <= 8:
