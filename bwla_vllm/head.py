@@ -20,6 +20,7 @@ from bwla_vllm.checks import ADVICE
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.observe import Observer
+from bwla_vllm.parameter import mark_device
 
 logger = init_logger("vllm.bwla")
 
@@ -122,6 +123,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        mark_device(layer, "weight", local.dtype)
         layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.module, local.backend, local.spec, prepared, time.perf_counter() - started)
 

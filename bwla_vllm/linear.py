@@ -34,6 +34,7 @@ from bwla_vllm.parameter import (
     SharedParameter,
     SignsParameter,
     is_unset,
+    mark_device,
     unset,
 )
 
@@ -164,6 +165,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        mark_device(layer, "weight_packed", torch.int32)
         layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
