@@ -46,7 +46,7 @@ class _Stored(nn.Module):
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a second base class, which would allocate a weight
         for key, spec in specs.items():
             dtype = torch.get_default_dtype() if key == "bias" else spec.dtypes[0]
             empty = torch.empty(spec.shape, dtype=dtype, device="meta")
@@ -67,7 +67,30 @@ class _Stored(nn.Module):
         return self._prepared[1:]
 
 
-class BWLALinear(_Stored):
+class _LinearLike(_Stored, nn.Linear):
+    """A linear without a weight, which other libraries recognize as a linear.
+
+    PEFT wraps instances of `nn.Linear` (peft/tuners/lora/layer.py, `dispatch_default`), reads `in_features`,
+    `out_features` and `weight`, which is None here, and places an adapter on the device of `qweight`.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], out_features: int, in_features: int) -> None:
+        super().__init__(specs)
+        self.out_features, self.in_features = out_features, in_features
+        self.register_parameter("weight", None)
+        if "bias" not in specs:
+            self.register_parameter("bias", None)
+
+    @property
+    def qweight(self) -> Tensor:
+        """The largest stored tensor, integers."""
+        return next(tensor for tensor in self.stored().values() if not tensor.is_floating_point())
+
+    def reset_parameters(self) -> None:
+        """Do nothing: the tensors are loaded from a checkpoint."""
+
+
+class BWLALinear(_LinearLike):
     """A quantized linear, computed by the best backend for its device.
 
     Args:
@@ -77,9 +100,8 @@ class BWLALinear(_Stored):
     """
 
     def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
-        super().__init__(tensor_specs(spec))
+        super().__init__(tensor_specs(spec), spec.out_features, spec.in_features)
         self.spec, self.name, self.backend = spec, name, backend
-        self.in_features, self.out_features = spec.in_features, spec.out_features
 
     @classmethod
     def from_stored(
@@ -108,7 +130,7 @@ class BWLALinear(_Stored):
         return str(self.spec)
 
 
-class BWLAHead(_Stored):
+class BWLAHead(_LinearLike):
     """The 8-bit language-model head, computed by the best backend for its device.
 
     Args:
@@ -117,9 +139,8 @@ class BWLAHead(_Stored):
     """
 
     def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
-        super().__init__(head_tensor_specs(spec))
+        super().__init__(head_tensor_specs(spec), spec.out_features, spec.in_features)
         self.spec, self.backend = spec, backend
-        self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x [..., K] -> [..., V] in the dtype of x."""
