@@ -199,10 +199,11 @@ class BWLATiedHead(BWLAHead):
 
 
 def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
-    """Check the headers of a checkpoint folder, and that it holds all tensors of the model.
+    """Check the headers of a checkpoint folder, and that it holds all tensors of the model that it describes.
 
     Args:
-        model: the model before its linears are replaced, usually on the meta device.
+        model: the model before its linears are replaced, usually on the meta device. A head other than the language
+            model's is initialized by transformers, which reports it.
         folder: the checkpoint.
 
     Returns: the specs of the checkpoint's quantized linears, by module path.
@@ -212,12 +213,24 @@ def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
     """
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
-    if not check_model(model, specs, entries, folder):
+    named = dict(model.named_modules())
+    # A class with another head (sequence classification) is no reason to expect that head in the checkpoint.
+    other_head = HEAD_MODULE not in named and all(isinstance(named.get(name), nn.Linear) for name in specs)
+    if not check_model(_language_model(folder) if other_head else model, specs, entries, folder):
         raise FormatError(
             f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "
             f"{next(iter(specs))}: load the checkpoint with AutoModelForCausalLM"
         )
     return specs
+
+
+def _language_model(folder: Path) -> nn.Module:
+    """Build the language model that a checkpoint's config.json describes, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
 
 
 def check_loaded(model: nn.Module) -> None:
