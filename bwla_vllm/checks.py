@@ -92,8 +92,8 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
     saved_by_vllm = sorted(folder.glob(SHARDED_STATE_FILES))
     if saved_by_vllm:
         raise FormatError(
-            f"{saved_by_vllm[0]}: expected the files that bwla-convert wrote, found those of vLLM's save_sharded_state, "
-            "which hold weights repacked for one machine: serve the converted folder, without --load-format"
+            f"{saved_by_vllm[0]}: expected the files that bwla-convert wrote, found those of vLLM's "
+            "save_sharded_state, which hold weights repacked for one machine: serve the converted folder, without --load-format"
         )
     entries = read_folder(folder)
     specs = check_folder(folder, entries)

@@ -172,7 +172,11 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, LinearBase):
             parts = self._quantized_parts(layer, prefix)
             if not parts:
-                return BWLAScoreMethod(prefix) if prefix.rpartition(".")[2] == "score" else UnquantizedLinearMethod()
+                return (
+                    BWLAScoreMethod(prefix)
+                    if prefix.rpartition(".")[2] == "score"
+                    else UnquantizedLinearMethod()
+                )
             return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
         if isinstance(layer, VocabParallelEmbedding) and (method := self._int8_method(layer, prefix)):
             return method

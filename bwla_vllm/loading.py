@@ -60,8 +60,8 @@ def check_load_format(name: str) -> None:
     """
     if name in REFUSED_FORMATS:
         raise StartError(
-            f"--load-format {name} {REFUSED_FORMATS[name]}: start vLLM without --load-format, or with auto, safetensors, "
-            f"{', '.join(PACKAGES)} or dummy"
+            f"--load-format {name} {REFUSED_FORMATS[name]}: start vLLM without --load-format, or with auto, "
+            f"safetensors, {', '.join(PACKAGES)} or dummy"
         )
     if name in PACKAGES and find_spec(PACKAGES[name]) is None:
         raise StartError(
@@ -84,8 +84,8 @@ def changed_sizes(stored: Any, asked: Any) -> str | None:
         found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
         if found is not None and wanted is not None and found != wanted:
             return (
-                f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the stored "
-                "tensors do not fit another size, remove the override"
+                f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
+                "stored tensors do not fit another size, remove the override"
             )
     return None
 
@@ -114,7 +114,9 @@ def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) 
 def derives_classifier(hf_config: Any) -> bool:
     """Return whether vLLM derives a classifier from rows of the language-model head, as for Qwen3-Reranker."""
     text = hf_config.get_text_config()
-    return getattr(hf_config, "classifier_from_token", getattr(text, "classifier_from_token", None)) is not None
+    return (
+        getattr(hf_config, "classifier_from_token", getattr(text, "classifier_from_token", None)) is not None
+    )
 
 
 def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:

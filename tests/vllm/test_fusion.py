@@ -239,7 +239,11 @@ class Adapted(nn.Module):
     ("adapted", "left", "said"),
     [
         (("qkv", "o", "gate_up", "down", "next_qkv"), {fusion.LINEAR: 5}, "separate kernels, because LoRA"),
-        (("qkv", "gate_up"), {fusion.LINEAR: 3, fusion.ADD_NORM_LINEAR: 1, fusion.SILU_MUL_LINEAR: 1}, "are fused"),
+        (
+            ("qkv", "gate_up"),
+            {fusion.LINEAR: 3, fusion.ADD_NORM_LINEAR: 1, fusion.SILU_MUL_LINEAR: 1},
+            "are fused",
+        ),
     ],
     ids=["all linears", "two of them"],
 )

@@ -29,7 +29,9 @@ POOLING = {"runner": "pooling"}
 
 
 @torch.no_grad()
-def test_a_reranker_scores_with_two_rows_of_the_head(qwen3: Any, golden: Any, start: Callable[..., Any]) -> None:
+def test_a_reranker_scores_with_two_rows_of_the_head(
+    qwen3: Any, golden: Any, start: Callable[..., Any]
+) -> None:
     engine = start(qwen3.folder, hf_overrides=RERANKER, **POOLING)
     (found,) = engine.classify([{"prompt_token_ids": golden.prompt}], use_tqdm=False)
     logits = golden.logprobs[len(golden.prompt) - 1]
@@ -60,7 +62,10 @@ def test_embeddings_are_the_last_hidden_state(qwen3: Any, golden: Any, start: Ca
     (found,) = engine.embed([{"prompt_token_ids": golden.prompt}], use_tqdm=False)
     hidden = qwen3.model.model(torch.tensor([golden.prompt])).last_hidden_state[0, -1]
     torch.testing.assert_close(
-        torch.tensor(found.outputs.embedding), torch.nn.functional.normalize(hidden, dim=0), rtol=1e-3, atol=1e-4
+        torch.tensor(found.outputs.embedding),
+        torch.nn.functional.normalize(hidden, dim=0),
+        rtol=1e-3,
+        atol=1e-4,
     )
 
 
@@ -107,7 +112,8 @@ def test_an_override_that_changes_sizes_is_named() -> None:
 
     def config(load_format: str) -> Any:
         return SimpleNamespace(
-            load_config=SimpleNamespace(load_format=load_format), model_config=SimpleNamespace(hf_config=asked)
+            load_config=SimpleNamespace(load_format=load_format),
+            model_config=SimpleNamespace(hf_config=asked),
         )
 
     quantization = BWLAFormat(rotation={"q_proj": (1, 8, 8)}, rank=0)

@@ -47,7 +47,8 @@ def write_adapter(
     vocabulary, hidden = config["vocab_size"], config["hidden_size"]
     generator = torch.Generator().manual_seed(seed)
     sizes = {
-        name: (spec.out_features, spec.in_features) for name, spec in check_folder(base, read_folder(base)).items()
+        name: (spec.out_features, spec.in_features)
+        for name, spec in check_folder(base, read_folder(base)).items()
     }
     if head:
         sizes["lm_head"] = vocabulary, hidden
@@ -132,7 +133,9 @@ def test_the_8_bit_embedding_and_the_head_tied_to_it(
 ) -> None:
     """Against the dequantized weights; the adapter changes the embedding's rows too."""
     ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 255}
-    source = write_model(tmp_path / "source", "Qwen3", dtype=torch.float32, lively=True, tie_word_embeddings=True, **ids)
+    source = write_model(
+        tmp_path / "source", "Qwen3", dtype=torch.float32, lively=True, tie_word_embeddings=True, **ids
+    )
     tokenizer(source)
     out, prompts = tmp_path / "out", ("t1 t2 t3 t4", "t9 t8")
     convert(Options(str(source), out, rank=2, bits=16))

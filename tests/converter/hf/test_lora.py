@@ -1,4 +1,4 @@
-"""PEFT's adapters on quantized linears in transformers: what PEFT reads of a layer, and PEFT itself where it is installed."""
+"""PEFT's adapters on quantized linears in transformers: what PEFT reads of a layer, and PEFT where it is installed."""
 
 from pathlib import Path
 from typing import Any
