@@ -93,7 +93,7 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
     if saved_by_vllm:
         raise FormatError(
             f"{saved_by_vllm[0]}: expected the files that bwla-convert wrote, found those of vLLM's "
-            "save_sharded_state, which hold weights repacked for one machine: serve the converted folder, without --load-format"
+            "save_sharded_state, which hold weights repacked for one machine: serve the converted folder"
         )
     entries = read_folder(folder)
     specs = check_folder(folder, entries)

@@ -156,7 +156,6 @@ def test_two_ranks_and_fully_sharded_adapters(
 ) -> None:
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     one = answers(start(example_a16, **LORA), adapters)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     for fully_sharded in (False, True):
         two = answers(start(example_a16, fully_sharded_loras=fully_sharded, **ranks, **LORA), adapters)
