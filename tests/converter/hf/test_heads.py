@@ -11,7 +11,11 @@ from bwla_converter.pipeline import convert
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.folder import read_folder
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 IDS = torch.arange(24).view(1, 24)
 LABELS = 3
@@ -20,7 +24,7 @@ LABELS = 3
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_a_classifier_reads_the_language_models_hidden_state(make_model, tmp_path: Path, tied: bool) -> None:
-    """The classifier is new, as in any language model that is loaded so; everything below it is the checkpoint's."""
+    """As in any language model that is loaded so, the classifier is new; everything below it is the checkpoint's."""
     out = tmp_path / "out"
     convert(Options(str(make_model("Qwen3", tie_word_embeddings=tied)), out, rank=2))
     language = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
@@ -29,8 +33,12 @@ def test_a_classifier_reads_the_language_models_hidden_state(make_model, tmp_pat
     ).eval()
     assert classifier.score.weight.shape[0] == LABELS
     assert any(isinstance(module, hf.BWLALinear) for module in classifier.modules())
-    hidden = language.model(IDS).last_hidden_state[:, -1]
-    torch.testing.assert_close(classifier(IDS).logits, classifier.score(hidden))
+    hidden = language.model(IDS).last_hidden_state
+    torch.testing.assert_close(classifier(IDS).logits, classifier.score(hidden[:, -1]))
+    tagger = AutoModelForTokenClassification.from_pretrained(
+        out, dtype=torch.float32, num_labels=LABELS
+    ).eval()
+    torch.testing.assert_close(tagger(IDS).logits, tagger.score(hidden))
 
 
 def test_a_damaged_checkpoint_is_refused_with_any_head(make_model, tmp_path: Path) -> None:
