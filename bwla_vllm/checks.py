@@ -26,6 +26,18 @@ OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
 """Linears sharded along their output, and how many of them a stored tensor fuses; vLLM checks q, k and v itself."""
 
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""Keys of a model's config on which the shapes of its tensors depend."""
+
+
 def local_folder(model: str, revision: str | None = None) -> str | None:
     """Return the folder with the weights of `model` on this machine.
 
@@ -104,6 +116,26 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
         )
     check_plain_values(folder, entries, specs)
     return specs
+
+
+def changed_sizes(stored: Any, asked: Any) -> str | None:
+    """Describe a difference in size between the checkpoint's own config and the one that vLLM was given.
+
+    Args:
+        stored: the model's transformers config as the checkpoint's config.json describes it.
+        asked: the same with `--hf-overrides` applied.
+
+    Returns: one sentence, or None where all sizes agree.
+    """
+    ours, theirs = stored.get_text_config(), asked.get_text_config()
+    for key in SIZES:
+        found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
+        if found is not None and wanted is not None and found != wanted:
+            return (
+                f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
+                "stored tensors do not fit another size, remove the override"
+            )
+    return None
 
 
 def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:

@@ -44,7 +44,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             on a model that is not quantized), in which case the methods raise a `StartError`.
         specs: full (unsharded) sizes of every quantized linear by checkpoint name, read from the
             safetensors headers in the front-end process; empty if the files are not downloaded yet.
-        changed_sizes: what an override changes that the stored tensors do not fit, from `loading.changed_sizes`.
+        changed_sizes: what an override changes that the stored tensors do not fit, from `checks.changed_sizes`.
         backend: backend requested in the environment, or None for the fastest.
         observer: collects the summaries of the layers.
     """
@@ -114,7 +114,6 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
         from bwla_vllm import checks
         from bwla_vllm.compat import outside_tested_range
-        from bwla_vllm.loading import changed_sizes
 
         self.known_format()
         warning = outside_tested_range(release)
@@ -136,7 +135,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         with one_sentence():
             own = None if hf_config is None else checks.own_config(Path(folder), hf_config)
             self.specs = checks.check_checkpoint(Path(folder), own)
-        self.changed_sizes = None if own is None else changed_sizes(own, hf_config)
+        self.changed_sizes = None if own is None else checks.changed_sizes(own, hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""

@@ -145,9 +145,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             StartError: missing, inconsistent or invalid tensors.
         """
         local: LocalLinear = layer.bwla
-        stored = {
-            name: layer.get_parameter(name) for name in tensor_specs(local.spec) if hasattr(layer, name)
-        }
+        own = dict(layer.named_parameters(recurse=False))
+        stored = {name: own[name] for name in tensor_specs(local.spec) if name in own}
         if not isinstance(stored.get("weight_scale"), CheckedParameter):
             return  # Already repacked; a reload brings the checked parameters back first.
         started = time.perf_counter()

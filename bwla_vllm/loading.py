@@ -40,17 +40,6 @@ PACKAGES: Mapping[str, str] = {
 }
 """Load formats that read a checkpoint as it is, and the module of the package that each needs."""
 
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
-"""Keys of a model's config on which the shapes of its tensors depend."""
-
 
 def check_load_format(name: str) -> None:
     """Check that vLLM can load a BWLA checkpoint with `--load-format name`.
@@ -70,33 +59,13 @@ def check_load_format(name: str) -> None:
         )
 
 
-def changed_sizes(stored: Any, asked: Any) -> str | None:
-    """Describe a difference in size between the checkpoint's own config and the one that vLLM was given.
-
-    Args:
-        stored: the model's transformers config as the checkpoint's config.json describes it.
-        asked: the same with `--hf-overrides` applied.
-
-    Returns: one sentence, or None where all sizes agree.
-    """
-    ours, theirs = stored.get_text_config(), asked.get_text_config()
-    for key in SIZES:
-        found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
-        if found is not None and wanted is not None and found != wanted:
-            return (
-                f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
-                "stored tensors do not fit another size, remove the override"
-            )
-    return None
-
-
 def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) -> None:
     """Check vLLM's whole configuration while it builds the model, which is before it reads weights.
 
     Args:
         config: vLLM's config; None outside an engine, where nothing is checked.
         quantization: the checkpoint's quantization config.
-        changed: from `changed_sizes`; dummy weights fit any size.
+        changed: from `checks.changed_sizes`; dummy weights fit any size.
 
     Raises:
         StartError: the load format or an override asks for something that this checkpoint does not hold.

@@ -14,8 +14,9 @@ from bwla_kernels.format.schema import BWLAFormat, head_args
 from golden import load_reference
 
 from benchmarks.common.tiny_models import write_model
+from bwla_vllm.checks import changed_sizes
 from bwla_vllm.errors import StartError
-from bwla_vllm.loading import changed_sizes, check_derived_head, check_request
+from bwla_vllm.loading import check_derived_head, check_request
 
 NO, YES = 3, 7
 RERANKER = {
