@@ -19,8 +19,23 @@ logger = init_logger("vllm.bwla")
 
 ADVICE = "convert or download the model again"
 
+SHARDED_STATE_FILES = "model-rank-*-part-*.safetensors"
+"""Names of the files that vLLM's `save_sharded_state` writes."""
+
 OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
 """Linears sharded along their output, and how many of them a stored tensor fuses; vLLM checks q, k and v itself."""
+
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""Keys of a model's config on which the shapes of its tensors depend."""
 
 
 def local_folder(model: str, revision: str | None = None) -> str | None:
@@ -59,18 +74,39 @@ def local_folder(model: str, revision: str | None = None) -> str | None:
     return str(config.parent) if complete else None
 
 
+def own_config(folder: Path, hf_config: Any) -> Any:
+    """Return the transformers config that the checkpoint's config.json describes.
+
+    Args:
+        folder: the checkpoint.
+        hf_config: the config as vLLM has it, to which `--hf-overrides` were applied.
+    """
+    raw = read_json(folder / "config.json")
+    if raw.get("model_type") == getattr(hf_config, "model_type", None):
+        return type(hf_config).from_dict(raw)
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder)
+
+
 def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec]:
     """Check a checkpoint folder, and compare it with the model that its config.json describes.
 
     Args:
         folder: the checkpoint.
-        hf_config: the model's transformers config; if None, only the folder itself is checked.
+        hf_config: the model's transformers config, from `own_config`; if None, only the folder itself is checked.
 
     Returns: the full (unsharded) sizes of every quantized linear, by name.
 
     Raises:
         FormatError: the first problem found, naming file and tensor.
     """
+    saved_by_vllm = sorted(folder.glob(SHARDED_STATE_FILES))
+    if saved_by_vllm:
+        raise FormatError(
+            f"{saved_by_vllm[0]}: expected the files that bwla-convert wrote, found those of vLLM's "
+            "save_sharded_state, which hold weights repacked for one machine: serve the converted folder"
+        )
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
     model = None if hf_config is None else _skeleton(hf_config)
@@ -80,6 +116,26 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
         )
     check_plain_values(folder, entries, specs)
     return specs
+
+
+def changed_sizes(stored: Any, asked: Any) -> str | None:
+    """Describe a difference in size between the checkpoint's own config and the one that vLLM was given.
+
+    Args:
+        stored: the model's transformers config as the checkpoint's config.json describes it.
+        asked: the same with `--hf-overrides` applied.
+
+    Returns: one sentence, or None where all sizes agree.
+    """
+    ours, theirs = stored.get_text_config(), asked.get_text_config()
+    for key in SIZES:
+        found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
+        if found is not None and wanted is not None and found != wanted:
+            return (
+                f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
+                "stored tensors do not fit another size, remove the override"
+            )
+    return None
 
 
 def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:

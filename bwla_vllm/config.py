@@ -44,6 +44,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             on a model that is not quantized), in which case the methods raise a `StartError`.
         specs: full (unsharded) sizes of every quantized linear by checkpoint name, read from the
             safetensors headers in the front-end process; empty if the files are not downloaded yet.
+        changed_sizes: what an override changes that the stored tensors do not fit, from `checks.changed_sizes`.
         backend: backend requested in the environment, or None for the fastest.
         observer: collects the summaries of the layers.
     """
@@ -52,9 +53,10 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.format = quantization
         self.specs: dict[str, LayerSpec] = {}
+        self.changed_sizes: str | None = None
         self.backend = os.environ.get(BACKEND_VARIABLE) or None
         self.observer = Observer(calls_to_check())
-        self._sharding_checked = False
+        self._start_checked = False
 
     def __repr__(self) -> str:
         return f"BWLAConfig({self.format!r})"
@@ -131,7 +133,9 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             )
             return
         with one_sentence():
-            self.specs = checks.check_checkpoint(Path(folder), hf_config)
+            own = None if hf_config is None else checks.own_config(Path(folder), hf_config)
+            self.specs = checks.check_checkpoint(Path(folder), own)
+        self.changed_sizes = None if own is None else checks.changed_sizes(own, hf_config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""
@@ -152,21 +156,26 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             8 bits, vLLM's unquantized method for another linear, None (vLLM's default) for everything else.
 
         Raises:
-            StartError: a fused layer whose parts are quantized differently; one-bit experts or head; sizes that
-                the tensor-parallel size does not divide.
+            StartError: a load format or an override that cannot work; a fused layer whose parts are quantized
+                differently; one-bit experts or head; sizes that the tensor-parallel size does not divide.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from bwla_vllm.compat import is_moe_layer
         from bwla_vllm.linear import BWLALinearMethod
+        from bwla_vllm.loading import BWLAScoreMethod
 
         quantization = self.known_format()
+        self._check_start_once()
         if isinstance(layer, LinearBase):
-            self._check_sharding_once()
             parts = self._quantized_parts(layer, prefix)
             if not parts:
-                return UnquantizedLinearMethod()
+                return (
+                    BWLAScoreMethod(prefix)
+                    if prefix.rpartition(".")[2] == "score"
+                    else UnquantizedLinearMethod()
+                )
             return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
         if isinstance(layer, VocabParallelEmbedding) and (method := self._int8_method(layer, prefix)):
             return method
@@ -204,16 +213,19 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             return None
         return BWLAEmbeddingMethod(self.backend, self.observer, ties_head())
 
-    def _check_sharding_once(self) -> None:
-        """Check the sharding before the first layer allocates: vLLM's own assertions do not name the layer."""
+    def _check_start_once(self) -> None:
+        """Check request and sharding before the first layer allocates: vLLM's own assertions do not name the layer."""
+        from vllm.config import get_current_vllm_config_or_none
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         from bwla_vllm.checks import check_tensor_parallel
+        from bwla_vllm.loading import check_request
 
-        if not self._sharding_checked:
+        if not self._start_checked:
+            check_request(get_current_vllm_config_or_none(), self.known_format(), self.changed_sizes)
             with one_sentence():
                 check_tensor_parallel(self.specs, get_tensor_model_parallel_world_size())
-            self._sharding_checked = True
+            self._start_checked = True
 
     def _quantized_parts(self, layer: Any, prefix: str) -> tuple[str, ...]:
         """Return the checkpoint names of the linears that `layer` fuses (or its own name); () if unquantized."""

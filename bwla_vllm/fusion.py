@@ -42,9 +42,15 @@ class BWLAFusionPass(InductorPass):  # type: ignore[misc]
     def __call__(self, graph: fx.Graph) -> None:
         """Run the pass on `graph`."""
         linears = graph.find_nodes(op="call_function", target=LINEAR)
+        shared = sum(_has_other_readers(linear) for linear in linears)
         fused = sum(_fuse(graph, linear) for linear in linears)
         if fused:
             logger.info_once("BWLA layers: norms and SiLU * mul are fused into the layers that read them")
+        elif linears and shared == len(linears):
+            logger.info_once(
+                "BWLA layers: norms and SiLU * mul run as separate kernels, because LoRA adapters or other operations "
+                "read the layers' inputs too"
+            )
         elif linears:
             logger.warning_once(
                 "BWLA layers: no norm or SiLU * mul was found before %d layers of a graph; they run as separate "
@@ -90,9 +96,18 @@ def install(config: Any) -> None:
 
 def _fuse(graph: fx.Graph, linear: fx.Node) -> bool:
     source = linear.args[0]
-    if not isinstance(source, fx.Node) or set(source.users) != {linear}:
+    if not isinstance(source, fx.Node) or _has_other_readers(linear):
         return False
     return any(rule(graph, linear, source) for rule in (_fuse_norm, _fuse_add_norm, _fuse_silu_mul))
+
+
+def _has_other_readers(linear: fx.Node) -> bool:
+    """Return whether the input of a linear is also read elsewhere (by the A matrix of a LoRA adapter, for example).
+
+    Fusing would then compute the norm twice, or lose it for the other reader.
+    """
+    source = linear.args[0]
+    return isinstance(source, fx.Node) and set(source.users) != {linear}
 
 
 def _ir_op(name: str) -> Any:

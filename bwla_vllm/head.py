@@ -19,9 +19,14 @@ from vllm.model_executor.utils import set_weight_attrs
 from bwla_vllm.checks import ADVICE
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError, one_sentence
+from bwla_vllm.loading import derives_classifier
 from bwla_vllm.observe import Observer
+from bwla_vllm.parameter import mark_device
 
 logger = init_logger("vllm.bwla")
+
+CHUNK_ELEMENTS = 2**24
+"""Number of weights that are dequantized at a time."""
 
 UNSET_CODE = -128
 """Value of the int8 weights before loading; the codes of the format are -127 or larger."""
@@ -122,6 +127,7 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        mark_device(layer, "weight", local.dtype)
         layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.module, local.backend, local.spec, prepared, time.perf_counter() - started)
 
@@ -136,7 +142,8 @@ class BWLAEmbeddingMethod(BWLAHeadMethod):
     """Quantization method of an 8-bit embedding, and of a head that is tied to it.
 
     Rows are looked up in plain torch, which torch.compile and CUDA graphs can trace; the tied head is computed as one
-    that is stored.
+    that is stored. Where vLLM derives a classifier from rows of the tied head, it finds them in `weight`, which exists
+    only while weights are loaded.
 
     Args:
         backend_name, observer: as in `BWLAHeadMethod`.
@@ -149,9 +156,65 @@ class BWLAEmbeddingMethod(BWLAHeadMethod):
         super().__init__(backend_name if is_head else TorchHead.name, observer)
         self.is_head = is_head
 
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register codes and scales, and the dequantized weight where vLLM derives a classifier from it."""
+        config = get_current_vllm_config_or_none()
+        model = None if config is None else config.model_config
+        derives = self.is_head and model is not None and derives_classifier(model.hf_config)
+        if derives:
+            shape = sum(output_partition_sizes), input_size_per_partition
+            weight = torch.full(shape, float("nan"), dtype=params_dtype)
+            layer.register_parameter("weight", Parameter(weight, requires_grad=False))
+            extra_weight_attrs["weight_loader"] = fills_weight(extra_weight_attrs["weight_loader"], layer)
+        super().create_weights(
+            layer,
+            input_size_per_partition,
+            output_partition_sizes,
+            input_size,
+            output_size,
+            params_dtype,
+            **extra_weight_attrs,
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Drop the dequantized weight, then check and repack what was loaded.
+
+        Raises:
+            StartError: missing or invalid tensors.
+        """
+        if isinstance(getattr(layer, "weight", None), Parameter):
+            del layer.weight
+        super().process_weights_after_loading(layer)
+
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """Look up this rank's rows: ids [...] -> [..., K] in the model's dtype."""
         return dequantize_rows(layer.weight_int8, layer.weight_scale, input_, layer.bwla.dtype)
+
+
+def fills_weight(loader: Any, layer: Any) -> Any:
+    """Wrap the weight loader of an embedding so that it dequantizes `layer.weight` once codes and scales are loaded."""
+
+    def load(param: Parameter, loaded_weight: Tensor) -> None:
+        loader(param, loaded_weight)
+        shard = layer.shard_indices
+        rows = shard.org_vocab_end_index - shard.org_vocab_start_index
+        codes, scale = layer.weight_int8.data[:rows], layer.weight_scale.data[:rows]
+        if scale.isnan().any() or (codes == UNSET_CODE).any():
+            return
+        step = max(1, CHUNK_ELEMENTS // codes.shape[1])
+        for ids in torch.arange(rows, device=codes.device).split(step):
+            layer.weight.data[ids] = dequantize_rows(codes, scale, ids, layer.weight.dtype)
+
+    return load
 
 
 class BWLATiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]

@@ -34,6 +34,7 @@ from bwla_vllm.parameter import (
     SharedParameter,
     SignsParameter,
     is_unset,
+    mark_device,
     unset,
 )
 
@@ -144,9 +145,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             StartError: missing, inconsistent or invalid tensors.
         """
         local: LocalLinear = layer.bwla
-        stored = {
-            name: layer.get_parameter(name) for name in tensor_specs(local.spec) if hasattr(layer, name)
-        }
+        own = dict(layer.named_parameters(recurse=False))
+        stored = {name: own[name] for name in tensor_specs(local.spec) if name in own}
         if not isinstance(stored.get("weight_scale"), CheckedParameter):
             return  # Already repacked; a reload brings the checked parameters back first.
         started = time.perf_counter()
@@ -164,6 +164,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             delattr(layer, name)
         for name, tensor in prepared.items():
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        mark_device(layer, "weight_packed", torch.int32)
         layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 

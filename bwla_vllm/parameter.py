@@ -38,6 +38,18 @@ def is_unset(tensor: Tensor) -> bool:
     return bool(holes.all())
 
 
+def mark_device(layer: Any, name: str, dtype: torch.dtype) -> None:
+    """Register an empty buffer under a name by which vLLM finds the device and dtype of a layer's weights.
+
+    LoRA wrappers look for `weight`, `weight_packed` and some others (vllm/lora/layers/utils.py), of which none is left
+    after repacking. The buffer is not part of the state dict; code that multiplies by it fails on its shape.
+    """
+    if hasattr(layer, name):
+        return
+    device = next(layer.parameters()).device
+    layer.register_buffer(name, torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+
 class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
     """A parameter that refuses tensors of another dtype or full size, naming itself.
 

@@ -129,6 +129,8 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
     Members("vllm.config", "ModelConfig", ("enforce_eager", "hf_config")),
     Members("vllm.config", "CompilationConfig", ("inductor_compile_config", "mode")),
     Members("vllm.config.load", "LoadConfig", ("load_format",)),
+    Text("vllm.model_executor.models.adapters", "classifier_from_token"),
+    Text("vllm.lora.layers.utils", "weight_packed"),
     Members("vllm.model_executor.models.utils", "WeightsMapper", ("apply_list", "apply_dict")),
     Members(PARAMETER, "BasevLLMParameter", ("tp_rank", "tp_size", "_shard_id_as_int")),
     Constructor(PARAMETER, "BasevLLMParameter", BASE_ARGUMENTS),

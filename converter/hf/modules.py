@@ -50,7 +50,7 @@ class _Stored(nn.Module):
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of a second base class, which would allocate a weight
         for key, spec in specs.items():
             dtype = torch.get_default_dtype() if key == "bias" else spec.dtypes[0]
             empty = torch.empty(spec.shape, dtype=dtype, device="meta")
@@ -103,7 +103,30 @@ class _Stored(nn.Module):
         return self
 
 
-class BWLALinear(_Stored):
+class _LinearLike(_Stored, nn.Linear):
+    """A linear without a weight, which other libraries recognize as a linear.
+
+    PEFT wraps instances of `nn.Linear` (peft/tuners/lora/layer.py, `dispatch_default`), reads `in_features`,
+    `out_features` and `weight`, which is None here, and places an adapter on the device of `qweight`.
+    """
+
+    def __init__(self, specs: Mapping[str, TensorSpec], out_features: int, in_features: int) -> None:
+        super().__init__(specs)
+        self.out_features, self.in_features = out_features, in_features
+        self.register_parameter("weight", None)
+        if "bias" not in specs:
+            self.register_parameter("bias", None)
+
+    @property
+    def qweight(self) -> Tensor:
+        """The largest stored tensor, integers."""
+        return next(tensor for tensor in self.stored().values() if not tensor.is_floating_point())
+
+    def reset_parameters(self) -> None:
+        """Do nothing: the tensors are loaded from a checkpoint."""
+
+
+class BWLALinear(_LinearLike):
     """A quantized linear, computed by the best backend for its device.
 
     Args:
@@ -113,9 +136,8 @@ class BWLALinear(_Stored):
     """
 
     def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
-        super().__init__(tensor_specs(spec))
+        super().__init__(tensor_specs(spec), spec.out_features, spec.in_features)
         self.spec, self.name, self.backend = spec, name, backend
-        self.in_features, self.out_features = spec.in_features, spec.out_features
 
     @classmethod
     def from_stored(
@@ -151,7 +173,7 @@ class BWLALinear(_Stored):
         return str(self.spec)
 
 
-class BWLAHead(_Stored):
+class BWLAHead(_LinearLike):
     """The 8-bit language-model head, computed by the best backend for its device.
 
     Args:
@@ -160,9 +182,8 @@ class BWLAHead(_Stored):
     """
 
     def __init__(self, spec: HeadSpec, backend: str | None = None) -> None:
-        super().__init__(head_tensor_specs(spec))
+        super().__init__(head_tensor_specs(spec), spec.out_features, spec.in_features)
         self.spec, self.backend = spec, backend
-        self.in_features, self.out_features = spec.in_features, spec.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x [..., K] -> [..., V] in the dtype of x; the gradient is as a linear's."""
@@ -229,10 +250,11 @@ class BWLATiedHead(BWLAHead):
 
 
 def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
-    """Check the headers of a checkpoint folder, and that it holds all tensors of the model.
+    """Check the headers of a checkpoint folder, and that it holds all tensors of the model that it describes.
 
     Args:
-        model: the model before its linears are replaced, usually on the meta device.
+        model: the model before its linears are replaced, usually on the meta device. A head other than the language
+            model's is initialized by transformers, which reports it.
         folder: the checkpoint.
 
     Returns: the specs of the checkpoint's quantized linears, by module path.
@@ -242,12 +264,24 @@ def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
     """
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
-    if not check_model(model, specs, entries, folder):
+    named = dict(model.named_modules())
+    # A class with another head (sequence classification) is no reason to expect that head in the checkpoint.
+    other_head = HEAD_MODULE not in named and all(isinstance(named.get(name), nn.Linear) for name in specs)
+    if not check_model(_language_model(folder) if other_head else model, specs, entries, folder):
         raise FormatError(
             f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "
             f"{next(iter(specs))}: load the checkpoint with AutoModelForCausalLM"
         )
     return specs
+
+
+def _language_model(folder: Path) -> nn.Module:
+    """Build the language model that a checkpoint's config.json describes, on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return model
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -59,10 +59,11 @@ def on_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Pretend to be a tensor-parallel rank: `on_rank(rank, size)`; (0, 1) before the first call."""
     import vllm.distributed
     import vllm.model_executor.layers.linear as linear
+    import vllm.model_executor.layers.vocab_parallel_embedding as embedding
     import vllm.model_executor.parameter as parameter
 
     def pretend(rank: int, size: int) -> None:
-        for module in (vllm.distributed, linear, parameter):
+        for module in (vllm.distributed, linear, embedding, parameter):
             monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank, raising=False)
             monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
 

@@ -220,6 +220,52 @@ def test_what_stays(which: str) -> None:
     assert torch.equal(before[0], after[0])
 
 
+class Adapted(nn.Module):
+    """A linear inside vLLM's LoRA wrapper: the adapter reads the same input and is added to the output in place."""
+
+    def __init__(self, base: Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.a = nn.Parameter(torch.rand(4, len(base.column_scale)))
+        self.b = nn.Parameter(torch.rand(len(base.weight_scale), 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        y += nn.functional.linear(nn.functional.linear(x, self.a), self.b)
+        return y
+
+
+@pytest.mark.parametrize(
+    ("adapted", "left", "said"),
+    [
+        (("qkv", "o", "gate_up", "down", "next_qkv"), {fusion.LINEAR: 5}, "separate kernels, because LoRA"),
+        (
+            ("qkv", "gate_up"),
+            {fusion.LINEAR: 3, fusion.ADD_NORM_LINEAR: 1, fusion.SILU_MUL_LINEAR: 1},
+            "are fused",
+        ),
+    ],
+    ids=["all linears", "two of them"],
+)
+def test_layers_with_adapters_keep_their_norms(
+    adapted: tuple[str, ...], left: dict[Any, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adapter reads the normalized input; the other layers are fused as before."""
+    torch.manual_seed(0)
+    model, x = Block(torch.float32), torch.randn(TOKENS, WIDTH)
+    for name in adapted:
+        setattr(model, name, Adapted(getattr(model, name)))
+    logged: list[str] = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(fusion.logger, level, lambda message, *_: logged.append(message), raising=False)
+    plain, _ = run(model, x)
+    fused, graph = run(model, x, fusion.BWLAFusionPass())
+    assert count(graph) == left
+    for a, b in zip(fused, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)
+    assert [said in message for message in logged] == [True]
+
+
 def test_vllms_own_silu_kernel() -> None:
     """If vLLM is configured to use its custom op, the graph holds it functionalized."""
     from torch._higher_order_ops.auto_functionalize import auto_functionalized

@@ -227,6 +227,9 @@ def test_everything_that_is_used_is_registered_and_nothing_else_is_kept(
     assert "weight_packed" in before - set(after)
     assert after["rotation_left"].shape == (1, 8, 8)  # three copies became one
     assert after["rotation_left"].untyped_storage().nbytes() == 4 * 64
+    # vLLM's LoRA wrappers find the layer's device by this name; it takes no memory and is not saved.
+    assert (layer.weight_packed.shape, layer.weight_packed.device) == ((0,), after["rotation_left"].device)
+    assert "weight_packed" not in layer.state_dict()
     finish(layer)  # a second call changes nothing
     assert dict(layer.named_parameters()) == after
 

@@ -1,0 +1,137 @@
+"""Check what vLLM was asked to do with a checkpoint (load format, overrides, other heads) before it reads weights."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from bwla_kernels.format.head import HEAD_MODULE
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+from bwla_vllm.dummy import loads_dummy_weights
+from bwla_vllm.errors import StartError
+
+if TYPE_CHECKING:
+    from bwla_kernels.format.schema import BWLAFormat
+
+_REPACKED = (
+    "holds weights as a vLLM process repacked them for its own machine, which cannot be checked; BWLA checkpoints load "
+    "from the files that bwla-convert wrote"
+)
+_OTHER_FILES = "reads files other than the safetensors of a BWLA checkpoint"
+_OTHER_METHOD = "belongs to another quantization method"
+
+REFUSED_FORMATS: Mapping[str, str] = {
+    "sharded_state": _REPACKED,
+    "runai_streamer_sharded": _REPACKED,
+    "tensorizer": _REPACKED,
+    "ipc_cache": _REPACKED,
+    "pt": _OTHER_FILES,
+    "npcache": _OTHER_FILES,
+    "mistral": _OTHER_FILES,
+    "bitsandbytes": _OTHER_METHOD,
+    "gguf": _OTHER_METHOD,
+}
+"""Load formats that cannot work, and why. A format that is not listed (a plugin's own) is left to vLLM."""
+
+PACKAGES: Mapping[str, str] = {
+    "fastsafetensors": "fastsafetensors",
+    "instanttensor": "instanttensor",
+    "runai_streamer": "runai_model_streamer",
+}
+"""Load formats that read a checkpoint as it is, and the module of the package that each needs."""
+
+
+def check_load_format(name: str) -> None:
+    """Check that vLLM can load a BWLA checkpoint with `--load-format name`.
+
+    Raises:
+        StartError: it cannot, or a package is missing.
+    """
+    if name in REFUSED_FORMATS:
+        raise StartError(
+            f"--load-format {name} {REFUSED_FORMATS[name]}: start vLLM without --load-format, or with auto, "
+            f"safetensors, {', '.join(PACKAGES)} or dummy"
+        )
+    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+        raise StartError(
+            f"--load-format {name} needs the Python module {PACKAGES[name]}, which is not installed: install vLLM's "
+            f"extra for it (see vLLM's documentation of --load-format), or start vLLM without --load-format"
+        )
+
+
+def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) -> None:
+    """Check vLLM's whole configuration while it builds the model, which is before it reads weights.
+
+    Args:
+        config: vLLM's config; None outside an engine, where nothing is checked.
+        quantization: the checkpoint's quantization config.
+        changed: from `checks.changed_sizes`; dummy weights fit any size.
+
+    Raises:
+        StartError: the load format or an override asks for something that this checkpoint does not hold.
+    """
+    if config is None or config.model_config is None:
+        return
+    check_load_format(str(config.load_config.load_format))
+    if loads_dummy_weights(config):
+        return
+    if changed is not None:
+        raise StartError(changed)
+    check_derived_head(config.model_config.hf_config, quantization)
+
+
+def derives_classifier(hf_config: Any) -> bool:
+    """Return whether vLLM derives a classifier from rows of the language-model head, as for Qwen3-Reranker."""
+    text = hf_config.get_text_config()
+    return (
+        getattr(hf_config, "classifier_from_token", getattr(text, "classifier_from_token", None)) is not None
+    )
+
+
+def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:
+    """Check that a head from which vLLM derives a classifier is stored in 16 bits, or tied to the embedding.
+
+    vLLM loads `lm_head.weight` into a layer without a quantization method.
+
+    Raises:
+        StartError: it is stored in 8 bits.
+    """
+    tied = bool(hf_config.get_text_config().tie_word_embeddings)
+    if derives_classifier(hf_config) and quantization.lm_head is not None and not tied:
+        raise StartError(
+            f"{HEAD_MODULE}: expected 16 bits, because vLLM derives the classifier from rows of the head "
+            "(classifier_from_token), found 8 bits: convert the model again with --head-bits 16"
+        )
+
+
+class BWLAScoreMethod(UnquantizedLinearMethod):  # type: ignore[misc]
+    """Method of the unquantized `score` layer that vLLM adds for `--convert classify`, which must not stay unset.
+
+    vLLM reports parameters that no file initialized, except for quantized models.
+
+    Args:
+        name: the layer's name, for messages.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
+        """Allocate the weight as vLLM does, filled with NaN."""
+        super().create_weights(layer, *args, **kwargs)
+        layer.weight.data.fill_(float("nan"))
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that the weight was loaded.
+
+        Raises:
+            StartError: it was not.
+        """
+        if bool(layer.weight.data.isnan().any()):
+            raise StartError(
+                f"{self.name}.weight: not found in the checkpoint, which holds a language model without a classifier: "
+                "remove --convert classify, or have vLLM derive the classifier from the head with --hf-overrides "
+                "(classifier_from_token and method)"
+            )
+        super().process_weights_after_loading(layer)
