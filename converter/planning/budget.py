@@ -17,6 +17,7 @@ from bwla_converter.common.durations import duration
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.common.threads import use_threads
 from bwla_converter.options import Calibration
+from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
 from bwla_converter.recipes.workload import (
@@ -26,6 +27,7 @@ from bwla_converter.recipes.workload import (
     MemoryEstimate,
     Workload,
 )
+from bwla_converter.source.folder.files import beside_bytes
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.precision import fast_products
@@ -164,11 +166,24 @@ def predict(
         step=peak.step,
         hidden=hidden,
         hidden_in_memory=base + peak.num_bytes + hidden <= limit,
-        output=float(plan.output_bytes(source)),
-        kept=float(COPIES_ON_DISK * chosen.models * workload.hidden_bytes + workload.kept_bytes),
+        output=float(plan.output_bytes(source) + beside_bytes(source.folder)),
+        kept=_work_bytes(source, plan, recipe, workload),
         seconds=(speed or measure_speed()).seconds(chosen.compute_estimate(workload)),
         threads=torch.get_num_threads(),
     )
+
+
+def _work_bytes(source: Source, plan: ConversionPlan, recipe: str, workload: Workload) -> float:
+    """Return what the work folder holds in addition to the output, at its peak.
+
+    First that is the state for `--resume` and the parts that the recipe's last step replaces; both are removed before
+    the parts are merged.
+    """
+    chosen, output = RECIPES[recipe], float(plan.output_bytes(source))
+    states = float(COPIES_ON_DISK * chosen.models * workload.hidden_bytes + workload.kept_bytes)
+    replaced = replaced_bytes(source, plan, recipe == "best") if chosen.needs_calibration else 0.0
+    largest = max(float(entry_bytes(source.entries[name])) for name in source.names_outside_layers())
+    return max(states + replaced, merging_bytes(output, largest))
 
 
 def _writing_estimates(source: Source, plan: ConversionPlan) -> list[MemoryEstimate]:

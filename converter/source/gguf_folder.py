@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 LAYOUT = 1
 """Increased when a folder in the cache would be written differently."""
 
-READABLE = 0o644
 SPARE_BYTES = 64 * 2**20
 """Disk space for the tokenizer and the config.json, which are small beside the weights."""
 
@@ -147,7 +146,6 @@ def _write_shards(
             on_progress(done, total)
         with whole_file(folder / shard) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
-            partial.chmod(READABLE)
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
 
 

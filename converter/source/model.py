@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+
 @dataclass(frozen=True)
 class Source:
     """A checkpoint folder, described by its config.json and its safetensors headers.
@@ -131,7 +132,9 @@ def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path,
             raise SourceError(problem)
         return path, ""
     if path.is_file():
-        raise SourceError(f"{model}: expected a folder or a GGUF file, found another file: give {path.parent}")
+        raise SourceError(
+            f"{model}: expected a folder or a GGUF file, found another file: give {path.parent}"
+        )
     if path.exists() or not HUB_ID.fullmatch(model):
         raise SourceError(
             f"{model}: expected a folder, a GGUF file or a Hub id like Qwen/Qwen3-8B, found neither: check the path"

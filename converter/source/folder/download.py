@@ -69,7 +69,9 @@ def download(model: str) -> Path:
         path = Path(hf_hub_download(model, INDEX_FILE, revision=info.sha))
         table = read_json(path).get("weight_map")
         if not isinstance(table, dict) or not all(isinstance(file, str) for file in table.values()):
-            raise FormatError(f"{path}: expected a weight_map of tensor to file, found none: get the index again")
+            raise FormatError(
+                f"{path}: expected a weight_map of tensor to file, found none: get the index again"
+            )
         return table
 
     try:

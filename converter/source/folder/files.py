@@ -16,19 +16,19 @@ from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.format.files import read_json
 
 WEIGHTS = {
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".ggmf", ".h5", ".hdf5", ".msgpack", ".ot"),
-    *(".onnx", ".onnx_data", ".tflite", ".pb", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".distcp", ".nemo"),
-    *(".mlmodel", ".engine", ".llamafile", ".dduf", ".keras", ".mar", ".tensors", ".pdparams", ".pte", ".litertlm"),
-}
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".ggmf", ".h5", ".hdf5", ".msgpack", ".ot",
+    ".onnx", ".onnx_data", ".tflite", ".pb", ".npz", ".npy", ".pkl", ".pickle", ".joblib", ".distcp", ".nemo",
+    ".mlmodel", ".engine", ".llamafile", ".dduf", ".keras", ".mar", ".tensors", ".pdparams", ".pte", ".litertlm",
+}  # fmt: skip
 """Suffixes of weights and of whole models in other formats."""
 
 CODE = {".py", ".pyc", ".pyx", ".so", ".dll", ".dylib", ".cu", ".cpp"}
 """Suffixes of code. The supported models need none of their own, and nobody should have to trust it."""
 
 OTHER_FORMATS = {
-    *("original", "onnx", "openvino", "coreml", "gguf", "ggml", "metal", "mlx", "tflite", "tensorrt", "tf", "flax"),
-    *("consolidated", "executorch", "qnn", "global_step", "rknn"),
-}
+    "original", "consolidated", "onnx", "openvino", "coreml", "gguf", "ggml", "metal", "mlx", "tflite", "tensorrt",
+    "tf", "flax", "executorch", "qnn",
+}  # fmt: skip
 """Names of folders with the same model in another format."""
 
 SCRATCH = {"__pycache__", "node_modules", "wandb", "runs", "lost+found"}
@@ -169,7 +169,7 @@ def list_files(folder: Path) -> dict[str, int]:
 
 
 def _walk(folder: Path, prefix: str, above: set[str]) -> Iterator[tuple[str, int]]:
-    """Yield the files below `folder`; `above` are the real paths of the folders on the way, to end at circular links."""
+    """Yield the files below `folder`; the real paths of the folders `above` it end circular links."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as cause:
@@ -207,6 +207,11 @@ def files_beside(folder: Path) -> Selection:
         SourceError: as `list_files`.
     """
     return select_files(list_files(folder))
+
+
+def beside_bytes(folder: Path) -> int:
+    """Return the size of the files that belong to the model in `folder` beside its weights."""
+    return sum((folder / path).stat().st_size for path in files_beside(folder).kept)
 
 
 def describe_left_out(selection: Selection) -> str | None:

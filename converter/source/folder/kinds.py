@@ -25,7 +25,9 @@ OTHER_WEIGHTS = {
 def read_listing(folder: Path) -> list[str]:
     """Return the files of `folder`, and the models in its subfolders down to the second, by paths with slashes."""
     files = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    inner = [path for pattern in ("*/config.json", "*/*/config.json") for path in sorted(folder.glob(pattern))]
+    inner = [
+        path for pattern in ("*/config.json", "*/*/config.json") for path in sorted(folder.glob(pattern))
+    ]
     return [*files, *(path.relative_to(folder).as_posix() for path in inner)]
 
 

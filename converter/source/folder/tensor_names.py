@@ -64,7 +64,8 @@ def rename_tensors(scan: Scan, expected: Collection[str], base: str) -> RenamedS
     if best is None:
         return RenamedScan(scan)
     entries = {
-        best[name]: replace(entry, key=name if best[name] != name else "") for name, entry in scan.entries.items()
+        best[name]: replace(entry, key=name if best[name] != name else "")
+        for name, entry in scan.entries.items()
     }
     renamed = Scan(entries, scan.problems, frozenset(best[name] for name in scan.lost))
     example = next((name, new) for name, new in best.items() if name != new)
