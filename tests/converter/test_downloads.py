@@ -118,7 +118,10 @@ def test_downloads_from_a_fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["model_index.json", "unet/config.json"], "a diffusers pipeline"),
         (["model-Q4_0.gguf"], "hf download owner/name FILE.gguf"),
         (["config.json", "model.fp16.safetensors"], "found model.fp16.safetensors"),
-        (["config.json", INDEX_FILE, "model.safetensors"], "found both, and the index does not list the file"),
+        (
+            ["config.json", INDEX_FILE, "model.safetensors"],
+            "found both, and the index does not list the file",
+        ),
         ([], "found no files"),
     ],
 )
@@ -137,7 +140,10 @@ def test_downloads_of_something_else_are_refused_before_any_weight(
     [
         (OfflineModeIsEnabled("the Hub is off"), r"owner/name: .*failed \(the Hub is off\): check the name"),
         (ConnectionError("no route"), r"owner/name: .*failed \(no route\)"),
-        (OSError(errno.ENOSPC, "No space left on device"), "free some disk space, or name another folder in HF_HUB"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "free some disk space, or name another folder in HF_HUB",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded: free some disk space"),
     ],
 )

@@ -25,7 +25,9 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "twice": lambda name: f"module.module.{name}",
     "PEFT": lambda name: f"base_model.model.{name}",
     "compiled layers": lambda name: name.replace(".mlp.", "._orig_mod.mlp."),
-    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+    "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace(
+        ".self_attn", "._fsdp_wrapped_module.self_attn"
+    ),
     "activation checkpoints": lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
     "base model alone": lambda name: name.removeprefix("model."),
     "wrapped base model": lambda name: f"module.{name.removeprefix('model.')}",
@@ -50,7 +52,9 @@ def rename(folder: Path, change: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("kind", WRAPPED)
 @pytest.mark.parametrize("shards", [1, 3])
-def test_names_with_prefixes_are_read_as_those_of_the_architecture(make_model, kind: str, shards: int) -> None:
+def test_names_with_prefixes_are_read_as_those_of_the_architecture(
+    make_model, kind: str, shards: int
+) -> None:
     folder = make_model(shards=shards)
     plain = open_source(str(folder))
     expected = plain.read(list(plain.entries))
@@ -83,7 +87,10 @@ def test_a_model_with_wrapped_names_is_converted_to_the_same_bytes(make_model, t
         app, [str(folder), str(tmp_path / "out"), "--rank", "1", "--recipe", "data-free"]
     )
     assert result.exit_code == 0, result.output
-    assert "tensor names: module._orig_mod.lm_head.weight is read as lm_head.weight, and 24 others" in result.stdout
+    assert (
+        "tensor names: module._orig_mod.lm_head.weight is read as lm_head.weight, and 24 others"
+        in result.stdout
+    )
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
     report = json.loads((tmp_path / "out" / "bwla_report.json").read_text())
     assert report["no_samples"] == "transformers does not know the original's tensor names"
@@ -178,7 +185,11 @@ def other_names(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "found", "advice"),
     [
-        (adapter, r"an adapter of Qwen/Qwen3-8B \(adapter_config.json, adapter_model.safetensors\)", "merge it"),
+        (
+            adapter,
+            r"an adapter of Qwen/Qwen3-8B \(adapter_config.json, adapter_model.safetensors\)",
+            "merge it",
+        ),
         (adapter_alone, "an adapter of Qwen/Qwen3-8B", "merge_and_unload"),
         (unmerged, r"an adapter beside them \(model.layers.0.mlp.up_proj.lora_A", "merge_and_unload"),
         (move_weights("pytorch_model.bin"), "pytorch_model.bin, which is pickled", "save_pretrained"),

@@ -151,10 +151,9 @@ def file_reason(path: str, size: int = 0) -> str | None:
 
 def is_weight(name: str) -> bool:
     """Return whether a file holds weights, or is the index of such files, by its name."""
-    suffixes = {suffix.lower() for suffix in PurePosixPath(name).suffixes[-2:]}
-    return not suffixes.isdisjoint(WEIGHTS) and (
-        PurePosixPath(name).suffix.lower() in WEIGHTS | {".data"} or _INDEX.search(name) is not None
-    )
+    suffixes = ["", *(suffix.lower() for suffix in PurePosixPath(name).suffixes)]
+    is_external = suffixes[-1] == ".data" and suffixes[-2] in WEIGHTS  # model.onnx.data
+    return suffixes[-1] in WEIGHTS or is_external or _INDEX.search(name) is not None
 
 
 def list_files(folder: Path) -> dict[str, int]:

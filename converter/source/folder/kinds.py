@@ -39,18 +39,20 @@ def other_kind(names: Collection[str], where: str, base_model: str = "") -> str 
         where: the folder or repository, for the message.
         base_model: the model that an adapter belongs to, if it is known.
     """
-    has_weights = SINGLE_FILE in names or INDEX_FILE in names
-    if "config.json" in names and has_weights:
+    if "config.json" in names and _has_weights(names):
         return None
     top = sorted(name for name in names if "/" not in name)
-    found = next(_descriptions(top, names, has_weights, base_model), None)
+    found = next(_descriptions(where, top, names, base_model), None)
     return None if found is None else f"{where}: {found}"
 
 
-def _descriptions(
-    top: list[str], names: Collection[str], has_weights: bool, base_model: str
-) -> Iterator[str]:
+def _has_weights(names: Collection[str]) -> bool:
+    return SINGLE_FILE in names or INDEX_FILE in names
+
+
+def _descriptions(where: str, top: list[str], names: Collection[str], base_model: str) -> Iterator[str]:
     """Yield sentences about what the files are, the most specific first."""
+    has_weights = _has_weights(top)
     if ADAPTER_FILE in top and not has_weights:
         base = f"of {base_model} " if base_model else ""
         files = ", ".join(name for name in top if name.startswith("adapter_"))
@@ -61,7 +63,7 @@ def _descriptions(
     if "model_index.json" in top:
         yield "expected a language model, found a diffusers pipeline (model_index.json): it cannot be converted"
     if not has_weights:
-        yield from _other_weights(top, "config.json" in top)
+        yield from _other_weights(where, top)
     if "config.json" in top:
         return
     inner = [str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")]
@@ -76,12 +78,15 @@ def _descriptions(
     yield f"expected config.json and {SINGLE_FILE}, found {shown}: give the folder of a model"
 
 
-def _other_weights(top: list[str], has_config: bool) -> Iterator[str]:
+def _other_weights(where: str, top: list[str]) -> Iterator[str]:
     """Yield sentences about weights that are not read."""
     gguf = [name for name in top if name.endswith(".gguf")]
     if gguf:
-        missing = SINGLE_FILE if has_config else "config.json"
-        yield f"expected a {missing}, found GGUF files: give one of them instead of the folder, for example {gguf[0]}"
+        missing = SINGLE_FILE if "config.json" in top else "config.json"
+        yield (
+            f"expected a {missing}, found GGUF files: give one of them instead of the folder, for example "
+            f"{where}/{gguf[0]}"
+        )
     consolidated = [name for name in top if name.startswith("consolidated.")]
     if consolidated:
         yield (

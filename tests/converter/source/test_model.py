@@ -211,7 +211,7 @@ def test_json_that_is_nested_without_end(make_model) -> None:
 def test_all_offending_tensors_are_listed_at_once(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", num_hidden_layers=3, layer_types=None)
-    refused(folder, "found 11 problem(s)", "model.layers.2.mlp.up_proj.weight is missing")
+    refused(folder, "found 11 problem(s)", "model.layers.2.self_attn.q_proj.weight is missing")
 
 
 def test_a_config_that_contradicts_itself(make_model, edit) -> None:
