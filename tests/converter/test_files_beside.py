@@ -51,6 +51,8 @@ LEFT_OUT = {
     "tf_model.h5": "weights",
     "model.onnx.data": "weights",
     "modeling_custom.py": "code",
+    "model.safetensors.incomplete": "temporary",
+    "tokenizer.json~": "temporary",
     "adapter_config.json": "describes an adapter",
     "params.json": "describes weights in another format",
     "hf_quant_config.json": "describes another quantization",

@@ -34,6 +34,9 @@ OTHER_FORMATS = {
 SCRATCH = {"__pycache__", "node_modules", "wandb", "runs", "lost+found"}
 """Names of folders with files of other programs."""
 
+UNFINISHED = {".partial", ".incomplete", ".part", ".crdownload", ".aria2", ".tmp", ".lock", ".swp", ".bak"}
+"""Suffixes of files that another program has not finished, or has replaced."""
+
 WRITTEN = {
     "config.json",
     "README.md",
@@ -142,6 +145,8 @@ def file_reason(path: str, size: int = 0) -> str | None:
         return "weights"
     if suffix in CODE:
         return "code"
+    if suffix in UNFINISHED or name.endswith("~"):
+        return "temporary"
     if path in WRITTEN:
         return "written by the conversion"
     if path in OTHER_SETTINGS:
