@@ -355,7 +355,12 @@ def open_work(out: Path, inputs: Inputs, restart: bool = False) -> Iterator[Work
         else:
             _clear(path, out)
             manifest = Manifest(version=VERSION, inputs=inputs)
-            write_manifest(path / MANIFEST, manifest)
+            try:
+                write_manifest(path / MANIFEST, manifest)
+            except BaseException:
+                with suppress(OSError):
+                    remove_work(path)
+                raise
         work = WorkFolder(out, manifest)
         if not work.is_published():
             (path / CHECKPOINT).mkdir(exist_ok=True)
