@@ -9,17 +9,19 @@ from bwla_converter.allocation.sensitivity import Sensitivity, measure_sensitivi
 from bwla_converter.allocation.stage import Allocation, allocate
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
+from bwla_converter.calibration.self_text import Writing, write_calibration
 from bwla_converter.calibration.text import calibration_samples, held_out_samples
 from bwla_converter.evaluation.loss import measure_loss
 from bwla_converter.listener import Listener
-from bwla_converter.options import Options
+from bwla_converter.options import SELF, Calibration, Options
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import Recipe
+from bwla_converter.recipes.measurements import LOSS_TOKENS
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
 
-LOSS_TOKENS = 8192
-"""Tokens of calibration text on which the loss is measured."""
+CUDA_SAMPLES, CPU_SAMPLES = (128, 2048), (32, 1024)
+"""Number and length of calibration samples by default: as is usual, and what a CPU carries in minutes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,55 @@ class Conversion:
     def processes(self) -> Processes:
         """The processes that share the calibration samples."""
         return self.store.processes
+
+
+def with_calibration(options: Options) -> Options:
+    """Return the options with the calibration text that the recipe uses by default."""
+    if options.calibration is None and options.recipe != "data-free":
+        return replace(options, calibration=Calibration(SELF))
+    return options
+
+
+def with_amounts(options: Options, source: Source, device: torch.device) -> Options:
+    """Return the options with the number and length of the calibration samples, where they were left to us."""
+    calibration = options.calibration
+    if calibration is None:
+        return options
+    num_samples, length = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
+    positions = source.config.get("max_position_embeddings")
+    if isinstance(positions, int):
+        length = min(length, positions)
+    amounts = replace(
+        calibration,
+        num_samples=calibration.num_samples or num_samples,
+        max_seq_length=calibration.max_seq_length or length,
+    )
+    return replace(options, calibration=amounts)
+
+
+def with_written_text(
+    options: Options, source: Source, device: torch.device, listener: Listener, memory: float
+) -> Options:
+    """Return the options with the file of the calibration text that the model writes itself, if that is their choice.
+
+    Args:
+        options: the options, with the number and length of the samples.
+        source: the model.
+        device: where it runs.
+        listener: receives the progress.
+        memory: bytes that the process may use; of a GPU, what is free is used.
+
+    Raises:
+        SourceError: the model does not fit into memory, or cannot write text.
+    """
+    calibration = options.calibration
+    if calibration is None or calibration.source != SELF:
+        return options
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    writing = Writing(source.folder, calibration, options.seed, device, memory)
+    file = write_calibration(source, writing, listener.written)
+    return replace(options, calibration=replace(calibration, written=file))
 
 
 def allocated(conversion: Conversion, work: WorkFolder | None) -> Conversion:

@@ -31,6 +31,14 @@ class Listener:
     def budgeted(self, budget: Budget) -> None:
         """Memory, disk space and time have been predicted, and there is enough of them."""
 
+    def written(self, step: int, steps: int) -> None:
+        """The model has written a token of every sequence of its own calibration text.
+
+        Args:
+            step: number of steps that are done.
+            steps: number of all steps.
+        """
+
     def resumed(self, layers: int, weights: int, notes: Sequence[str]) -> None:
         """An earlier conversion is resumed.
 

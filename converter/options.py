@@ -7,19 +7,30 @@ from typing import Literal
 RecipeName = Literal["data-free", "paper", "fast", "best"]
 
 
+SELF = "self"
+"""Name of the calibration text that the model writes itself."""
+
+AUTOMATIC = 0
+"""Number of calibration samples, or length, that is chosen by the device and the model."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """The calibration text and how much of it is used.
 
     Attributes:
-        source: a .txt or .jsonl file, a folder of them, or the name of a dataset: "wikitext2" or "c4".
-        num_samples: number of calibration samples, at least 1.
-        max_seq_length: length of each sample in tokens, at least 2.
+        source: a text or JSON file, a folder of them, the name of a dataset, "wikitext2" or "c4", or "self" for text
+            that the model writes itself.
+        num_samples: number of calibration samples; `AUTOMATIC`: 128 on a GPU, 32 on the CPU.
+        max_seq_length: length of each sample in tokens, at least 2; `AUTOMATIC`: 2048 on a GPU, 1024 on the CPU, and
+            not more than the model has positions.
+        written: file with the samples that the model has written; the conversion sets it.
     """
 
-    source: str
-    num_samples: int = 128
-    max_seq_length: int = 2048
+    source: str = SELF
+    num_samples: int = AUTOMATIC
+    max_seq_length: int = AUTOMATIC
+    written: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Options:
         embedding_bits: bits of the embedding, 8, or 16 to leave it as it is. None: 8, unless vLLM cannot serve that
             for the model's family, or the embedding is tied to a head of 16 bits.
         ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.
-        calibration: the calibration text, which all recipes but "data-free" need.
+        calibration: the calibration text for all recipes but "data-free". None: text that the model writes itself.
         tune_epochs: recipe "best": passes over the calibration samples to tune each decoder layer, 0 or more. None: the
             recipe's default.
         distill_epochs: recipe "best": passes over the calibration samples to distill the whole model, 0 or more. None:
@@ -78,7 +89,7 @@ class Options:
 
     model: str
     out: Path
-    recipe: RecipeName = "data-free"
+    recipe: RecipeName = "fast"
     planes: int = 1
     target_bits: float | None = None
     target_loss: float | None = None

@@ -25,7 +25,14 @@ from bwla_converter.checkpoint.writer import (
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.devices import choose_device
 from bwla_converter.common.threads import choose_threads, use_threads
-from bwla_converter.conversion import Conversion, allocated, losses
+from bwla_converter.conversion import (
+    Conversion,
+    allocated,
+    losses,
+    with_amounts,
+    with_calibration,
+    with_written_text,
+)
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
@@ -78,6 +85,7 @@ def convert(
         KeyboardInterrupt: raised by the listener or by a signal; finished layers can be resumed from.
     """
     listener, processes = listener or Listener(), processes or Processes()
+    options = with_calibration(options)
     check_targets(options)
     check_recipe(options.recipe, options.calibration, 2 if options.allocates else options.planes)
     device = choose_device(options.device)
@@ -88,6 +96,7 @@ def convert(
         raise OutputError(
             f"{options.out}: the output folder is the model to convert: choose another output folder"
         )
+    options = with_amounts(options, source, device)
     plan = _make_plan(options, source)
     listener.planned(source, plan)
     with use_threads(_threads(options, plan)):
@@ -109,6 +118,8 @@ def _convert(
     listener.budgeted(budget)
     on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
     store = ActivationStore(on_disk, device, processes)
+    memory = options.max_memory or usable_memory()
+    options = with_written_text(options, source, device, listener, memory)
     recipe = recipe_factory(options, source, store)
     plan = _with_calibration(plan, recipe.calibration)
     conversion = Conversion(options, source, plan, recipe, listener, store)
@@ -133,8 +144,9 @@ def follow(options: Options, processes: Processes) -> None:
     Raises:
         BWLAError: as in `convert`.
     """
-    options, device = replace(options, report=False), choose_device(options.device)
+    options, device = replace(with_calibration(options), report=False), choose_device(options.device)
     source = open_source(options.model, options.ignore)
+    options = with_amounts(options, source, device)
     plan = _make_plan(options, source)
     with use_threads(_threads(options, plan)):
         _follow(options, source, plan, device, processes)
@@ -144,6 +156,7 @@ def _follow(
     options: Options, source: Source, plan: ConversionPlan, device: torch.device, processes: Processes
 ) -> None:
     store = ActivationStore(None, device, processes)
+    options = with_written_text(options, source, device, Listener(), options.max_memory or usable_memory())
     recipe = make_recipe(options, source, store)
     conversion = allocated(Conversion(options, source, plan, recipe, Listener(), store), None)
     restored, *done = processes.broadcast_flags([False] * (source.num_layers + 1))

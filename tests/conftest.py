@@ -64,5 +64,5 @@ def example_bwla(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("example") / "books-bwla"
     # Rank 1 and the 8-bit head, which the demo's defaults do not choose for so small a model.
-    convert(Options(str(EXAMPLE), out, rank=1, head_bits=8))
+    convert(Options(str(EXAMPLE), out, rank=1, head_bits=8, recipe="data-free"))
     return out

@@ -308,5 +308,5 @@ def test_the_explained_message_exists(message: str, messages: str) -> None:
 
 
 def test_the_tables_are_those_of_the_code_and_the_results() -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "docs_tables.py"), "--check"]
-    assert subprocess.run(command, check=False).returncode == 0, "run scripts/docs_tables.py"
+    command = [sys.executable, "-m", "scripts.docs_tables", "--check"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0, "run python -m scripts.docs_tables"

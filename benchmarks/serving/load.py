@@ -298,7 +298,7 @@ def main() -> int:
             if name == "dummy":
                 make_dummy(folder)
             elif name == "example":
-                convert(EXAMPLE, folder)
+                convert(EXAMPLE, folder, "--recipe", "data-free")
             else:
                 folder = Path(name)
             flags = ["--quantization", "bwla", "--chat-template", str(TEMPLATE), *options.serve.split()]

@@ -23,18 +23,13 @@ from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.quantize.group import group_generator
 from bwla_converter.quantize.moments import rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
+from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
 from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_converter.training.divergence import Head, sampled_label_gradient
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
-
-MIN_TOKENS = 4096
-"""Tokens of calibration text that the pass runs on, where there are so many."""
-
-TOKENS_PER_COLUMN = 2
-"""The same, in units of the columns of the widest input group: fewer make its Hessian singular."""
 
 SAMPLES_PER_BATCH = 2
 """Samples that run through a decoder layer at a time, forwards and backwards."""
@@ -60,7 +55,7 @@ class Sensitivity:
 def num_samples(specs: Mapping[str, LayerSpec], sequence_length: int) -> int:
     """Return how many calibration samples the pass runs on, if there are so many."""
     columns = max(spec.in_features for spec in specs.values())
-    return -(-max(MIN_TOKENS, TOKENS_PER_COLUMN * columns) // sequence_length)
+    return -(-sensitivity_tokens(columns) // sequence_length)
 
 
 def measure_sensitivities(

@@ -59,8 +59,8 @@ def check_targets(options: Options) -> None:
         )
     if options.calibration is None:
         raise BWLAError(
-            f"{given[0]}: expected calibration text, on which sensitivities are measured, found none: give "
-            "--recipe fast and --calibration a text file, a folder of text files, or wikitext2"
+            f"{given[0]}: expected calibration text, on which sensitivities are measured, found recipe "
+            f"{options.recipe}, which uses none: choose --recipe fast"
         )
     if options.target_bits is not None and not MIN_BITS <= options.target_bits <= MAX_BITS:
         raise BWLAError(

@@ -1,18 +1,17 @@
 """Read calibration text and cut samples of tokens from it."""
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from bwla_converter.options import Calibration
+from bwla_converter.calibration.text_files import Messages, read_texts
+from bwla_converter.options import SELF, Calibration
 from bwla_kernels.errors import SourceError
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer
-
-TEXT_FILES = ("*.txt", "*.jsonl")
+from transformers import AutoConfig, AutoTokenizer
 
 DATASETS: dict[str, dict[str, Any]] = {
     "wikitext2": {"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "train"},
@@ -59,31 +58,6 @@ def dataset_text(name: str) -> str:
     return "\n\n".join(parts)
 
 
-def read_texts(path: Path) -> Iterator[str]:
-    """Yield the texts of a file, or of all .txt and .jsonl files of a folder; of JSON lines, each object's "text".
-
-    Raises:
-        SourceError: there is no such file, or a JSON line is not an object with a "text".
-    """
-    files = [path] if path.is_file() else sorted(file for kind in TEXT_FILES for file in path.rglob(kind))
-    if not files:
-        raise SourceError(
-            f"--calibration {path}: expected a file or a folder with .txt or .jsonl files, found none"
-        )
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        if file.suffix != ".jsonl":
-            yield text
-            continue
-        for number, line in enumerate(text.splitlines(), 1):
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
-                raise SourceError(
-                    f'--calibration {file}, line {number}: expected an object with a "text", found {line[:60]!r}'
-                ) from None
-
-
 def load_tokenizer(model: Path) -> Any:
     """Load the tokenizer of a model's folder.
 
@@ -91,17 +65,21 @@ def load_tokenizer(model: Path) -> Any:
         SourceError: it is missing or damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Without its files, transformers may return a tokenizer that knows special tokens only.
+        if len(tokenizer.get_vocab()) > len(tokenizer.all_special_tokens):
+            return tokenizer
+        reason = "its vocabulary is empty"
     except Exception as cause:  # damaged files raise errors of many types
         reason = " ".join(str(cause).split())
-        raise SourceError(
-            f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
-            "tokenizer.json and tokenizer_config.json to the folder, or use recipe data-free, which needs no text"
-        ) from None
+    raise SourceError(
+        f"{model}: expected the model's tokenizer, found that it cannot be loaded ({reason:.200}): add "
+        "tokenizer.json and tokenizer_config.json to the folder, or use recipe data-free, which needs no text"
+    )
 
 
 def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tuple[Tensor, str]:
-    """Cut random samples from the calibration text.
+    """Cut random samples from the calibration text, or return those that the model has written.
 
     Args:
         calibration: which text to use, and how much of it.
@@ -113,6 +91,9 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     Raises:
         SourceError: there is no text, or less than one sample of it.
     """
+    if calibration.source == SELF:
+        samples = written_samples(calibration)
+        return samples[: calibration.num_samples], hashlib.sha256(samples.numpy().tobytes()).hexdigest()
     ids, digest = _read_ids(calibration, model)
     length = calibration.max_seq_length
     return torch.stack(
@@ -129,8 +110,11 @@ def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: i
 
     Returns: token ids [S, max_seq_length]; None if there is no text left.
     """
-    ids, _ = _read_ids(calibration, model)
     length = calibration.max_seq_length
+    if calibration.source == SELF:
+        others = written_samples(calibration)[calibration.num_samples :]
+        return others[: max(1, tokens // length)] if len(others) else None
+    ids, _ = _read_ids(calibration, model)
     unused = torch.ones(len(ids), dtype=torch.bool)
     for start in _starts(len(ids), calibration, seed):
         unused[start : start + length] = False
@@ -146,14 +130,57 @@ def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: i
     return torch.stack(samples[: max(1, tokens // length)]) if samples else None
 
 
+def written_samples(calibration: Calibration) -> Tensor:
+    """Return the token ids [S, max_seq_length] of all samples that the model has written itself."""
+    if calibration.written is None:
+        raise SourceError("--calibration self: expected the text that the model has written, found none")
+    ids: Tensor = load_file(calibration.written)["ids"]
+    return ids.long()
+
+
 def _read_ids(calibration: Calibration, model: Path) -> tuple[Tensor, str]:
     """Return the token ids of the whole calibration text [T], and the text's SHA-256."""
     name = calibration.source
-    texts = [dataset_text(name)] if name in DATASETS else list(read_texts(Path(name).expanduser()))
-    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
     tokenizer = load_tokenizer(model)
-    pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
-    return torch.cat(pieces), digest
+
+    def render(messages: Messages) -> str:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False)
+        # The tokenizer adds the token again.
+        return text.removeprefix(tokenizer.bos_token or "")
+
+    path = Path(name).expanduser()
+    texts = [dataset_text(name)] if name in DATASETS else list(read_texts(path, render))
+    digest = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return tokenize(tokenizer, texts, model, f"--calibration {name}"), digest
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str], model: Path, text_name: str) -> Tensor:
+    """Return the token ids of texts, one after the other, [T].
+
+    Args:
+        tokenizer: the model's tokenizer.
+        texts: the texts; empty ones are skipped.
+        model: folder of the model.
+        text_name: the option and the name of the text, for messages.
+
+    Raises:
+        SourceError: a token is not in the model's vocabulary, or the text has no tokens.
+    """
+    pieces = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts if text]
+    ids = torch.cat(pieces).long() if pieces else torch.empty(0, dtype=torch.long)
+    if not len(ids):
+        raise SourceError(
+            f"{text_name}: expected tokens, found none: check the text and {model / 'tokenizer.json'}"
+        )
+    vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+    largest = int(ids.max())
+    if largest >= vocabulary:
+        raise SourceError(
+            f"{model}: expected token ids below {vocabulary}, the vocab_size of config.json, found {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}) in {text_name}: the tokenizer belongs to another model, "
+            "put this model's tokenizer files in the folder"
+        )
+    return ids
 
 
 def _starts(length: int, calibration: Calibration, seed: int) -> list[int]:

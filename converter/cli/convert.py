@@ -18,7 +18,7 @@ from bwla_converter.cli.convert_options import (
 from bwla_converter.cli.errors import errors_reported
 from bwla_converter.cli.interrupt import Interrupts, handled
 from bwla_converter.common.versions import bug_report_line
-from bwla_converter.options import Calibration, Options
+from bwla_converter.options import AUTOMATIC, SELF, Calibration, Options
 from rich.console import Console
 from rich.progress import Progress
 
@@ -30,9 +30,9 @@ Examples:
 
   bwla-convert Qwen/Qwen3-8B ./qwen3-8b-bwla
 
-  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/
+  bwla-convert ./my-llama ./my-llama-bwla --bits 2.2
 
-  bwla-convert ./my-llama ./my-llama-bwla --recipe fast --calibration texts/ --bits 2.2
+  bwla-convert ./my-llama ./my-llama-bwla --calibration texts/ --bits 2.2
 
   bwla-convert ./my-llama.Q8_0.gguf ./my-llama-bwla
 
@@ -70,8 +70,9 @@ def convert(
     """Convert a language model to 1-bit weights and low-bit activations, to be served by vLLM."""
     head_bits, embedding_bits = quantization.lm_head_bits, quantization.embedding_bits
     calibration = None
-    if text.calibration is not None:
-        calibration = Calibration(text.calibration, text.num_calibration_samples, text.max_seq_length)
+    if text.calibration is not None or quantization.recipe != "data-free":
+        amounts = (text.num_calibration_samples or AUTOMATIC, text.max_seq_length or AUTOMATIC)
+        calibration = Calibration(text.calibration or SELF, *amounts)
     options = Options(
         target.model,
         target.out,
@@ -111,7 +112,7 @@ def convert(
         return
     if options.recipe == "data-free":
         console.print(
-            "warning: recipe data-free makes most pretrained models unusable: use --recipe fast --calibration TEXT",
+            "warning: recipe data-free makes most pretrained models unusable: use --recipe fast",
             soft_wrap=True,
         )
     typer.echo(_describe(summary))
@@ -154,14 +155,17 @@ def _convert(console: Console, options: Options, gpus: int) -> "Summary | None":
     from bwla_converter.calibration.distributed import join_processes, leave_processes, start_processes
     from bwla_converter.cli.progress import ProgressListener
     from bwla_converter.common.devices import choose_device
+    from bwla_converter.conversion import CPU_SAMPLES, CUDA_SAMPLES
     from bwla_converter.pipeline import convert, follow
 
     interrupts = Interrupts(lambda line: console.print(line, soft_wrap=True))
     try:
         with errors_reported(console, lambda: _how_to_continue(options.out), lambda: interrupts.exit_code):
             start_processes(gpus)
-            num_samples = options.calibration.num_samples if options.calibration else 0
-            processes = join_processes(options.recipe, choose_device(options.device), num_samples)
+            device = choose_device(options.device)
+            default, _ = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
+            num_samples = (options.calibration.num_samples or default) if options.calibration else 0
+            processes = join_processes(options.recipe, device, num_samples)
             with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:
                 if processes.process_rank:
                     follow(options, processes)

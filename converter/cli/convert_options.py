@@ -59,11 +59,11 @@ class Quantization(Panel):
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="data-free: from the weights alone; makes most pretrained models unusable. paper: the published "
-            "method, calibrated on sample text. fast: our own method, also calibrated; much more accurate. best: "
-            "fast, then tuned by gradients; takes hours."
+            help="fast: our own method, calibrated on sample text. best: fast, then tuned by gradients; takes hours. "
+            "paper: the published method, calibrated too. data-free: from the weights alone; makes most pretrained "
+            "models unusable."
         ),
-    ] = "data-free"
+    ] = "fast"
     planes: Annotated[
         int,
         typer.Option(
@@ -146,11 +146,26 @@ class CalibrationText(Panel):
     calibration: Annotated[
         str | None,
         typer.Option(
-            metavar="TEXT", help="Calibration text: a .txt or .jsonl file, a folder of them, wikitext2 or c4."
+            metavar="TEXT",
+            help="Calibration text: a text or JSON file, a folder of them, wikitext2, c4, or self: text that the model "
+            "writes itself.",
+            show_default="self",
         ),
     ] = None
-    num_calibration_samples: Annotated[int, typer.Option(help="Number of calibration samples.", min=1)] = 128
-    max_seq_length: Annotated[int, typer.Option(help="Length of each sample in tokens.", min=2)] = 2048
+    num_calibration_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of calibration samples.", min=1, show_default="128 on a GPU, 32 on the CPU"
+        ),
+    ] = None
+    max_seq_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of each sample in tokens.",
+            min=2,
+            show_default="2048 on a GPU, 1024 on the CPU, at most what the model can read",
+        ),
+    ] = None
     old_names: Annotated[
         str | None, typer.Option("--samples", "--length", hidden=True, callback=_refuse_old_name)
     ] = None

@@ -176,12 +176,13 @@ def _locate(console: Console, original: str) -> Path:
 
 def _perplexity(original: Path, bwla: Path, text: str, window: int, limit: int | None) -> dict[str, Row]:
     from bwla_converter.calibration.text import dataset_text
+    from bwla_converter.calibration.text_files import read_text
     from bwla_converter.evaluation.perplexity import compare_texts
 
     if text == "wikitext2":
         content = dataset_text("wikitext2-test")
     elif Path(text).is_file():
-        content = Path(text).read_text(encoding="utf-8")
+        content = read_text(Path(text), "--text")
     else:
         raise SourceError(f"--text {text}: expected a file or wikitext2, found neither: check the path")
     result = compare_texts(original, bwla, content, window, limit)

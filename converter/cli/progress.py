@@ -49,6 +49,7 @@ class ProgressListener(Listener):
         self._progress, self._interrupts = progress, interrupts
         self._dequantization_bar = DequantizationBar(progress)
         self._checking: TaskID | None = None
+        self._writing: TaskID | None = None
         self._measuring: TaskID | None = None
         self._quantizing: TaskID | None = None
 
@@ -80,6 +81,12 @@ class ProgressListener(Listener):
 
     def budgeted(self, budget: Budget) -> None:
         self._say(str(budget))
+
+    def written(self, step: int, steps: int) -> None:
+        if self._writing is None:
+            self._say("the model writes its own calibration text; --calibration gives it another one")
+            self._writing = self._progress.add_task("writing   ", total=steps)
+        self._progress.update(self._writing, completed=step)
 
     def resumed(self, layers: int, weights: int, notes: Sequence[str]) -> None:
         for note in notes:

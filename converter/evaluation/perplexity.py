@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bwla_converter.calibration.text import load_tokenizer, tokenize
+from bwla_converter.calibration.text_files import read_text
 from bwla_kernels.errors import SourceError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,11 @@ def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | 
         limit: maximum number of windows; None for all.
 
     Raises:
-        SourceError: the text is shorter than one window.
+        SourceError: the text is shorter than one window, or the tokenizer cannot be used or belongs to another model.
     """
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenize(load_tokenizer(model), [text], model, "the evaluation text")
     windows = windows_of(ids, window)[:limit]
     values = [
         perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows) for folder in (model, bwla)
@@ -92,5 +93,5 @@ def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | 
 
 
 def compare(model: Path, bwla: Path, text: Path, window: int = 512, limit: int | None = None) -> Perplexity:
-    """Call `compare_texts` with the contents of a UTF-8 text file."""
-    return compare_texts(model, bwla, text.read_text(encoding="utf-8"), window, limit)
+    """Call `compare_texts` with the contents of a text file."""
+    return compare_texts(model, bwla, read_text(text, "--text"), window, limit)

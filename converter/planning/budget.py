@@ -20,6 +20,11 @@ from bwla_converter.options import Calibration
 from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
+from bwla_converter.recipes.measurements import (
+    measurement_compute,
+    measurement_hidden_bytes,
+    measurement_memory,
+)
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -156,10 +161,14 @@ def predict(
     base = float(psutil.Process().memory_info().rss)
     # A calibration loop holds the hidden states of each model, and the ones being computed.
     hidden = float((chosen.models + 1) * workload.hidden_bytes + workload.kept_bytes)
-    peak = max(
-        [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)],
-        key=lambda estimate: (estimate.num_bytes, estimate.step),
-    )
+    kept = _work_bytes(source, plan, recipe, workload)
+    estimates = [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)]
+    compute = chosen.compute_estimate(workload)
+    if chosen.needs_calibration:
+        estimates.append(measurement_memory(workload))
+        compute += measurement_compute(workload)
+        hidden, kept = (max(size, measurement_hidden_bytes(workload)) for size in (hidden, kept))
+    peak = max(estimates, key=lambda estimate: (estimate.num_bytes, estimate.step))
     return Budget(
         base=base,
         work=peak.num_bytes,
@@ -167,8 +176,8 @@ def predict(
         hidden=hidden,
         hidden_in_memory=base + peak.num_bytes + hidden <= limit,
         output=float(plan.output_bytes(source) + beside_bytes(source.folder)),
-        kept=_work_bytes(source, plan, recipe, workload),
-        seconds=(speed or measure_speed()).seconds(chosen.compute_estimate(workload)),
+        kept=kept,
+        seconds=(speed or measure_speed()).seconds(compute),
         threads=torch.get_num_threads(),
     )
 

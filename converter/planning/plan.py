@@ -1,7 +1,7 @@
 """Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bwla_converter.common.bits import (
@@ -19,7 +19,7 @@ from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
-from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
+from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args, is_ignored
 
 DEFAULT_BITS = 6
 """Activation bits, as in the paper."""
@@ -92,6 +92,21 @@ class ConversionPlan:
 def input_bytes(source: Source) -> int:
     """Return the size of the source's tensors."""
     return sum(map(entry_bytes, source.entries.values()))
+
+
+def bits_unless_ignored(module: str, flag: str, bits: int | None, ignore: Sequence[str]) -> int | None:
+    """Return the bits of the head or the embedding: 16 if `ignore` names it, else `bits`.
+
+    Raises:
+        SourceError: `ignore` names it, and `bits` asks for 8 bits.
+    """
+    if not is_ignored(module, ignore):
+        return bits
+    if bits == 8:
+        raise SourceError(
+            f"{module}: expected {flag} 16 with --ignore {module}, found 8: give one of the two"
+        )
+    return 16
 
 
 def choose_head(source: Source, bits: int | None) -> str | None:
@@ -212,6 +227,8 @@ def make_plan(
                 f"{spec.out_features} x {spec.in_features} weight, found {rank}: choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
+    head_bits = bits_unless_ignored(HEAD_MODULE, "--lm-head-bits", head_bits, source.ignore)
+    embedding_bits = bits_unless_ignored(EMBEDDING_MODULE, "--embedding-bits", embedding_bits, source.ignore)
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
     # A tied head is the 8-bit embedding.
     head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
@@ -222,7 +239,7 @@ def make_plan(
         clip=clip,
         rank=rank,
         rotation=rotation,
-        ignore=[HEAD_MODULE, *source.ignore],
+        ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore])),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,

@@ -135,8 +135,8 @@ def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) ->
         raise BWLAError(f"recipe {name!r} does not exist: choose one of {', '.join(RECIPES)}")
     if RECIPES[name].needs_calibration and calibration is None:
         raise BWLAError(
-            f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, or "
-            "wikitext2"
+            f"recipe {name!r} needs calibration data: give --calibration a text file, a folder of text files, "
+            "wikitext2, or self"
         )
     if planes > 1 and name not in SEVERAL_PLANES:
         raise BWLAError(

@@ -87,6 +87,8 @@ def build_report(
         "architecture": source.family.architecture,
         "provenance": provenance,
         "planes": sorted({spec.planes for spec in contents.specs.values()}),
+        "weights_by_planes": summary["planes"],
+        "planes_of_linears": {name: spec.planes for name, spec in contents.specs.items()},
         "activation_bits": contents.format.bits,
         "head_bits": contents.head_bits,
         "embedding_bits": contents.embedding_bits,

@@ -34,6 +34,8 @@ def render_page(report: Report) -> str:
             base=report["provenance"]["base_model"] or "a model",
             what=describe_weights(report["planes"]),
             tiles=_tiles(report),
+            dial=_dial(report),
+            planes_chart=_planes_chart(report, kinds),
             bit_colours=colours_of(report["bits"]),
             byte_colours=colours_of(sizes["before"]),
             most_bytes=max(sum(part.values()) for part in sizes.values()),
@@ -77,9 +79,33 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         (duration(report["seconds"]), "conversion time"),
         (decimal(report["memory"]["cpu"]), "peak memory of the process"),
     ]
+    if report.get("measured_loss") is not None:
+        text = f"nats per token lost, measured; {report['predicted_loss']:.3g} predicted"
+        tiles.insert(1, (f"{report['measured_loss']:.3g}", text))
     if "gpu" in report["memory"]:
         tiles.append((decimal(report["memory"]["gpu"]), "peak memory on a GPU"))
     return tiles
+
+
+def _dial(report: Report) -> list[tuple[float, float, bool]]:
+    """Return (bits per weight, predicted loss, whether it is this conversion) by size; empty without predictions."""
+    if report.get("predicted_loss") is None:
+        return []
+    # The keys are strings where the report was read from its JSON file.
+    others = [(float(bits), loss, False) for bits, loss in report["predicted_losses"].items()]
+    return sorted([*others, (report["bits_per_weight"], report["predicted_loss"], True)])
+
+
+def _planes_chart(report: Report, colours: Mapping[str, int]) -> Markup | None:
+    """Draw the planes of each kind of linear over the decoder layers; None if all have the same number."""
+    if len(report["planes"]) == 1:
+        return None
+    planes = report["planes_of_linears"]
+    series = [
+        Series(kind, colours[kind], [(layer_of(name), planes[name]) for name in names])
+        for kind, names in by_kind(planes).items()
+    ]
+    return line_chart(series, "layer", "planes")
 
 
 def _error_chart(report: Report, colours: Mapping[str, int]) -> Markup:

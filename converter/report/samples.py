@@ -1,15 +1,14 @@
 """Sample completions of the original model and of its BWLA checkpoint."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bwla_converter.common.bars import no_bars
 from bwla_kernels.errors import SourceError
 from rich.filesize import decimal
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 PROMPTS = (
     "The old man looked at the sea and",
@@ -54,18 +53,6 @@ def samples_problem(model: Path, model_bytes: int, count: int | None) -> str | N
     return None
 
 
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Turn off transformers' progress bars; the converter has its own."""
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
 @torch.inference_mode()
 def complete(folder: Path, prompts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
     """Generate greedy continuations with transformers on the CPU, one prompt at a time. Loads the whole model.
@@ -76,7 +63,7 @@ def complete(folder: Path, prompts: Sequence[str], new_tokens: int = NEW_TOKENS)
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    with _no_bars():
+    with no_bars():
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
     texts = []
     for prompt in prompts:

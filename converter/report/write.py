@@ -5,9 +5,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.calibration.self_text import text_lines
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.integrity import write_hashes
-from bwla_converter.options import Options, Summary
+from bwla_converter.options import SELF, Options, Summary
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.report.data import add_samples, build_report, write_report
 from bwla_converter.report.model_card import LOCAL_FOLDER, model_card, source_metadata, write_card
@@ -16,6 +17,8 @@ from bwla_converter.source.model import Source
 from torch import Tensor
 
 STATISTICS = ("weights", "activations")
+CALIBRATION_FILE = "bwla_calibration.jsonl"
+"""Calibration text that the model has written itself."""
 
 
 def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict[str, dict[str, Any]]:
@@ -43,7 +46,7 @@ def write_documents(
     traces: Iterable[Mapping[str, Any]],
     statistics: Iterable[Mapping[str, Mapping[str, Any]]],
 ) -> None:
-    """Write report, model card and hashes into `folder`, which holds a complete checkpoint.
+    """Write report, model card, self-written calibration text and hashes into `folder`, a complete checkpoint.
 
     Args:
         folder: the checkpoint, before it is renamed to its final place.
@@ -73,6 +76,9 @@ def write_documents(
     write_report(folder, report, page=options.report)
     card = model_card(contents, source_metadata(source.folder), options.hub_repo or LOCAL_FOLDER)
     write_card(folder, card)
+    if options.calibration is not None and options.calibration.source == SELF:
+        lines = text_lines(options.calibration, source.folder)
+        (folder / CALIBRATION_FILE).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     write_hashes(folder)
 
 

@@ -173,7 +173,8 @@ def arguments_of(options: Options, others: Mapping[str, Any]) -> dict[str, Any]:
     """
     table = {field.name: getattr(options, field.name) for field in fields(options)}
     amounts = asdict(options.calibration) if options.calibration else {}
-    amounts.pop("source", None)
+    for text in ("source", "written"):
+        amounts.pop(text, None)
     compared = {name: value for name, value in table.items() if name not in NOT_COMPARED} | amounts
     flags = {FLAGS.get(name, "--" + name.replace("_", "-")): value for name, value in compared.items()}
     arguments: dict[str, Any] = json.loads(json.dumps({**flags, **others}))

@@ -14,11 +14,14 @@ from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
+from bwla_converter.source.ignored import check_ignored
 from bwla_converter.source.meta_model import build_meta_model
+from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.source.problems import raise_if_any
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.files import Entry, Scan, read_json, read_tensors, scan_folder
+from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.format.model import COMPUTED, not_finite, tied_conflict, tied_names
 from bwla_kernels.format.schema import is_ignored
@@ -81,6 +84,14 @@ class Source:
                 )
             if not ignored:
                 yield group, names
+
+    def quantizable(self) -> list[str]:
+        """Return the names of all linears in decoder layers, of the head and of the embedding."""
+        names = [HEAD_MODULE, EMBEDDING_WEIGHT.removesuffix(".weight")]
+        for index in range(self.num_layers):
+            layer = self.family.layer_name(index)
+            names += [f"{layer}.{member}" for group in self.family.groups for member in group.members]
+        return names
 
     def linears_of_layer(self, index: int) -> list[str]:
         """Return the linears of a decoder layer that are to be quantized. Raises as `groups_of_layer` does."""
@@ -152,7 +163,8 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         on_progress: called while a GGUF file is written as a folder, see `gguf_folder.prepare`.
 
     Raises:
-        SourceError: config.json cannot be used, or a list of all tensors and files with problems.
+        SourceError: config.json cannot be used, an entry of `ignore` matches nothing, or a list of all tensors and
+            files with problems.
     """
     folder, revision = locate(model, on_progress)
     config_path = folder / "config.json"
@@ -182,6 +194,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         notes=tuple(filter(None, [renamed.note, describe_left_out(files_beside(folder))])),
         loadable=renamed.loadable,
     )
+    check_ignored(source.ignore, source.quantizable())
     problems = [
         *scan.problems,
         *fp8.scale_problems(scan.entries, source.scale_block),

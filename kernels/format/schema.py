@@ -53,8 +53,12 @@ def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
 
 
 def is_ignored(name: str, ignore: Iterable[str]) -> bool:
-    """Return whether an entry of `ignore` matches a module: by its full name, its last parts, or a `re:` pattern."""
-    return any(match_name(name, target) or name.endswith("." + target) for target in ignore)
+    """Return whether an entry of `ignore` matches a module.
+
+    An entry is a `re:` pattern for the full name, or consecutive parts of it: "down_proj" matches every module of that
+    name, "model.layers.0" everything below that layer.
+    """
+    return any(match_name(name, target) or f".{target}." in f".{name}." for target in ignore)
 
 
 class Provenance(BaseModel):

@@ -22,7 +22,8 @@ from benchmarks.conversion import peers
 from benchmarks.conversion.peers import PEERS, Peer, Task, count_levels
 from benchmarks.quality import frontier
 from benchmarks.quality.frontier import Job, merge, parse_arguments, read_earlier
-from scripts import docs_tables, plot_results
+from scripts import plot_results
+from scripts.tables import quality, results
 
 GROUP = 32
 WINDOWS = torch.arange(3 * 16).view(3, 16)
@@ -258,8 +259,8 @@ def test_the_table_has_a_line_for_each_variant_with_the_mean_of_its_seeds(
     ours = [row("fast", seed, target_bits=2.2, d=0.2 + 0.2 * seed, predicted=0.25) for seed in (0, 1)]
     theirs = [row("hqq", code_bits=bits, group_size=64, bits=bits + 0.5) for bits in (3, 2)]
     (tmp_path / "frontier.json").write_text(json.dumps({"rows": [*theirs, *ours]}))
-    monkeypatch.setattr(docs_tables, "RESULTS", tmp_path)
-    assert docs_tables.frontier_table("frontier").splitlines()[2:] == [
+    monkeypatch.setattr(results, "RESULTS", tmp_path)
+    assert quality.frontier_table("frontier").splitlines()[2:] == [
         "| example | `fast` | 2.00 | 16 | 40.00 | 0.300 ± 0.141 | 0.250 | 1 | 2 |",
         "| example | HQQ, 2 bits, groups of 64 | 2.50 | 16 | 40.00 | 0.693 |  | 1 | 1 |",
         "| example | HQQ, 3 bits, groups of 64 | 3.50 | 16 | 40.00 | 0.693 |  | 1 | 1 |",
@@ -275,5 +276,5 @@ def test_the_picture_has_a_point_for_each_size_with_a_loss() -> None:
 
 def test_every_method_has_a_title_and_a_curve() -> None:
     methods = {*frontier.RECIPES, *frontier.FRONTIER_PEERS}
-    assert methods == {*docs_tables.FRONTIER_METHODS}
+    assert methods == {*quality.FRONTIER_METHODS}
     assert methods - {"data-free", "paper"} == {*plot_results.CURVES}

@@ -27,11 +27,11 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_convert_writes_a_checkpoint_and_returns_its_summary(make_model, tmp_path: Path) -> None:
-    summary = convert(Options(str(make_model()), tmp_path / "out", rank=2))
+    summary = convert(Options(str(make_model()), tmp_path / "out", rank=2, recipe="data-free"))
     assert summary.rank == 2
     assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_errors_are_of_one_public_class(tmp_path: Path) -> None:
     with pytest.raises(BWLAError, match="nothing"):
-        convert(Options(str(tmp_path / "nothing"), tmp_path / "out"))
+        convert(Options(str(tmp_path / "nothing"), tmp_path / "out", recipe="data-free"))

@@ -122,7 +122,7 @@ def converted(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     (model / "config.json").write_text(
         json.dumps({**config, "auto_map": {"AutoModelForCausalLM": "modeling_custom.Custom"}})
     )
-    summary = convert(Options(str(model), parent / "out", rank=1, text_samples=0))
+    summary = convert(Options(str(model), parent / "out", rank=1, text_samples=0, recipe="data-free"))
     return model, parent / "out", summary
 
 
@@ -214,7 +214,7 @@ def test_links_and_special_files_beside_the_weights(
         write(model, name)
     change(model)
     out = tmp_path / "out"
-    convert(Options(str(model), out, rank=1, text_samples=0))
+    convert(Options(str(model), out, rank=1, text_samples=0, recipe="data-free"))
     for name in KEPT:
         assert (out / name).is_file(), name
         assert not (out / name).is_symlink()
@@ -229,14 +229,14 @@ def test_a_broken_link_beside_the_weights_is_refused(make_model, tmp_path: Path,
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("/no/such/file")
     with pytest.raises(SourceError, match=rf"{name}: expected a file, found a link that cannot be followed"):
-        convert(Options(str(model), tmp_path / "out"))
+        convert(Options(str(model), tmp_path / "out", recipe="data-free"))
     assert not (tmp_path / "out.work").exists()
 
 
 def test_an_output_inside_of_the_model_is_not_copied_into_itself(make_model) -> None:
     model = make_model()
-    convert(Options(str(model), model / "out", rank=1, text_samples=0))
-    convert(Options(str(model), model / "second", rank=1, text_samples=0))
+    convert(Options(str(model), model / "out", rank=1, text_samples=0, recipe="data-free"))
+    convert(Options(str(model), model / "second", rank=1, text_samples=0, recipe="data-free"))
     assert not (model / "second" / "out").exists()
     assert not (model / "second" / "second.work").exists()
 

@@ -41,7 +41,7 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
 def test_every_family_is_converted_and_passes_the_loader_checks(make_model, tmp_path, family: str) -> None:
     folder, out = make_model(family, shards=2), tmp_path / "out"
-    summary = convert(Options(str(folder), out, rank=2))
+    summary = convert(Options(str(folder), out, rank=2, recipe="data-free"))
     verify(out)
     specs = check_folder(out)
     entry = next(entry for entry in FAMILIES if entry.name == family)
@@ -64,7 +64,7 @@ def test_undoing_the_rotation_gives_the_weight_minus_the_recorded_error(
     make_model, tmp_path, rank: int
 ) -> None:
     folder, out = make_model(dtype=torch.float32), tmp_path / "out"
-    summary = convert(Options(str(folder), out, rank=rank))
+    summary = convert(Options(str(folder), out, rank=rank, recipe="data-free"))
     before, after, specs = read_all(folder), read_all(out), check_folder(out)
     for linear in summary.linears:
         stored = {
@@ -78,7 +78,7 @@ def test_undoing_the_rotation_gives_the_weight_minus_the_recorded_error(
 
 def test_linears_of_an_input_group_store_identical_input_transforms(make_model, tmp_path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model()), out, rank=1))
+    convert(Options(str(make_model()), out, rank=1, recipe="data-free"))
     stored = read_all(out)
     for key in ("rotation_left", "rotation_right", "column_scale", "low_rank_a"):
         q, k, v = (stored[f"model.layers.0.self_attn.{part}_proj.{key}"] for part in "qkv")
@@ -90,7 +90,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(make_model, tmp_path
     folder = make_model()
     outs = [tmp_path / name for name in ("a", "b", "c")]
     for out, seed in zip(outs, (0, 0, 1), strict=True):
-        convert(Options(str(folder), out, seed=seed, rank=1))
+        convert(Options(str(folder), out, seed=seed, rank=1, recipe="data-free"))
         for report in ("bwla_report.json", "bwla_report.html"):  # which contain times
             (out / report).unlink()
     assert digests(outs[0]) == digests(outs[1])
@@ -99,7 +99,7 @@ def test_one_seed_gives_one_result_and_another_seed_another(make_model, tmp_path
 
 def test_config_and_report_record_the_conversion(make_model, tmp_path) -> None:
     folder, out = make_model(), tmp_path / "out"
-    summary = convert(Options(str(folder), out, bits=4, clip=0.9, seed=5))
+    summary = convert(Options(str(folder), out, bits=4, clip=0.9, seed=5, recipe="data-free"))
     config = json.loads((out / "config.json").read_text())
     quantization = config.pop("quantization_config")
     assert quantization["lm_head"]["num_bits"] == 8
@@ -125,7 +125,7 @@ def test_only_one_layer_is_read_at_a_time(make_model, tmp_path, monkeypatch) -> 
         return plain(self, names)
 
     monkeypatch.setattr(Source, "read", watched)
-    convert(Options(str(make_model(shards=2)), tmp_path / "out"))
+    convert(Options(str(make_model(shards=2)), tmp_path / "out", recipe="data-free"))
     assert [layers for layers in reads if len(layers) != 1] == []
     # The values are checked tensor by tensor, which ends before the first layer is quantized.
     # The rest: what is copied, then the embedding and the head.
@@ -146,12 +146,12 @@ def test_hard_links_to_one_file_take_its_disk_space_once(tmp_path: Path) -> None
 
 def test_an_existing_output_is_refused_and_untouched(make_model, tmp_path) -> None:
     folder, out = make_model(), tmp_path / "out"
-    convert(Options(str(folder), out))
+    convert(Options(str(folder), out, recipe="data-free"))
     before = digests(out)
     with pytest.raises(BWLAError, match="already exists: choose another output or add --overwrite"):
-        convert(Options(str(folder), out, seed=1))
+        convert(Options(str(folder), out, seed=1, recipe="data-free"))
     assert digests(out) == before
-    convert(Options(str(folder), out, seed=1, overwrite=True))
+    convert(Options(str(folder), out, seed=1, overwrite=True, recipe="data-free"))
     assert digests(out) != before
     assert leftovers(tmp_path) == []
 
@@ -161,7 +161,7 @@ def test_overwrite_replaces_models_only(make_model, tmp_path) -> None:
     out.mkdir()
     (out / "thesis.txt").write_text("all of it")
     with pytest.raises(BWLAError, match="expected a model to overwrite, found other files"):
-        convert(Options(str(make_model()), out, overwrite=True))
+        convert(Options(str(make_model()), out, overwrite=True, recipe="data-free"))
     assert (out / "thesis.txt").read_text() == "all of it"
 
 
@@ -169,7 +169,7 @@ def test_the_source_cannot_be_the_output(make_model) -> None:
     folder = make_model()
     before = digests(folder)
     with pytest.raises(BWLAError, match="is the model to convert"):
-        convert(Options(str(folder), folder, overwrite=True))
+        convert(Options(str(folder), folder, overwrite=True, recipe="data-free"))
     assert digests(folder) == before
 
 
@@ -178,7 +178,7 @@ def test_a_failure_midway_keeps_the_old_output_and_the_finished_layers(
     make_model, tmp_path, monkeypatch, error
 ) -> None:
     folder, out = make_model(), tmp_path / "out"
-    convert(Options(str(folder), out))
+    convert(Options(str(folder), out, recipe="data-free"))
     before = digests(out)
     calls = []
 
@@ -191,7 +191,7 @@ def test_a_failure_midway_keeps_the_old_output_and_the_finished_layers(
     plain = data_free.quantize_group
     monkeypatch.setattr(data_free, "quantize_group", failing)
     with pytest.raises(error):
-        convert(Options(str(folder), out, overwrite=True))
+        convert(Options(str(folder), out, overwrite=True, recipe="data-free"))
     assert len(calls) == 6
     assert digests(out) == before
     assert leftovers(tmp_path) == []
@@ -205,7 +205,7 @@ def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> Non
     folder, out = make_model(), tmp_path / "out"
     edit.tensor(folder / "model.safetensors", name, lambda t: t * float("nan"))
     with pytest.raises(SourceError, match=f"{name}: expected finite values, found NaN"):
-        convert(Options(str(folder), out, head_bits=8))
+        convert(Options(str(folder), out, head_bits=8, recipe="data-free"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -222,13 +222,17 @@ def test_bad_input_leaves_no_trace(make_model, tmp_path, edit, name: str) -> Non
 )
 def test_options_out_of_range(make_model, tmp_path, options: dict, sentence: str) -> None:
     with pytest.raises(BWLAError) as error:
-        convert(Options(str(make_model(num_attention_heads=2)), tmp_path / "out", **options))
+        convert(
+            Options(
+                str(make_model(num_attention_heads=2)), tmp_path / "out", **{"recipe": "data-free", **options}
+            )
+        )
     assert sentence in str(error.value)
 
 
 def test_verify_notices_damage(make_model, tmp_path, edit) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model()), out))
+    convert(Options(str(make_model()), out, recipe="data-free"))
     shard = out / read_folder(out)["model.layers.1.mlp.up_proj.weight_scale"].file
     edit.tensor(shard, "model.layers.1.mlp.up_proj.weight_scale", lambda t: -t)
     with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj\.weight_scale: expected positive scales"):
@@ -238,7 +242,7 @@ def test_verify_notices_damage(make_model, tmp_path, edit) -> None:
 @pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
 def test_verify_notices_damage_of_the_head_and_the_embedding(make_model, tmp_path, edit, module: str) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model()), out, head_bits=8))
+    convert(Options(str(make_model()), out, head_bits=8, recipe="data-free"))
     shard = out / read_folder(out)[f"{module}.weight_scale"].file
     edit.tensor(shard, f"{module}.weight_scale", lambda t: t * float("nan"))
     with pytest.raises(FormatError, match=rf"{module}\.weight_scale: expected"):
@@ -248,7 +252,7 @@ def test_verify_notices_damage_of_the_head_and_the_embedding(make_model, tmp_pat
 def test_a_missing_layer_is_noticed(make_model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merge, "MAX_FILE_BYTES", 1)
     out = tmp_path / "out"
-    convert(Options(str(make_model()), out))
+    convert(Options(str(make_model()), out, recipe="data-free"))
     index = out / "model.safetensors.index.json"
     data = json.loads(index.read_text())
     shard = data["weight_map"]["model.layers.1.mlp.up_proj.weight_packed"]
@@ -261,7 +265,7 @@ def test_a_missing_layer_is_noticed(make_model, tmp_path, monkeypatch: pytest.Mo
 
 def test_small_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model(tie_word_embeddings=True)), out, embedding_bits=16))
+    convert(Options(str(make_model(tie_word_embeddings=True)), out, embedding_bits=16, recipe="data-free"))
     assert not [name for name in read_all(out) if name.startswith("lm_head")]
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] is True
@@ -271,7 +275,7 @@ def test_small_tied_embeddings_stay_tied(make_model, tmp_path) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_embedding_has_8_bits_by_default(make_model, tmp_path, tied: bool) -> None:
     folder, out = make_model(tie_word_embeddings=tied), tmp_path / "out"
-    summary = convert(Options(str(folder), out))
+    summary = convert(Options(str(folder), out, recipe="data-free"))
     original, after = read_all(folder)["model.embed_tokens.weight"].float(), read_all(out)
     codes, scale = after["model.embed_tokens.weight_int8"], after["model.embed_tokens.weight_scale"]
     assert ((codes * scale.unsqueeze(1) - original).abs() <= scale.unsqueeze(1) * 0.5001).all()
@@ -295,7 +299,7 @@ def test_a_tied_head_that_the_model_stores_is_not_written_beside_the_8_bit_embed
     tensors = load_file(folder / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
     save_file({**tensors, "lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
-    summary = convert(Options(str(folder), out))
+    summary = convert(Options(str(folder), out, recipe="data-free"))
     after = read_all(out)
     assert "model.embed_tokens.weight_int8" in after
     assert not [name for name in after if name.startswith("lm_head")]
@@ -306,7 +310,9 @@ def test_the_bits_of_an_untied_head_and_of_the_embedding_are_independent(make_mo
     folder = make_model()
     for head_bits, embedding_bits in ((16, 8), (8, 16)):
         out = tmp_path / f"{head_bits}-{embedding_bits}"
-        convert(Options(str(folder), out, head_bits=head_bits, embedding_bits=embedding_bits))
+        convert(
+            Options(str(folder), out, head_bits=head_bits, embedding_bits=embedding_bits, recipe="data-free")
+        )
         contents = read_contents(out)
         assert (contents.head_bits, contents.embedding_bits) == (head_bits, embedding_bits)
         assert ("lm_head.weight" in contents.entries) is (head_bits == 16)
@@ -316,7 +322,7 @@ def test_the_bits_of_an_untied_head_and_of_the_embedding_are_independent(make_mo
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_8_bit_head_is_a_tensor_of_its_own(make_model, tmp_path, tied: bool) -> None:
     folder, out = make_model(tie_word_embeddings=tied), tmp_path / "out"
-    summary = convert(Options(str(folder), out, head_bits=8, embedding_bits=16))
+    summary = convert(Options(str(folder), out, head_bits=8, embedding_bits=16, recipe="data-free"))
     before, after = read_all(folder), read_all(out)
     original = before["model.embed_tokens.weight" if tied else "lm_head.weight"].float()
     codes, scale = after["lm_head.weight_int8"], after["lm_head.weight_scale"]
@@ -331,15 +337,15 @@ def test_an_8_bit_head_is_a_tensor_of_its_own(make_model, tmp_path, tied: bool) 
 
 def test_an_untied_head_has_8_bits_by_default(make_model, tmp_path) -> None:
     folder = make_model()
-    convert(Options(str(folder), tmp_path / "a"))
-    convert(Options(str(folder), tmp_path / "b", head_bits=16))
+    convert(Options(str(folder), tmp_path / "a", recipe="data-free"))
+    convert(Options(str(folder), tmp_path / "b", head_bits=16, recipe="data-free"))
     assert "lm_head.weight_int8" in read_all(tmp_path / "a")
     assert torch.equal(read_all(tmp_path / "b")["lm_head.weight"], read_all(folder)["lm_head.weight"])
 
 
 def test_a_damaged_head_is_noticed(make_model, tmp_path, edit) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model()), out))
+    convert(Options(str(make_model()), out, recipe="data-free"))
     shard = out / read_folder(out)["lm_head.weight_int8"].file
     edit.tensor(shard, "lm_head.weight_int8", lambda t: t[:-1].contiguous())
     with pytest.raises(
@@ -350,7 +356,14 @@ def test_a_damaged_head_is_noticed(make_model, tmp_path, edit) -> None:
 
 def test_ignored_linears_are_copied(make_model, tmp_path) -> None:
     folder, out = make_model(), tmp_path / "out"
-    convert(Options(str(folder), out, ignore=("down_proj", "re:model[.]layers[.]1[.]self_attn[.][qkv]_proj")))
+    convert(
+        Options(
+            str(folder),
+            out,
+            ignore=("down_proj", "re:model[.]layers[.]1[.]self_attn[.][qkv]_proj"),
+            recipe="data-free",
+        )
+    )
     before, after = read_all(folder), read_all(out)
     for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.1.self_attn.k_proj.weight"):
         assert torch.equal(after[name], before[name])
@@ -361,10 +374,10 @@ def test_part_of_a_group_cannot_be_ignored(make_model, tmp_path) -> None:
     with pytest.raises(
         SourceError, match=r"k_proj: is ignored but shares its input with .*q_proj.*--ignore all of them"
     ):
-        convert(Options(str(make_model()), tmp_path / "out", ignore=("k_proj",)))
+        convert(Options(str(make_model()), tmp_path / "out", ignore=("k_proj",), recipe="data-free"))
 
 
 def test_a_width_that_cannot_be_packed_may_be_ignored(make_model, tmp_path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model(intermediate_size=100)), out, ignore=("down_proj",)))
+    convert(Options(str(make_model(intermediate_size=100)), out, ignore=("down_proj",), recipe="data-free"))
     assert len(check_folder(out)) == 12

@@ -109,8 +109,8 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     model: Path, tmp_path: Path, layers: int, factory: RecipeFactory | None
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2), recipe_factory=factory)
-    again = interrupted(Options(str(model), out, rank=2), layers, factory)
+    convert(Options(str(model), whole, rank=2, recipe="data-free"), recipe_factory=factory)
+    again = interrupted(Options(str(model), out, rank=2, recipe="data-free"), layers, factory)
     listener = StopAfter()
     summary = convert(again, listener, recipe_factory=factory)
     assert listener.done == list(range(layers, LAYERS))
@@ -144,9 +144,9 @@ def test_a_calibrated_recipe_is_resumed_to_the_bit(make_model, tmp_path: Path, r
 
 def test_the_previous_model_is_kept_until_the_new_one_is_complete(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(model), out, rank=1))
+    convert(Options(str(model), out, rank=1, recipe="data-free"))
     before = contents(out)
-    options = Options(str(model), out, rank=2, overwrite=True)
+    options = Options(str(model), out, rank=2, overwrite=True, recipe="data-free")
     with pytest.raises(KeyboardInterrupt):
         convert(options, StopAfter(1))
     assert contents(out) == before
@@ -160,7 +160,7 @@ def test_an_unfinished_conversion_is_resumed_or_discarded_only_on_request(
     model: Path, tmp_path: Path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = Options(str(model), out, rank=2, seed=1)
+    options = Options(str(model), out, rank=2, seed=1, recipe="data-free")
     convert(replace(options, out=whole))
     interrupted(replace(options, seed=5), 1)
     sentence = r"out\.work: holds an unfinished conversion \(1 layers done\): add --resume .* or --restart"
@@ -174,7 +174,7 @@ def test_an_unfinished_conversion_is_resumed_or_discarded_only_on_request(
 
 
 def test_resume_without_a_work_folder_starts_a_conversion(model: Path, tmp_path: Path) -> None:
-    convert(Options(str(model), tmp_path / "out", rank=2, resume=True))
+    convert(Options(str(model), tmp_path / "out", rank=2, resume=True, recipe="data-free"))
     assert (tmp_path / "out" / "config.json").is_file()
 
 
@@ -224,7 +224,7 @@ def test_resuming_is_refused_where_the_bytes_would_differ_and_the_work_is_kept(
     change: Callable[..., Options],
     sentence: str,
 ) -> None:
-    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2, recipe="data-free"), 1)
     with pytest.raises(WorkError, match=sentence):
         convert(change(model, monkeypatch, again))
     assert len(read_manifest(work_path(again.out) / MANIFEST).layers) == 1
@@ -232,8 +232,8 @@ def test_resuming_is_refused_where_the_bytes_would_differ_and_the_work_is_kept(
 
 def test_new_modification_times_alone_do_not_prevent_resuming(model: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2))
-    again, listener = interrupted(Options(str(model), out, rank=2), 1), StopAfter()
+    convert(Options(str(model), whole, rank=2, recipe="data-free"))
+    again, listener = interrupted(Options(str(model), out, rank=2, recipe="data-free"), 1), StopAfter()
     for path in model.iterdir():
         os.utime(path)
     convert(again, listener)
@@ -251,8 +251,8 @@ def spoil(path: Path) -> None:
 @pytest.mark.parametrize("file", ["checkpoint/part-00001.safetensors", "checkpoint/part-00002.safetensors"])
 def test_a_damaged_layer_alone_is_quantized_again(model: Path, tmp_path: Path, file: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2))
-    again, listener = interrupted(Options(str(model), out, rank=2), 2), StopAfter()
+    convert(Options(str(model), whole, rank=2, recipe="data-free"))
+    again, listener = interrupted(Options(str(model), out, rank=2, recipe="data-free"), 2), StopAfter()
     spoil(work_path(out) / file)
     convert(again, listener)
     number = int(file[len("checkpoint/part-") :][:5]) - 1
@@ -273,8 +273,11 @@ def test_with_a_state_all_layers_after_the_damage_are_quantized_again(
     model: Path, tmp_path: Path, file: str, first: int
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    convert(Options(str(model), whole, rank=2), recipe_factory=make_stateful)
-    again, listener = interrupted(Options(str(model), out, rank=2), 2, make_stateful), StopAfter()
+    convert(Options(str(model), whole, rank=2, recipe="data-free"), recipe_factory=make_stateful)
+    again, listener = (
+        interrupted(Options(str(model), out, rank=2, recipe="data-free"), 2, make_stateful),
+        StopAfter(),
+    )
     (work_path(out) / file).unlink()
     convert(again, listener, recipe_factory=make_stateful)
     assert listener.done == list(range(first, LAYERS))
@@ -284,13 +287,13 @@ def test_with_a_state_all_layers_after_the_damage_are_quantized_again(
 
 def test_no_more_than_two_states_are_kept(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    interrupted(Options(str(model), out, rank=2), LAYERS, make_stateful)
+    interrupted(Options(str(model), out, rank=2, recipe="data-free"), LAYERS, make_stateful)
     states = sorted(path.name for path in (work_path(out) / "states").iterdir())
     assert states == ["after-00001.safetensors", "after-00002.safetensors"]
 
 
 def test_a_damaged_manifest_is_refused_with_its_name(model: Path, tmp_path: Path) -> None:
-    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2, recipe="data-free"), 1)
     file = work_path(again.out) / MANIFEST
     data = json.loads(file.read_text())
     for broken in ("{", json.dumps({**data, "version": 99}), json.dumps({**data, "seconds": "many"})):
@@ -300,7 +303,7 @@ def test_a_damaged_manifest_is_refused_with_its_name(model: Path, tmp_path: Path
 
 
 def test_two_conversions_cannot_write_to_one_output(model: Path, tmp_path: Path) -> None:
-    again = interrupted(Options(str(model), tmp_path / "out", rank=2), 1)
+    again = interrupted(Options(str(model), tmp_path / "out", rank=2, recipe="data-free"), 1)
     with (work_path(again.out) / "lock").open() as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         with pytest.raises(WorkError, match="another bwla-convert is writing here"):
@@ -316,7 +319,9 @@ def test_a_folder_with_other_files_is_left_alone(model: Path, tmp_path: Path) ->
         with pytest.raises(
             WorkError, match=r"expected a work folder of bwla-convert, found thesis\.txt: move it away"
         ):
-            convert(Options(str(model), tmp_path / "out", resume=resume, restart=not resume))
+            convert(
+                Options(str(model), tmp_path / "out", resume=resume, restart=not resume, recipe="data-free")
+            )
     assert strange.read_text() == "all of it"
 
 
@@ -328,7 +333,7 @@ def test_a_failure_before_the_first_finished_layer_leaves_nothing(
 
     monkeypatch.setattr(data_free, "quantize_group", failing)
     with pytest.raises(RuntimeError):
-        convert(Options(str(model), tmp_path / "out"))
+        convert(Options(str(model), tmp_path / "out", recipe="data-free"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -339,5 +344,5 @@ def test_a_source_that_changes_during_the_conversion_is_noticed(model: Path, tmp
                 spoil(model / "config.json")
 
     with pytest.raises(WorkError, match=r"config\.json: has changed since"):
-        convert(Options(str(model), tmp_path / "out"), Meddler())
+        convert(Options(str(model), tmp_path / "out", recipe="data-free"), Meddler())
     assert len(read_manifest(work_path(tmp_path / "out") / MANIFEST).layers) == 1

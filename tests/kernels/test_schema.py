@@ -66,6 +66,24 @@ def test_ignored_layers_have_no_spec() -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "name", "matches"),
+    [
+        ("down_proj", "model.layers.0.mlp.down_proj", True),
+        ("mlp.down_proj", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.1", "model.layers.1.mlp.down_proj", True),
+        ("model.layers.1", "model.layers.12.mlp.down_proj", False),
+        ("layers.1.mlp", "model.layers.1.mlp.down_proj", True),
+        ("mlp", "model.layers.1.mlp.down_proj", True),
+        ("proj", "model.layers.1.mlp.down_proj", False),
+        ("re:.*[.]1[.].*", "model.layers.1.mlp.down_proj", True),
+        ("re:down_proj", "model.layers.1.mlp.down_proj", False),
+    ],
+)
+def test_an_entry_of_ignore_matches_whole_parts_of_a_name(entry: str, name: str, matches: bool) -> None:
+    assert parse_config(config(ignore=[entry])).is_ignored(name) is matches
+
+
+@pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"quant_method": "gptq"}, "expected quant_method 'bwla', found 'gptq'"),

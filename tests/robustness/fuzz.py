@@ -171,7 +171,7 @@ def make_folders(work: Path) -> dict[str, list[Path]]:
     for source, limit in zip(sources, (20_000, merge.MAX_FILE_BYTES), strict=True):
         checkpoints.append(work / f"{source.name}-bwla")
         with patch.object(merge, "MAX_FILE_BYTES", limit):
-            convert(Options(str(source), checkpoints[-1], rank=2))
+            convert(Options(str(source), checkpoints[-1], rank=2, recipe="data-free"))
     return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
 
 

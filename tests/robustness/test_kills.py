@@ -15,7 +15,17 @@ pytestmark = pytest.mark.slow
 
 def test_ctrl_c_finishes_the_layer_and_says_how_to_continue(make_model, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "bwla_converter", str(make_model()), str(out), "--rank", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "bwla_converter",
+        str(make_model()),
+        str(out),
+        "--recipe",
+        "data-free",
+        "--rank",
+        "2",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     output = ""

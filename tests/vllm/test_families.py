@@ -73,7 +73,7 @@ def test_converted_and_served_equals_the_definition(
     )
     tokenizer(source)
     out = tmp_path / "out"
-    convert(Options(str(source), out, rank=2))
+    convert(Options(str(source), out, rank=2, recipe="data-free"))
     model = load_reference(out)
     with watched(model) as margin:
         golden = find_golden(model, margin, VOCABULARY, LENGTH)

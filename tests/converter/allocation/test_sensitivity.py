@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_converter.allocation import sensitivity
 from bwla_converter.allocation.sensitivity import (
     DAMPING,
     GradientMoments,
@@ -17,6 +16,7 @@ from bwla_converter.planning.plan import make_plan
 from bwla_converter.quantize.group import group_generator
 from bwla_converter.quantize.moments import rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
+from bwla_converter.recipes.measurements import MAX_TOKENS, MIN_TOKENS, TOKENS_PER_COLUMN
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.schema import Provenance
@@ -134,6 +134,8 @@ def test_the_result_is_reproducible_and_names_every_group(model: Path) -> None:
 
 def test_wide_groups_need_more_tokens() -> None:
     specs = {"linear": LayerSpec(8, 32, 1, 4, 8)}
-    assert num_samples(specs, 512) == -(-sensitivity.MIN_TOKENS // 512)
-    wide = {"linear": LayerSpec(8, 2**16, 1, 256, 256)}
-    assert num_samples(wide, 512) == sensitivity.TOKENS_PER_COLUMN * 2**16 // 512
+    assert num_samples(specs, 512) == -(-MIN_TOKENS // 512)
+    wide = {"linear": LayerSpec(8, 2**12, 1, 64, 64)}
+    assert num_samples(wide, 512) == TOKENS_PER_COLUMN * 2**12 // 512
+    wider = {"linear": LayerSpec(8, 2**16, 1, 256, 256)}
+    assert num_samples(wider, 512) == MAX_TOKENS // 512

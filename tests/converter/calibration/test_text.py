@@ -1,6 +1,7 @@
 """Calibration text: what is read, which samples are cut from it, and what is refused."""
 
 import json
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -11,29 +12,10 @@ from bwla_converter.calibration.text import (
     calibration_samples,
     dataset_text,
     held_out_samples,
-    read_texts,
 )
 from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
 from paths import EXAMPLE
-
-
-def test_files_folders_and_json_lines(tmp_path: Path) -> None:
-    (tmp_path / "b.txt").write_text("second")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "a.txt").write_text("first")
-    (tmp_path / "c.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("third", "fourth")))
-    (tmp_path / "other.md").write_text("not this")
-    assert list(read_texts(tmp_path)) == ["first", "second", "third", "fourth"]
-    assert list(read_texts(tmp_path / "b.txt")) == ["second"]
-
-
-def test_errors_name_what_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="expected a file or a folder with .txt or .jsonl"):
-        list(read_texts(tmp_path / "nothing"))
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": "no"}\n')
-    with pytest.raises(SourceError, match=r"bad.jsonl, line 2: expected an object with a \"text\""):
-        list(read_texts(tmp_path / "bad.jsonl"))
 
 
 def test_samples_are_pieces_of_the_text_chosen_by_the_seed(tmp_path: Path) -> None:
@@ -88,3 +70,40 @@ def test_held_out_samples_do_not_overlap_with_the_others(tmp_path: Path) -> None
     assert not used & {tuple(part.tolist()) for part in held_out.unfold(1, 12, 1).flatten(0, 1)}
     everything = Calibration(str(tmp_path / "text.txt"), num_samples=4000, max_seq_length=32)
     assert held_out_samples(everything, EXAMPLE, seed=1, tokens=200) is None
+
+
+def test_a_tokenizer_with_tokens_beyond_the_embedding(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EXAMPLE, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    (tmp_path / "text.txt").write_text("the old man looked at the sea " * 20)
+    calibration = Calibration(str(tmp_path / "text.txt"), num_samples=1, max_seq_length=32)
+    with pytest.raises(
+        SourceError, match="expected token ids below 100, .* the tokenizer belongs to another"
+    ):
+        calibration_samples(calibration, model, 0)
+
+
+def test_conversations_go_through_the_chat_template_with_one_bos_token(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EXAMPLE, model)
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    conversation = [{"role": "user", "content": "the sea " * 40}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": conversation}))
+    (tmp_path / "same.txt").write_text(f"user: {'the sea ' * 40}\n")
+    chat, same = (
+        calibration_samples(Calibration(str(tmp_path / name), 2, 16), model, 0)[0]
+        for name in ("chat.jsonl", "same.txt")
+    )
+    assert torch.equal(chat, same)
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "the sea"}]}')
+    with pytest.raises(
+        SourceError, match="chat.jsonl, line 1, .*chat template cannot render this conversation"
+    ):
+        calibration_samples(Calibration(str(tmp_path / "chat.jsonl"), 1, 2), EXAMPLE, 0)

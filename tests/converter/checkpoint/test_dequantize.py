@@ -38,7 +38,7 @@ def test_logits_are_those_of_the_checkpoint(
 ) -> None:
     checkpoint, plain = tmp_path / "bwla", tmp_path / "plain"
     model = make_model(family, tie_word_embeddings=tied)
-    convert(Options(str(model), checkpoint, rank=2, bits=16, **bits))
+    convert(Options(str(model), checkpoint, rank=2, bits=16, recipe="data-free", **bits))
     # More than one piece to a weight.
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 1000)
     done = write_dequantized(checkpoint, plain, "float32")
@@ -82,7 +82,7 @@ def test_invalid_requests_raise_and_leave_nothing(example_bwla: Path, tmp_path: 
 
 def test_damage_is_noticed_before_the_output_exists(make_model, tmp_path: Path, edit) -> None:
     checkpoint = tmp_path / "bwla"
-    convert(Options(str(make_model()), checkpoint))
+    convert(Options(str(make_model()), checkpoint, recipe="data-free"))
     name = "model.layers.1.mlp.up_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: -t)
     with pytest.raises(FormatError, match="expected positive scales"):
@@ -92,7 +92,7 @@ def test_damage_is_noticed_before_the_output_exists(make_model, tmp_path: Path, 
 
 def test_values_beyond_float16_are_refused(make_model, tmp_path: Path, edit) -> None:
     checkpoint = tmp_path / "bwla"
-    convert(Options(str(make_model()), checkpoint))
+    convert(Options(str(make_model()), checkpoint, recipe="data-free"))
     name = "model.layers.0.mlp.down_proj.weight_scale"
     edit.tensor(checkpoint / read_folder(checkpoint)[name].file, name, lambda t: t * 1e7)
     with pytest.raises(BWLAError, match="choose --dtype bfloat16 or float32"):

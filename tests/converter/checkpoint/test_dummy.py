@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 def test_every_family_from_its_config_alone(make_model, tmp_path: Path, family: str) -> None:
     folder, out = make_model(family), tmp_path / "out"
     (folder / "model.safetensors").unlink()
-    plan = write_dummy(Options(str(folder), out, rank=2))
+    plan = write_dummy(Options(str(folder), out, rank=2, recipe="data-free"))
     verify(out)
     assert {spec.rank for spec in plan.specs.values()} == {2}
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -37,4 +37,4 @@ def test_from_the_command_line(make_model, tmp_path: Path) -> None:
 
 def test_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"config\.json: cannot be read"):
-        write_dummy(Options(str(tmp_path), tmp_path / "out"))
+        write_dummy(Options(str(tmp_path), tmp_path / "out", recipe="data-free"))

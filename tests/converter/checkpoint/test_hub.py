@@ -89,7 +89,16 @@ def test_an_upload_that_breaks_off_says_how_to_go_on(tmp_path: Path) -> None:
 def test_the_converter_asks_first_and_pushes_last(make_model, tmp_path: Path, monkeypatch) -> None:
     hub, out = FakeHub(), tmp_path / "out"
     monkeypatch.setattr(module, "HfApi", lambda: hub)
-    arguments = [str(make_model()), str(out), "--no-report", "--push-to-hub", "me/tiny-bwla", "--private"]
+    arguments = [
+        str(make_model()),
+        str(out),
+        "--recipe",
+        "data-free",
+        "--no-report",
+        "--push-to-hub",
+        "me/tiny-bwla",
+        "--private",
+    ]
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "pushed to https://huggingface.co/me/tiny-bwla" in done.output

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from bwla_converter.cli.convert import app
-from bwla_converter.options import Calibration, Options
+from bwla_converter.conversion import with_calibration
+from bwla_converter.options import SELF, Calibration, Options
 from bwla_converter.recipes.best import BestOptions
 from bwla_kernels.errors import BWLAError
 from typer.testing import CliRunner
@@ -121,10 +122,15 @@ def test_help_shows_the_defaults_of_recipe_best() -> None:
 def test_without_options_the_defaults_are_those_of_python(tmp_path: Path, monkeypatch) -> None:
     received: list[Options] = []
     monkeypatch.setattr("bwla_converter.pipeline.convert", lambda options, *_, **__: received.append(options))
-    for flags in ([], ["--recipe", "fast", "--calibration", "text"]):
+    for flags in ([], ["--calibration", "text"], ["--recipe", "data-free"]):
         run(app, ["model", str(tmp_path / "out"), *flags])
     plain = Options("model", tmp_path / "out")
-    assert received == [plain, replace(plain, recipe="fast", calibration=Calibration("text"))]
+    assert with_calibration(plain).calibration == Calibration(SELF)
+    assert received == [
+        with_calibration(plain),
+        replace(plain, calibration=Calibration("text")),
+        replace(plain, recipe="data-free"),
+    ]
 
 
 def test_version_names_what_matters() -> None:
@@ -135,13 +141,13 @@ def test_version_names_what_matters() -> None:
 
 
 def test_a_conversion_ends_with_a_summary(make_model, tmp_path: Path) -> None:
-    result = run(app, [str(make_model()), str(tmp_path / "out"), "--rank", "1", "--abits", "8"])
+    result = run(
+        app,
+        [str(make_model()), str(tmp_path / "out"), "--recipe", "data-free", "--rank", "1", "--abits", "8"],
+    )
     assert result.exit_code == 0, result.output
     assert "bits per quantized weight, everything counted, rank 1, " in result.output
-    assert (
-        "recipe data-free makes most pretrained models unusable: use --recipe fast --calibration TEXT"
-        in result.output
-    )
+    assert "recipe data-free makes most pretrained models unusable: use --recipe fast" in result.output
     assert "model.layers.1.mlp.down_proj  relative error" in result.output
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -191,7 +197,7 @@ def test_another_error_of_torch_is_not_called_out_of_memory(make_model, tmp_path
 
 
 def test_a_gguf_file(make_gguf, tmp_path: Path) -> None:
-    arguments = [str(make_gguf("Llama")), str(tmp_path / "out"), "--rank", "2"]
+    arguments = [str(make_gguf("Llama")), str(tmp_path / "out"), "--recipe", "data-free", "--rank", "2"]
     result = run(app, arguments)
     assert result.exit_code == 0, result.output
     assert f"dequantizing to bfloat16 into {tmp_path / 'cache' / 'gguf' / 'model'}-" in result.output

@@ -43,7 +43,7 @@ def test_the_original_may_be_a_gguf_file(make_gguf, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(perplexity, "compare_texts", compare_texts)
     checkpoint = tmp_path / "out"
-    convert(Options(str(file), checkpoint, rank=2))
+    convert(Options(str(file), checkpoint, rank=2, recipe="data-free"))
     done = run(file, checkpoint, "--text", EXAMPLES / "text" / "heldout.txt")
     assert done.exit_code == 0, done.output
     assert [folder.parent for folder in seen] == [tmp_path / "cache" / "gguf"]

@@ -26,7 +26,7 @@ IDS = torch.arange(24).view(1, 24)
 @pytest.fixture
 def checkpoint(make_model, tmp_path: Path) -> Path:
     out = tmp_path / "out"
-    convert(Options(str(make_model("Qwen2", shards=2)), out, rank=2))
+    convert(Options(str(make_model("Qwen2", shards=2)), out, rank=2, recipe="data-free"))
     return out
 
 
@@ -65,7 +65,7 @@ def test_logits_equal_those_of_dequantized_weights_without_activation_quantizati
     make_model, tmp_path
 ) -> None:
     folder, out = make_model("Qwen2", dtype=torch.float32), tmp_path / "out"
-    convert(Options(str(folder), out, rank=2, bits=16))
+    convert(Options(str(folder), out, rank=2, bits=16, recipe="data-free"))
     ours = load(out, dtype=torch.float32)
     assert isinstance(ours.lm_head, hf.BWLAHead)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -89,7 +89,7 @@ def test_the_best_backend_agrees_with_the_reference(checkpoint: Path, monkeypatc
 @pytest.mark.parametrize("family", ["Qwen2", "Gemma 2", "Phi-3"])
 def test_saves_back_unchanged(make_model, tmp_path: Path, family: str) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    convert(Options(str(make_model(family, shards=2)), out, rank=2))
+    convert(Options(str(make_model(family, shards=2)), out, rank=2, recipe="data-free"))
     load(out).save_pretrained(again)
     assert tensor_digests(again) == tensor_digests(out)
     assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
@@ -107,7 +107,7 @@ def test_the_8_bit_embedding_equals_the_dequantized_one(
     make_model, tmp_path: Path, family: str, tied: bool, dtype: torch.dtype
 ) -> None:
     folder, out = make_model(family, tie_word_embeddings=tied), tmp_path / "out"
-    convert(Options(str(folder), out, rank=2))
+    convert(Options(str(folder), out, rank=2, recipe="data-free"))
     ours = load(out, dtype=dtype)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     embedding = ours.model.embed_tokens
@@ -127,7 +127,7 @@ def test_an_8_bit_embedding_survives_what_users_do_to_a_model(
     make_model, tmp_path: Path, family: str, tied: bool
 ) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    convert(Options(str(make_model(family, tie_word_embeddings=tied)), out, rank=2))
+    convert(Options(str(make_model(family, tie_word_embeddings=tied)), out, rank=2, recipe="data-free"))
     model = load(out)
     logits = model(IDS).logits
     model.tie_weights()
@@ -147,7 +147,7 @@ def test_the_dtype_of_the_model_is_the_one_asked_for(checkpoint: Path, dtype: to
 
 def test_a_checkpoint_of_version_1_still_loads(make_model, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model("Qwen2")), out, rank=2, embedding_bits=16))
+    convert(Options(str(make_model("Qwen2")), out, rank=2, embedding_bits=16, recipe="data-free"))
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == 1
     assert not {"planes", "embedding"} & config.keys()
@@ -195,7 +195,7 @@ def test_an_unquantized_tensor_beside_the_8_bit_one_is_refused(
 ) -> None:
     """Loaders would use one of the two, and not the same one."""
     out = tmp_path / "out"
-    convert(Options(str(make_model(tie_word_embeddings=tied)), out))
+    convert(Options(str(make_model(tie_word_embeddings=tied)), out, recipe="data-free"))
     file = out / "model.safetensors"
     save_file({**load_file(file), name: torch.ones(96, 64)}, file, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=sentence):

@@ -112,6 +112,16 @@ def test_the_embedding_has_8_bits_unless_16_are_requested(source: Source, tied: 
         choose_embedding(source, 4)
 
 
+def test_an_ignored_head_or_embedding_stays_unquantized(source: Source) -> None:
+    made = plan(replace(source, ignore=("lm_head", "embed_tokens")))
+    assert (made.head_source, made.embedding_source) == (None, None)
+    assert made.format.ignore == ["lm_head", "embed_tokens"]
+    with pytest.raises(
+        SourceError, match="lm_head: expected --lm-head-bits 16 with --ignore lm_head, found 8"
+    ):
+        make_plan(replace(source, ignore=("lm_head",)), 2, 6, None, PROVENANCE, 8)
+
+
 def test_a_family_whose_embedding_vllm_cannot_quantize_keeps_it(make_model) -> None:
     source = open_source(str(make_model("Gemma 2", tie_word_embeddings=True)))
     assert choose_embedding(source, None) is None

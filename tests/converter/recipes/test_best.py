@@ -256,8 +256,10 @@ def calibration_ids(source: Source, calibration: Calibration) -> Tensor:
 
 def test_budgets_of_the_command_line() -> None:
     """Half of the minutes go to the tuning of all layers together, half to distillation."""
-    options = Options("model", Path("out"), tune_epochs=5, distill_epochs=0, minutes=60.0)
+    options = Options("model", Path("out"), tune_epochs=5, distill_epochs=0, minutes=60.0, recipe="best")
     best = recipes.best_options(options, FastOptions(), num_layers=10)
     assert (best.tune.epochs, best.distill.epochs) == (5, 0)
     assert (best.tune.minutes, best.distill.minutes) == (3.0, 30.0)
-    assert recipes.best_options(Options("model", Path("out")), FastOptions(), 10) == BestOptions()
+    assert (
+        recipes.best_options(Options("model", Path("out"), recipe="best"), FastOptions(), 10) == BestOptions()
+    )

@@ -72,6 +72,31 @@ def test_bits_and_bytes_add_up(report: dict, example_bwla: Path) -> None:
     )
 
 
+def test_the_page_shows_size_and_loss_and_where_the_planes_are(report: dict) -> None:
+    assert "Size and loss" not in render_page(report), "without calibration text, nothing is predicted"
+    names = [linear["name"] for linear in report["linears"]]
+    chosen = {
+        **report,
+        "bits_per_weight": 2.1987,
+        "predicted_loss": 0.362,
+        "measured_loss": 0.4831,
+        "predicted_losses": {"1.16": 1.09, "3.2": 0.142, "1.1": 50.0},
+        "planes": [1, 3],
+        "planes_of_linears": {name: 1 + 2 * (index % 2) for index, name in enumerate(names)},
+    }
+    page = render_page(chosen)
+    check_page(page)
+    rows = page.partition("Size and loss")[2].partition("</table>")[0]
+    order = ["1.10", "1.16", "2.199, this conversion", "3.20"]
+    assert [rows.index(text) for text in order] == sorted(rows.index(text) for text in order)
+    assert "over 1000000" in rows
+    assert "<b>0.483</b><span>nats per token lost, measured; 0.362 predicted" in page
+    assert "Planes of each linear" in page
+    assert page.count("<th>planes</th>") == 4
+    uniform = render_page({**chosen, "planes": [1], "measured_loss": None})
+    assert "Planes of each linear" not in uniform
+
+
 def test_every_linear_has_its_statistics(report: dict) -> None:
     weights = report["statistics"]["weights"]
     assert list(weights) == [linear["name"] for linear in report["linears"]]
@@ -144,7 +169,7 @@ def test_a_report_without_statistics_still_has_a_page(report: dict) -> None:
 
 
 def test_without_report(make_model, tmp_path: Path) -> None:
-    convert(Options(str(make_model()), tmp_path / "out", report=False))
+    convert(Options(str(make_model()), tmp_path / "out", report=False, recipe="data-free"))
     assert not (tmp_path / "out" / PAGE_FILE).exists()
     assert "bwla_report.html" not in (tmp_path / "out" / "README.md").read_text()
     report = json.loads((tmp_path / "out" / REPORT_FILE).read_text())

@@ -93,7 +93,19 @@ def test_the_command_makes_the_same_checkpoint_again(make_model, tmp_path: Path)
     folder, out = make_model(), tmp_path / "out"
     (folder / CARD_FILE).write_text(SOURCE_CARD)
     ignored = ("re:.*[.]0[.]mlp[.]down_proj",)
-    convert(Options(str(folder), out, rank=2, bits=8, clip=0.9, seed=3, ignore=ignored, report=False))
+    convert(
+        Options(
+            str(folder),
+            out,
+            rank=2,
+            bits=8,
+            clip=0.9,
+            seed=3,
+            ignore=ignored,
+            report=False,
+            recipe="data-free",
+        )
+    )
     assert ModelCard.load(out / CARD_FILE).data.to_dict()["license_name"] == "my-license"
     words = shlex.split(command(read_contents(out)))
     assert words[:3] == ["bwla-convert", "model", "OUT"]

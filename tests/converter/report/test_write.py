@@ -44,7 +44,9 @@ def test_all_documents_are_written_and_hashed_last(example_bwla: Path, tmp_path:
     before = json.loads((example_bwla / REPORT_FILE).read_text())
     linears = [LinearReport(**linear) for linear in before["linears"]]
     figures = {key: before[key] for key in asdict(Summary(*[0] * 9)) if key not in ("out", "linears")}
-    options = Options(str(EXAMPLE), folder, report=report, text_samples=0, hub_repo="me/model")
+    options = Options(
+        str(EXAMPLE), folder, report=report, text_samples=0, hub_repo="me/model", recipe="data-free"
+    )
     half = len(before["traces"]) // 2
     traces = [dict(list(before["traces"].items())[:half]), dict(list(before["traces"].items())[half:])]
     write_documents(

@@ -181,8 +181,8 @@ def test_the_licence_reaches_the_model_card(make_gguf, tmp_path: Path) -> None:
 
 def test_a_conversion_from_a_gguf_file_is_that_of_its_folder(make_gguf, tmp_path: Path) -> None:
     file = make_gguf("Llama", quantization="Q8_0")
-    convert(Options(str(file), tmp_path / "from-file", rank=2))
-    convert(Options(str(prepare(file)), tmp_path / "from-folder", rank=2))
+    convert(Options(str(file), tmp_path / "from-file", rank=2, recipe="data-free"))
+    convert(Options(str(prepare(file)), tmp_path / "from-folder", rank=2, recipe="data-free"))
     for path in (tmp_path / "from-folder").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "from-file" / path.name).read_bytes()
     config = json.loads((tmp_path / "from-file" / "config.json").read_text())
@@ -206,13 +206,13 @@ def test_a_conversion_is_resumed_even_if_the_cache_was_emptied(
     make_gguf, cache: Path, tmp_path: Path
 ) -> None:
     file, listener = make_gguf("Llama"), StopAfterFirstLayer()
-    convert(Options(str(file), tmp_path / "whole", rank=2))
+    convert(Options(str(file), tmp_path / "whole", rank=2, recipe="data-free"))
     shutil.rmtree(cache)
     with pytest.raises(KeyboardInterrupt):
-        convert(Options(str(file), tmp_path / "out", rank=2), listener)
+        convert(Options(str(file), tmp_path / "out", rank=2, recipe="data-free"), listener)
     assert listener.prepared[0] == 0
     shutil.rmtree(cache)
-    convert(Options(str(file), tmp_path / "out", rank=2, resume=True))
+    convert(Options(str(file), tmp_path / "out", rank=2, resume=True, recipe="data-free"))
     for path in (tmp_path / "whole").glob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
 
@@ -220,4 +220,10 @@ def test_a_conversion_is_resumed_even_if_the_cache_was_emptied(
 def test_weights_that_are_not_finite_are_refused(make_gguf, tmp_path: Path) -> None:
     weight = torch.full((64, 128), torch.nan).numpy()
     with pytest.raises(SourceError, match="mlp.down_proj.weight: expected finite values"):
-        convert(Options(str(make_gguf(changes={"blk.1.ffn_down.weight": weight})), tmp_path / "out"))
+        convert(
+            Options(
+                str(make_gguf(changes={"blk.1.ffn_down.weight": weight})),
+                tmp_path / "out",
+                recipe="data-free",
+            )
+        )

@@ -1,0 +1,120 @@
+"""Tables about accuracy."""
+
+import math
+import statistics
+from typing import Any
+
+from scripts.tables.results import METHODS, Rows, markdown_table, mean, mean_loss, read_result, read_rows
+
+ABITS = (16, 8, 6, 4)
+FRONTIER_METHODS = {
+    "data-free": "`data-free`",
+    "paper": "`paper`",
+    "fast": "`fast`",
+    "best": "`best`",
+    "llmcompressor-gptq": "GPTQ (llm-compressor), symmetric",
+    "llmcompressor-gptq-asym": "GPTQ (llm-compressor), zero points",
+    "autoround-light": "AutoRound light",
+    "hqq": "HQQ",
+}
+ABLATIONS = {
+    "best, 8 distillation epochs": "`best` with `--distill-epochs 8`",
+    "best": "`best`",
+    "best, signs not distilled": "`best`, signs frozen during distillation",
+    "best, no distillation": "`best` without distillation",
+    "best, no tuning": "`best` without layer-wise tuning",
+    "fast": "`fast`",
+    "fast, last norm as it was": "`fast` without fitting the final norm",
+    "fast, no column scales": "`fast` without column scales",
+    "fast, no PSP": "`fast` without the low-rank correction",
+    "fast, random rotation": "`fast` with a random rotation instead of OKT",
+    "fast, no coordinate descent": "`fast` without coordinate descent",
+    "fast, no error feedback": "`fast` without error feedback and coordinate descent",
+    "fast, original target": "`fast` without compensating the error of earlier layers",
+    "data-free": "`data-free`",
+    "data-free, rank 0": "`data-free` without the low-rank correction",
+}
+
+
+def quality_table(names: str) -> str:
+    """One line per method, one column per number of activation bits."""
+    rows, lines = read_rows(names), []
+    for method, title in METHODS.items():
+        if runs := [row for row in rows if row["method"] == method]:
+            seeds = len({row["seed"] for row in runs})
+            losses = [mean_loss(runs, abits) for abits in ABITS]
+            lines.append([title, f"{runs[0]['bits_per_weight']:.2f}", *losses, str(seeds)])
+    header = ["method", "bits per weight", "d, 16-bit activations", "8-bit", "6-bit", "4-bit", "seeds"]
+    return markdown_table(header, lines)
+
+
+def ablation_table(names: str) -> str:
+    """One line per recipe with a part left out or changed, at 6-bit activations."""
+    rows, lines = read_rows(names), []
+    for method, title in ABLATIONS.items():
+        runs = [row for row in rows if row["method"] == method]
+        seeds = len({row["seed"] for row in runs})
+        lines.append([title, f"{runs[0]['bits_per_weight']:.2f}", mean_loss(runs, 6), str(seeds)])
+    return markdown_table(["recipe", "bits per weight", "d", "seeds"], lines)
+
+
+def amounts_table(names: str) -> str:
+    """One line per amount of calibration data, at 6-bit activations; seed 0, which every amount was measured with."""
+    rows, lines = read_rows(names), []
+    losses = {(r["samples"], r["method"]): r["d"] for r in rows if r["abits"] == 6 and r["seed"] == 0}
+    methods = ("gptq", "gptq, equal bits", "fast", "best")
+    for samples in sorted({row["samples"] for row in rows}):
+        values = [losses.get((samples, method)) for method in methods]
+        lines.append([f"{samples:,}", *("" if value is None else f"{value:.3f}" for value in values)])
+    return markdown_table(["calibration samples", *(METHODS[method] for method in methods)], lines)
+
+
+def embedding_table(name: str) -> str:
+    """One line per choice of bits for embedding and head: size and perplexity."""
+    result = read_result(name)
+    lines = [
+        [
+            f"{row['embedding_bits']} bits",
+            f"{row['head_bits']} bits",
+            f"{row['embedding_and_head_bytes'] / 1e6:.1f}",
+            f"{row['ppl']:.4f}",
+            f"{row['percent']:+.3f} %",
+        ]
+        for row in result["rows"]
+    ]
+    return markdown_table(
+        [f"{result['model']}: embedding", "head", "MB of both", "perplexity", "change"], lines
+    )
+
+
+def frontier_table(name: str) -> str:
+    """One line per model, method, size and number of activation bits: what is lost, mean over the seeds."""
+    lines = []
+    runs: dict[tuple[Any, ...], Rows] = {}
+    for row in read_result(name)["rows"]:
+        setting = (row.get("target_bits"), row.get("code_bits"), row.get("group_size"), row["abits"])
+        runs.setdefault((row["model"], row["method"], *setting), []).append(row)
+    for method, title in FRONTIER_METHODS.items():
+        mine = [rows for key, rows in runs.items() if key[1] == method]
+        for rows in sorted(mine, key=lambda rows: (rows[0]["model"], rows[0]["abits"], mean(rows, "bits"))):
+            row = rows[0]
+            size = f", {row['code_bits']} bits, groups of {row['group_size']}" if "code_bits" in row else ""
+            predicted = [run for run in rows if run.get("predicted") is not None]
+            cells = [row["model"], title + size, f"{mean(rows, 'bits'):.2f}", str(row["abits"])]
+            cells += [f"{math.exp(statistics.mean(math.log(run['ppl']) for run in rows)):.2f}"]
+            cells += [mean_loss(rows, row["abits"])]
+            cells += [f"{mean(predicted, 'predicted'):.3f}" if predicted else ""]
+            lines.append([*cells, f"{mean(rows, 'seconds'):.0f}", str(len(rows))])
+    header = ["model", "method", "bits per weight", "activation bits", "perplexity", "d", "d predicted"]
+    return markdown_table([*header, "seconds", "seeds"], lines)
+
+
+def calibration_text_table(name: str) -> str:
+    """One line per model and calibration text: the losses on real and on self-written text."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        text = "written by the model" if row["calibration"] == "self" else f"real ({row['calibration']})"
+        losses = [f"{row['d'][kind]:.3f}" for kind in ("real text", "self-written text")]
+        lines.append([row["model"], f"{row['bits']:.2f}", text, *losses])
+    header = ["model", "bits per weight", "calibration text", "d on real text", "d on self-written text"]
+    return markdown_table(header, lines)

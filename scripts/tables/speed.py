@@ -1,0 +1,121 @@
+"""Tables about speed and memory, of serving and of conversion."""
+
+from scripts.tables.results import METHODS, markdown_table, read_result
+
+CONVERSION_PEERS = {
+    "llmcompressor-gptq": "GPTQ, 4 bits (llm-compressor)",
+    "gptqmodel-gptq": "GPTQ, 4 bits (GPTQModel)",
+    "autoround-light": "AutoRound light, 4 bits",
+}
+CPU_LAYERS = ((4096, 2048), (24576, 4096), (4096, 12288), (10240, 5120), (51200, 5120), (5120, 25600))
+"""Linears (N, K) of Qwen3-1.7B, 8B and 32B in the CPU table."""
+
+
+def cpu_table(name: str) -> str:
+    """One line per linear: BWLA and vLLM's bf16 linear, for one token and for 128."""
+    rows = {(row["n"], row["k"], row["m"]): row for row in read_result(name)["rows"]}
+    lines = []
+    for n, k in CPU_LAYERS:
+        one, many = rows[n, k, 1], rows[n, k, 128]
+        times = [f"{row['bwla_us']:.0f} / {row['vllm_bf16_us']:.0f}" for row in (one, many)]
+        ratios = [f"{row['vllm_bf16_us'] / row['bwla_us']:.1f}x" for row in (one, many)]
+        kernel = f"{many['vllm_bf16_us'] / many['bwla_matmul_us']:.1f}x"
+        share = f"{one['read_share']:.2f}"
+        lines.append([f"{n} x {k}", times[0], ratios[0], share, times[1], ratios[1], kernel])
+    header = ["N x K", "M = 1: BWLA / bf16 (us)", "speedup", "GEMM alone, share of read bandwidth"]
+    return markdown_table([*header, "M = 128: BWLA / bf16 (us)", "speedup", "GEMM alone"], lines)
+
+
+def variants_table(name: str) -> str:
+    """One line per linear and number of tokens: the CPU kernel with table lookup and with AMX, one and two threads."""
+    rows = {(row["n"], row["k"], row["m"], row["threads"]): row for row in read_result(name)["rows"]}
+    lines = []
+    for n, k, m in sorted(
+        {key[:3] for key in rows if key[2] in (16, 512)}, key=lambda key: (key[2], key[0] * key[1])
+    ):
+        cells = [f"{n} x {k}", str(m)]
+        for threads in (1, 2):
+            row = rows[n, k, m, threads]
+            cells += [f"{row['before_us']:.0f} / {row['after_us']:.0f}", f"{row['speedup']:.1f}x"]
+        lines.append([*cells, f"{rows[n, k, m, 1]['after_gmacs']:.0f}"])
+    header = ["N x K", "M", "one thread: table lookup / AMX (us)", "speedup", "two threads (us)", "speedup"]
+    return markdown_table([*header, "AMX, one thread: 10^9 multiply-adds/s"], lines)
+
+
+def serving_table(names: str) -> str:
+    """One line per model and batch size: decode, prefill and memory in vLLM, BWLA and bf16."""
+    lines = []
+    for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
+        cells = [row["model"], str(row["batch"])]
+        for phase, digits in (("decode", 1), ("prefill", 0)):
+            ours, bf16 = row[f"bwla_{phase}_tok_s"], row.get(f"bf16_{phase}_tok_s")
+            cells.append(f"{ours:.{digits}f} / " + ("does not fit" if bf16 is None else f"{bf16:.{digits}f}"))
+            cells.append("" if bf16 is None else f"{ours / bf16:.1f}x")
+        bf16 = row.get("bf16_resident_bytes")
+        memory = "-" if bf16 is None else f"{bf16 / 1e9:.1f}"
+        lines.append([*cells, f"{row['bwla_resident_bytes'] / 1e9:.1f} / {memory}"])
+    header = ["model", "batch", "decode BWLA / bf16", "speedup", "prefill BWLA / bf16", "speedup"]
+    return markdown_table([*header, "memory BWLA / bf16 (GB)"], lines)
+
+
+GPU_LAYERS = (
+    ("gate_up", 1),
+    ("down", 1),
+    ("qkv", 1),
+    ("o", 1),
+    ("gate_up", 8),
+    ("gate_up", 4096),
+    ("qkv", 4096),
+)
+"""Linears of Qwen3-32B and numbers of tokens in the GPU table: every linear at one token, then larger batches."""
+
+
+def gpu_table(name: str) -> str:
+    """One line per linear of Qwen3-32B: microseconds of BWLA and of cuBLAS in bfloat16."""
+    steps = read_result(name)["rows"]
+    layers = {(row["layer"], row["m"]): row for row in steps["layer"] if row.get("model") == "32b"}
+    heads = {
+        row["head"]: row
+        for row in steps["chain"]
+        if row.get("head") and row["model"] == "32b" and row["m"] == 1
+    }
+    times = [
+        (f"{layer} ({row['n']} x {row['k']}), {m} token{'s' * (m > 1)}", row["fused_us"], row["bf16_us"])
+        for layer, m in GPU_LAYERS
+        if (row := layers[layer, m])["ok"]
+    ]
+    head = heads["triton"]
+    title = f"8-bit head ({head['v']} x {head['k']}), 1 token"
+    times.append((title, head["head_us"], heads["bf16"]["head_us"]))
+    return markdown_table(
+        ["Qwen3-32B on an H200, microseconds", "BWLA", "cuBLAS bf16", "speedup"],
+        [[what, f"{ours:.1f}", f"{bf16:.1f}", f"{bf16 / ours:.1f}x"] for what, ours, bf16 in times],
+    )
+
+
+def conversion_table(name: str) -> str:
+    """One line per model and method: what a conversion costs."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        method = METHODS.get(row["method"]) or CONVERSION_PEERS[row["method"]]
+        text = f"{row['tokens']:,}" if row["tokens"] else "none"
+        model = f"{row['model']}, {row['layers']} layer{'s' * (row['layers'] > 1)}"
+        cells = [model, method, f"{row['weights'] / 1e6:.0f}", text]
+        lines.append([*cells, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}", f"{row['peak_gb']:.2f}"])
+    header = ["model", "method", "million weights", "tokens", "seconds", "CPU seconds", "peak memory (GB)"]
+    return markdown_table(header, lines)
+
+
+def phase_table(name: str) -> str:
+    """One line per phase of a conversion: its seconds for each recipe, for the first model of the result."""
+    rows = [row for row in read_result(name)["rows"] if "phases" in row]
+    rows = [row for row in rows if row["model"] == rows[0]["model"]]
+    phases: dict[str, float] = {}
+    for row in rows:
+        for phase, part in row["phases"].items():
+            phases[phase] = max(phases.get(phase, 0.0), part["seconds"])
+    lines = []
+    for phase in sorted(phases, key=lambda phase: -phases[phase]):
+        parts = [row["phases"].get(phase) for row in rows]
+        lines.append([phase, *("" if part is None else f"{part['seconds']:.1f}" for part in parts)])
+    return markdown_table([f"seconds, {rows[0]['model']}", *(METHODS[row["method"]] for row in rows)], lines)
