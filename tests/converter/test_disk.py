@@ -128,7 +128,7 @@ def fsync_of_nothing(number: int) -> Failing:
 def test_a_full_or_read_only_disk_in_the_middle(
     make_model, tmp_path: Path, number: int, install: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
-    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0, recipe="data-free")
     convert(replace(options, out=tmp_path / "whole"))
     reason, advice = REASONS[number]
     with pytest.MonkeyPatch.context() as patch:
@@ -145,7 +145,9 @@ def test_a_full_or_read_only_disk_in_the_middle(
 def test_a_disk_that_is_full_while_the_parts_are_merged(
     make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int
 ) -> None:
-    options = Options(str(make_model(num_hidden_layers=3)), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(
+        str(make_model(num_hidden_layers=3)), tmp_path / "out", rank=1, text_samples=0, recipe="data-free"
+    )
     if files > 1:
         monkeypatch.setattr(merge, "MAX_FILE_BYTES", 25_000)
     convert(replace(options, out=tmp_path / "whole"))
@@ -174,7 +176,7 @@ def limited(num_bytes: int) -> Iterator[None]:
 @pytest.mark.parametrize("num_bytes", [0, 500, 5_000, 12_000, 20_000, 40_000])
 def test_a_limit_on_the_size_of_files(make_model, tmp_path: Path, num_bytes: int) -> None:
     """A real error of the operating system, in whichever file is the first to exceed the limit."""
-    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0, recipe="data-free")
     convert(replace(options, out=tmp_path / "whole"))
     reason, advice = REASONS[errno.EFBIG]
     with (
@@ -207,7 +209,7 @@ def test_the_sentence_ends_the_command(make_model, tmp_path: Path) -> None:
 def test_other_outputs_on_a_full_disk(
     make_model, tmp_path: Path, write: Callable[[Path, Options], object]
 ) -> None:
-    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(str(make_model()), tmp_path / "out", rank=1, text_samples=0, recipe="data-free")
     convert(replace(options, out=tmp_path / "whole"))
     with (
         limited(5_000),
@@ -227,7 +229,9 @@ def test_a_gguf_file_on_a_full_disk(make_gguf, tmp_path: Path) -> None:
 
 
 def test_the_folders_above_the_output_are_created(make_model, tmp_path: Path) -> None:
-    options = Options(str(make_model()), tmp_path / "a" / "b" / "out", rank=1, text_samples=0)
+    options = Options(
+        str(make_model()), tmp_path / "a" / "b" / "out", rank=1, text_samples=0, recipe="data-free"
+    )
     with limited(500), pytest.raises(OutputError):
         convert(options)
     assert not (tmp_path / "a").exists()
@@ -252,20 +256,20 @@ def test_a_read_only_folder_is_refused_before_work(
     with pytest.raises(
         OutputError, match=f"^{place}: expected a writable folder for out, found one that may not"
     ):
-        convert(Options(str(make_model()), out))
+        convert(Options(str(make_model()), out, recipe="data-free"))
     assert list(place.iterdir()) == []
 
 
 def test_a_file_above_the_output_is_refused_before_work(make_model, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file: expected a writable folder for out, found a file"):
-        convert(Options(str(make_model()), tmp_path / "file" / "out"))
+        convert(Options(str(make_model()), tmp_path / "file" / "out", recipe="data-free"))
 
 
 def test_a_work_folder_that_may_not_be_written_to(
     make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = Options(str(make_model()), tmp_path / "out", rank=1)
+    options = Options(str(make_model()), tmp_path / "out", rank=1, recipe="data-free")
     work_path(options.out).mkdir()
     on(Path, "open", "lock", errno.EACCES)(monkeypatch)
     with pytest.raises(BWLAError, match=r"lock: .*found: Permission denied: make the folder writable"):
@@ -300,11 +304,11 @@ def test_a_work_folder_is_kept_on_a_disk_that_became_read_only(
     )
     on(writer, "save_file", "part-00001", errno.EROFS, serialization_error)(monkeypatch)
     with pytest.raises(OutputError, match=r"part-00001\.safetensors: Read-only file system"):
-        convert(Options(str(make_model()), tmp_path / "out"))
+        convert(Options(str(make_model()), tmp_path / "out", recipe="data-free"))
 
 
 def test_the_space_that_is_left_is_named(make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on(writer, "save_file", "part-00001", errno.ENOSPC, serialization_error)(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1_234_000_000))
     with pytest.raises(OutputError, match=r"found 1\.2 GB"):
-        convert(Options(str(make_model()), tmp_path / "out"))
+        convert(Options(str(make_model()), tmp_path / "out", recipe="data-free"))

@@ -21,7 +21,7 @@ def weights(folder: Path) -> list[str]:
 
 
 def test_the_output_is_one_file_below_5_gb(make_model, tmp_path: Path) -> None:
-    options = Options(str(make_model(shards=3)), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(str(make_model(shards=3)), tmp_path / "out", rank=1, text_samples=0, recipe="data-free")
     convert(options)
     write_dummy(Options(options.model, tmp_path / "dummy", rank=1, recipe="data-free"))
     write_dequantized(options.out, tmp_path / "plain")
@@ -34,7 +34,9 @@ def test_the_output_is_numbered_files_above(
     make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merge, "MAX_FILE_BYTES", 25_000)
-    options = Options(str(make_model(num_hidden_layers=4)), tmp_path / "out", rank=1, text_samples=0)
+    options = Options(
+        str(make_model(num_hidden_layers=4)), tmp_path / "out", rank=1, text_samples=0, recipe="data-free"
+    )
     convert(options)
     files = weights(options.out)
     assert files == [

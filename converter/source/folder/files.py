@@ -40,6 +40,7 @@ UNFINISHED = {".partial", ".incomplete", ".part", ".crdownload", ".aria2", ".tmp
 WRITTEN = {
     "config.json",
     "README.md",
+    "bwla_calibration.jsonl",
     "bwla_hashes.json",
     "bwla_report.json",
     "bwla_report.html",
