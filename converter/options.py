@@ -158,6 +158,7 @@ class Summary:
         measured_loss: the same, measured on calibration text that the conversion did not use; None where there is none.
         predicted_losses: bits per weight -> the loss that `--bits` of that many is predicted to have.
         linears: the quantized linears, in execution order.
+        notes: sentences for the user about the source: tensors that were renamed, files that were not copied.
     """
 
     out: str
@@ -174,3 +175,4 @@ class Summary:
     predicted_loss: float | None = None
     measured_loss: float | None = None
     predicted_losses: dict[float, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)

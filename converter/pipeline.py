@@ -13,8 +13,15 @@ import torch
 from bwla_converter.allocation.stage import check_targets
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
-from bwla_converter.checkpoint.layout import Shards, int8_tensors, output_config, verify
-from bwla_converter.checkpoint.writer import CheckpointWriter, OutputError, check_output
+from bwla_converter.checkpoint.layout import Parts, int8_tensors, output_config, verify
+from bwla_converter.checkpoint.writer import (
+    CheckpointWriter,
+    OutputError,
+    check_output,
+    existing_parent,
+    parents_created,
+    write_errors_explained,
+)
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.devices import choose_device
 from bwla_converter.common.threads import choose_threads, use_threads
@@ -42,6 +49,8 @@ from torch import Tensor
 
 PLANES_UNKNOWN = 3
 """Planes that cost is predicted for where `--loss` decides, which is not known before the sensitivities are."""
+
+TO_CONTINUE = "then add --resume to the same command to continue"
 
 RecipeFactory = Callable[[Options, Source, ActivationStore], Recipe]
 
@@ -114,7 +123,11 @@ def _convert(
     recipe = recipe_factory(options, source, store)
     plan = _with_calibration(plan, recipe.calibration)
     conversion = Conversion(options, source, plan, recipe, listener, store)
-    with open_work(options.out, _inputs(conversion), options.restart) as work:
+    with (
+        write_errors_explained(options.out, budget.disk, TO_CONTINUE),
+        parents_created(options.out),
+        open_work(options.out, _inputs(conversion), options.restart) as work,
+    ):
         if not work.is_published():
             check_output(options.out, options.overwrite)
             _check_source(conversion, work)
@@ -226,6 +239,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         }
         work.writer.finish(source.folder, output_config(source, with_clips(plan, clips)))
         work.replace(conversion.recipe.finish(work.writer.folder))
+    work.merge()
     reports = [work.records[index].report for index in range(source.num_layers)]
     summary = Summary(
         out=str(conversion.options.out),
@@ -239,6 +253,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         linears=[linear for report in reports for linear in report.linears],
         activation_bits=plan.format.bits,
         planes=plan.weights_by_planes,
+        notes=list(source.notes),
         **losses(conversion, work.writer.folder),
     )
     if not published:
@@ -262,7 +277,7 @@ def _check_budget(options: Options, source: Source, plan: ConversionPlan, device
         epochs=(options.tune_epochs, options.distill_epochs),
     )
     check_gpu(budget, device)
-    free = shutil.disk_usage(options.out.absolute().parent).free
+    free = shutil.disk_usage(existing_parent(options.out)).free
     check_budget(budget, limit, options.out, free + disk_bytes(work_path(options.out)))
     return budget
 
@@ -300,7 +315,7 @@ def _quantize_layers(conversion: Conversion, work: WorkFolder) -> None:
     """Quantize every decoder layer that is not finished yet, and commit each one."""
     source, recipe, listener = conversion.source, conversion.recipe, conversion.listener
     work.discard_damaged_layers()
-    shards, done = Shards(source), work.records
+    parts, done = Parts(source), work.records
     for record in done.values():
         work.writer.adopt_shard(record.shard.file, record.shard.sha256)
     restored = bool(done) and bool(done[max(done)].state)
@@ -315,15 +330,15 @@ def _quantize_layers(conversion: Conversion, work: WorkFolder) -> None:
             continue
         listener.layer_started(index)
         tensors, report = _quantize_layer(conversion, index)
-        work.writer.write_shard(shards.layer_file(index), tensors)
+        work.writer.write_shard(parts.layer_file(index), tensors)
         del tensors
         _check_unchanged(conversion, work)
-        work.commit_layer(index, shards.layer_file(index), recipe.state(), report)
+        work.commit_layer(index, parts.layer_file(index), recipe.state(), report)
         listener.layer_done(index)
 
 
 def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tensor], LayerReport]:
-    """Return the tensors of a decoder layer's shard, and what is reported about the layer."""
+    """Return the tensors of a decoder layer's part, and what is reported about the layer."""
     source, plan, recipe = conversion.source, conversion.plan, conversion.recipe
     stored = source.read(source.names_of_layer(index))
     tensors, linears, traces = dict(stored), [], {}
@@ -348,7 +363,7 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
 
 def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:
     """Write the tensors outside the decoder layers: unchanged, except for the quantized head and embedding."""
-    for file, names in Shards(source).rest():
+    for file, names in Parts(source).rest():
         tensors = source.read([name for name in names if not plan.is_replaced(name)])
         for name in names:
             tensors.update(int8_tensors(plan, name, lambda name: source.read([name])[name]))

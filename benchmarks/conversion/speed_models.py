@@ -5,7 +5,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from bwla_converter.checkpoint.writer import COPIED
+from bwla_converter.source.folder.files import files_beside
 from bwla_converter.source.model import open_source
 from safetensors.torch import save_file
 
@@ -52,9 +52,9 @@ def write_first_layers(model: Path, layers: int, folder: Path) -> Path:
     """Write a model's first decoder layers and everything outside its layers to `folder`; return the folder."""
     source = open_source(str(model))
     folder.mkdir(parents=True)
-    for pattern in COPIED:
-        for path in source.folder.glob(pattern):
-            shutil.copy(path, folder)
+    for name in files_beside(source.folder).kept:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source.folder / name, folder / name)
     config = dict(source.config)
     config["num_hidden_layers"] = min(layers, source.num_layers)
     if config.get("layer_types"):

@@ -1,17 +1,20 @@
-"""Dequantize a BWLA checkpoint into a plain Hugging Face model, file by file.
+"""Dequantize a BWLA checkpoint into a plain Hugging Face model, one decoder layer at a time.
 
 The weights are exactly those that the quantized linears represent, but the plain model does not quantize activations.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bwla_converter.checkpoint.contents import Contents, dtype_name, read_contents
 from bwla_converter.checkpoint.layout import check_space, read_int8
+from bwla_converter.checkpoint.merge import part_name
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
 from bwla_converter.common.tensors import tensor_bytes
+from bwla_converter.planning.disk import merging_bytes
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.folder import int8_modules, read_json, read_tensors
@@ -23,6 +26,9 @@ from torch import Tensor
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CHUNK_ELEMENTS = 2**24
 """Number of weights that are dequantized at a time, in float32."""
+
+_LAYER = re.compile(r".*?\.\d+\.")
+"""The beginning of the names of a decoder layer's tensors."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ def write_dequantized(
     overwrite: bool = False,
     on_linear: Callable[[str], None] = lambda name: None,
 ) -> DequantizedModel:
-    """Write the dequantized `checkpoint` to `out` atomically. One file of the output is in memory at a time.
+    """Write the dequantized `checkpoint` to `out` atomically. One decoder layer is in memory at a time.
 
     Args:
         checkpoint: a BWLA checkpoint.
@@ -68,14 +74,17 @@ def write_dequantized(
     if out.resolve() == checkpoint.resolve():
         raise OutputError(f"{out}: is the checkpoint itself and would be overwritten: choose another output")
     contents = read_contents(checkpoint)
-    check_space(out, dequantized_bytes(contents, DTYPES[dtype]))
-    with atomic_output(out, overwrite) as writer:
-        for file in sorted({entry.file for entry in contents.entries.values()}):
-            writer.write_shard(file, _dequantized_shard(contents, file, DTYPES[dtype], on_linear))
+    size = dequantized_bytes(contents, DTYPES[dtype])
+    needed = size + merging_bytes(size, 0)
+    check_space(out, needed)
+    with atomic_output(out, overwrite, needed) as writer:
+        for index, names in enumerate(_parts(contents)):
+            writer.write_shard(part_name(index), _dequantized(contents, names, DTYPES[dtype], on_linear))
         config = read_json(checkpoint / "config.json")
         del config["quantization_config"]
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         writer.finish(checkpoint, config)
+        writer.merge_parts()
         return DequantizedModel(writer.total_size, len(contents.specs))
 
 
@@ -93,19 +102,26 @@ def dequantized_bytes(contents: Contents, dtype: torch.dtype) -> int:
     return total
 
 
-def _dequantized_shard(
-    contents: Contents, file: str, dtype: torch.dtype, on_linear: Callable[[str], None]
+def _parts(contents: Contents) -> list[list[str]]:
+    """Return the names of all stored tensors: those of each decoder layer, and those of each other module."""
+    parts: dict[str, list[str]] = {}
+    for name in contents.entries:
+        layer = _LAYER.match(name)
+        parts.setdefault(layer[0] if layer else name.rpartition(".")[0], []).append(name)
+    return list(parts.values())
+
+
+def _dequantized(
+    contents: Contents, names: Iterable[str], dtype: torch.dtype, on_linear: Callable[[str], None]
 ) -> dict[str, Tensor]:
-    """Return the dequantized model's tensors that are stored in one file of the checkpoint."""
+    """Return the dequantized model's tensors that are made from the stored tensors `names`."""
 
     def read(names: list[str]) -> dict[str, Tensor]:
         return read_tensors(contents.folder, contents.entries, names)
 
     tensors: dict[str, Tensor] = {}
-    for name, entry in contents.entries.items():
+    for name in names:
         module, _, key = name.rpartition(".")
-        if entry.file != file:
-            continue
         if module in contents.specs:
             if key == "weight_packed":
                 spec = contents.specs[module]

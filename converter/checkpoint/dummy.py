@@ -6,9 +6,10 @@ Only the source's config.json (and tokenizer files, if there are any) is needed.
 from pathlib import Path
 
 import torch
-from bwla_converter.checkpoint.layout import Shards, check_space, int8_tensors, output_config
+from bwla_converter.checkpoint.layout import Parts, check_space, int8_tensors, output_config
 from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
+from bwla_converter.planning.disk import merging_bytes
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.families import find_family
 from bwla_converter.source.meta_model import build_meta_model
@@ -93,20 +94,20 @@ def write_dummy(options: Options) -> ConversionPlan:
     """
     check_output(options.out, options.overwrite)
     source, plan = plan_dummy(options)
-    check_space(options.out, plan.output_bytes(source))
+    needed = plan.output_bytes(source) + merging_bytes(plan.output_bytes(source), 0)
+    check_space(options.out, needed)
     generator = torch.Generator().manual_seed(options.seed)
-    with atomic_output(options.out, options.overwrite) as writer:
-        shards = Shards(source)
+    with atomic_output(options.out, options.overwrite, needed) as writer:
+        parts = Parts(source)
         for index in range(source.num_layers):
-            writer.write_shard(
-                shards.layer_file(index), _random_decoder_layer(source, plan, index, generator)
-            )
-        for file, names in shards.rest():
+            writer.write_shard(parts.layer_file(index), _random_decoder_layer(source, plan, index, generator))
+        for file, names in parts.rest():
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
             for name in names:
                 tensors.update(int8_tensors(plan, name, lambda name: _plain(source, name)))
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan))
+        writer.merge_parts()
     return plan
 
 

@@ -5,7 +5,7 @@ seed, so the file of hashes also identifies the conversion.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +59,18 @@ class Verdict:
 
 
 def is_read(file: str) -> bool:
-    """Return whether loaders read a file with this name without being asked to."""
-    return file.endswith((".safetensors", ".bin", ".py"))
+    """Return whether loaders read a file with this path without being asked to."""
+    return "/" not in file and file.endswith((".safetensors", ".bin", ".py"))
 
 
-def _files(folder: Path) -> Iterable[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.is_file() and path.name not in NOT_HASHED)
+def _files(folder: Path, prefix: str = "") -> Iterator[tuple[str, Path]]:
+    """Yield the files below `folder` that are hashed, with their paths relative to it; hidden ones are not."""
+    for path in sorted(folder.iterdir()):
+        name = prefix + path.name
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
+            yield from _files(path, f"{name}/")
+        elif path.is_file() and name not in NOT_HASHED:
+            yield name, path
 
 
 def _write(folder: Path, table: Mapping[str, Any]) -> None:
@@ -74,7 +80,7 @@ def _write(folder: Path, table: Mapping[str, Any]) -> None:
 
 def write_hashes(folder: Path) -> None:
     """Store the size and SHA-256 of every file of `folder`. Call once all other files are written."""
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in _files(folder)}
+    files = {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in _files(folder)}
     _write(folder, {"version": 1, "files": files})
 
 
@@ -110,7 +116,7 @@ def check_hashes(folder: Path) -> Verdict | None:
             f"{path}: expected version 1 and a sha256 for every file, found something else: "
             "the file is damaged, download it again"
         )
-    present = {file.name: file for file in _files(folder)}
+    present = dict(_files(folder))
     lists: dict[str, list[str]] = {"checked": [], "changed": [], "missing": [], "edited": []}
     for name, entry in sorted(stored.items()):
         if name not in present:

@@ -1,12 +1,14 @@
-"""Layout of a converted checkpoint: its shards, its config.json and the final check."""
+"""Layout of a converted checkpoint: its parts, its config.json and the final check."""
 
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bwla_converter.checkpoint.writer import OutputError
+from bwla_converter.checkpoint.merge import part_name
+from bwla_converter.checkpoint.writer import OutputError, existing_parent
 from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.planning.disk import PART_BYTES
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
 from bwla_kernels.format import tensor_specs, validate_layer
@@ -14,9 +16,6 @@ from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_te
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.head import quantize_head
 from torch import Tensor
-
-SHARD_BYTES = 4 * 2**30
-"""Maximum size of the shards with the tensors outside the decoder layers; a larger tensor gets its own."""
 
 
 def verify(folder: Path) -> None:
@@ -71,41 +70,38 @@ def output_config(source: Source, plan: ConversionPlan) -> dict[str, Any]:
     return {**source.config, **untied, "quantization_config": plan.format.to_json()}
 
 
-def check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: float) -> None:
     """Raise if the disk is too full for the output.
 
     Raises:
         OutputError: less than `needed` bytes plus 2 % for headers are free.
     """
-    free = shutil.disk_usage(out.absolute().parent).free
+    free = shutil.disk_usage(existing_parent(out)).free
     if needed * 1.02 > free:
         raise OutputError(
             f"{out}: expected {needed / 1e9:.2f} GB of free disk space, found {free / 1e9:.2f} GB: free some space"
         )
 
 
-class Shards:
-    """Files of the output: one for each decoder layer, then files of up to 4 GiB with all other tensors."""
+class Parts:
+    """Files of the unfinished output: one for each decoder layer, then files of up to 4 GiB with all other tensors."""
 
     def __init__(self, source: Source) -> None:
         self._num_layers = source.num_layers
         self._rest: list[list[str]] = []
-        size = SHARD_BYTES
+        size = PART_BYTES
         for name in source.names_outside_layers():
             bytes_ = entry_bytes(source.entries[name])
-            if size + bytes_ > SHARD_BYTES:
+            if size + bytes_ > PART_BYTES:
                 self._rest.append([])
                 size = 0
             self._rest[-1].append(name)
             size += bytes_
 
-    def _file(self, number: int) -> str:
-        return f"model-{number + 1:05d}-of-{self._num_layers + len(self._rest):05d}.safetensors"
-
     def layer_file(self, index: int) -> str:
         """Return the file of decoder layer `index`."""
-        return self._file(index)
+        return part_name(index)
 
     def rest(self) -> list[tuple[str, list[str]]]:
         """Return the files with the tensors outside the decoder layers, each with the source's tensor names."""
-        return [(self._file(self._num_layers + number), names) for number, names in enumerate(self._rest)]
+        return [(part_name(self._num_layers + number), names) for number, names in enumerate(self._rest)]

@@ -4,31 +4,22 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.checkpoint.merge import group_parts, is_part, merge_files, shard_name
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
 from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.common.write_errors import WriteError, write_error
+from bwla_converter.source.folder.files import CODE_KEYS, files_beside, settings_without_code
 from bwla_kernels.errors import BWLAError
-from bwla_kernels.format.folder import INDEX_FILE, read_headers
+from bwla_kernels.format.folder import INDEX_FILE, SINGLE_FILE, read_headers
+from rich.filesize import decimal
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-READABLE = 0o644
-
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
-    "LICENSE*",
-)
-"""Files of the source that are copied; weights, code and caches are not."""
 
 
 class OutputError(BWLAError):
@@ -36,11 +27,13 @@ class OutputError(BWLAError):
 
 
 class CheckpointWriter:
-    """Writes shards, then index and config, into `folder`. Each file is written atomically.
+    """Writes the parts of a checkpoint, then index and config, into `folder`, and merges the parts at the end.
+
+    Each file is written atomically. The checkpoint can be loaded before and after the parts are merged.
 
     Attributes:
         folder: the folder of the checkpoint.
-        digests: SHA-256 of every shard, by file name.
+        digests: SHA-256 of every file with tensors, by file name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -54,9 +47,6 @@ class CheckpointWriter:
         owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with whole_file(self.folder / file) as partial:
             save_file(owned, partial, metadata={"format": "pt"})
-            partial.chmod(
-                READABLE
-            )  # safetensors makes files private to their owner, but a server may run as another user
         self._enter(file, {name: tensor.nbytes for name, tensor in owned.items()})
         self.digests[file] = sha256_of(self.folder / file)
 
@@ -83,18 +73,60 @@ class CheckpointWriter:
         return sum(self._sizes.values())
 
     def finish(self, source: Path, config: Mapping[str, Any]) -> None:
-        """Copy tokenizer and generation files from the folder `source`; write the index and, last, config.json."""
-        for pattern in COPIED:
-            for path in sorted(source.glob(pattern)):
-                if path.is_file():
-                    with whole_file(self.folder / path.name) as partial:
-                        shutil.copyfile(path, partial)
+        """Copy the files beside the weights from the folder `source`; write the index and, last, config.json."""
+        for name in files_beside(source).kept:
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            settings = settings_without_code(source / name)
+            if settings is not None:
+                self.write_json(name, settings, indent=2)
+                continue
+            with whole_file(target) as partial:
+                shutil.copyfile(source / name, partial)
+        self._write_index()
+        plain = {key: value for key, value in config.items() if key not in CODE_KEYS}
+        self.write_json("config.json", plain, indent=2)
+
+    def merge_parts(self, on_merged: Callable[[Mapping[str, str]], None] = lambda digests: None) -> None:
+        """Merge the parts into one file, or into numbered files of at most 5 GB, and remove them.
+
+        Continues where an earlier call was interrupted.
+
+        Args:
+            on_merged: called with the new `digests` whenever a file is complete, before its parts are removed.
+        """
+        files = sorted(self.digests)
+        sizes = {file: self._bytes_of(file) for file in files if is_part(file)}
+        groups = group_parts(sizes)
+        merged = len(files) - len(sizes)
+        for index, group in enumerate(groups, merged):
+            shard = shard_name(index, merged + len(groups))
+            merge_files([self.folder / file for file in group], self.folder / shard)
+            for name, file in self._weight_map.items():
+                if file in group:
+                    self._weight_map[name] = shard
+            for file in group:
+                del self.digests[file]
+            self.digests[shard] = sha256_of(self.folder / shard)
+            on_merged(self.digests)
+            for file in group:
+                (self.folder / file).unlink()
+        self._write_index()
+
+    def _bytes_of(self, file: str) -> int:
+        """Return the bytes of a file's tensors."""
+        return sum(size for name, size in self._sizes.items() if self._weight_map[name] == file)
+
+    def _write_index(self) -> None:
+        """Write the index; remove it where a single file holds all tensors."""
+        if set(self.digests) == {SINGLE_FILE}:
+            (self.folder / INDEX_FILE).unlink(missing_ok=True)
+            return
         index = {
             "metadata": {"total_size": self.total_size},
             "weight_map": dict(sorted(self._weight_map.items())),
         }
         self.write_json(INDEX_FILE, index, indent=2)
-        self.write_json("config.json", config, indent=2)
 
     def write_json(self, file: str, data: Mapping[str, Any], indent: int = 1) -> None:
         """Write a JSON file into the checkpoint."""
@@ -110,8 +142,8 @@ def check_output(out: Path, overwrite: bool) -> None:
     """Raise if writing to `out` would destroy existing data. Call before converting.
 
     Raises:
-        OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder is
-            not writable.
+        OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder, or
+            the one in which that is to be created, is not writable.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
@@ -119,32 +151,86 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise OutputError(f"{out}: already exists: choose another output or add --overwrite")
     if out.exists() and not (out / "config.json").is_file() and any(out.iterdir()):
         raise OutputError(f"{out}: expected a model to overwrite, found other files: choose another output")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
+    parent = existing_parent(out)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        found = "one that may not be written to" if parent.is_dir() else "a file"
         raise OutputError(
-            f"{parent}: expected a writable folder for {out.name}, found none: create it or choose another output"
+            f"{parent}: expected a writable folder for {out.name}, found {found}: make it writable or choose another "
+            "output"
         )
 
 
+def existing_parent(out: Path) -> Path:
+    """Return the nearest folder above `out` that exists."""
+    return next(parent for parent in out.absolute().parents if parent.exists())
+
+
 @contextmanager
-def atomic_output(out: Path, overwrite: bool) -> Iterator[CheckpointWriter]:
+def parents_created(out: Path) -> Iterator[None]:
+    """Create the folders above `out`; remove those that are still empty if the body of the `with` statement fails."""
+    missing = [parent for parent in out.absolute().parents if not parent.exists()]
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for parent in missing:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+@contextmanager
+def atomic_output(out: Path, overwrite: bool, needed: float = 0.0) -> Iterator[CheckpointWriter]:
     """Yield a writer into a temporary folder beside `out`, which is renamed to `out` if the body succeeds.
 
     On any failure the temporary folder is removed and `out` is unchanged.
 
+    Args:
+        out: the folder to create, with the folders above it.
+        overwrite: replace `out` if it holds a model.
+        needed: bytes of disk space that it takes, for the error message.
+
     Raises:
-        OutputError: as `check_output`.
+        OutputError: as `check_output`, or the disk is full or read-only.
     """
     check_output(out, overwrite)
     out = out.absolute()
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    new, aside = work / "new", work / "old"
+    with write_errors_explained(out, needed, "then run the same command again"), parents_created(out):
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        new, aside = work / "new", work / "old"
+        try:
+            new.mkdir()
+            yield CheckpointWriter(new)
+            put_in_place(new, out, aside)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def write_errors_explained(out: Path, needed: float, then: str) -> Iterator[None]:
+    """Turn errors of a disk that is full or read-only into a sentence about the space that `out` needs.
+
+    Args:
+        out: the output folder.
+        needed: bytes of disk space that writing it takes.
+        then: what the user can do afterwards.
+
+    Raises:
+        OutputError: writing failed in the body of the `with` statement.
+    """
     try:
-        new.mkdir()
-        yield CheckpointWriter(new)
-        put_in_place(new, out, aside)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        yield
+    except (OSError, SafetensorError, WriteError) as cause:
+        problem = write_error(cause, out)
+        if problem is None:
+            raise
+        parent = existing_parent(out)
+        free = shutil.disk_usage(parent).free
+        raise OutputError(
+            f"{parent}: {out.name} could not be written there ({problem.path.name}: {problem.reason}): expected "
+            f"{decimal(int(needed))} of free disk space in a writable folder, found {decimal(free)}: "
+            f"{problem.advice}, {then}"
+        ) from None
 
 
 def put_in_place(new: Path, out: Path, aside: Path) -> None:

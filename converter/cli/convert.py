@@ -196,6 +196,7 @@ def _describe(summary: "Summary") -> str:
         f"{summary.bytes_before:,} -> {summary.bytes_after:,} bytes "
         f"({summary.bytes_before / summary.bytes_after:.2f}x smaller), largest relative error {worst.error:.3f} "
         f"({worst.name}), {summary.seconds:.1f} s{_describe_losses(summary)}"
+        + "".join(f"\n{note}" for note in summary.notes)
     )
 
 

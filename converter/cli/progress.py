@@ -74,6 +74,8 @@ class ProgressListener(Listener):
             f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight, "
             "everything counted"
         )
+        for note in source.notes:
+            self._say(note)
         self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + len(plan.int8_sources))
         self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
 

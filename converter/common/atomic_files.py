@@ -3,8 +3,11 @@
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from bwla_converter.common.write_errors import write_error
+from safetensors import SafetensorError
 
 PARTIAL = ".partial"
 """Suffix of the name of a file that is being written."""
@@ -27,15 +30,32 @@ def move(old: Path, new: Path) -> None:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which replaces `path` if the body of the `with` statement succeeds."""
+    """Yield a temporary path to write to, which replaces `path` if the body of the `with` statement succeeds.
+
+    The file gets the permissions of any new file, also from libraries that keep theirs private to the user:
+    a server may run as another one.
+
+    Raises:
+        WriteError: the disk is full or read-only, or the folder may not be written to.
+    """
     partial = path.with_name(path.name + PARTIAL)
     try:
+        partial.touch()
+        mode = partial.stat().st_mode
         yield partial
+        if partial.stat().st_mode != mode:
+            partial.chmod(mode)
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+    except (OSError, SafetensorError) as cause:
+        problem = write_error(cause, path)
+        if problem is None:
+            raise
+        raise problem from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -17,6 +17,7 @@ from bwla_converter.common.durations import duration
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.common.threads import use_threads
 from bwla_converter.options import Calibration
+from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
 from bwla_converter.recipes.measurements import (
@@ -31,6 +32,7 @@ from bwla_converter.recipes.workload import (
     MemoryEstimate,
     Workload,
 )
+from bwla_converter.source.folder.files import beside_bytes
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.precision import fast_products
@@ -159,7 +161,7 @@ def predict(
     base = float(psutil.Process().memory_info().rss)
     # A calibration loop holds the hidden states of each model, and the ones being computed.
     hidden = float((chosen.models + 1) * workload.hidden_bytes + workload.kept_bytes)
-    kept = float(COPIES_ON_DISK * chosen.models * workload.hidden_bytes + workload.kept_bytes)
+    kept = _work_bytes(source, plan, recipe, workload)
     estimates = [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)]
     compute = chosen.compute_estimate(workload)
     if chosen.needs_calibration:
@@ -173,11 +175,24 @@ def predict(
         step=peak.step,
         hidden=hidden,
         hidden_in_memory=base + peak.num_bytes + hidden <= limit,
-        output=float(plan.output_bytes(source)),
+        output=float(plan.output_bytes(source) + beside_bytes(source.folder)),
         kept=kept,
         seconds=(speed or measure_speed()).seconds(compute),
         threads=torch.get_num_threads(),
     )
+
+
+def _work_bytes(source: Source, plan: ConversionPlan, recipe: str, workload: Workload) -> float:
+    """Return what the work folder holds in addition to the output, at its peak.
+
+    First that is the state for `--resume` and the parts that the recipe's last step replaces; both are removed before
+    the parts are merged.
+    """
+    chosen, output = RECIPES[recipe], float(plan.output_bytes(source))
+    states = float(COPIES_ON_DISK * chosen.models * workload.hidden_bytes + workload.kept_bytes)
+    replaced = replaced_bytes(source, plan, recipe == "best") if chosen.needs_calibration else 0.0
+    largest = max(float(entry_bytes(source.entries[name])) for name in source.names_outside_layers())
+    return max(states + replaced, merging_bytes(output, largest))
 
 
 def _writing_estimates(source: Source, plan: ConversionPlan) -> list[MemoryEstimate]:

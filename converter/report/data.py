@@ -18,8 +18,8 @@ from bwla_converter.source.model import Source
 
 REPORT_FILE = "bwla_report.json"
 PAGE_FILE = "bwla_report.html"
-TRAINING_SPLITS = {"wikitext2": "WikiText-2", "wikitext": "WikiText-2", "wiki.train": "WikiText-2"}
-"""Parts of a name that mark the training split of a dataset which is commonly used to measure perplexity."""
+EVALUATION_TEXTS = {"wikitext2": "WikiText-2", "wikitext-2": "WikiText-2", "wiki.": "WikiText-2"}
+"""Parts of the names of files with text of a dataset that is commonly used to measure perplexity."""
 
 
 def peak_memory() -> dict[str, int]:
@@ -42,13 +42,23 @@ def peak_resident_bytes() -> int:
 
 
 def calibration_warning(calibration: Mapping[str, object]) -> str | None:
-    """Return a warning if the calibration text is the training split of a common evaluation dataset; else None."""
-    source = str(calibration.get("source", "")).lower()
-    for mark, name in TRAINING_SPLITS.items():
-        if mark in source:
+    """Return a warning if the calibration text is of a common evaluation dataset; else None.
+
+    Of the dataset itself the training split is used. What a file holds is only known by its name.
+    """
+    source = str(calibration.get("source", ""))
+    name = Path(source).name
+    advice = "Evaluate this model on other text too."
+    if source == "wikitext2":
+        return (
+            "The calibration text is the training split of WikiText-2: the perplexity on WikiText-2's test split is "
+            f"therefore optimistic. {advice}"
+        )
+    for mark, dataset in EVALUATION_TEXTS.items():
+        if mark in name.lower():
             return (
-                f"The calibration text is the training split of {name}: the perplexity on {name}'s test split "
-                "is therefore optimistic. Evaluate this model on other text too."
+                f"The calibration text, {name}, is text of {dataset} by its name: if so, the perplexity on {dataset} "
+                f"is optimistic. {advice}"
             )
     return None
 

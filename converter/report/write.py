@@ -65,7 +65,13 @@ def write_documents(
         for kind, changes in part.items():
             all_statistics[kind].update(changes)
     report = build_report(figures, all_traces, all_statistics, contents, source)
-    if options.report:
+    if not source.loadable:
+        report = {
+            **report,
+            "samples": [],
+            "no_samples": "transformers does not know the original's tensor names",
+        }
+    elif options.report:
         report = add_samples(report, source.folder, folder, options.text_samples)
     write_report(folder, report, page=options.report)
     card = model_card(contents, source_metadata(source.folder), options.hub_repo or LOCAL_FOLDER)

@@ -10,7 +10,6 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from bwla_converter.checkpoint.writer import COPIED
 from bwla_converter.common.atomic_files import sha256_of
 from bwla_converter.resume.manifest import FileMark
 from bwla_converter.source.model import Source
@@ -18,6 +17,17 @@ from bwla_kernels.format.folder import INDEX_FILE
 
 PACKAGES = ("bwla", "torch", "transformers", "tokenizers", "safetensors")
 """Libraries that influence the bytes of the result."""
+
+TOKENIZER_FILES = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+)
+"""Files that the result depends on. Others that are copied may change meanwhile: a log may be among them."""
 
 SOURCES = ("bwla_converter", "bwla_kernels")
 SOURCE_KINDS = (".py", ".so")
@@ -63,9 +73,9 @@ def _processor() -> str:
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return every file of the source that a conversion reads or copies."""
+    """Return every file of the source that determines the result."""
     folder = source.folder
-    copied = {path for pattern in COPIED for path in folder.glob(pattern) if path.is_file()}
+    copied = {path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()}
     small = {path for path in (folder / "config.json", folder / INDEX_FILE) if path.is_file()}
     return sorted(copied | small | {folder / entry.file for entry in source.entries.values()})
 

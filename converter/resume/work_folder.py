@@ -2,7 +2,7 @@
 
     lock            locked by the process that writes here; the kernel releases the lock when that process ends
     manifest.json   inputs, finished decoder layers, hashes; a step counts once this file names it
-    checkpoint/     the unfinished output; renamed to OUT at the end
+    checkpoint/     the unfinished output, one file for each decoder layer; renamed to OUT once they are merged
     states/         what the recipe passes from one decoder layer to the next, after each of the last two finished ones
     activations/    what the recipe keeps on disk while it runs; never resumed from
     replacements/   shards that whole-model tuning changed, until they are moved into checkpoint/
@@ -14,14 +14,16 @@ The folder lies beside OUT, in the same file system, so that renaming is atomic.
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.checkpoint.writer import CheckpointWriter, put_in_place
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
+from bwla_converter.common.write_errors import write_error
 from bwla_converter.resume.manifest import (
     VERSION,
     Inputs,
@@ -96,11 +98,12 @@ def _locked(path: Path) -> Iterator[None]:
 
     Raises:
         WorkError: another process holds it.
+        WriteError: the folder may not be written to.
     """
     file = path / LOCK
     lock = FileLock(file, timeout=0)
     # While this handle is open, no new file gets the inode, so a folder that was replaced meanwhile is noticed.
-    with file.open("a") as handle:
+    with _opened(file) as handle:
         try:
             lock.acquire()
         except Timeout:
@@ -111,6 +114,14 @@ def _locked(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.release()
+
+
+def _opened(file: Path) -> TextIO:
+    """Open a file to append to it; raise WriteError if that is not allowed."""
+    try:
+        return file.open("a")
+    except OSError as cause:
+        raise write_error(cause, file) or cause from None
 
 
 def remove_work(path: Path) -> None:
@@ -252,6 +263,7 @@ class WorkFolder:
                 index: record for index, record in self.manifest.layers.items() if int(index) not in damaged
             }
             self.save(layers=kept, finished={})
+        self._remove_all_but({record.shard.file for record in self.records.values()})
 
     def _has_state(self, record: LayerRecord) -> bool:
         return bool(record.state) and all(self._is_intact(STATES, stored) for stored in record.state)
@@ -282,6 +294,24 @@ class WorkFolder:
         return bool(finished) and all(
             self._is_intact(CHECKPOINT, StoredFile(file=file, sha256=digest)) for file, digest in finished
         )
+
+    def merge(self) -> None:
+        """Merge the parts of the complete checkpoint, and remove what only quantization needs.
+
+        The manifest names a merged file before its parts are removed, so after a kill all tensors are still there.
+        """
+        for name in (STATES, ACTIVATIONS, REPLACEMENTS):
+            for path in (self.path / name).iterdir():
+                path.unlink()
+        if not self.is_published():
+            self._remove_all_but(self.manifest.finished)
+            self.writer.merge_parts(lambda digests: self.save(finished=dict(digests)))
+
+    def _remove_all_but(self, files: Collection[str]) -> None:
+        """Remove the files with tensors that an interrupted merge has left in the checkpoint."""
+        for path in (self.path / CHECKPOINT).glob("*.safetensors"):
+            if path.name not in files:
+                path.unlink()
 
     def is_published(self) -> bool:
         """Return whether the checkpoint has been renamed to OUT, so that only the work folder has to be removed."""
@@ -325,7 +355,12 @@ def open_work(out: Path, inputs: Inputs, restart: bool = False) -> Iterator[Work
         else:
             _clear(path, out)
             manifest = Manifest(version=VERSION, inputs=inputs)
-            write_manifest(path / MANIFEST, manifest)
+            try:
+                write_manifest(path / MANIFEST, manifest)
+            except BaseException:
+                with suppress(OSError):
+                    remove_work(path)
+                raise
         work = WorkFolder(out, manifest)
         if not work.is_published():
             (path / CHECKPOINT).mkdir(exist_ok=True)
@@ -337,7 +372,8 @@ def open_work(out: Path, inputs: Inputs, restart: bool = False) -> Iterator[Work
             yield work
         except BaseException:
             if not work.manifest.layers and not (path / REPLACED).exists() and path.exists():
-                remove_work(path)
+                with suppress(OSError):  # of a disk that is read-only by now; the first error says more
+                    remove_work(path)
             raise
 
 

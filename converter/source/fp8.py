@@ -6,6 +6,7 @@ config.json: DeepSeek, Qwen), one per row and one per tensor (`weight_scale`: co
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def dequantized_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Return the tensors as they are read: fp8 weights as bfloat16, without any scales."""
     scales = {*SCALES, *ACTIVATION_SCALES}
     return {
-        name: Entry(entry.file, entry.shape, torch.bfloat16) if _is_scaled(name, entries) else entry
+        name: replace(entry, dtype=torch.bfloat16) if _is_scaled(name, entries) else entry
         for name, entry in entries.items()
         if name.rpartition(".")[2] not in scales
     }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.common.atomic_files import PARTIAL, move, whole_file
+from bwla_converter.common.write_errors import WriteError, write_error
 from bwla_converter.source.families import Family
 from bwla_converter.source.gguf_config import find_gguf_family, make_config
 from bwla_converter.source.gguf_file import GGUFFile, open_gguf, part_paths
@@ -30,7 +31,6 @@ from transformers import PreTrainedModel
 LAYOUT = 1
 """Increased when a folder in the cache would be written differently."""
 
-READABLE = 0o644
 SPARE_BYTES = 64 * 2**20
 """Disk space for the tokenizer and the config.json, which are small beside the weights."""
 
@@ -99,6 +99,14 @@ def write_folder(path: Path, folder: Path, on_progress: OnProgress = ignore_prog
         _write_card(file, partial)
         _write_shards(file, partial, model, names, lambda done, total: on_progress(folder, done, total))
         move(partial, folder)
+    except (OSError, WriteError) as cause:
+        problem = write_error(cause, folder)
+        if problem is None:
+            raise
+        raise SourceError(
+            f"{folder}: could not be written ({problem.reason}): expected {_needed(file) / 1e9:.1f} GB of free disk "
+            f"space for {path.name} in bfloat16: {problem.advice}, or name another folder in {CACHE_VARIABLE}"
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -112,8 +120,13 @@ def _identity(path: Path) -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
+def _needed(file: GGUFFile) -> int:
+    """Return the bytes of disk space that the model takes in bfloat16."""
+    return sum(2 * int(tensor.n_elements) for tensor in file.tensors.values()) + SPARE_BYTES
+
+
 def _check_space(file: GGUFFile, parent: Path) -> None:
-    needed = sum(2 * int(tensor.n_elements) for tensor in file.tensors.values()) + SPARE_BYTES
+    needed = _needed(file)
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise SourceError(
@@ -147,7 +160,6 @@ def _write_shards(
             on_progress(done, total)
         with whole_file(folder / shard) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
-            partial.chmod(READABLE)
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
 
 

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from bwla_converter.source import fp8
 from bwla_converter.source.families import Family, InputGroup, find_family
-from bwla_converter.source.gguf_path import SUFFIX, OnProgress, ignore_progress, is_gguf
+from bwla_converter.source.folder.download import download
+from bwla_converter.source.folder.files import describe_left_out, files_beside
+from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
+from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
+from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.ignored import check_ignored
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.names import EMBEDDING_WEIGHT
@@ -21,13 +25,10 @@ from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.format.model import COMPUTED, not_finite, tied_conflict, tied_names
 from bwla_kernels.format.schema import is_ignored
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README.md"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Source:
         tied: name of a tensor that config.json ties to another one -> name of that tensor.
         scale_block: rows and columns of the scale blocks of fp8 weights, if they have scale blocks.
         name: name of the model for reports: the Hub id, or the name of the folder or of the GGUF file.
+        notes: sentences for the user about tensors that were renamed and files that are not copied.
+        loadable: whether transformers reads the folder too; False where it does not know the stored tensor names.
     """
 
     folder: Path
@@ -62,6 +65,8 @@ class Source:
     tied: Mapping[str, str] = field(default_factory=dict)
     scale_block: tuple[int, int] | None = None
     name: str = ""
+    notes: tuple[str, ...] = ()
+    loadable: bool = True
 
     def groups_of_layer(self, index: int) -> Iterator[tuple[InputGroup, list[str]]]:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
@@ -118,13 +123,14 @@ def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path,
     """Find a model folder, prepare one from a GGUF file, or download a model from the Hub by its id.
 
     Args:
-        model: a folder, a GGUF file, or a Hub id, of which safetensors and text files are downloaded.
+        model: a folder, a GGUF file, or a Hub id, of which the safetensors and what belongs to them are downloaded.
         on_progress: called while a GGUF file is written as a folder, see `gguf_folder.prepare`.
 
     Returns: the folder, and the commit for a Hub id or an empty string for anything else.
 
     Raises:
-        SourceError: `model` is none of the three, the GGUF file cannot be used, or the download failed.
+        SourceError: `model` is none of the three, it holds no model in safetensors, the GGUF file cannot be used, or
+            the download failed.
     """
     path = Path(model).expanduser()
     if is_gguf(path):
@@ -132,36 +138,20 @@ def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path,
 
         return prepare(path, on_progress), ""
     if path.is_dir():
-        _check_not_gguf_only(path)
+        problem = other_kind(read_listing(path), str(path), adapter_base(path))
+        if problem is not None:
+            raise SourceError(problem)
         return path, ""
+    if path.is_file():
+        raise SourceError(
+            f"{model}: expected a folder or a GGUF file, found another file: give {path.parent}"
+        )
     if path.exists() or not HUB_ID.fullmatch(model):
         raise SourceError(
             f"{model}: expected a folder, a GGUF file or a Hub id like Qwen/Qwen3-8B, found neither: check the path"
         )
-    try:
-        snapshot = Path(snapshot_download(model, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as cause:
-        reason = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
-        raise SourceError(
-            f"{model}: found no such folder, and the download from the Hub failed ({reason}): "
-            "check the name and the network connection, or give a local folder"
-        ) from None
-    if not (snapshot / "config.json").exists():
-        raise SourceError(
-            f"{model}: expected a config.json in this repository, found none: if it holds GGUF files, download one of "
-            f"them (hf download {model} FILE.gguf --local-dir .) and give its path"
-        )
+    snapshot = download(model)
     return snapshot, snapshot.name
-
-
-def _check_not_gguf_only(folder: Path) -> None:
-    """Raise if a folder holds GGUF files instead of a model with a config.json."""
-    files = [] if (folder / "config.json").exists() else sorted(folder.glob(f"*{SUFFIX}"))
-    if files:
-        raise SourceError(
-            f"{folder}: expected a config.json, found GGUF files: give one of them instead of the folder, for example "
-            f"{files[0]}"
-        )
 
 
 def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress = ignore_progress) -> Source:
@@ -182,7 +172,12 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     family = find_family(config, str(config_path))
     quantization = _fp8_config(config, str(config_path))
     meta_model = build_meta_model(folder, config)
-    scan = scan_folder(folder)
+    expected = [name for name in meta_model.state_dict() if name not in tied_names(meta_model)]
+    renamed = rename_tensors(scan_folder(folder), expected, meta_model.base_model_prefix)
+    scan = renamed.scan
+    problem = names_problem(scan.entries, expected, family.architecture)
+    if problem is not None:
+        raise SourceError(f"{folder}: {problem}")
     source = Source(
         folder,
         config,
@@ -196,6 +191,8 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         tied=tied_names(meta_model),
         scale_block=fp8.scale_block(quantization),
         name=_name(model, folder, revision),
+        notes=tuple(filter(None, [renamed.note, describe_left_out(files_beside(folder))])),
+        loadable=renamed.loadable,
     )
     check_ignored(source.ignore, source.quantizable())
     problems = [

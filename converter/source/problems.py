@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bwla_kernels.errors import SourceError
 
-MAX_LISTED = 20
+MAX_LISTED = 5
 
 
 def raise_if_any(path: Path, problems: list[str]) -> None:

@@ -37,11 +37,19 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a folder: the file that holds it, its shape and dtype."""
+    """One tensor of a folder.
+
+    Attributes:
+        file: the file that holds it.
+        shape: its shape.
+        dtype: its dtype.
+        key: its name in the file, where that differs from the name it is known by; else empty.
+    """
 
     file: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    key: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,5 +230,5 @@ def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str
         with safe_open(folder / file, framework="pt") as handle:
             for name in names:
                 if entries[name].file == file:
-                    tensors[name] = handle.get_tensor(name)
+                    tensors[name] = handle.get_tensor(entries[name].key or name)
     return {name: tensors[name] for name in names}

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bwla_converter.checkpoint import merge
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.options import Options
@@ -195,7 +196,7 @@ def test_a_failure_midway_keeps_the_old_output_and_the_finished_layers(
     assert digests(out) == before
     assert leftovers(tmp_path) == []
     assert [path.name for path in (tmp_path / "out.work" / "checkpoint").iterdir()] == [
-        "model-00001-of-00003.safetensors"  # the first layer, for --resume
+        "part-00001.safetensors"  # the first layer, for --resume
     ]
 
 
@@ -248,7 +249,8 @@ def test_verify_notices_damage_of_the_head_and_the_embedding(make_model, tmp_pat
         verify(out)
 
 
-def test_a_missing_layer_is_noticed(make_model, tmp_path) -> None:
+def test_a_missing_layer_is_noticed(make_model, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge, "MAX_FILE_BYTES", 1)
     out = tmp_path / "out"
     convert(Options(str(make_model()), out, recipe="data-free"))
     index = out / "model.safetensors.index.json"

@@ -248,16 +248,14 @@ def spoil(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(
-    "file", ["checkpoint/model-00001-of-00004.safetensors", "checkpoint/model-00002-of-00004.safetensors"]
-)
+@pytest.mark.parametrize("file", ["checkpoint/part-00001.safetensors", "checkpoint/part-00002.safetensors"])
 def test_a_damaged_layer_alone_is_quantized_again(model: Path, tmp_path: Path, file: str) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     convert(Options(str(model), whole, rank=2, recipe="data-free"))
     again, listener = interrupted(Options(str(model), out, rank=2, recipe="data-free"), 2), StopAfter()
     spoil(work_path(out) / file)
     convert(again, listener)
-    number = int(file[len("checkpoint/model-") :][:5]) - 1
+    number = int(file[len("checkpoint/part-") :][:5]) - 1
     assert listener.done == [number, 2]
     assert listener.notes[1:] == [f"layer {number}: its shard {Path(file).name} is damaged or missing"]
     assert contents(out) == contents(whole)
@@ -267,8 +265,8 @@ def test_a_damaged_layer_alone_is_quantized_again(model: Path, tmp_path: Path, f
     ("file", "first"),
     [
         ("states/after-00001.safetensors", 1),
-        ("checkpoint/model-00002-of-00004.safetensors", 1),
-        ("checkpoint/model-00001-of-00004.safetensors", 0),
+        ("checkpoint/part-00002.safetensors", 1),
+        ("checkpoint/part-00001.safetensors", 0),
     ],
 )
 def test_with_a_state_all_layers_after_the_damage_are_quantized_again(

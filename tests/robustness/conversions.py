@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bwla_converter import pipeline
 from bwla_converter.calibration.activations import ActivationStore
+from bwla_converter.checkpoint import merge
 from bwla_converter.options import Calibration, Options
 from bwla_converter.quantize import data_free, fast, paper
 from bwla_converter.recipes import base as recipes
@@ -56,7 +57,8 @@ def make_touch_up(options: Options, source: Source, store: ActivationStore) -> R
 
 
 def few_rounds() -> None:
-    """Reduce the number of rounds of all recipes in this process."""
+    """Reduce the number of rounds of all recipes in this process, and the size of the output's files."""
+    merge.MAX_FILE_BYTES = 100_000
     few = partial(data_free.DataFreeOptions, okt_rounds=2, psp_rounds=2, scale_rounds=2)
     paper_options = partial(paper.PaperOptions, okt_rounds=2, psp_rounds=2)
     fast_options = partial(fast.FastOptions, okt_rounds=2, rounds=2, sweeps=1)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
@@ -32,6 +33,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "critical")
 import bwla_converter
 import bwla_kernels
 import torch
+from bwla_converter.checkpoint import merge
 from bwla_converter.checkpoint.integrity import check_hashes
 from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
@@ -157,15 +159,19 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor] | None]] = {
 
 
 def make_folders(work: Path) -> dict[str, list[Path]]:
-    """Return the undamaged folders of each reader: models of two families, and their converted checkpoints."""
+    """Return the undamaged folders of each reader: models of two families, and their converted checkpoints.
+
+    The first checkpoint has several files and an index, the second one a single file.
+    """
     sources = [
         write_model(work / "qwen3", "Qwen3", shards=3, lively=True),
         write_model(work / "gemma2", "Gemma 2", lively=True),
     ]
     checkpoints = []
-    for source in sources:
+    for source, limit in zip(sources, (20_000, merge.MAX_FILE_BYTES), strict=True):
         checkpoints.append(work / f"{source.name}-bwla")
-        convert(Options(str(source), checkpoints[-1], rank=2, recipe="data-free"))
+        with patch.object(merge, "MAX_FILE_BYTES", limit):
+            convert(Options(str(source), checkpoints[-1], rank=2, recipe="data-free"))
     return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
 
 

@@ -1,4 +1,4 @@
-"""Layout of the output: names of the shards, free disk space, config.json."""
+"""Layout of the output: names of the parts, free disk space, config.json."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bwla_converter.checkpoint import layout
-from bwla_converter.checkpoint.layout import Shards, check_space, int8_tensors, output_config
+from bwla_converter.checkpoint.layout import Parts, check_space, int8_tensors, output_config
 from bwla_converter.checkpoint.writer import OutputError
 from bwla_kernels.format.files import Entry
 
@@ -18,17 +18,17 @@ def source_with(sizes: dict[str, int], num_layers: int = 2) -> SimpleNamespace:
 
 
 def test_every_layer_has_a_file_and_the_rest_is_split_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "SHARD_BYTES", 100)
-    shards = Shards(source_with({"a": 60, "b": 40, "c": 2, "large": 300, "d": 10}))
-    assert [shards.layer_file(index) for index in range(2)] == [
-        "model-00001-of-00006.safetensors",
-        "model-00002-of-00006.safetensors",
+    monkeypatch.setattr(layout, "PART_BYTES", 100)
+    parts = Parts(source_with({"a": 60, "b": 40, "c": 2, "large": 300, "d": 10}))
+    assert [parts.layer_file(index) for index in range(2)] == [
+        "part-00001.safetensors",
+        "part-00002.safetensors",
     ]
-    assert shards.rest() == [
-        ("model-00003-of-00006.safetensors", ["a", "b"]),
-        ("model-00004-of-00006.safetensors", ["c"]),
-        ("model-00005-of-00006.safetensors", ["large"]),
-        ("model-00006-of-00006.safetensors", ["d"]),
+    assert parts.rest() == [
+        ("part-00003.safetensors", ["a", "b"]),
+        ("part-00004.safetensors", ["c"]),
+        ("part-00005.safetensors", ["large"]),
+        ("part-00006.safetensors", ["d"]),
     ]
 
 

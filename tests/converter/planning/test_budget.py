@@ -15,7 +15,9 @@ from bwla_converter.options import Calibration, Options
 from bwla_converter.pipeline import convert
 from bwla_converter.planning import budget as budget_module
 from bwla_converter.planning.budget import BudgetError, MachineSpeed, check_budget, predict, usable_memory
+from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan, make_plan
+from bwla_converter.source.folder.files import beside_bytes
 from bwla_converter.source.model import Source, open_source
 from bwla_converter.training.stages import Stage
 from bwla_kernels.cpu.library import available
@@ -105,6 +107,7 @@ def test_predictions_of_known_models(
     architecture = ARCHITECTURES[str(shape["model_type"])]
     config = {"tie_word_embeddings": False, **shape, "architectures": [architecture]}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text("{}")
     source = config_source(tmp_path)
     plan = make_plan(source, None, 6, 1.0, Provenance(base_model="m", recipe=recipe, seed=0))
     budget = predict(source, plan, recipe, Calibration("text.txt", 128, 2048), 1e12, SPEED, device)
@@ -120,8 +123,10 @@ def test_predictions_of_known_models(
         * (widths + int(str(shape["intermediate_size"])))
     )
     assert budget.hidden == (models + 1) * states + models * inputs
-    assert budget.kept == 3 * models * states + models * inputs
-    assert budget.output == plan.output_bytes(source)
+    replaced = 0.0 if recipe == "data-free" else replaced_bytes(source, plan, recipe == "best")
+    at_the_end = merging_bytes(plan.output_bytes(source), 0)
+    assert budget.kept == max(3 * models * states + models * inputs + replaced, at_the_end)
+    assert budget.output == plan.output_bytes(source) + (tmp_path / "tokenizer.json").stat().st_size
 
 
 def test_more_text_costs_time_disk_and_memory_until_it_is_on_disk(planned) -> None:
@@ -149,8 +154,10 @@ def test_the_inputs_of_all_layers_are_counted_where_there_is_little_text(tmp_pat
 
 def test_data_free_keeps_no_text(planned) -> None:
     budget = predict(*planned, "data-free", None, 1e12, SPEED)
-    assert budget.hidden == budget.kept == 0
-    assert budget.output == planned[1].output_bytes(planned[0])
+    source, plan = planned
+    assert budget.hidden == 0
+    assert budget.kept == plan.output_bytes(source)  # while the parts are merged
+    assert budget.output == plan.output_bytes(source) + beside_bytes(source.folder)
     assert budget.seconds < predict(*planned, "fast", text(80), 1e12, SPEED).seconds
 
 

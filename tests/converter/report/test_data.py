@@ -178,16 +178,26 @@ def test_without_report(make_model, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "warned"),
-    [("wikitext2", True), ("wiki.train.raw", True), ("c4", False), ("novels.txt", False), (None, False)],
+    ("source", "says"),
+    [
+        ("wikitext2", "is the training split of WikiText-2"),
+        ("wiki.train.raw", "wiki.train.raw, is text of WikiText-2 by its name"),
+        ("wikitext2_valid.txt", "wikitext2_valid.txt, is text of WikiText-2 by its name"),
+        ("texts/WikiText-2-test.jsonl", "WikiText-2-test.jsonl, is text of WikiText-2 by its name"),
+        ("wikitext2/novels.txt", None),
+        ("c4", None),
+        ("novels.txt", None),
+        (None, None),
+    ],
 )
-def test_calibrating_on_the_training_split_of_an_evaluation_set_gives_a_warning(
-    source: str | None, warned: bool
+def test_calibrating_on_an_evaluation_set_gives_a_warning_that_is_true(
+    source: str | None, says: str | None
 ) -> None:
     warning = calibration_warning({"source": source} if source else {})
-    assert (warning is not None) == warned
-    if warning:
-        assert "training split of WikiText-2" in warning
+    assert (warning is not None) == (says is not None)
+    if warning and says:
+        assert says in warning
+        assert ("training split" in warning) == (source == "wikitext2")
 
 
 def test_the_json_reads_back_and_is_short(report: dict) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import pytest
@@ -13,7 +14,8 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
 from bwla_converter.report.model_card import source_metadata
-from bwla_converter.source import gguf_folder, model
+from bwla_converter.source import gguf_folder
+from bwla_converter.source.folder import download
 from bwla_converter.source.gguf_folder import prepare, write_folder
 from bwla_converter.source.gguf_path import cache_folder
 from bwla_converter.source.model import check_values, locate, open_source
@@ -150,8 +152,9 @@ def test_a_gguf_file_that_does_not_exist_is_not_looked_for_on_the_hub() -> None:
 
 
 def test_a_repository_of_gguf_files_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "README.md").write_text("")
-    monkeypatch.setattr(model, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    files = [SimpleNamespace(rfilename=name, size=1) for name in ("README.md", "model.Q4_0.gguf")]
+    hub = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=files, sha="0"))
+    monkeypatch.setattr(download, "HfApi", lambda: hub)
     with pytest.raises(SourceError, match="hf download owner/name-GGUF FILE.gguf --local-dir ."):
         locate("owner/name-GGUF")
 

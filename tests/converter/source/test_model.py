@@ -53,7 +53,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id() -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    refused(tmp_path, "config.json: cannot be read", "check the folder")
+    refused(tmp_path, "expected a model, found no files: check the path")
 
 
 def test_a_folder_without_weights(make_model) -> None:
@@ -172,7 +172,7 @@ def test_missing_shards_and_missing_tensors_are_listed_together(make_model, edit
 def test_a_long_list_is_cut_with_its_count(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", num_hidden_layers=9, layer_types=None)
-    refused(folder, "found 77 problem(s)", "and 57 more")
+    refused(folder, "found 77 problem(s)", "and 72 more")
 
 
 def test_more_layers_than_any_model_has_are_not_built(make_model, edit) -> None:
@@ -211,7 +211,7 @@ def test_json_that_is_nested_without_end(make_model) -> None:
 def test_all_offending_tensors_are_listed_at_once(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", num_hidden_layers=3, layer_types=None)
-    refused(folder, "found 11 problem(s)", "model.layers.2.mlp.up_proj.weight is missing")
+    refused(folder, "found 11 problem(s)", "model.layers.2.self_attn.q_proj.weight is missing")
 
 
 def test_a_config_that_contradicts_itself(make_model, edit) -> None:
