@@ -99,7 +99,7 @@ class _Stored(nn.Module):
         bias = self._buffers.get("bias")  # has the dtype of the model, not one of the format
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if bias is not None:
-            self.bias = fn(bias)
+            self._buffers["bias"] = fn(bias)
         return self
 
 

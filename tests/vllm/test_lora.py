@@ -28,7 +28,7 @@ Answers = list[tuple[list[int], list[float]]]
 def example_a16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example with 8-bit head and 16-bit activations: nothing but the weights is rounded."""
     out = tmp_path_factory.mktemp("lora") / "a16"
-    convert(Options(str(EXAMPLE), out, rank=1, head_bits=8, bits=16))
+    convert(Options(str(EXAMPLE), out, rank=1, head_bits=8, bits=16, recipe="data-free"))
     return out
 
 
@@ -138,7 +138,7 @@ def test_the_8_bit_embedding_and_the_head_tied_to_it(
     )
     tokenizer(source)
     out, prompts = tmp_path / "out", ("t1 t2 t3 t4", "t9 t8")
-    convert(Options(str(source), out, rank=2, bits=16))
+    convert(Options(str(source), out, rank=2, bits=16, recipe="data-free"))
     assert "embedding" in json.loads((out / "config.json").read_text())["quantization_config"]
     write_dequantized(out, tmp_path / "plain", "float32")
     adapters = [None, write_adapter(out, tmp_path / "one", 1, scale=0.2, embedding=True)]

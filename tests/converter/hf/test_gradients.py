@@ -34,7 +34,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[P
             folder = root / f"{family} {tied} {bits}"
             options = {"lively": True, "dtype": torch.float32, "tie_word_embeddings": tied}
             source = write_model(folder / "source", family, **options)
-            convert(Options(str(source), folder / "out", rank=2, bits=bits))
+            convert(Options(str(source), folder / "out", rank=2, bits=bits, recipe="data-free"))
             made[key] = (source, folder / "out")
         return made[key]
 

@@ -26,7 +26,7 @@ LABELS = 3
 def test_a_classifier_reads_the_language_models_hidden_state(make_model, tmp_path: Path, tied: bool) -> None:
     """As in any language model that is loaded so, the classifier is new; everything below it is the checkpoint's."""
     out = tmp_path / "out"
-    convert(Options(str(make_model("Qwen3", tie_word_embeddings=tied)), out, rank=2))
+    convert(Options(str(make_model("Qwen3", tie_word_embeddings=tied)), out, rank=2, recipe="data-free"))
     language = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
     classifier = AutoModelForSequenceClassification.from_pretrained(
         out, dtype=torch.float32, num_labels=LABELS, pad_token_id=0
@@ -43,7 +43,7 @@ def test_a_classifier_reads_the_language_models_hidden_state(make_model, tmp_pat
 
 def test_a_damaged_checkpoint_is_refused_with_any_head(make_model, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    convert(Options(str(make_model("Qwen3")), out, rank=2))
+    convert(Options(str(make_model("Qwen3")), out, rank=2, recipe="data-free"))
     (file,) = {entry.file for name, entry in read_folder(out).items() if name == "model.norm.weight"}
     tensors = load_file(out / file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].contiguous()
