@@ -155,7 +155,7 @@ def _decode(data: bytes, where: str) -> str:
         return data.decode(encoding)
     except UnicodeDecodeError as cause:
         problem = cause
-    # An 8-bit encoding cannot be told from another one with certainty, and a wrong guess would calibrate on noise.
+    # Which 8-bit encoding it is cannot be known for certain, and a wrong guess would calibrate on noise.
     line = data[: problem.start].count(b"\n") + 1
     raise SourceError(
         f"{where}, line {line}: expected text in {encoding.upper()}, found the byte 0x{data[problem.start]:02x}: "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
 from bwla_converter.source.families import Family, InputGroup, find_family
 from bwla_converter.source.folder.download import download
@@ -14,7 +15,6 @@ from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
-from bwla_converter.source.ignored import check_ignored
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.source.problems import raise_if_any

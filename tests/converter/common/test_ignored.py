@@ -1,7 +1,7 @@
 """`--ignore`: entries that match nothing are refused, with what was probably meant."""
 
 import pytest
-from bwla_converter.source.ignored import check_ignored, near_matches
+from bwla_converter.common.ignored import check_ignored, near_matches
 from bwla_kernels.errors import SourceError
 
 MODULES = [
