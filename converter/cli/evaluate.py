@@ -154,23 +154,13 @@ def evaluate(
 
 
 def _locate(console: Console, original: str) -> Path:
-    """Return the folder of the original model; show how much of a GGUF file has been dequantized.
-
-    Raises:
-        SourceError: there is no such model, or transformers would load it with random weights.
-    """
+    """Return the folder of the original model; show how much of a GGUF file has been dequantized."""
     from bwla_converter.cli.progress import DequantizationBar, ProgressListener
-    from bwla_converter.source.model import locate, open_source
+    from bwla_converter.source.model import locate
     from rich.progress import Progress
 
     with Progress(*ProgressListener.columns(), console=console, transient=True) as progress:
         folder, _ = locate(original, DequantizationBar(progress))
-    source = open_source(str(folder))
-    if not source.loadable:
-        raise SourceError(
-            f"{folder}: expected the tensor names of {source.family.architecture}, found a wrapper's "
-            f"({source.notes[0]}): save the model again without the wrapper, which transformers does not load"
-        )
     return folder
 
 

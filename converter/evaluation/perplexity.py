@@ -80,16 +80,31 @@ def compare_texts(model: Path, bwla: Path, text: str, window: int, limit: int | 
         limit: maximum number of windows; None for all.
 
     Raises:
-        SourceError: the text is shorter than one window, or the tokenizer cannot be used or belongs to another model.
+        SourceError: the text is shorter than one window, the tokenizer cannot be used or belongs to another model, or
+            a model lacks tensors.
     """
     import bwla_converter.hf  # noqa: F401 - registers the quantizer with transformers
 
     ids = tokenize(load_tokenizer(model), [text], model, "the evaluation text")
     windows = windows_of(ids, window)[:limit]
-    values = [
-        perplexity(AutoModelForCausalLM.from_pretrained(folder).eval(), windows) for folder in (model, bwla)
-    ]
-    return Perplexity(*values)
+    return Perplexity(*(perplexity(load_whole(folder), windows) for folder in (model, bwla)))
+
+
+def load_whole(folder: Path) -> PreTrainedModel:
+    """Load a model with transformers.
+
+    Raises:
+        SourceError: the folder lacks some of its tensors, for which transformers would draw random values.
+    """
+    model, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise SourceError(
+            f"{folder}: expected all tensors of {type(model).__name__} by their names, found {len(missing)} missing, "
+            f"like {missing[0]}: save the model with transformers, without a wrapper around it"
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def compare(model: Path, bwla: Path, text: Path, window: int = 512, limit: int | None = None) -> Perplexity:

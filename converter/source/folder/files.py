@@ -220,8 +220,8 @@ def beside_bytes(folder: Path) -> int:
 
 
 def describe_left_out(selection: Selection) -> str | None:
-    """Name the files that are left out for another reason than being weights, hidden, or written anew."""
-    expected = ("weights", "hidden", "written by the conversion")
+    """Name the files that are left out for another reason than being weights, hidden, temporary, or written anew."""
+    expected = ("weights", "hidden", "temporary", "written by the conversion")
     listed = [f"{path} ({reason})" for path, reason in selection.left_out.items() if reason not in expected]
     more = f" and {len(listed) - MAX_LISTED} more" if len(listed) > MAX_LISTED else ""
     return f"not copied: {', '.join(listed[:MAX_LISTED])}{more}" if listed else None
