@@ -97,7 +97,7 @@ def test_a_classifier_from_an_8_bit_head_is_refused() -> None:
     """vLLM gives the head no quantization method where it derives a classifier from it."""
     quantization = BWLAFormat(format_version=2, rotation={"q_proj": (1, 8, 8)}, rank=0, lm_head=head_args())
     derived = config_of(classifier_from_token=["no", "yes"])
-    with pytest.raises(StartError, match=r"lm_head: expected 16 bits.*--head-bits 16"):
+    with pytest.raises(StartError, match=r"lm_head: expected 16 bits.*--lm-head-bits 16"):
         check_derived_head(derived, quantization)
     check_derived_head(config_of(), quantization)
     check_derived_head(derived, quantization.model_copy(update={"lm_head": None}))
