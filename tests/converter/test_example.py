@@ -4,6 +4,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bwla_converter.evaluation.perplexity import compare, windows_of
@@ -58,10 +59,17 @@ def test_recipe_fast_keeps_far_more_than_data_free(example_bwla: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "sentence"),
-    [("none", "does not exist"), ("fast", "give --calibration"), ("paper", "give --calibration")],
+    ("options", "sentence"),
+    [
+        ({"recipe": "none"}, "does not exist"),
+        (
+            {"recipe": "data-free", "target_bits": 2.2},
+            "found recipe data-free, which uses none: choose --recipe fast",
+        ),
+        ({"recipe": "paper", "planes": 2}, "use --recipe fast or best"),
+    ],
 )
-def test_recipes_that_cannot_run(tmp_path: Path, recipe: str, sentence: str) -> None:
+def test_recipes_that_cannot_run(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BWLAError, match=sentence):
-        convert(Options(str(EXAMPLE), tmp_path / "out", recipe=recipe))
+        convert(Options(str(EXAMPLE), tmp_path / "out", **options))
     assert list(tmp_path.iterdir()) == []

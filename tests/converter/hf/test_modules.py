@@ -160,7 +160,7 @@ def test_a_checkpoint_of_version_1_still_loads(make_model, tmp_path: Path) -> No
         (
             "weight_int8",
             lambda t: None,
-            r"model.embed_tokens.weight_int8 .* should be in|weight_int8 should be in",
+            r"model.embed_tokens.weight_int8 is missing, expected shape",
         ),
         (
             "weight_int8",
@@ -241,7 +241,7 @@ def test_another_auto_class_is_refused(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: None, "model.norm.weight should be in .* but is not"),
+        (lambda t: None, "model.norm.weight is missing, expected shape"),
         (lambda t: t[:-1].contiguous(), r"model.norm.weight: expected the shape \[64\] .* found \[63\]"),
         (
             lambda t: t.to(torch.int32),
@@ -282,7 +282,7 @@ def test_invalid_values_are_refused(checkpoint: Path, edit) -> None:
 def test_a_missing_tensor_is_refused(checkpoint: Path, edit) -> None:
     shard = checkpoint / read_folder(checkpoint)["model.layers.0.mlp.up_proj.weight_scale"].file
     edit.tensor(shard, "model.layers.0.mlp.up_proj.weight_scale", lambda t: None)
-    with pytest.raises(FormatError, match=r"up_proj\.weight_scale should be in"):
+    with pytest.raises(FormatError, match=r"up_proj\.weight_scale is missing, expected shape"):
         load(checkpoint)
 
 
