@@ -11,7 +11,6 @@ with another seed, which is closer to what an assistant's user sees.
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,15 +20,13 @@ import bwla_converter.cli  # noqa: F401 - says how OpenMP waits, before torch is
 import torch
 from bwla_converter import BWLAError, Options, convert
 from bwla_converter.calibration.self_text import Writing, write_calibration
-from bwla_converter.calibration.text import load_tokenizer, tokenize, written_samples
-from bwla_converter.calibration.text_files import read_text
-from bwla_converter.evaluation.perplexity import windows_of
+from bwla_converter.calibration.text import written_samples
 from bwla_converter.options import SELF, Calibration
 from bwla_converter.source.model import open_source
 from torch import Tensor
 
-from benchmarks.common.real_models import MODELS, real_model
-from benchmarks.common.record import ROOT, command_line, write_result
+from benchmarks.common.record import command_line, write_result
+from benchmarks.common.texts import EXAMPLES, add_text_options, evaluation_windows, model_folder
 from benchmarks.quality.frontier import measure_perplexity
 
 EVALUATION_SEED = 1000
@@ -73,20 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    examples = ROOT / "examples" / "text"
+    add_text_options(parser, samples=32, length=1024)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help=f"{', '.join(MODELS)}, or a folder (smollm2-135m)")
     add("--bits", type=float, default=2.2, help="bits per weight (2.2)")
     add("--seed", type=int, default=0, help="seed of the conversions (0)")
-    texts = [SELF, str(examples / "calibration.txt")]
+    texts = [SELF, str(EXAMPLES / "calibration.txt")]
     add("--calibration", nargs="+", default=texts, help="calibration texts, one conversion for each")
-    add("--num-calibration-samples", type=int, default=32, help="calibration samples (32)")
-    add("--max-seq-length", type=int, default=1024, help="tokens of a calibration sample (1024)")
-    add("--text", type=Path, default=examples / "heldout.txt", help="real evaluation text")
-    add("--window", type=int, default=1024, help="tokens of an evaluation window (1024)")
-    add("--limit", type=int, default=16, help="number of evaluation windows of each text (16)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="threads (all cores)")
-    add("--work", type=Path, help="folder for the conversions (a temporary one)")
     add("--out", type=Path, help="JSON file for the rows; rows of other models are kept")
     return parser.parse_args()
 
@@ -97,10 +86,9 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     samples, length = arguments.num_calibration_samples, arguments.max_seq_length
     try:
-        model = real_model(arguments.model) if arguments.model in MODELS else Path(arguments.model)
-        ids = tokenize(load_tokenizer(model), [read_text(arguments.text, "--text")], model, "--text")
+        model = model_folder(arguments.model)
         windows = {
-            "real text": windows_of(ids, arguments.window)[: arguments.limit],
+            "real text": evaluation_windows(model, arguments),
             "self-written text": self_windows(model, arguments.window, arguments.limit, math.inf),
         }
         original = {name: measure_perplexity(model, part) for name, part in windows.items()}

@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -30,15 +29,15 @@ import bwla_converter.cli  # noqa: F401 - says how OpenMP waits, before torch is
 import torch
 from bwla_converter import BWLAError, Options, convert
 from bwla_converter.calibration.text import calibration_samples
-from bwla_converter.evaluation.perplexity import perplexity, windows_of
+from bwla_converter.evaluation.perplexity import perplexity
 from bwla_converter.options import Calibration, RecipeName
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common.processes import RunError, add_method_options, choose_methods, peer_command, run
-from benchmarks.common.real_models import MODELS, real_model
-from benchmarks.common.record import ROOT, command_line, write_result
+from benchmarks.common.record import command_line, write_result
+from benchmarks.common.texts import EXAMPLES, add_text_options, evaluation_windows, model_folder
 from benchmarks.conversion.peers import PEERS
 
 RECIPES = ("data-free", "paper", "fast", "best")
@@ -248,9 +247,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    examples = ROOT / "examples" / "text"
+    add_text_options(parser, samples=64, length=512)
     add = parser.add_argument
-    add("--model", default="smollm2-135m", help=f"{', '.join(MODELS)}, or a folder (smollm2-135m)")
     add_method_options(parser, (*RECIPES, *FRONTIER_PEERS))
     add("--bits", default="1.16,2.2,3.2", help="our bits per weight; auto: the recipe's own (1.16,2.2,3.2)")
     add("--abits", default="6", help="our activation bits (6)")
@@ -259,14 +257,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--distill-epochs", type=int, help="recipe best (its default)")
     add("--peer-bits", default="2,3,4", help="bits of the other libraries' codes (2,3,4)")
     add("--group-sizes", default="64", help="group sizes of the other libraries (64)")
-    add("--calibration", default=str(examples / "calibration.txt"), help="calibration text")
-    add("--num-calibration-samples", type=int, default=64, help="calibration samples (64)")
-    add("--max-seq-length", type=int, default=512, help="tokens of a calibration sample (512)")
-    add("--text", type=Path, default=examples / "heldout.txt", help="evaluation text")
-    add("--window", type=int, default=1024, help="tokens of an evaluation window (1024)")
-    add("--limit", type=int, default=16, help="number of evaluation windows, the first of the text (16)")
-    add("--threads", type=int, default=os.cpu_count() or 1, help="threads (all cores)")
-    add("--work", type=Path, help="folder for the conversions (a temporary one)")
+    add("--calibration", default=str(EXAMPLES / "calibration.txt"), help="calibration text")
     add("--out", type=Path, help="JSON file for the rows, written after each method")
     arguments = parser.parse_args(words)
     choose_methods(parser, arguments, RECIPES, FRONTIER_PEERS)
@@ -296,12 +287,9 @@ def main() -> int:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     samples, length = arguments.num_calibration_samples, arguments.max_seq_length
-    model = real_model(arguments.model) if arguments.model in MODELS else Path(arguments.model)
+    model = model_folder(arguments.model)
     try:
-        ids = AutoTokenizer.from_pretrained(model)(
-            arguments.text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False
-        ).input_ids[0]
-        windows = windows_of(ids, arguments.window)[: arguments.limit]
+        windows = evaluation_windows(model, arguments)
         settings: dict[str, Any] = {
             "calibration": {
                 "source": Path(arguments.calibration).name,
