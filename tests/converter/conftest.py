@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bwla_converter.quantize import data_free
 from safetensors.torch import load_file, save_file
 
 # On GitHub Actions typer colors its output even if it is captured.
@@ -21,6 +22,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def few_rounds() -> Iterator[None]:
+    """The real steps of recipe `data-free`, with fewer rounds."""
+    options = data_free.DataFreeOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
+    plain = data_free.quantize_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            data_free, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
+        )
+        yield
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -22,13 +22,14 @@ from bwla_converter.common import atomic_files
 from bwla_converter.common.write_errors import write_error
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
-from bwla_converter.quantize import data_free
 from bwla_converter.resume import work_folder
 from bwla_converter.resume.work_folder import work_path
 from bwla_converter.source import gguf_folder
 from bwla_kernels.errors import BWLAError, SourceError
 from safetensors import SafetensorError
 from typer.testing import CliRunner
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 SENTENCE = (
     r"^{parent}: out could not be written there \(.*: {reason}\): expected [\d.]+ .*B of free disk space in a writable "
@@ -41,18 +42,6 @@ REASONS = {
     errno.EROFS: ("Read-only file system", "make the folder writable"),
     errno.EACCES: ("Permission denied", "make the folder writable"),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """The real steps, with fewer rounds."""
-    options = data_free.DataFreeOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
-    plain = data_free.quantize_group
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data_free, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
-        )
-        yield
 
 
 def contents(folder: Path) -> dict[str, bytes]:

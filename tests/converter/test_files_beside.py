@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,11 @@ from bwla_converter.checkpoint.dequantize import write_dequantized
 from bwla_converter.checkpoint.integrity import check_hashes
 from bwla_converter.options import Options, Summary
 from bwla_converter.pipeline import convert
-from bwla_converter.quantize import data_free
 from bwla_converter.source.folder.files import LARGE, beside_bytes, files_beside, select_files
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import read_json
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
 
 KEPT = [
     "tokenizer.json",
@@ -92,20 +93,8 @@ def fill(folder: Path) -> None:
             write(folder, name + inner)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick() -> Iterator[None]:
-    """The real steps, with fewer rounds."""
-    options = data_free.DataFreeOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
-    plain = data_free.quantize_group
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            data_free, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
-        )
-        yield
-
-
 @pytest.fixture(scope="module")
-def converted(_quick: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Summary]:
+def converted(few_rounds: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Summary]:
     """A folder with all of these files, its conversion and the summary."""
     from benchmarks.common.tiny_models import write_model
 

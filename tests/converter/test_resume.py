@@ -24,6 +24,8 @@ from bwla_kernels.format.folder import read_folder, read_tensors
 from paths import EXAMPLE
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("few_rounds")
+
 LAYERS = 3
 
 
@@ -73,16 +75,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     files.pop("bwla_report.html", None)
     report = json.loads(files.pop("bwla_report.json"))
     return files | {"report": json.dumps({**report, "seconds": 0, "memory": 0}).encode()}
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real steps, with fewer rounds."""
-    options = data_free.DataFreeOptions(okt_rounds=2, psp_rounds=2, scale_rounds=2)
-    plain = data_free.quantize_group
-    monkeypatch.setattr(
-        data_free, "quantize_group", lambda *args, **more: plain(*args, **{**more, "options": options})
-    )
 
 
 @pytest.fixture
