@@ -233,11 +233,15 @@ class BWLATiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
         Raises:
             StartError: always.
         """
-        raise StartError(
-            f"{HEAD_MODULE}: config.json ties the head to the 8-bit embedding, but vLLM's class for this model does "
-            "not: convert the model again with --embedding-bits 16"
-        )
+        raise _not_tied()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Refuse to compute, as in `process_weights_after_loading`."""
-        raise NotImplementedError(f"{HEAD_MODULE} is tied to the 8-bit embedding, which computes the logits")
+        raise _not_tied()
+
+
+def _not_tied() -> StartError:
+    return StartError(
+        f"{HEAD_MODULE}: config.json ties the head to the 8-bit embedding, but vLLM's class for this model does "
+        "not: convert the model again with --embedding-bits 16"
+    )

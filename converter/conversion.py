@@ -10,13 +10,13 @@ from bwla_converter.allocation.stage import Allocation, allocate
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
 from bwla_converter.calibration.self_text import Writing, write_calibration
-from bwla_converter.calibration.text import calibration_samples, held_out_samples
+from bwla_converter.calibration.text import HELD_OUT_TOKENS, calibration_samples, held_out_samples
 from bwla_converter.evaluation.loss import measure_loss
 from bwla_converter.listener import Listener
 from bwla_converter.options import SELF, Calibration, Options
+from bwla_converter.planning.budget import usable_memory
 from bwla_converter.planning.plan import ConversionPlan
-from bwla_converter.recipes.base import Recipe
-from bwla_converter.recipes.measurements import LOSS_TOKENS
+from bwla_converter.recipes.base import RECIPES, Recipe
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
 
@@ -58,10 +58,15 @@ class Conversion:
 
 
 def with_calibration(options: Options) -> Options:
-    """Return the options with the calibration text that the recipe uses by default."""
-    if options.calibration is None and options.recipe != "data-free":
-        return replace(options, calibration=Calibration(SELF))
-    return options
+    """Return the options with the calibration text that the recipe uses: the model's own by default, or none."""
+    if options.recipe in RECIPES and not RECIPES[options.recipe].needs_calibration:
+        return replace(options, calibration=None)
+    return replace(options, calibration=options.calibration or Calibration(SELF))
+
+
+def default_amounts(device: torch.device) -> tuple[int, int]:
+    """Return the number and the largest length of calibration samples where they were left to us."""
+    return CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
 
 
 def with_amounts(options: Options, source: Source, device: torch.device) -> Options:
@@ -69,7 +74,7 @@ def with_amounts(options: Options, source: Source, device: torch.device) -> Opti
     calibration = options.calibration
     if calibration is None:
         return options
-    num_samples, length = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
+    num_samples, length = default_amounts(device)
     positions = source.config.get("max_position_embeddings")
     if isinstance(positions, int):
         length = min(length, positions)
@@ -81,9 +86,7 @@ def with_amounts(options: Options, source: Source, device: torch.device) -> Opti
     return replace(options, calibration=amounts)
 
 
-def with_written_text(
-    options: Options, source: Source, device: torch.device, listener: Listener, memory: float
-) -> Options:
+def with_written_text(options: Options, source: Source, device: torch.device, listener: Listener) -> Options:
     """Return the options with the file of the calibration text that the model writes itself, if that is their choice.
 
     Args:
@@ -91,7 +94,6 @@ def with_written_text(
         source: the model.
         device: where it runs.
         listener: receives the progress.
-        memory: bytes that the process may use; of a GPU, what is free is used.
 
     Raises:
         SourceError: the model does not fit into memory, or cannot write text.
@@ -99,8 +101,8 @@ def with_written_text(
     calibration = options.calibration
     if calibration is None or calibration.source != SELF:
         return options
-    if device.type == "cuda":
-        memory = torch.cuda.mem_get_info(device)[0]
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[0] if on_gpu else options.max_memory or usable_memory()
     writing = Writing(source.folder, calibration, options.seed, device, memory)
     file = write_calibration(source, writing, listener.written)
     return replace(options, calibration=replace(calibration, written=file))
@@ -149,7 +151,7 @@ def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
     if allocation is None or calibration is None:
         return {}
     source, seed = conversion.source, conversion.options.seed
-    samples = held_out_samples(calibration, source.folder, seed, LOSS_TOKENS)
+    samples = held_out_samples(calibration, source.folder, seed, HELD_OUT_TOKENS)
     return {
         "predicted_loss": allocation.predicted_loss,
         "measured_loss": None

@@ -118,8 +118,7 @@ def _convert(
     listener.budgeted(budget)
     on_disk = None if budget.hidden_in_memory else work_path(options.out) / ACTIVATIONS
     store = ActivationStore(on_disk, device, processes)
-    memory = options.max_memory or usable_memory()
-    options = with_written_text(options, source, device, listener, memory)
+    options = with_written_text(options, source, device, listener)
     recipe = recipe_factory(options, source, store)
     plan = _with_calibration(plan, recipe.calibration)
     conversion = Conversion(options, source, plan, recipe, listener, store)
@@ -156,7 +155,7 @@ def _follow(
     options: Options, source: Source, plan: ConversionPlan, device: torch.device, processes: Processes
 ) -> None:
     store = ActivationStore(None, device, processes)
-    options = with_written_text(options, source, device, Listener(), options.max_memory or usable_memory())
+    options = with_written_text(options, source, device, Listener())
     recipe = make_recipe(options, source, store)
     conversion = allocated(Conversion(options, source, plan, recipe, Listener(), store), None)
     restored, *done = processes.broadcast_flags([False] * (source.num_layers + 1))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.generation import Script, sample_sequences
-from bwla_converter.calibration.text import load_tokenizer, written_samples
+from bwla_converter.calibration.text import HELD_OUT_TOKENS, load_tokenizer, written_samples
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.bars import no_bars
 from bwla_converter.common.tensors import entry_bytes
@@ -28,9 +28,6 @@ from rich.filesize import decimal
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
-
-HELD_OUT_TOKENS = 8192
-"""Tokens that are written beside the calibration samples, to measure the loss on."""
 
 LONGEST = 512
 """Tokens of a sequence that is written in one piece. A longer sample is put together from several: the time of a step

@@ -24,6 +24,9 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Names of datasets on the Hub, with the arguments by which the `datasets` library loads them."""
 
+HELD_OUT_TOKENS = 8192
+"""Tokens of calibration text that are kept apart from the samples, to measure the loss on."""
+
 DATASET_CHARACTERS = 20_000_000
 """How much of a dataset is read."""
 

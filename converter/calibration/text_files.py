@@ -85,10 +85,15 @@ def read_texts(path: Path, render: Render, option: str = "--calibration") -> Ite
 
 
 def _is_text_file(file: Path) -> bool:
+    return file.is_file() and _plain_name(file).endswith(KINDS)
+
+
+def _plain_name(file: Path) -> str:
+    """Return the name of a file in lower case, without the suffix of a compression."""
     name = file.name.lower()
     for suffix in COMPRESSED:
         name = name.removesuffix(suffix)
-    return file.is_file() and name.endswith(KINDS)
+    return name
 
 
 def _texts_of(file: Path, render: Render, option: str) -> Iterator[str]:
@@ -176,10 +181,7 @@ def _utf16_without_mark(data: bytes) -> str | None:
 
 def _is_json(file: Path, text: str) -> bool:
     """Return whether a file holds JSON: by its suffix, or because its first line is a JSON object."""
-    name = file.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    if name.endswith((".json", ".jsonl", ".ndjson")):
+    if _plain_name(file).endswith((".json", ".jsonl", ".ndjson")):
         return True
     start = text.lstrip()
     if start[:1] not in ("{", "["):

@@ -155,7 +155,7 @@ def _convert(console: Console, options: Options, gpus: int) -> "Summary | None":
     from bwla_converter.calibration.distributed import join_processes, leave_processes, start_processes
     from bwla_converter.cli.progress import ProgressListener
     from bwla_converter.common.devices import choose_device
-    from bwla_converter.conversion import CPU_SAMPLES, CUDA_SAMPLES
+    from bwla_converter.conversion import default_amounts
     from bwla_converter.pipeline import convert, follow
 
     interrupts = Interrupts(lambda line: console.print(line, soft_wrap=True))
@@ -163,7 +163,7 @@ def _convert(console: Console, options: Options, gpus: int) -> "Summary | None":
         with errors_reported(console, lambda: _how_to_continue(options.out), lambda: interrupts.exit_code):
             start_processes(gpus)
             device = choose_device(options.device)
-            default, _ = CUDA_SAMPLES if device.type == "cuda" else CPU_SAMPLES
+            default, _ = default_amounts(device)
             num_samples = (options.calibration.num_samples or default) if options.calibration else 0
             processes = join_processes(options.recipe, device, num_samples)
             with handled(interrupts), Progress(*ProgressListener.columns(), console=console) as progress:

@@ -2,6 +2,7 @@
 
 import math
 
+from bwla_converter.calibration.text import HELD_OUT_TOKENS
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -17,9 +18,6 @@ layers are kept for all of them, so large models get no more."""
 
 TOKENS_PER_COLUMN = 2
 """The same, in units of the columns of the widest input group: fewer make its Hessian singular."""
-
-LOSS_TOKENS = 8192
-"""Tokens of calibration text on which the loss is measured."""
 
 PASSES = 4
 """Products of a decoder layer with its inputs while sensitivities are measured: forwards, forwards again for the
@@ -63,7 +61,7 @@ def measurement_compute(workload: Workload) -> ComputeEstimate:
     head = math.prod(workload.source.entries[EMBEDDING_WEIGHT].shape)
     squares = sum(group.square for group in workload.groups())
     flops = 2 * tokens * (PASSES * (workload.weights + head) + 2 * squares)
-    loss = 2 * 2 * LOSS_TOKENS * (workload.weights + head)
+    loss = 2 * 2 * HELD_OUT_TOKENS * (workload.weights + head)
     elements = sum(8 * tokens * (group.rows + 2 * group.columns) for group in workload.groups())
     factorizations = sum(2.5 * group.columns**3 for group in workload.groups())
     return ComputeEstimate(factorizations, FLOAT_BYTES * elements, flops + loss)

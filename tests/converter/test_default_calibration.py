@@ -69,6 +69,8 @@ def test_defaults_by_device_and_model() -> None:
     )
     assert given.calibration == Calibration("text", 3, CPU_SAMPLES[1])
     assert with_calibration(Options("model", Path("out"), recipe="data-free")).calibration is None
+    explicit = Options("model", Path("out"), recipe="data-free", calibration=Calibration(SELF))
+    assert with_calibration(explicit).calibration is None, "the model writes no text that nobody reads"
 
 
 def test_a_model_without_a_tokenizer_is_refused_before_work(make_model, tmp_path: Path) -> None:
