@@ -157,7 +157,7 @@ def convert(task: Task, method: Method, seed: int) -> tuple[PreTrainedModel, flo
                 {name: tensors[f"{name}.weight"] for name in names}, {name: specs[name] for name in names}
             )
         recipe.end_layer()
-        model.set_submodule(task.source.family.layer_name(index), quantized.layer)
+        model.set_submodule(task.source.structure.layer_name(index), quantized.layer)
     if isinstance(recipe, BestRecipe) and recipe.options.distill.epochs:
         distil(model, recipe)
     elif not isinstance(recipe, PaperRecipe):

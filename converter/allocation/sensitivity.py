@@ -25,7 +25,6 @@ from bwla_converter.quantize.moments import rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
 from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_converter.training.divergence import Head, sampled_label_gradient
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
@@ -113,7 +112,7 @@ def _layer(runner: LayerRunner, index: int) -> DecoderLayer:
 def _output_gradient(runner: LayerRunner, hidden: Activations, generator: torch.Generator) -> Activations:
     """Return the gradient of the labels' log-likelihood with respect to the last layer's outputs [S, T, hidden]."""
     source = runner.source
-    norm, name = runner.final_norm(), EMBEDDING_WEIGHT if source.tied_head else HEAD_WEIGHT
+    norm, name = runner.final_norm(), source.output_weight
     weight = source.read([name])[name].to(runner.device, runner.dtype)
     head = Head(weight, getattr(runner.config, "final_logit_softcapping", None))
 

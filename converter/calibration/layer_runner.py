@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from bwla_converter.hf.attention import attention_implementation
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -35,21 +34,21 @@ class LayerRunner:
 
     def embed(self, ids: Tensor) -> Tensor:
         """Return the hidden states before layer 0 for token ids [S, T]: [S, T, hidden]."""
-        table = self.source.read([EMBEDDING_WEIGHT])[EMBEDDING_WEIGHT]
+        table = self.source.read([self.source.embedding_weight])[self.source.embedding_weight]
         hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
         return hidden * self.embedding_scale
 
     @property
     def embedding_scale(self) -> float:
         """The factor by which the model multiplies its embeddings."""
-        return float(self.config.hidden_size**0.5) if self.source.family.scaled_embedding else 1.0
+        return float(self.config.hidden_size**0.5) if self.source.structure.scaled_embedding else 1.0
 
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> "DecoderLayer":
         """Build decoder layer `index` from its stored tensors, given by their full names."""
         config = self._one_layer_config(index)
         with torch.device("meta"):
             model = AutoModel.from_config(config, attn_implementation=self.attention)
-        prefix = self.source.family.layer_name(index) + "."
+        prefix = self.source.structure.layer_name(index) + "."
         state = {
             f"layers.0.{name.removeprefix(prefix)}": tensor.to(self.device, self.dtype)
             for name, tensor in tensors.items()
@@ -66,7 +65,7 @@ class LayerRunner:
         """Build the original model's final norm."""
         with torch.device("meta"):
             norm: nn.Module = AutoModel.from_config(self._one_layer_config(0)).norm
-        names = {key: f"{FINAL_NORM}.{key}" for key in norm.state_dict()}
+        names = {key: f"{self.source.structure.final_norm}.{key}" for key in norm.state_dict()}
         tensors = self.source.read(list(names.values()))
         state = {key: tensors[name].to(self.device, self.dtype) for key, name in names.items()}
         norm.load_state_dict(state, assign=True)

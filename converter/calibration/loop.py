@@ -21,7 +21,6 @@ from bwla_converter.quantize.final_norm import fit_norm
 from bwla_converter.quantize.group import GroupResult, pool_rows
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import FINAL_NORM
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor
@@ -143,7 +142,7 @@ class CalibrationLoop:
         width = first.shape[1]
         limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.hidden)
         follow = self._follow_stream and self._run_original
-        reader = self.runner.source.family.group_of(name).stream if follow else None
+        reader = self.runner.source.structure.group_of(name).stream if follow else None
         cross_gram = reader is None and self._run_original
         moments = Moments.zeros(width, self.store.device, cross_gram)
         pooled = None if reader is None else pool_rows(weights.values())
@@ -211,6 +210,6 @@ class CalibrationLoop:
         pairs = zip(
             self.original_hidden.split(SAMPLES_PER_BATCH), self.hidden.split(SAMPLES_PER_BATCH), strict=True
         )
-        name = f"{FINAL_NORM}.weight"
+        name = f"{self.runner.source.structure.final_norm}.weight"
         weight = fit_norm(self.runner.final_norm(), pairs)
         return {name: weight.to("cpu", self.runner.source.entries[name].dtype)}

@@ -14,7 +14,6 @@ from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.families import find_family
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json
@@ -37,12 +36,13 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
     family = find_family(config, str(folder / "config.json"))
     outline = build_meta_model(folder, config)
     tied = bool(outline.config.tie_word_embeddings)
+    structure = family.structure(outline.config.num_hidden_layers)
     entries = {
         name: Entry("", tuple(tensor.shape), torch.bfloat16)
         for name, tensor in outline.state_dict().items()
-        if not (tied and name == HEAD_WEIGHT)
+        if not (tied and name == f"{structure.head}.weight")
     }
-    return Source(folder, config, family, entries, outline.config.num_hidden_layers, tied, ignore=ignore)
+    return Source(folder, config, structure, entries, tied, ignore=ignore)
 
 
 def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:

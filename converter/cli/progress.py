@@ -70,7 +70,7 @@ class ProgressListener(Listener):
 
     def planned(self, source: Source, plan: ConversionPlan) -> None:
         self._say(
-            f"{source.family.architecture}, {source.num_layers} layers, {plan.weights:,} weights to quantize; "
+            f"{source.structure.architecture}, {source.num_layers} layers, {plan.weights:,} weights to quantize; "
             f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight, "
             "everything counted"
         )

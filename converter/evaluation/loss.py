@@ -11,7 +11,6 @@ from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.checkpoint.contents import read_contents
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
 from bwla_converter.training.divergence import Head, chunk_logits
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.files import read_tensors
@@ -40,7 +39,7 @@ class StoredModel:
 
     def layer(self, index: int) -> DecoderLayer:
         """Build decoder layer `index` with its quantized linears."""
-        prefix = self.runner.source.family.layer_name(index) + "."
+        prefix = self.runner.source.structure.layer_name(index) + "."
         tensors = self.read([name for name in self.names if name.startswith(prefix)])
         plain = {name: value for name, value in tensors.items() if name.rpartition(".")[0] not in self.specs}
         layer = self.runner.layer(index, plain)
@@ -64,8 +63,10 @@ class StoredModel:
 
     def head(self) -> Head:
         """Return the head, which may be the embedding."""
-        own = HEAD_WEIGHT in self.names or f"{HEAD_WEIGHT}_int8" in self.names
-        weight = self.matrix(HEAD_WEIGHT if own else EMBEDDING_WEIGHT)
+        source = self.runner.source
+        name = source.head_weight
+        is_stored = name in self.names or f"{name}_int8" in self.names
+        weight = self.matrix(name if is_stored else source.embedding_weight)
         return Head(weight, getattr(self.runner.config, "final_logit_softcapping", None))
 
 
@@ -100,16 +101,16 @@ def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device
 def _negative_log_likelihood(model: StoredModel, ids: Tensor, store: ActivationStore) -> float:
     """Return the mean over all predicted tokens, in nats."""
     runner = model.runner
-    table, scale = model.matrix(EMBEDDING_WEIGHT), runner.embedding_scale
+    table, scale = model.matrix(runner.source.embedding_weight), runner.embedding_scale
     shape = torch.Size((*ids.shape, table.shape[1]))
     batches = ids.to(runner.device).split(SAMPLES_PER_BATCH)
     hidden = store.keep(shape, (torch.nn.functional.embedding(batch, table) * scale for batch in batches))
     del table
     for index in range(runner.source.num_layers):
         hidden = hidden.map(model.layer(index).run, SAMPLES_PER_BATCH)
-    norm = copy.deepcopy(runner.final_norm())
-    state = model.read([f"{FINAL_NORM}.{key}" for key in norm.state_dict()])
-    norm.load_state_dict({name.removeprefix(f"{FINAL_NORM}."): value for name, value in state.items()})
+    norm, final_norm = copy.deepcopy(runner.final_norm()), runner.source.structure.final_norm
+    state = model.read([f"{final_norm}.{key}" for key in norm.state_dict()])
+    norm.load_state_dict({name.removeprefix(f"{final_norm}."): value for name, value in state.items()})
     head, total = model.head(), 0.0
     tokens = max(1, chunk_logits(runner.device.type) // len(head.weight))
     for sample, states in zip(ids.to(runner.device), hidden.split(1), strict=True):

@@ -14,7 +14,6 @@ from bwla_converter.common.bits import (
 )
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT, HEAD_WEIGHT
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
@@ -84,7 +83,7 @@ class ConversionPlan:
 
     def is_replaced(self, name: str) -> bool:
         """Return whether the output has a quantized form of the source's tensor `name` instead of a copy."""
-        if name == HEAD_WEIGHT:  # a tied head may be stored beside the embedding
+        if name == f"{HEAD_MODULE}.weight":  # a tied head may be stored beside the embedding
             return self.head_source is not None or (self.tied_head and self.embedding_source is not None)
         return name.removesuffix(".weight") in self.specs or name == self.embedding_source
 
@@ -122,16 +121,16 @@ def choose_head(source: Source, bits: int | None) -> str | None:
     """
     if bits not in (None, 8, 16):
         raise SourceError(f"--lm-head-bits: expected 8, 16 or auto, found {bits}")
-    family = source.family
-    if not family.own_head and not (source.tied_head and bits != 8):
+    structure = source.structure
+    if not structure.own_head and not (source.tied_head and bits != 8):
         option = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
         raise SourceError(
-            f"{source.folder}: vLLM always uses the embedding as the head of {family.architecture}, so it has to be "
+            f"{source.folder}: vLLM always uses the embedding as the head of {structure.architecture}, so it has to be "
             f"tied and unquantized, found {option}: use --lm-head-bits auto and a tied model"
         )
-    if not family.own_head:
+    if not structure.own_head:
         return None
-    name = EMBEDDING_WEIGHT if source.tied_head else HEAD_WEIGHT
+    name = source.output_weight
     if bits == 16 or name not in source.entries:
         return None
     large = math.prod(source.entries[name].shape) >= LARGE_HEAD
@@ -154,10 +153,10 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
     """
     if bits not in (None, 8, 16):
         raise SourceError(f"--embedding-bits: expected 8, 16 or auto, found {bits}")
-    family = source.family
-    if bits == 8 and not family.int8_embedding:
+    structure = source.structure
+    if bits == 8 and not structure.int8_embedding:
         raise SourceError(
-            f"{source.folder}: vLLM has no quantized embedding for {family.architecture}, found --embedding-bits 8: "
+            f"{source.folder}: vLLM has no quantized embedding for {structure.architecture}, found --embedding-bits 8: "
             "use --embedding-bits auto"
         )
     if bits == 8 and source.tied_head and head_bits == 16:
@@ -166,7 +165,7 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
             "--embedding-bits 8 and --lm-head-bits 16: use auto for one of them"
         )
     is_shared = source.tied_head and head_bits == 16
-    return None if bits == 16 or is_shared or not family.int8_embedding else EMBEDDING_WEIGHT
+    return None if bits == 16 or is_shared or not structure.int8_embedding else source.embedding_weight
 
 
 def make_plan(

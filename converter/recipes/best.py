@@ -31,7 +31,6 @@ from bwla_converter.recipes.workload import (
     Workload,
 )
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.training.distill import DISTILLATION, Distiller
 from bwla_converter.training.divergence import chunk_logits
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
@@ -245,7 +244,7 @@ class BestRecipe:
         distillation = options.distill.epochs if workload.distill_epochs is None else workload.distill_epochs
         if distillation:
             distillation += _EVALUATION_EPOCHS
-        vocab_size, _ = workload.source.entries[EMBEDDING_WEIGHT].shape
+        vocab_size, _ = workload.source.entries[workload.source.embedding_weight].shape
         widths = sum(group.rows + 2 * group.columns for group in workload.groups())
         elements = 30 * widths * (tuning + distillation) + 40 * vocab_size * distillation
         flops = 16 * tokens * workload.weights * (tuning + distillation)
@@ -293,7 +292,7 @@ def _distillation_bytes(workload: Workload) -> float:
     """
     tokens = workload.batch_tokens(DISTILLATION.batch)
     stage_weights = max(stage.weights for stage in make_stages(workload.source))
-    vocab_size, hidden_size = workload.source.entries[EMBEDDING_WEIGHT].shape
+    vocab_size, hidden_size = workload.source.entries[workload.source.embedding_weight].shape
     several = [spec for spec in workload.specs.values() if spec.planes > 1]
     activations = sum(spec.out_features + 2 * spec.in_features for spec in workload.specs.values())
     activations += sum(spec.in_features for spec in several) // 2

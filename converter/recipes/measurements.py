@@ -10,7 +10,6 @@ from bwla_converter.recipes.workload import (
     MemoryEstimate,
     Workload,
 )
-from bwla_converter.source.names import EMBEDDING_WEIGHT
 
 MIN_TOKENS, MAX_TOKENS = 4096, 16384
 """Tokens of calibration text that sensitivities are measured on, where there are so many. The inputs of all decoder
@@ -37,7 +36,7 @@ def measured_tokens(workload: Workload) -> int:
 
 def measurement_hidden_bytes(workload: Workload) -> int:
     """Return the size of the hidden states that are kept while sensitivities are measured: those before each layer."""
-    width = workload.source.entries[EMBEDDING_WEIGHT].shape[1]
+    width = workload.source.entries[workload.source.embedding_weight].shape[1]
     return FLOAT_BYTES * measured_tokens(workload) * width * (workload.source.num_layers + 2)
 
 
@@ -58,7 +57,7 @@ def measurement_memory(workload: Workload) -> MemoryEstimate:
 def measurement_compute(workload: Workload) -> ComputeEstimate:
     """Estimate the work of measuring sensitivities and of the loss of both models."""
     tokens = measured_tokens(workload)
-    head = math.prod(workload.source.entries[EMBEDDING_WEIGHT].shape)
+    head = math.prod(workload.source.entries[workload.source.embedding_weight].shape)
     squares = sum(group.square for group in workload.groups())
     flops = 2 * tokens * (PASSES * (workload.weights + head) + 2 * squares)
     loss = 2 * 2 * HELD_OUT_TOKENS * (workload.weights + head)

@@ -10,8 +10,6 @@ from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.options import Calibration
 from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
 from bwla_converter.source.model import Source
-from bwla_converter.source.names import EMBEDDING_WEIGHT
-from bwla_kernels.factorize import INPUT_SHARDED_LINEARS
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import product_dtype
 
@@ -132,7 +130,7 @@ class Workload:
     @property
     def hidden_bytes(self) -> int:
         """Hidden states of all calibration samples in one model, float32."""
-        return FLOAT_BYTES * self.tokens * self.source.entries[EMBEDDING_WEIGHT].shape[1]
+        return FLOAT_BYTES * self.tokens * self.source.entries[self.source.embedding_weight].shape[1]
 
     @property
     def kept_bytes(self) -> int:
@@ -144,15 +142,15 @@ class Workload:
     def layer(self, index: int) -> LayerShape:
         """Return the shape of decoder layer `index`."""
         groups, kept_columns = [], 0
-        for _, names in self.source.groups_of_layer(index):
+        for group, names in self.source.groups_of_layer(index):
             specs = [self.specs[name] for name in names]
             shape = GroupShape(
                 sum(spec.out_features for spec in specs), specs[0].in_features, specs[0].planes
             )
             label = names[0].rpartition(".")[2]
             groups.append((label, shape))
-            # By name, because no layer has run yet.
-            kept_columns += shape.columns * (label in INPUT_SHARDED_LINEARS)
+            # A guess, because no layer has run yet.
+            kept_columns += shape.columns * group.input_sharded
         entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
         weights = sum(math.prod(entry.shape) for entry in entries)
         return LayerShape(index, sum(map(entry_bytes, entries)), weights, tuple(groups), kept_columns)

@@ -84,7 +84,7 @@ def build_report(
     linears = contents.specs.keys()
     return {
         **summary,
-        "architecture": source.family.architecture,
+        "architecture": source.structure.architecture,
         "provenance": provenance,
         "planes": sorted({spec.planes for spec in contents.specs.values()}),
         "weights_by_planes": summary["planes"],

@@ -4,32 +4,12 @@ docs/developer/adding-a-model-family.md describes how to add one. The end-to-end
 cover every entry.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import SourceError
-from bwla_kernels.factorize import INPUT_SHARDED_LINEARS, SHARDED_ROTATION_GROUPS
-
-
-@dataclass(frozen=True)
-class InputGroup:
-    """Linears of a decoder layer that read the same input and share one input transform.
-
-    Attributes:
-        members: module paths inside the decoder layer.
-        stream: module path, inside the decoder layer, of the norm that reads the residual stream just before this
-            group's output is added to it; None if the output is not added as it is.
-    """
-
-    members: tuple[str, ...]
-    stream: str | None = None
-
-    @property
-    def preferred_rotation_groups(self) -> int:
-        """Preferred number of rotation groups: 8 if each process must hold whole groups, else 1."""
-        input_sharded = any(member.rpartition(".")[2] in INPUT_SHARDED_LINEARS for member in self.members)
-        return SHARDED_ROTATION_GROUPS if input_sharded else 1
 
 
 @dataclass(frozen=True)
@@ -64,25 +44,22 @@ class Family:
     int8_embedding: bool = True
     note: str = ""
 
-    def layer_name(self, index: int) -> str:
-        """Return the module path of decoder layer `index`."""
-        return f"{self.layers}.{index}"
-
-    def group_of(self, name: str) -> InputGroup:
-        """Return the input group of the linear whose full name is `name`."""
-        return next(group for group, member in self.linears() if name.endswith(f".{member}"))
-
-    def linears(self) -> Iterator[tuple[InputGroup, str]]:
-        """Yield every quantized linear of a decoder layer with its group, in execution order."""
-        for group in self.groups:
-            for member in group.members:
-                yield group, member
+    def structure(self, num_layers: int) -> Structure:
+        """Return the structure of a model with `num_layers` decoder layers."""
+        return Structure(
+            self.architecture,
+            self.layers,
+            (self.groups,) * num_layers,
+            own_head=self.own_head,
+            int8_embedding=self.int8_embedding,
+            scaled_embedding=self.scaled_embedding,
+        )
 
 
 _QKV = InputGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-_O = InputGroup(("self_attn.o_proj",), stream="input_layernorm")
+_O = InputGroup(("self_attn.o_proj",), stream="input_layernorm", input_sharded=True)
 _GATE_UP = InputGroup(("mlp.gate_proj", "mlp.up_proj"))
-_DOWN = InputGroup(("mlp.down_proj",), stream="post_attention_layernorm")
+_DOWN = InputGroup(("mlp.down_proj",), stream="post_attention_layernorm", input_sharded=True)
 
 _GATED_DECODER = (_QKV, _O, _GATE_UP, _DOWN)
 _MERGED_DECODER = (InputGroup(("self_attn.qkv_proj",)), _O, InputGroup(("mlp.gate_up_proj",)), _DOWN)

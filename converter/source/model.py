@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
-from bwla_converter.source.families import Family, InputGroup, find_family
+from bwla_converter.source.families import find_family
 from bwla_converter.source.folder.download import download
 from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
-from bwla_converter.source.names import EMBEDDING_WEIGHT
 from bwla_converter.source.problems import raise_if_any
+from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.files import Entry, Scan, read_json, read_tensors, scan_folder
-from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.format.model import COMPUTED, not_finite, tied_conflict, tied_names
 from bwla_kernels.format.schema import is_ignored
@@ -38,9 +37,8 @@ class Source:
     Attributes:
         folder: the checkpoint folder.
         config: contents of config.json.
-        family: the model's family.
+        structure: its decoder layers and input groups.
         entries: file, shape and dtype of every tensor as `read` returns it, fp8 weights as bfloat16.
-        num_layers: number of decoder layers, as transformers reads config.json.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
         ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
@@ -55,9 +53,8 @@ class Source:
 
     folder: Path
     config: Mapping[str, Any]
-    family: Family
+    structure: Structure
     entries: Mapping[str, Entry]
-    num_layers: int
     tied_head: bool
     revision: str = ""
     ignore: tuple[str, ...] = ()
@@ -68,14 +65,34 @@ class Source:
     notes: tuple[str, ...] = ()
     loadable: bool = True
 
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.structure.blocks)
+
+    @property
+    def embedding_weight(self) -> str:
+        """Name of the embedding's tensor."""
+        return f"{self.structure.embedding}.weight"
+
+    @property
+    def head_weight(self) -> str:
+        """Name of the head's tensor, which a tied model does not store."""
+        return f"{self.structure.head}.weight"
+
+    @property
+    def output_weight(self) -> str:
+        """Name of the tensor that computes the logits: the head's, or that of the embedding it is tied to."""
+        return self.embedding_weight if self.tied_head else self.head_weight
+
     def groups_of_layer(self, index: int) -> Iterator[tuple[InputGroup, list[str]]]:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
 
         Raises:
             SourceError: `ignore` names some linears of a group and not the others.
         """
-        for group in self.family.groups:
-            names = [f"{self.family.layer_name(index)}.{member}" for member in group.members]
+        for group in self.structure.blocks[index]:
+            names = [f"{self.structure.layer_name(index)}.{member}" for member in group.members]
             ignored = [name for name in names if is_ignored(name, self.ignore)]
             if ignored and len(ignored) < len(names):
                 others = ", ".join(name for name in names if name not in ignored)
@@ -87,11 +104,8 @@ class Source:
 
     def quantizable(self) -> list[str]:
         """Return the names of all linears in decoder layers, of the head and of the embedding."""
-        names = [HEAD_MODULE, EMBEDDING_WEIGHT.removesuffix(".weight")]
-        for index in range(self.num_layers):
-            layer = self.family.layer_name(index)
-            names += [f"{layer}.{member}" for group in self.family.groups for member in group.members]
-        return names
+        linears = (name for _, name in self.structure.linears())
+        return [self.structure.head, self.structure.embedding, *linears]
 
     def linears_of_layer(self, index: int) -> list[str]:
         """Return the linears of a decoder layer that are to be quantized. Raises as `groups_of_layer` does."""
@@ -99,12 +113,12 @@ class Source:
 
     def names_of_layer(self, index: int) -> list[str]:
         """Return the names of all tensors of a decoder layer."""
-        prefix = self.family.layer_name(index) + "."
+        prefix = self.structure.layer_name(index) + "."
         return [name for name in self.entries if name.startswith(prefix)]
 
     def names_outside_layers(self) -> list[str]:
         """Return the names of all tensors outside the decoder layers: embedding, final norm, head."""
-        prefix = self.family.layers + "."
+        prefix = self.structure.layers + "."
         return [name for name in self.entries if not name.startswith(prefix)]
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
@@ -182,9 +196,8 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     source = Source(
         folder,
         config,
-        family,
+        family.structure(meta_model.config.num_hidden_layers),
         entries=fp8.dequantized_entries(scan.entries) if quantization else scan.entries,
-        num_layers=meta_model.config.num_hidden_layers,
         tied_head=bool(meta_model.config.tie_word_embeddings),
         revision=revision,
         ignore=tuple(ignore),
@@ -267,8 +280,8 @@ def _linear_weights(source: Source) -> Iterator[str]:
 def _architecture_problems(source: Source, meta_model: PreTrainedModel) -> Iterator[str]:
     """Compare the architecture in config.json with the class that transformers builds for its model_type."""
     built = type(meta_model).__name__
-    if built != source.family.architecture:
-        yield f"config.json: expected the model_type of {source.family.architecture}, found that of {built}"
+    if built != source.structure.architecture:
+        yield f"config.json: expected the model_type of {source.structure.architecture}, found that of {built}"
 
 
 def _tensor_problems(source: Source, meta_model: PreTrainedModel, scan: Scan) -> Iterator[str]:
@@ -286,7 +299,7 @@ def _tensor_problems(source: Source, meta_model: PreTrainedModel, scan: Scan) ->
     for name, entry in source.entries.items():
         # Some old checkpoints store buffers that the model computes itself.
         if name not in shapes and not name.endswith(COMPUTED):
-            yield f"{entry.file}: {name} is not a tensor of {source.family.architecture}"
+            yield f"{entry.file}: {name} is not a tensor of {source.structure.architecture}"
 
 
 def _width_problems(source: Source) -> Iterator[str]:

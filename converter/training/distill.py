@@ -22,7 +22,6 @@ import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
-from bwla_converter.source.names import EMBEDDING_WEIGHT, FINAL_NORM, HEAD_WEIGHT
 from bwla_converter.training.divergence import Head, kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
@@ -163,10 +162,10 @@ def original_norm_and_head(model: PreTrainedModel, runner: LayerRunner) -> tuple
         model: the quantized model as stored: its final norm is still the original's.
         runner: runner of the original model.
     """
-    name = EMBEDDING_WEIGHT if runner.source.tied_head else HEAD_WEIGHT
+    name = runner.source.output_weight
     weight = runner.source.read([name])[name].to(runner.device, runner.dtype)
     cap = getattr(runner.config, "final_logit_softcapping", None)
-    return copy.deepcopy(model.get_submodule(FINAL_NORM)), Head(weight, cap)
+    return copy.deepcopy(model.get_submodule(runner.source.structure.final_norm)), Head(weight, cap)
 
 
 def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
