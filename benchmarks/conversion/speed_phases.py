@@ -59,6 +59,8 @@ PHASES: Mapping[str, Phase] = {
     "quantize.binarize:fit_scales": "row and column scales",
     "quantize.binarize:unbiased": "row and column scales",
     "quantize.fast:_choose_clip": "activation clip",
+    "allocation.sensitivity:measure_sensitivities": "sensitivities",
+    "evaluation.loss:measure_loss": "measured loss",
     "recipes.best:BestRecipe._tune": "tuning",
     "recipes.best:BestRecipe._loss": "tuning",
     "recipes.best:BestRecipe.finish": "distillation",
