@@ -1,8 +1,9 @@
-"""PEFT's adapters on quantized linears in transformers: what PEFT reads of a layer, and PEFT where it is installed."""
+"""PEFT's adapters on quantized linears in transformers: what PEFT reads of a layer, and PEFT itself."""
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from bwla_converter.hf import modules as hf
@@ -69,7 +70,6 @@ def test_an_adapter_is_added_to_the_layers_output(model: Any) -> None:
 
 @torch.no_grad()
 def test_peft_itself(model: Any, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     before = model(IDS).logits
     config = peft.LoraConfig(r=RANK, target_modules="all-linear", init_lora_weights=False)
@@ -81,3 +81,19 @@ def test_peft_itself(model: Any, tmp_path: Path) -> None:
     adapted.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(adapted.unload(), tmp_path / "adapter")
     assert torch.equal(again(IDS).logits, after)
+
+
+def test_peft_trains_an_adapter(model: Any) -> None:
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=RANK, target_modules="all-linear"))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted(IDS, labels=IDS).loss
+        losses.append(loss.item())
+        loss.backward()
+        assert all(parameter.grad is not None for parameter in trained)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.5
