@@ -1,13 +1,16 @@
 """The structure of a model: its decoder layers, which linears in them read the same input, and what is around them.
 
-All names are those of the stored tensors, which the output keeps, unless an attribute says otherwise. transformers may call
-the same modules differently; `Structure.module_path` translates.
+All names are those of the stored tensors, which the output keeps, unless an attribute says otherwise. transformers may
+call the same modules differently; `Structure.module_path` translates.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
+
+MAX_NAMED = 4
+"""How many modules that stay in 16 bits a sentence names for each reason."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Structure:
         return f"{self.module_layers or self.layers}.{index}"
 
     def member_path(self, name: str) -> str:
-        """Return the path, inside transformers' module of its decoder layer, of the linear whose full name is `name`."""
+        """Return the path, in transformers' module of its decoder layer, of the linear whose full name is `name`."""
         member = name.removeprefix(f"{self.layers}.").partition(".")[2]
         return self.renamed_members.get(member, member)
 
@@ -89,6 +92,19 @@ class Structure:
         if index is None:
             return self.renamed_modules.get(name, name)
         return f"{self.layer_path(index)}.{self.member_path(name)}"
+
+    @property
+    def kept_note(self) -> str | None:
+        """A sentence for the user about what stays in 16 bits; None if nothing does."""
+        if not self.kept:
+            return None
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "in 16 bits: " + "; ".join(
+            f"{', '.join(names[:MAX_NAMED])}{' and others' if len(names) > MAX_NAMED else ''} ({reason})"
+            for reason, names in by_reason.items()
+        )
 
     def linears(self) -> Iterator[tuple[InputGroup, str]]:
         """Yield every linear that can be quantized, by its full name, with its group, in execution order."""

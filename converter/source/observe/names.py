@@ -7,7 +7,6 @@ checkpoints on the Hub, and the loaders of vLLM, have the stored names, so the o
 import re
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,9 +19,6 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
-
-if TYPE_CHECKING:
-    from bwla_converter.source.model import Source
 
 
 class StoredNames:
@@ -42,7 +38,7 @@ class StoredNames:
         self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
         self.parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        self.unused = tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))  # noqa: SLF001 - no public name
+        self.unused = tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))
 
     @property
     def identical(self) -> bool:
@@ -64,8 +60,17 @@ class StoredNames:
         """Return parameter of the model -> the stored tensors among `names` that it is made of."""
         found: dict[str, list[str]] = {}
         for name in names:
-            found.setdefault(self.parameter(name)[0], []).append(name)
+            for parameter in self._parameters_of(name):
+                found.setdefault(parameter, []).append(name)
         return {parameter: stored for parameter, stored in found.items() if parameter in self.parameters}
+
+    def _parameters_of(self, name: str) -> list[str]:
+        """Return all parameters that the stored tensor `name` becomes, or parts of: several if it is divided."""
+        parameter, pattern = self.parameter(name)
+        if pattern is None:
+            return [parameter]
+        targets = next(rule.target_patterns for rule in self._converters if pattern in rule.source_patterns)
+        return [parameter.replace(targets[0], target, 1) for target in targets]
 
     def is_unused(self, name: str) -> bool:
         """Return whether transformers leaves out the stored tensor `name`."""
@@ -111,23 +116,3 @@ def stored_modules(names: StoredNames, tensors: Collection[str]) -> dict[str, st
         if len(stored) == 1 and key == stored_key == "weight" and names.parameter(stored[0])[1] is None:
             modules[path] = name
     return modules
-
-
-def block_state(source: "Source", index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the state dict of decoder layer `index` as transformers names it, from its stored tensors.
-
-    Args:
-        source: the model.
-        index: number of the decoder layer.
-        tensors: the layer's tensors by their stored names, from `source.read(source.names_of_layer(index))`.
-
-    Returns: the tensors by their names inside the layer's module, of the same dtypes; buffers that the module computes
-        itself are left out.
-    """
-    prefix = source.structure.layer_path(index) + "."
-    parameters = source.names.convert(tensors) if source.names is not None else tensors
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in parameters.items()
-        if name.startswith(prefix) and (source.names is None or name in source.names.parameters)
-    }
