@@ -11,9 +11,10 @@ from bwla_converter.checkpoint.writer import atomic_output, check_output
 from bwla_converter.options import Options
 from bwla_converter.planning.disk import merging_bytes
 from bwla_converter.planning.plan import ConversionPlan, make_plan
-from bwla_converter.source.families import find_family
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.derive import is_tied, observe_structure
+from bwla_converter.source.observe.names import StoredNames, stored_shapes
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.folder import Entry, read_json
@@ -33,16 +34,16 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
     if not folder.is_dir():
         raise SourceError(f"{folder}: expected a folder with a config.json, found none: check the path")
     config = read_json(folder / "config.json", SourceError)
-    family = find_family(config, str(folder / "config.json"))
     outline = build_meta_model(folder, config)
-    tied = bool(outline.config.tie_word_embeddings)
-    structure = family.structure(outline.config.num_hidden_layers)
+    names, shapes = StoredNames(outline), stored_shapes(outline)
+    structure = observe_structure(outline, names, shapes, str(folder / "config.json"))
+    tied = is_tied(outline)
     entries = {
-        name: Entry("", tuple(tensor.shape), torch.bfloat16)
-        for name, tensor in outline.state_dict().items()
+        name: Entry("", shape, torch.bfloat16)
+        for name, shape in shapes.items()
         if not (tied and name == f"{structure.head}.weight")
     }
-    return Source(folder, config, structure, entries, tied, ignore=ignore)
+    return Source(folder, config, structure, entries, tied, ignore=ignore, names=names)
 
 
 def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:

@@ -130,6 +130,14 @@ def choose_head(source: Source, bits: int | None) -> str | None:
         )
     if not structure.own_head:
         return None
+    storable = structure.int8_head and structure.head == HEAD_MODULE
+    if bits == 8 and not storable:
+        raise SourceError(
+            f"{source.folder}: vLLM has no quantized head for {structure.architecture}, found --lm-head-bits 8: use "
+            "--lm-head-bits auto"
+        )
+    if not storable:
+        return None
     name = source.output_weight
     if bits == 16 or name not in source.entries:
         return None
@@ -154,7 +162,8 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
     if bits not in (None, 8, 16):
         raise SourceError(f"--embedding-bits: expected 8, 16 or auto, found {bits}")
     structure = source.structure
-    if bits == 8 and not structure.int8_embedding:
+    storable = structure.int8_embedding and structure.embedding == EMBEDDING_MODULE
+    if bits == 8 and not storable:
         raise SourceError(
             f"{source.folder}: vLLM has no quantized embedding for {structure.architecture}, found --embedding-bits 8: "
             "use --embedding-bits auto"
@@ -165,7 +174,7 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
             "--embedding-bits 8 and --lm-head-bits 16: use auto for one of them"
         )
     is_shared = source.tied_head and head_bits == 16
-    return None if bits == 16 or is_shared or not structure.int8_embedding else source.embedding_weight
+    return None if bits == 16 or is_shared or not storable else source.embedding_weight
 
 
 def make_plan(
@@ -238,7 +247,7 @@ def make_plan(
         clip=clip,
         rank=rank,
         rotation=rotation,
-        ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore])),
+        ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore, *source.structure.kept])),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,

@@ -14,8 +14,7 @@ from typing import Any
 
 from bwla_converter.common.atomic_files import PARTIAL, move, whole_file
 from bwla_converter.common.write_errors import WriteError, write_error
-from bwla_converter.source.families import Family
-from bwla_converter.source.gguf_config import find_gguf_family, make_config
+from bwla_converter.source.gguf_config import make_config
 from bwla_converter.source.gguf_file import GGUFFile, open_gguf, part_paths
 from bwla_converter.source.gguf_path import CACHE_VARIABLE, OnProgress, cache_folder, ignore_progress
 from bwla_converter.source.gguf_tensors import read_tensor, tensor_names
@@ -30,6 +29,9 @@ from transformers import PreTrainedModel
 
 LAYOUT = 1
 """Increased when a folder in the cache would be written differently."""
+
+LAYERS = "model.layers."
+"""Start of the names of the tensors in decoder layers, in all families that are read from GGUF files."""
 
 SPARE_BYTES = 64 * 2**20
 """Disk space for the tokenizer and the config.json, which are small beside the weights."""
@@ -143,10 +145,9 @@ def _write_shards(
     on_progress: Callable[[int, int], None],
 ) -> None:
     """Write all tensors, each decoder layer and each other tensor into a file of its own, and the index."""
-    family = find_gguf_family(file)
     shards: dict[str, list[str]] = {}
     for name in names:
-        shards.setdefault(_shard_key(name, family), []).append(name)
+        shards.setdefault(_shard_key(name), []).append(name)
     total = sum(int(file.tensors[stored].n_elements) for stored in names.values())
     done, weight_map = 0, {}
     on_progress(done, total)
@@ -163,10 +164,9 @@ def _write_shards(
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
 
 
-def _shard_key(name: str, family: Family) -> str:
+def _shard_key(name: str) -> str:
     """Return what the tensors of one shard have in common: their decoder layer, or else their name."""
-    prefix = f"{family.layers}."
-    return prefix + name.removeprefix(prefix).split(".")[0] if name.startswith(prefix) else name
+    return LAYERS + name.removeprefix(LAYERS).split(".")[0] if name.startswith(LAYERS) else name
 
 
 def _generation_config(file: GGUFFile) -> dict[str, Any]:

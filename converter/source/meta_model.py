@@ -5,11 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from bwla_kernels.errors import SourceError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 MAX_LAYERS = 10_000
 """Largest accepted num_hidden_layers. More means that config.json is damaged, and would take hours to build."""
+
+GUIDE = "docs/developer/adding-a-model-family.md"
 
 
 def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
@@ -20,22 +23,51 @@ def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel
         config: its contents.
 
     Raises:
-        SourceError: transformers cannot build the model.
+        SourceError: transformers does not know the architecture, or cannot build the model.
     """
-    num_layers = config.get("num_hidden_layers")
+    path = folder / "config.json"
+    text = config.get("text_config")
+    num_layers = (text if isinstance(text, Mapping) else config).get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise SourceError(
-            f"{folder / 'config.json'}: expected at most {MAX_LAYERS} num_hidden_layers, found {num_layers}: "
+            f"{path}: expected at most {MAX_LAYERS} num_hidden_layers, found {num_layers}: "
             "restore the model's own config.json"
         )
+    model_class = find_model_class(config, path)
     try:
         with torch.device("meta"):
             hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(hf_config)
+            expected = model_class.config_class
+            if expected is not None and not isinstance(hf_config, expected):
+                raise SourceError(
+                    f"{path}: expected the model_type of {model_class.__name__}, {expected.model_type}, found "
+                    f"{hf_config.model_type}: restore the model's own config.json"
+                )
+            model: PreTrainedModel = model_class(hf_config)
+    except SourceError:
+        raise
     except Exception as cause:  # transformers raises many types of exceptions for an inconsistent config
         reason = " ".join(str(cause).split())
         raise SourceError(
-            f"{folder / 'config.json'}: transformers cannot build this model ({reason:.300}): "
-            "restore the model's own config.json"
+            f"{path}: transformers cannot build this model ({reason:.300}): restore the model's own config.json"
         ) from None
-    return model
+    return model.eval()
+
+
+def find_model_class(config: Mapping[str, Any], path: Path) -> type[PreTrainedModel]:
+    """Return transformers' class of the model by `architectures` in its config.json; `path` names the file in errors.
+
+    Raises:
+        SourceError: transformers does not have the class.
+    """
+    architectures = config.get("architectures") or []
+    names = architectures if isinstance(architectures, list) else [architectures]
+    for name in names:
+        found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            return found
+    raise SourceError(
+        f"{path}: found the architecture {', '.join(map(str, names)) or 'none'}, expected a model class of "
+        f"transformers {transformers.__version__}: correct `architectures`, or update transformers ({GUIDE} describes what a model "
+        "needs)"
+    )

@@ -3,25 +3,26 @@
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
-from bwla_converter.source.families import find_family
 from bwla_converter.source.folder.download import download
 from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
+from bwla_converter.source.observe.derive import is_tied, observe_structure
+from bwla_converter.source.observe.names import StoredNames, stored_shapes
+from bwla_converter.source.observe.tensors import tensor_problems
 from bwla_converter.source.problems import raise_if_any
 from bwla_converter.source.structure import InputGroup, Structure
-from bwla_kernels.errors import FormatError, SourceError
-from bwla_kernels.factorize import choose_rotation
-from bwla_kernels.format.files import Entry, Scan, read_json, read_tensors, scan_folder
-from bwla_kernels.format.layer import FLOAT_DTYPES
+from bwla_kernels.errors import SourceError
+from bwla_kernels.format.files import Entry, read_json, read_tensors, scan_folder
 from bwla_kernels.format.model import COMPUTED, not_finite, tied_conflict, tied_names
 from bwla_kernels.format.schema import is_ignored
 from torch import Tensor
@@ -49,6 +50,7 @@ class Source:
         name: name of the model for reports: the Hub id, or the name of the folder or of the GGUF file.
         notes: sentences for the user about tensors that were renamed and files that are not copied.
         loadable: whether transformers reads the folder too; False where it does not know the stored tensor names.
+        names: the rules by which transformers reads the stored tensors; None if they have the parameters' names.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class Source:
     name: str = ""
     notes: tuple[str, ...] = ()
     loadable: bool = True
+    names: StoredNames | None = None
 
     @property
     def num_layers(self) -> int:
@@ -113,13 +116,39 @@ class Source:
 
     def names_of_layer(self, index: int) -> list[str]:
         """Return the names of all tensors of a decoder layer."""
-        prefix = self.structure.layer_name(index) + "."
-        return [name for name in self.entries if name.startswith(prefix)]
+        return list(self._names_by_layer.get(index, ()))
 
     def names_outside_layers(self) -> list[str]:
-        """Return the names of all tensors outside the decoder layers: embedding, final norm, head."""
-        prefix = self.structure.layers + "."
-        return [name for name in self.entries if not name.startswith(prefix)]
+        """Return the names of all tensors outside the decoder layers: embedding, final norm, head, other towers."""
+        return list(self._names_by_layer.get(None, ()))
+
+    @cached_property
+    def _names_by_layer(self) -> dict[int | None, list[str]]:
+        """The names of all tensors by their decoder layer; None for those outside the layers."""
+        names: dict[int | None, list[str]] = {}
+        for name in self.entries:
+            names.setdefault(self.structure.layer_of(name), []).append(name)
+        return names
+
+    def block_state(self, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state dict of transformers' module of decoder layer `index`, from its stored tensors.
+
+        Args:
+            index: number of the decoder layer.
+            tensors: all of the layer's tensors by their stored names, as `read(names_of_layer(index))` returns them.
+
+        Returns: the tensors by their names inside the module, of the same dtypes, without what the module computes
+            itself.
+        """
+        prefix = f"{self.structure.layer_path(index)}."
+        parameters = tensors if self.names is None else self.names.convert(tensors)
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in parameters.items()
+            if name.startswith(prefix)
+            and not name.endswith(COMPUTED)
+            and (self.names is None or name in self.names.parameters)
+        }
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory."""
@@ -183,41 +212,63 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     folder, revision = locate(model, on_progress)
     config_path = folder / "config.json"
     config = read_json(config_path, SourceError)
-    family = find_family(config, str(config_path))
     quantization = _fp8_config(config, str(config_path))
     meta_model = build_meta_model(folder, config)
-    tied = tied_names(meta_model)
-    expected = [name for name in meta_model.state_dict() if name not in tied]
-    renamed = rename_tensors(scan_folder(folder), expected, meta_model.base_model_prefix)
+    names, tied = StoredNames(meta_model), tied_names(meta_model)
+    scan = scan_folder(folder)
+    expected = expected_names(meta_model, names, tied, scan.entries)
+    renamed = rename_tensors(scan, expected, meta_model.base_model_prefix)
     scan = renamed.scan
-    problem = names_problem(scan.entries, expected, family.architecture)
+    problem = names_problem(scan.entries, expected, type(meta_model).__name__)
     if problem is not None:
         raise SourceError(f"{folder}: {problem}")
+    structure = observe_structure(meta_model, names, {*scan.entries, *expected}, str(config_path))
     source = Source(
         folder,
         config,
-        family.structure(meta_model.config.num_hidden_layers),
+        structure,
         entries=fp8.dequantized_entries(scan.entries) if quantization else scan.entries,
-        tied_head=bool(meta_model.config.tie_word_embeddings),
+        tied_head=is_tied(meta_model),
         revision=revision,
         ignore=tuple(ignore),
         stored=scan.entries,
         tied=tied,
         scale_block=fp8.scale_block(quantization),
         name=_name(model, folder, revision),
-        notes=tuple(filter(None, [renamed.note, describe_left_out(files_beside(folder))])),
+        notes=tuple(filter(None, [renamed.note, describe_left_out(files_beside(folder)), structure.kept_note])),
         loadable=renamed.loadable,
+        names=names,
     )
-    check_ignored(source.ignore, source.quantizable())
+    check_ignored(source.ignore, [*source.quantizable(), *structure.kept])
     problems = [
         *scan.problems,
         *fp8.scale_problems(scan.entries, source.scale_block),
-        *_architecture_problems(source, meta_model),
-        *_tensor_problems(source, meta_model, scan),
-        *_width_problems(source),
+        *tensor_problems(source.entries, scan, names, tied, structure.architecture),
     ]
     raise_if_any(folder, problems)
     return source
+
+
+def expected_names(
+    meta_model: PreTrainedModel, names: StoredNames, tied: Mapping[str, str], stored: Iterable[str]
+) -> list[str]:
+    """Return the names of the tensors that the files of a model should hold.
+
+    Args:
+        meta_model: the model.
+        names: how its tensors are stored.
+        tied: the tensors that are not stored, because others replace them.
+        stored: the tensors that are stored. There are several ways to store some models; of these, the one that fits.
+    """
+    parameters = [name for name in names.parameters if name not in tied]
+    if names.identical:
+        return parameters
+    found = names.by_parameter(stored)
+    fitting = [name for parts in found.values() for name in parts]
+    if all(name in found for name in parameters):
+        return fitting
+    usual = [name for name in stored_shapes(meta_model) if names.parameter(name)[0] not in {*found, *tied}]
+    return [*fitting, *usual]
 
 
 def _name(model: str, folder: Path, revision: str) -> str:
@@ -275,40 +326,3 @@ def _linear_weights(source: Source) -> Iterator[str]:
     """Yield the names of all weights that will be quantized, without the head's."""
     for index in range(source.num_layers):
         yield from (f"{name}.weight" for name in source.linears_of_layer(index))
-
-
-def _architecture_problems(source: Source, meta_model: PreTrainedModel) -> Iterator[str]:
-    """Compare the architecture in config.json with the class that transformers builds for its model_type."""
-    built = type(meta_model).__name__
-    if built != source.structure.architecture:
-        yield f"config.json: expected the model_type of {source.structure.architecture}, found that of {built}"
-
-
-def _tensor_problems(source: Source, meta_model: PreTrainedModel, scan: Scan) -> Iterator[str]:
-    """Compare the stored tensors with those of the model that transformers builds from config.json."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}
-    for name, shape in shapes.items():
-        entry = source.entries.get(name)
-        if entry is None:
-            if name not in source.tied and name not in scan.lost:
-                yield f"{name} is missing, expected shape {list(shape)}"
-        elif entry.shape != shape:
-            yield f"{entry.file}: {name}: expected shape {list(shape)}, found {list(entry.shape)}"
-        elif entry.dtype not in FLOAT_DTYPES and scan.entries[name].dtype != torch.float8_e4m3fn:
-            yield f"{entry.file}: {name}: expected bfloat16, float16, float32 or scaled fp8, found {entry.dtype}"
-    for name, entry in source.entries.items():
-        # Some old checkpoints store buffers that the model computes itself.
-        if name not in shapes and not name.endswith(COMPUTED):
-            yield f"{entry.file}: {name} is not a tensor of {source.structure.architecture}"
-
-
-def _width_problems(source: Source) -> Iterator[str]:
-    """Check that a rotation exists for the input width of every linear of the first decoder layer."""
-    for group, names in source.groups_of_layer(0):
-        name = f"{names[0]}.weight"
-        entry = source.entries.get(name)
-        if entry is not None and len(entry.shape) == 2:
-            try:
-                choose_rotation(entry.shape[1], group.preferred_rotation_groups)
-            except FormatError as problem:
-                yield f"{entry.file}: {name}: {problem}"

@@ -1,9 +1,16 @@
-"""The structure of a model: its decoder layers, which linears in them read the same input, and what is around them."""
+"""The structure of a model: its decoder layers, which linears in them read the same input, and what is around them.
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+All names are those of the stored tensors, which the output keeps, unless an attribute says otherwise. transformers may
+call the same modules differently; `Structure.module_path` translates.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
+
+MAX_NAMED = 4
+"""How many modules that stay in 16 bits a sentence names for each reason."""
 
 
 @dataclass(frozen=True)
@@ -11,9 +18,9 @@ class InputGroup:
     """Linears of a decoder layer that read the same input and share one input transform.
 
     Attributes:
-        members: module paths inside the decoder layer.
-        stream: module path, inside the decoder layer, of the norm that reads the residual stream just before this
-            group's output is added to it; None if the output is not added as it is.
+        members: names inside the decoder layer.
+        stream: path, in transformers' module of the decoder layer, of the module (normally a norm) that reads the
+            residual stream just before this group's output is added to it; None if the output is not added as it is.
         input_sharded: whether tensor parallelism shards the members along their input.
     """
 
@@ -33,16 +40,22 @@ class Structure:
 
     Attributes:
         architecture: its class in config.json's `architectures`.
-        layers: module path of the list of decoder layers.
-        blocks: input groups of each decoder layer, in execution order.
-        embedding: module path of the embedding.
-        head: module path of the language-model head.
-        final_norm: module path of the norm after the last decoder layer.
+        layers: name of the list of decoder layers.
+        blocks: input groups of each decoder layer, in execution order; layers may differ.
+        embedding: name of the embedding.
+        head: name of the language-model head.
+        final_norm: name of the norm after the last decoder layer.
         own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
             unquantized.
+        int8_head: whether vLLM's class lets the plugin choose how the head is stored; if not, it stays unquantized.
         int8_embedding: whether vLLM's class lets the plugin choose how the embedding is stored; if not, it stays
             unquantized.
         scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
+        kept: what stays in 16 bits by rule -> the reason. The keys are entries of `ignore`, see
+            `bwla_kernels.format.schema.is_ignored`.
+        module_layers: path of the list of decoder layers in transformers' model; empty if it is called `layers`.
+        renamed_members: name inside a decoder layer -> path in transformers' module, of the linears that differ.
+        renamed_modules: the same outside the decoder layers, for embedding, head and final norm, by their full names.
     """
 
     architecture: str
@@ -52,12 +65,46 @@ class Structure:
     head: str = "lm_head"
     final_norm: str = "model.norm"
     own_head: bool = True
+    int8_head: bool = True
     int8_embedding: bool = True
     scaled_embedding: bool = False
+    kept: Mapping[str, str] = field(default_factory=dict)
+    module_layers: str = ""
+    renamed_members: Mapping[str, str] = field(default_factory=dict)
+    renamed_modules: Mapping[str, str] = field(default_factory=dict)
 
     def layer_name(self, index: int) -> str:
-        """Return the module path of decoder layer `index`."""
+        """Return the name of decoder layer `index`."""
         return f"{self.layers}.{index}"
+
+    def layer_path(self, index: int) -> str:
+        """Return the path of decoder layer `index` in transformers' model."""
+        return f"{self.module_layers or self.layers}.{index}"
+
+    def member_path(self, name: str) -> str:
+        """Return the path, in transformers' module of its decoder layer, of the linear whose full name is `name`."""
+        member = name.removeprefix(f"{self.layers}.").partition(".")[2]
+        return self.renamed_members.get(member, member)
+
+    def module_path(self, name: str) -> str:
+        """Return the path in transformers' model of a linear, the embedding, the head or the final norm by its name."""
+        index = self._layer_index(name)
+        if index is None:
+            return self.renamed_modules.get(name, name)
+        return f"{self.layer_path(index)}.{self.member_path(name)}"
+
+    @property
+    def kept_note(self) -> str | None:
+        """A sentence for the user about what stays in 16 bits; None if nothing does."""
+        if not self.kept:
+            return None
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.kept.items():
+            by_reason.setdefault(reason, []).append(name)
+        return "in 16 bits: " + "; ".join(
+            f"{', '.join(names[:MAX_NAMED])}{' and others' if len(names) > MAX_NAMED else ''} ({reason})"
+            for reason, names in by_reason.items()
+        )
 
     def linears(self) -> Iterator[tuple[InputGroup, str]]:
         """Yield every linear that can be quantized, by its full name, with its group, in execution order."""
@@ -68,4 +115,18 @@ class Structure:
 
     def group_of(self, name: str) -> InputGroup:
         """Return the input group of the linear whose full name is `name`."""
-        return next(group for group, linear in self.linears() if linear == name)
+        index = self._layer_index(name)
+        assert index is not None
+        member = name.removeprefix(f"{self.layer_name(index)}.")
+        return next(group for group in self.blocks[index] if member in group.members)
+
+    def layer_of(self, name: str) -> int | None:
+        """Return the index of the decoder layer that holds the tensor or module `name`; None outside the layers."""
+        index = self._layer_index(name)
+        return index if index is not None and index < len(self.blocks) else None
+
+    def _layer_index(self, name: str) -> int | None:
+        if not name.startswith(f"{self.layers}."):
+            return None
+        index = name.removeprefix(f"{self.layers}.").partition(".")[0]
+        return int(index) if index.isdecimal() else None

@@ -1,0 +1,289 @@
+"""Derive the structure of a model from what was observed when it ran."""
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from bwla_converter.source.observe import rules
+from bwla_converter.source.observe.names import StoredNames, stored_modules
+from bwla_converter.source.observe.run import BlockRecord, observe_run
+from bwla_converter.source.observe.serving import serving_facts
+from bwla_converter.source.structure import InputGroup, Structure
+from bwla_kernels.errors import SourceError
+from bwla_kernels.format.model import tied_names
+from bwla_kernels.format.schema import is_ignored
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def observe_structure(
+    model: PreTrainedModel, names: StoredNames, stored: Collection[str], source: str
+) -> Structure:
+    """Return the structure of `model`, which is on the meta device.
+
+    Args:
+        model: the model.
+        names: how its tensors are stored.
+        stored: names of the stored tensors.
+        source: names the model's config.json in errors.
+
+    Raises:
+        SourceError: the model has no decoder of linears, or its code cannot be run without weights.
+    """
+    decoder, layers, layers_path = find_layers(model, source)
+    try:
+        model.to(torch.bfloat16)  # the only dtype that torch has fused experts for
+        record = observe_run(decoder, layers)
+    except Exception as cause:  # whatever the model's code raises
+        reason = " ".join(str(cause).split())
+        raise SourceError(
+            f"{source}: expected {type(model).__name__} to run without its weights, so that its input groups can be "
+            f"observed, found {type(cause).__name__} ({reason:.200}): please report this model"
+        ) from None
+    modules = stored_modules(names, stored)
+    architecture = type(model).__name__
+    facts = serving_facts(architecture)
+    deriving = _Deriving(model, layers, layers_path, modules, facts.plain)
+    blocks, kept, renamed = [], _Kept(), {}
+    shared: dict[Any, tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]] = {}
+    for index, block in enumerate(record.blocks):
+        key = (id(block), frozenset(path for path in deriving.paths(index) if deriving.stored(index, path)))
+        if key not in shared:
+            shared[key] = deriving.block(index, block)
+        groups, reasons, members = shared[key]
+        blocks.append(groups)
+        kept.add(index, reasons)
+        renamed.update(members)
+    if not any(blocks):
+        raise SourceError(
+            f"{source}: expected linears that can be quantized in the decoder layers of {architecture}, found none"
+            f"{_example(kept)}: this model is not supported"
+        )
+    embedding, head = (
+        _path_of(model, model.get_input_embeddings()),
+        _path_of(model, model.get_output_embeddings()),
+    )
+    norm = _join(_path_of(model, decoder), record.final_norm) if record.final_norm is not None else ""
+    outside = {path: modules.get(path, path) for path in (embedding, head, norm) if path}
+    structure = Structure(
+        architecture,
+        deriving.layers_name,
+        tuple(blocks),
+        embedding=outside.get(embedding, "model.embed_tokens"),
+        head=outside.get(head, "lm_head"),
+        final_norm=outside.get(norm, ""),
+        own_head=facts.own_head,
+        int8_head=facts.int8_head,
+        int8_embedding=facts.int8_embedding,
+        scaled_embedding=hasattr(model.get_input_embeddings(), "embed_scale"),
+        module_layers="" if layers_path == deriving.layers_name else layers_path,
+        renamed_members=renamed,
+        renamed_modules={name: path for path, name in outside.items() if name != path},
+    )
+    kept_names = kept.entries(structure) | dict(_outside(model, structure, modules, names, stored))
+    return replace(structure, kept=kept_names)
+
+
+def find_layers(model: PreTrainedModel, source: str) -> tuple[PreTrainedModel, nn.ModuleList, str]:
+    """Return the decoder of `model`, the list of its layers, and the path of that list in `model`.
+
+    Raises:
+        SourceError: there is none.
+    """
+    architecture = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise SourceError(
+            f"{source}: expected a model with a decoder only, found {architecture}, which has an encoder too: "
+            "this model is not supported"
+        )
+    decoder: PreTrainedModel = model.get_decoder()
+    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
+    lists = [
+        (path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise SourceError(
+            f"{source}: expected a list of {count} decoder layers in {architecture}, found none: this model is not "
+            "supported"
+        )
+    # Experts, or the modules of another kind in the model, may be as many.
+    path, layers = min(
+        lists, key=lambda item: (item[0].count("."), -sum(weight.numel() for weight in item[1].parameters()))
+    )
+    kinds = {type(module) for module in layers.modules()}
+    if nn.Linear not in kinds and Conv1D in kinds:
+        raise SourceError(
+            f"{source}: expected decoder layers of nn.Linear, found that {architecture} stores its linears as Conv1D: "
+            "this model is not supported"
+        )
+    return decoder, layers, _join(_path_of(model, decoder), path)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Return whether the head has the embedding's weight; of a model without a head, whether it would have."""
+    head = _path_of(model, model.get_output_embeddings())
+    return f"{head}.weight" in tied_names(model) if head else bool(model.config.tie_word_embeddings)
+
+
+@dataclass(frozen=True)
+class _Deriving:
+    """Derives the groups of decoder layers.
+
+    Attributes:
+        model, layers, layers_path: the model, its decoder layers and their path.
+        modules: module path -> stored name.
+        plain: paths in a decoder layer to which vLLM's class passes no quantization -> the reason.
+    """
+
+    model: PreTrainedModel
+    layers: nn.ModuleList
+    layers_path: str
+    modules: Mapping[str, str]
+    plain: Mapping[str, str]
+
+    @property
+    def layers_name(self) -> str:
+        """Stored name of the list of layers."""
+        start = f"{self.layers_path}.0."
+        first = next((name for path, name in self.modules.items() if path.startswith(start)), start)
+        return first.partition(".0.")[0]
+
+    def paths(self, index: int) -> Iterator[str]:
+        """Yield the paths of all linears of a decoder layer."""
+        for path, module in self.layers[index].named_modules():
+            if isinstance(module, nn.Linear):
+                yield path
+
+    def stored(self, index: int, path: str) -> str | None:
+        """Return the stored name, inside its layer, of the module at `path` in a layer; None if it has none."""
+        name = self.modules.get(f"{self.layers_path}.{index}.{path}")
+        prefix = f"{self.layers_name}.{index}."
+        return name.removeprefix(prefix) if name is not None and name.startswith(prefix) else None
+
+    def block(
+        self, index: int, record: BlockRecord
+    ) -> tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]:
+        """Return the groups of a decoder layer, what stays in 16 bits with the reason, and the renamed linears."""
+        linears = {path: self.layers[index].get_submodule(path) for path in self.paths(index)}
+        by_input: dict[object, list[str]] = {}
+        for path, key in record.inputs.items():
+            by_input.setdefault(key, []).append(path)
+        reasons = {path: rules.UNUSED for path in linears if path not in record.inputs}
+        for paths in by_input.values():
+            sharded = self._is_sharded(paths, linears)
+            for path in paths:
+                reason = self._reason(index, path, linears[path], InputGroup((), None, sharded))
+                if reason is not None:
+                    reasons[path] = reason
+        for path, reason in list(reasons.items()):
+            for other in rules.fused_with(path, list(record.inputs)):
+                reasons.setdefault(other, f"vLLM stores it in one with {path}, which {reason}")
+        groups, renamed = [], {}
+        for paths in by_input.values():
+            members = [path for path in paths if path not in reasons]
+            if not members:
+                continue
+            names = tuple(self.stored(index, path) or path for path in members)
+            renamed.update({name: path for name, path in zip(names, members, strict=True) if name != path})
+            streams: set[str | None] = {record.streams.get(path) for path in members}
+            stream = streams.pop() if len(streams) == 1 else None
+            groups.append(InputGroup(names, stream, self._is_sharded(paths, linears)))
+        named = {self.stored(index, path) or path: reason for path, reason in reasons.items()}
+        for path, reason in rules.plain_modules(self.layers[index]):
+            named.setdefault(self.stored(index, path) or path, reason)
+        return tuple(groups), named, renamed
+
+    def _reason(self, index: int, path: str, linear: nn.Module, group: InputGroup) -> str | None:
+        assert isinstance(linear, nn.Linear)
+        for plain, reason in self.plain.items():
+            if f".{plain}." in f".{path}.":
+                return reason
+        reason = rules.reason_by_name(path)
+        if reason is None and self.stored(index, path) is None:
+            reason = rules.JOINED
+        return reason or rules.reason_by_shape(linear, group.preferred_rotation_groups)
+
+    def _is_sharded(self, paths: list[str], linears: Mapping[str, nn.Module]) -> bool:
+        """Return whether tensor parallelism shards the linears at `paths`, which read the same, along their input.
+
+        transformers' plan says so, unless it does not know the linears, or gathers their outputs because its own code
+        cannot work on shards, which vLLM's can. Then it is the last linear before the residual stream.
+        """
+        plan = self.model.tp_plan
+        styles = [plan.get(f"{self.layers_path}.*.{path}", "") for path in paths]
+        if any("rowwise" in style for style in styles):
+            return True
+        if any(style == "colwise" for style in styles):
+            return False
+        hidden = self.model.config.get_text_config().hidden_size
+        return len(paths) == 1 and getattr(linears[paths[0]], "out_features", 0) == hidden
+
+
+@dataclass
+class _Kept:
+    """Collects what stays in 16 bits in the decoder layers."""
+
+    layers: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+
+    def add(self, index: int, reasons: Mapping[str, str]) -> None:
+        for member, reason in reasons.items():
+            self.layers.setdefault((member, reason), []).append(index)
+
+    def entries(self, structure: Structure) -> dict[str, str]:
+        """Return entries of `ignore` with the reasons: the name inside the layer if it holds for all layers."""
+        quantized = [name for _, name in structure.linears()]
+        entries: dict[str, str] = {}
+        for (member, reason), indices in self.layers.items():
+            if any(is_ignored(name, [member]) for name in quantized) or member in entries:
+                entries.update({f"{structure.layer_name(index)}.{member}": reason for index in indices})
+            else:
+                entries[member] = reason
+        return entries
+
+
+def _outside(
+    model: PreTrainedModel,
+    structure: Structure,
+    modules: Mapping[str, str],
+    names: StoredNames,
+    stored: Collection[str],
+) -> Iterator[tuple[str, str]]:
+    """Yield what holds matrices outside the decoder layers, by the part of its name that tells it apart."""
+    ends = (f"{structure.module_layers or structure.layers}.", f"{structure.module_path(structure.head)}.")
+    linears = {
+        modules.get(path, path): rules.OUTSIDE
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{path}.".startswith(ends)
+    }
+    unused = {name.rpartition(".")[0]: rules.UNUSED for name in stored if names.is_unused(name)}
+    quantized = [name for _, name in structure.linears()]
+    inside = structure.layers.split(".")
+    for name, reason in (linears | unused).items():
+        parts = name.split(".")
+        number = next(
+            (n for n, (part, other) in enumerate(zip(parts, inside, strict=False)) if part != other),
+            len(inside),
+        )
+        entry = ".".join(parts[: number + 1])
+        short = parts[min(number, len(parts) - 1)]
+        if not short.isdecimal() and not any(is_ignored(linear, [short]) for linear in quantized):
+            entry = short
+        yield entry, reason
+
+
+def _path_of(model: nn.Module, module: nn.Module | None) -> str:
+    """Return the path of `module` in `model`; an empty string if it is not there, or is the model itself."""
+    return next((path for path, found in model.named_modules() if found is module), "")
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def _example(kept: _Kept) -> str:
+    first = next(iter(kept.layers), None)
+    return f" ({first[0]}: {first[1]})" if first else ""
