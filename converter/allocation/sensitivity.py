@@ -15,7 +15,8 @@ computed again from its inputs.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore
@@ -33,6 +34,9 @@ from torch import Tensor, nn
 
 SAMPLES_PER_BATCH = 2
 """Samples that run through a decoder layer at a time, forwards and backwards."""
+
+SharedGradients = dict[Any, list[Tensor]]
+"""Gradients of a batch's shared states, see `layer_runner.Shared`."""
 
 DAMPING = 0.01
 """Added to the diagonal of Hessians, in units of its mean, as `fast` does."""
@@ -93,13 +97,15 @@ def measure_sensitivities(
     with fast_products(store.device):
         gradient = _output_gradient(runner, samples.hidden, torch.Generator().manual_seed(seed))
     found: dict[str, Sensitivity] = {}
+    of_shared: list[SharedGradients] = [{} for _ in ids.split(SAMPLES_PER_BATCH)]
     for index in reversed(range(source.num_layers)):
         layer = _layer(runner, index)
         groups = [[name for name in names if name in specs] for _, names in source.groups_of_layer(index)]
         moments = [GradientMoments(layer, names, specs) for names in groups if names]
         parts = zip(inputs.pop().split(SAMPLES_PER_BATCH), gradient.split(SAMPLES_PER_BATCH), strict=True)
         with fast_products(store.device), watched(moments):
-            gradient = store.keep(gradient.shape, (_backward(layer, *part) for part in parts))
+            found_parts = (_backward(layer, *part, of) for part, of in zip(parts, of_shared, strict=True))
+            gradient = store.keep(gradient.shape, found_parts)
         found |= {collected.names[0]: collected.sensitivity(seed) for collected in moments}
         on_layer()
     return {name: found[name] for name in specs if name in found}
@@ -125,10 +131,31 @@ def _output_gradient(runner: LayerRunner, hidden: Activations, generator: torch.
     return gradient
 
 
-def _backward(layer: DecoderLayer, batch: Batch, gradient: Tensor) -> Tensor:
-    """Return the gradient with respect to the layer's inputs, given that with respect to its outputs."""
+def _backward(layer: DecoderLayer, batch: Batch, gradient: Tensor, of_shared: SharedGradients) -> Tensor:
+    """Return the gradient with respect to the layer's inputs, given that with respect to its outputs.
+
+    Args:
+        layer: the layer.
+        batch: its inputs.
+        gradient: gradient of its outputs.
+        of_shared: gradients of the states that this layer or earlier ones left for the layers after it; changed into
+            those of the states that the layer reads.
+    """
     leaf = batch.hidden.detach().requires_grad_(True)
-    layer.run(replace(batch, hidden=leaf)).backward(gradient)
+    shared = {
+        key: tuple(part.detach().requires_grad_(True) for part in parts)
+        for key, parts in batch.shared.items()
+    }
+    outputs, left = layer.run_sharing(Batch(leaf, batch.ids, shared))
+    tensors, gradients = [outputs], [gradient]
+    for key in left.keys() & of_shared.keys():
+        tensors += left[key]
+        gradients += of_shared.pop(key)
+    torch.autograd.backward(tensors, gradients)
+    for key, parts in shared.items():
+        if all(part.grad is not None for part in parts):
+            before = of_shared.get(key, [torch.zeros_like(part) for part in parts])
+            of_shared[key] = [old + part.grad for old, part in zip(before, parts, strict=True)]
     assert leaf.grad is not None
     return leaf.grad
 

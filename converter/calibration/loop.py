@@ -23,6 +23,7 @@ from bwla_converter.quantize.final_norm import fit_norm
 from bwla_converter.quantize.group import GroupResult, pool_rows
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
+from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor
@@ -84,6 +85,11 @@ class CalibrationLoop:
         self.ids = ids[self.store.processes.samples_of(len(ids))]
         self.runner = LayerRunner(source, self.store.device)
         self.samples = self.original_samples = self._no_samples()
+        if self.store.processes.world_size > 1 and self.runner.outer.conventions.shares:
+            raise BWLAError(
+                "--gpus: expected decoder layers that pass on hidden states alone, found layers that share keys and "
+                "values with later ones, which the processes do not exchange: use --gpus 1"
+            )
         self._quantize_group, self._follow_stream = quantize_group, follow_stream
         self._run_original = run_original
         self._original: StepwiseLayer | None = None

@@ -103,7 +103,7 @@ class OuterModel:
                 del self._calls[next(iter(self._calls))]
             with self._without_tables():
                 calls = self._capture(ids, len(self.blocks) - 1, known.tuple_length)
-            self._calls[ids.shape] = [replace(call, hidden=call.hidden[:0]) for call in calls]
+            self._calls[ids.shape] = [replace(call, hidden=torch.empty(0)) for call in calls]
         return self._calls[ids.shape][index]
 
     def normed(self, hidden: Tensor) -> Tensor:
@@ -279,7 +279,8 @@ class OuterModel:
             for call, other in zip(calls, others, strict=True)
             for first, second in zip(call.tensors(), other.tensors(), strict=True)
         )
-        return Conventions(tuple_length, axis, by_tokens, outputs)
+        shares = any(call.shared_key is not None for call in calls[0])
+        return Conventions(tuple_length, axis, by_tokens, shares, outputs)
 
     def _find_tuple_length(self, ids: Tensor) -> tuple[int, Any]:
         """Return what the stubs must return for the hidden states to arrive unchanged, and the base model's outputs."""

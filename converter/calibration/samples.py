@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
 from torch import Tensor
@@ -39,8 +38,9 @@ class Samples:
     def split(self, count: int) -> Iterator[Batch]:
         """Yield consecutive batches of `count` samples; the last one may be smaller."""
         shared = [zip(*(part.split(count) for part in parts), strict=True) for parts in self.shared.values()]
-        for ids, hidden in zip(self.ids.split(count), self.hidden.split(count), strict=True):
+        for number, hidden in enumerate(self.hidden.split(count)):
             states = (next(parts) for parts in shared)
+            ids = self.ids[number * count :][:count]
             yield Batch(hidden, ids, dict(zip(self.shared, states, strict=True)))
 
     def run(self, layer: DecoderLayer, store: ActivationStore, batches: Iterable[Batch] | int) -> "Samples":
@@ -79,11 +79,11 @@ class Samples:
     @classmethod
     def embedded(cls, runner: LayerRunner, store: ActivationStore, ids: Tensor, count: int) -> "Samples":
         """Return the samples before layer 0 for token ids [S, T], of which `count` are looked up at a time."""
-        first = runner.embed(ids[:1])
-        shape = torch.Size((len(ids), *first.shape[1:]))
-        hidden = store.keep(shape, map(runner.embed, ids.split(count)))
+        with store.writer(len(ids)) as writer:
+            for part in ids.split(count):
+                writer.append(runner.embed(part))
         runner.outer.release()
-        return cls(hidden, ids)
+        return cls(writer.activations, ids)
 
     @classmethod
     def take(

@@ -76,12 +76,14 @@ class Conventions:
         tuple_length: length of the tuple that a decoder layer returns, its hidden states first; 0 for a tensor.
         sample_axis: axis of the samples in the hidden states.
         by_tokens: whether the arguments depend on the token ids, not only on their number.
+        shares: whether layers leave states for later ones.
         outputs: outputs of the base model, for its type.
     """
 
     tuple_length: int
     sample_axis: int
     by_tokens: bool
+    shares: bool
     outputs: Any
 
 
