@@ -153,9 +153,9 @@ def _backward(layer: DecoderLayer, batch: Batch, gradient: Tensor, of_shared: Sh
         gradients += of_shared.pop(key)
     torch.autograd.backward(tensors, gradients)
     for key, parts in shared.items():
-        if all(part.grad is not None for part in parts):
-            before = of_shared.get(key, [torch.zeros_like(part) for part in parts])
-            of_shared[key] = [old + part.grad for old, part in zip(before, parts, strict=True)]
+        found = [part.grad if part.grad is not None else torch.zeros_like(part) for part in parts]
+        before = of_shared.get(key, found)
+        of_shared[key] = found if before is found else [a + b for a, b in zip(before, found, strict=True)]
     assert leaf.grad is not None
     return leaf.grad
 

@@ -16,6 +16,7 @@ import torch
 from bwla_converter.calibration.module_names import stored_name
 from bwla_converter.hf.calls import Call, Conventions, as_returned, head_logits
 from bwla_converter.hf.whole_model import (
+    base_of,
     build_without_weights,
     choose_attention,
     compute_buffers,
@@ -180,12 +181,15 @@ class OuterModel:
         return head
 
     def _base(self, ids: Tensor) -> Any:
-        return self.model.base_model(input_ids=ids.to(self.device), use_cache=False)
+        return base_of(self.model)(input_ids=ids.to(self.device), use_cache=False)
 
     def _load_when_run(self, name: str, module: nn.Module) -> None:
         """Have a module read its own parameters just before it runs, and an embedding only the rows it looks up."""
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # which matters for gradients only
+            # No memory, but on the right device: some models ask the weight for its device or its padding row.
+            row = torch.zeros(1, module.embedding_dim, dtype=self.dtype, device=self.device)
+            module.weight = nn.Parameter(row.expand(module.num_embeddings, -1), requires_grad=False)
             module.__dict__["forward"] = self._lookup(name, module, module.forward)
         elif any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda *_: self._load(name, module))
@@ -279,7 +283,7 @@ class OuterModel:
             for call, other in zip(calls, others, strict=True)
             for first, second in zip(call.tensors(), other.tensors(), strict=True)
         )
-        shares = any(call.shared_key is not None for call in calls[0])
+        shares = any(call.shared_key is not None for call in calls)
         return Conventions(tuple_length, axis, by_tokens, shares, outputs)
 
     def _find_tuple_length(self, ids: Tensor) -> tuple[int, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from bwla_converter.hf.whole_model import base_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -97,7 +98,7 @@ def head_logits(model: PreTrainedModel, outputs: Any, rows: Tensor) -> Tensor:
 
     Returns: the logits [M, V] in float32.
     """
-    base = model.base_model
+    base = base_of(model)
     base.forward = lambda *_, **__: replace(outputs, last_hidden_state=rows.unsqueeze(1))
     try:
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)

@@ -59,6 +59,16 @@ def find_blocks(model: PreTrainedModel, num_layers: int) -> tuple[str, Sequence[
     return name, list(blocks)
 
 
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that the head reads: the child that contains the decoder, or the model itself.
+
+    It is not always `model.base_model`: Llama 4's text class has the prefix of the class that contains it.
+    """
+    decoder = model.get_decoder()
+    found: PreTrainedModel = next((child for child in model.children() if _is_inside(decoder, child)), model)
+    return found
+
+
 def _is_inside(module: nn.Module, parent: nn.Module) -> bool:
     return any(module is other for other in parent.modules())
 

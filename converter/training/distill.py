@@ -21,6 +21,7 @@ from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.hf.calls import head_logits
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
+from bwla_converter.hf.whole_model import base_of
 from bwla_converter.training.divergence import kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
@@ -73,7 +74,7 @@ class Distiller:
         """Return the mean KL divergence from the original in nats per token, over the samples of the given indices."""
         with torch.no_grad():
             original = self.runner.outer.normed(self.original_hidden[indices])
-        outputs = self.model.base_model(self.ids[indices], use_cache=False)
+        outputs = base_of(self.model)(self.ids[indices], use_cache=False)
         outer = self.runner.outer
 
         def head(rows: Tensor) -> Tensor:

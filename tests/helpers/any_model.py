@@ -65,7 +65,7 @@ def write_any_model(model: PreTrainedModel, folder: Path) -> Source:
         config,
         observed_structure(model),
         scan.entries,
-        tied_head=bool(model.config.get_text_config().tie_word_embeddings),
+        tied_head=bool(tied),
         stored=scan.entries,
         tied=tied,
     )
@@ -103,6 +103,6 @@ def observed_structure(model: PreTrainedModel) -> Structure:
         paths[blocks],
         tuple(tuple(InputGroup(tuple(names)) for names in found.values()) for found in groups),
         embedding=paths[model.get_input_embeddings()],
-        head=paths[head],
-        final_norm=f"{paths[decoder]}.{norms[-1]}" if norms else "none",
+        head=paths.get(head, "lm_head"),
+        final_norm=f"{paths[decoder]}.{'norm' if 'norm' in norms else norms[-1]}" if norms else "none",
     )
