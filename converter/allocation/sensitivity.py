@@ -16,22 +16,27 @@ computed again from its inputs.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore
-from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
+from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
+from bwla_converter.calibration.samples import Samples
 from bwla_converter.quantize.group import group_generator
 from bwla_converter.quantize.moments import rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
 from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
-from bwla_converter.training.divergence import Head, sampled_label_gradient
+from bwla_converter.training.divergence import sampled_label_gradient
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 
 SAMPLES_PER_BATCH = 2
 """Samples that run through a decoder layer at a time, forwards and backwards."""
+
+SharedGradients = dict[Any, list[Tensor]]
+"""Gradients of a batch's shared states, see `layer_runner.Shared`."""
 
 DAMPING = 0.01
 """Added to the diagonal of Hessians, in units of its mean, as `fast` does."""
@@ -81,25 +86,26 @@ def measure_sensitivities(
     Returns: first linear of each input group -> its sensitivity.
     """
     runner = LayerRunner(source, store.device)
-    inputs: list[Activations] = []
-    shape = torch.Size((*ids.shape, runner.config.hidden_size))
-    hidden = store.keep(shape, map(runner.embed, ids.split(SAMPLES_PER_BATCH)))
+    inputs: list[Samples] = []
+    samples = Samples.embedded(runner, store, ids, SAMPLES_PER_BATCH)
     for index in range(source.num_layers):
-        inputs.append(hidden)
+        inputs.append(samples)
         layer = _layer(runner, index)
         with torch.no_grad(), fast_products(store.device):
-            hidden = hidden.map(layer.run, SAMPLES_PER_BATCH)
+            samples = samples.run(layer, store, SAMPLES_PER_BATCH)
         on_layer()
     with fast_products(store.device):
-        gradient = _output_gradient(runner, hidden, torch.Generator().manual_seed(seed))
+        gradient = _output_gradient(runner, samples.hidden, torch.Generator().manual_seed(seed))
     found: dict[str, Sensitivity] = {}
+    of_shared: list[SharedGradients] = [{} for _ in ids.split(SAMPLES_PER_BATCH)]
     for index in reversed(range(source.num_layers)):
         layer = _layer(runner, index)
         groups = [[name for name in names if name in specs] for _, names in source.groups_of_layer(index)]
         moments = [GradientMoments(layer, names, specs) for names in groups if names]
         parts = zip(inputs.pop().split(SAMPLES_PER_BATCH), gradient.split(SAMPLES_PER_BATCH), strict=True)
         with fast_products(store.device), watched(moments):
-            gradient = store.keep(shape, (_backward(layer, *part) for part in parts))
+            found_parts = (_backward(layer, *part, of) for part, of in zip(parts, of_shared, strict=True))
+            gradient = store.keep(gradient.shape, found_parts)
         found |= {collected.names[0]: collected.sensitivity(seed) for collected in moments}
         on_layer()
     return {name: found[name] for name in specs if name in found}
@@ -111,25 +117,45 @@ def _layer(runner: LayerRunner, index: int) -> DecoderLayer:
 
 def _output_gradient(runner: LayerRunner, hidden: Activations, generator: torch.Generator) -> Activations:
     """Return the gradient of the labels' log-likelihood with respect to the last layer's outputs [S, T, hidden]."""
-    source = runner.source
-    norm, name = runner.final_norm(), source.output_weight
-    weight = source.read([name])[name].to(runner.device, runner.dtype)
-    head = Head(weight, getattr(runner.config, "final_logit_softcapping", None))
+    outer = runner.outer
 
     def gradient_of(part: Tensor) -> Tensor:
         leaf = part.detach().requires_grad_(True)
-        normed = norm(leaf)
-        normed.backward(sampled_label_gradient(normed.detach(), head, generator))
+        normed = outer.normed(leaf)
+        normed.backward(sampled_label_gradient(normed.detach(), outer.logits, outer.vocabulary, generator))
         assert leaf.grad is not None
         return leaf.grad
 
-    return hidden.map(gradient_of, 1)
+    gradient = hidden.map(gradient_of, 1)
+    outer.release()
+    return gradient
 
 
-def _backward(layer: DecoderLayer, hidden: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient with respect to the layer's inputs, given that with respect to its outputs."""
-    leaf = hidden.detach().requires_grad_(True)
-    layer.run(leaf).backward(gradient)
+def _backward(layer: DecoderLayer, batch: Batch, gradient: Tensor, of_shared: SharedGradients) -> Tensor:
+    """Return the gradient with respect to the layer's inputs, given that with respect to its outputs.
+
+    Args:
+        layer: the layer.
+        batch: its inputs.
+        gradient: gradient of its outputs.
+        of_shared: gradients of the states that this layer or earlier ones left for the layers after it; changed into
+            those of the states that the layer reads.
+    """
+    leaf = batch.hidden.detach().requires_grad_(True)
+    shared = {
+        key: tuple(part.detach().requires_grad_(True) for part in parts)
+        for key, parts in batch.shared.items()
+    }
+    outputs, left = layer.run_sharing(Batch(leaf, batch.ids, shared))
+    tensors, gradients = [outputs], [gradient]
+    for key in left.keys() & of_shared.keys():
+        tensors += left[key]
+        gradients += of_shared.pop(key)
+    torch.autograd.backward(tensors, gradients)
+    for key, parts in shared.items():
+        found = [part.grad if part.grad is not None else torch.zeros_like(part) for part in parts]
+        before = of_shared.get(key, found)
+        of_shared[key] = found if before is found else [a + b for a, b in zip(before, found, strict=True)]
     assert leaf.grad is not None
     return leaf.grad
 

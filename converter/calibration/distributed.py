@@ -19,6 +19,9 @@ from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, tensor_specs
 from torch import Tensor
 
+_MAX_DIMENSIONS = 5
+"""Most dimensions of a tensor that processes send to each other."""
+
 TIMEOUT = timedelta(days=2)
 """The other processes wait this long while process 0 checks the model or quantizes a group."""
 
@@ -52,8 +55,7 @@ class Processes:
         """Return the samples of all processes in order in process 0, and `part` in the others; [S, T, hidden], CPU."""
         part = part.cpu().contiguous()
         if self.process_rank:
-            dist.send(torch.tensor(part.shape), 0)
-            dist.send(part, 0)
+            _send(part, 0)
             return part
         return torch.cat([part, *(_receive(source) for source in range(1, self.world_size))])
 
@@ -68,8 +70,7 @@ class Processes:
         assert whole is not None
         for target in range(1, self.world_size):
             part = whole[self.samples_of(len(whole), target)].contiguous()
-            dist.send(torch.tensor(part.shape), target)
-            dist.send(part, target)
+            _send(part, target)
         return whole[self.samples_of(len(whole))].clone()
 
     def broadcast_flags(self, flags: list[bool]) -> list[bool]:
@@ -116,10 +117,17 @@ class Processes:
         return result or GroupResult(tensors, dict.fromkeys(specs, 0.0), clip=value if chosen else None)
 
 
+def _send(part: Tensor, target: int) -> None:
+    shape = torch.zeros(_MAX_DIMENSIONS, dtype=torch.int64)
+    shape[: part.dim()] = torch.tensor(part.shape)
+    dist.send(shape, target)
+    dist.send(part, target)
+
+
 def _receive(source: int) -> Tensor:
-    shape = torch.empty(3, dtype=torch.int64)
+    shape = torch.empty(_MAX_DIMENSIONS, dtype=torch.int64)
     dist.recv(shape, source)
-    part = torch.empty(shape.tolist())
+    part = torch.empty([size for size in shape.tolist() if size])
     dist.recv(part, source)
     return part
 

@@ -1,83 +1,84 @@
-"""Run a single decoder layer by the model's own code: a transformers model with one layer."""
+"""Run a single decoder layer by the model's own code, with the arguments that the model's own forward gives it."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bwla_converter.hf.attention import attention_implementation
+from bwla_converter.calibration.module_names import block_state
+from bwla_converter.calibration.outer_model import OuterModel, ReadTensor
+from bwla_converter.hf.calls import Call
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoConfig, AutoModel
+
+Shared = dict[Any, tuple[Tensor, ...]]
+"""States that decoder layers leave for later ones, such as the keys and values that Gemma 3n's last layers share."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples before a decoder layer.
+
+    Attributes:
+        hidden: hidden states [S, T, hidden]; those of Gemma 3n are [S, streams, T, hidden].
+        ids: token ids [S, T].
+        shared: what earlier layers left; each tensor has the samples first.
+    """
+
+    hidden: Tensor
+    ids: Tensor
+    shared: Shared = field(default_factory=dict)
 
 
 class LayerRunner:
-    """Build decoder layers of a model one at a time, with the model's own rotary embedding and attention mask.
+    """Build decoder layers of a model one at a time, and run what is outside them.
 
     Args:
         source: the model.
         device: device of the layers.
         dtype: dtype of their weights and activations.
+        read: reads the tensors outside the decoder layers by their names in the model; None for the source's.
     """
 
-    def __init__(self, source: Source, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        read: ReadTensor | None = None,
+    ) -> None:
         self.source, self.device, self.dtype = source, device, dtype
-        self.config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        self.types = getattr(self.config, "layer_types", None)
-        # transformers' other attention implementations ignore the soft cap (Gemma 2).
-        capped = getattr(self.config, "attn_logit_softcapping", None) is not None
-        self.attention = "eager" if capped else attention_implementation(device)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Return the hidden states before layer 0 for token ids [S, T]: [S, T, hidden]."""
-        table = self.source.read([self.source.embedding_weight])[self.source.embedding_weight]
-        hidden: Tensor = nn.functional.embedding(ids, table).to(self.dtype)
-        return hidden * self.embedding_scale
+        def read_original(name: str) -> Tensor:
+            stored = source.tied.get(name, name)
+            return source.read([stored])[stored]
+
+        self.outer = OuterModel(source, device, dtype, read or read_original)
 
     @property
-    def embedding_scale(self) -> float:
-        """The factor by which the model multiplies its embeddings."""
-        return float(self.config.hidden_size**0.5) if self.source.structure.scaled_embedding else 1.0
+    def attention(self) -> str:
+        """Name of the attention implementation."""
+        return self.outer.attention
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Return the hidden states before layer 0 for token ids [S, T]: [S, T, hidden], see `Batch`."""
+        return self.outer.embed(ids)
 
     def layer(self, index: int, tensors: Mapping[str, Tensor]) -> "DecoderLayer":
         """Build decoder layer `index` from its stored tensors, given by their full names."""
-        config = self._one_layer_config(index)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config, attn_implementation=self.attention)
-        prefix = self.source.structure.layer_name(index) + "."
         state = {
-            f"layers.0.{name.removeprefix(prefix)}": tensor.to(self.device, self.dtype)
-            for name, tensor in tensors.items()
-            if not name.endswith("rotary_emb.inv_freq")
+            key: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+            for key, tensor in block_state(self.source, index, tensors).items()
         }
-        model.load_state_dict(state, strict=False, assign=True)
-        # The rotary embedding's buffers are computed instead of stored; the final norm is not part of a layer.
-        model.rotary_emb = type(model.rotary_emb)(config).to(self.device)
-        model.norm = nn.Identity()
-        model.requires_grad_(False)
-        return DecoderLayer(model.eval(), prefix)
-
-    def final_norm(self) -> nn.Module:
-        """Build the original model's final norm."""
-        with torch.device("meta"):
-            norm: nn.Module = AutoModel.from_config(self._one_layer_config(0)).norm
-        names = {key: f"{self.source.structure.final_norm}.{key}" for key in norm.state_dict()}
-        tensors = self.source.read(list(names.values()))
-        state = {key: tensors[name].to(self.device, self.dtype) for key, name in names.items()}
-        norm.load_state_dict(state, assign=True)
-        return norm.requires_grad_(False).eval()
-
-    def _one_layer_config(self, index: int) -> Any:
-        """Return the config of a model whose only layer is layer `index`."""
-        config = copy.deepcopy(self.config)
-        config.num_hidden_layers = 1
-        if self.types is not None:
-            config.layer_types = [self.types[index]]
-        return config
+        block = self.outer.block(index)
+        block.load_state_dict(state, strict=False, assign=True)
+        block.requires_grad_(False)
+        prefix = self.source.structure.layer_name(index) + "."
+        axis = self.outer.conventions.sample_axis
+        return DecoderLayer(block.eval(), prefix, lambda ids: self.outer.arguments(index, ids), axis)
 
 
 @dataclass(frozen=True)
@@ -98,23 +99,30 @@ class DecoderLayer:
     """A decoder layer that can be run, inspected and modified.
 
     Args:
-        model: the model of one layer.
+        layer: the decoder layer's module.
         prefix: prefix of the layer's names in the checkpoint, such as `model.layers.3.`.
+        arguments: token ids [S, T] -> the arguments with which the model calls the layer.
+        sample_axis: axis of the samples in the hidden states that the layer takes.
     """
 
-    def __init__(self, model: nn.Module, prefix: str) -> None:
-        self.model, self.prefix = model, prefix
+    def __init__(
+        self, layer: nn.Module, prefix: str, arguments: Callable[[Tensor], Call], sample_axis: int = 0
+    ) -> None:
+        self.layer, self.prefix = layer, prefix
+        self._arguments, self._sample_axis = arguments, sample_axis
 
-    @property
-    def layer(self) -> nn.Module:
-        """The decoder layer's module."""
-        layer: nn.Module = self.model.get_submodule("layers.0")
-        return layer
+    def run(self, batch: Batch) -> Tensor:
+        """Return the layer's outputs, of the shape of its inputs `batch.hidden`."""
+        return self.run_sharing(batch)[0]
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """Return the layer's outputs [S, T, hidden] for its inputs [S, T, hidden]."""
-        outputs: Tensor = self.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        return outputs
+    def run_sharing(self, batch: Batch) -> tuple[Tensor, Shared]:
+        """Return the layer's outputs, and the states that it leaves for later layers."""
+        call = self._arguments(batch.ids)
+        shared = dict(batch.shared)
+        outputs = call.run(self.layer, batch.hidden.movedim(0, self._sample_axis), shared)
+        hidden = outputs[0] if isinstance(outputs, tuple) else outputs
+        left = {key: states for key, states in shared.items() if states is not batch.shared.get(key)}
+        return hidden.movedim(self._sample_axis, 0), left
 
     def linear(self, name: str) -> nn.Module:
         """Return the linear with the given full name."""
@@ -125,14 +133,18 @@ class DecoderLayer:
         parent, _, child = name.removeprefix(self.prefix).rpartition(".")
         setattr(self.layer.get_submodule(parent), child, module)
 
-    def output_projections(self, names: Iterable[str], hidden: Tensor) -> dict[str, OutputProjection]:
-        """Run the layer on `hidden` [S, T, hidden] and return the output projections among the linears `names`."""
+    def output_projections(self, names: Iterable[str], batch: Batch) -> dict[str, OutputProjection]:
+        """Run the layer and return the output projections among the linears `names`.
+
+        A layer that leaves states for later ones has none: what computes these states must not be skipped.
+        """
         projections: dict[str, OutputProjection] = {}
         outputs: dict[str, Tensor] = {}
 
         def watch(name: str, path: str) -> Iterator[RemovableHandle]:
             def linear_done(_: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-                outputs[name] = output
+                if len(inputs[0]) == len(batch.hidden):  # not all tokens in one row, as in experts
+                    outputs[name] = output
 
             def submodule_done(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
                 first = output[0] if isinstance(output, tuple) else output
@@ -149,11 +161,11 @@ class DecoderLayer:
             if path:
                 handles += watch(name, path)
         try:
-            self.run(hidden)
+            left = self.run_sharing(batch)[1]
         finally:
             for handle in handles:
                 handle.remove()
-        return projections
+        return {} if left else projections
 
     @contextmanager
     def resumed(
@@ -184,21 +196,19 @@ class DecoderLayer:
             for module in modules:
                 del module.forward  # the class's own method again
 
-    def inputs_of(self, name: str, hidden: Tensor) -> Tensor:
-        """Return the inputs of a linear when the layer runs on `hidden`; what follows it is not computed.
+    def inputs_of(self, name: str, batch: Batch) -> Tensor:
+        """Return the inputs of a linear when the layer runs; what follows it is not computed.
 
         Args:
             name: full name of the linear.
-            hidden: inputs of the layer [S, T, hidden].
+            batch: inputs of the layer.
 
         Raises:
             SourceError: the layer does not use the linear.
         """
-        return self.inputs_and_stream(name, None, hidden)[0]
+        return self.inputs_and_stream(name, None, batch)[0]
 
-    def inputs_and_stream(
-        self, name: str, stream: str | None, hidden: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def inputs_and_stream(self, name: str, stream: str | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the inputs of a linear, and of the module at path `stream` in the layer, which runs before it."""
         streams: list[Tensor] = []
 
@@ -210,7 +220,7 @@ class DecoderLayer:
             watched = self.layer.get_submodule(stream)
             handles.append(watched.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])))
         try:
-            self.run(hidden)
+            self.run(batch)
         except _ReachedError as reached:
             return reached.inputs, streams[-1] if streams else None
         finally:

@@ -5,6 +5,7 @@ group is quantized for the inputs that it will have. A recipe that does not comp
 quantized one alone.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
+from bwla_converter.calibration.samples import Samples
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer, find_output_projections
 from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.common.tensors import SAMPLE_ELEMENTS, sample_rows
@@ -21,9 +23,12 @@ from bwla_converter.quantize.final_norm import fit_norm
 from bwla_converter.quantize.group import GroupResult, pool_rows
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.source.model import Source
+from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 QuantizeGroup = Callable[[Mapping[str, Tensor], Mapping[str, LayerSpec], Moments, Tensor], GroupResult]
 """Quantizes an input group: (weights, specs, moments of its inputs, some of the inputs [M, K]) -> result."""
@@ -50,14 +55,13 @@ class CalibrationLoop:
         store: where the hidden states are kept; None for in memory.
         follow_stream: whether the outputs that are added to the residual stream also compensate its error.
         run_original: whether the samples run through the original layers too. Otherwise the moments say nothing about
-            the original model, and `original_hidden` stays empty.
+            the original model, and `original_samples` stays empty.
 
     Attributes:
         ids: token ids of this process's samples [S, T].
         description: what the report and the checkpoint record about the calibration data.
         runner: builds the original model's layers.
-        original_hidden, hidden: hidden states [S, T, hidden] of the original and of the quantized model before the
-            current layer.
+        original_samples, samples: the samples in the original and in the quantized model before the current layer.
     """
 
     def __init__(
@@ -80,11 +84,29 @@ class CalibrationLoop:
         self.store = store or ActivationStore()
         self.ids = ids[self.store.processes.samples_of(len(ids))]
         self.runner = LayerRunner(source, self.store.device)
-        self.hidden = self.original_hidden = self.store.empty()
+        self.samples = self.original_samples = self._no_samples()
+        if self.store.processes.world_size > 1 and self.runner.outer.conventions.shares:
+            raise BWLAError(
+                "--gpus: expected decoder layers that pass on hidden states alone, found layers that share keys and "
+                "values with later ones, which the processes do not exchange: use --gpus 1"
+            )
         self._quantize_group, self._follow_stream = quantize_group, follow_stream
         self._run_original = run_original
         self._original: StepwiseLayer | None = None
         self._quantized: StepwiseLayer | None = None
+
+    @property
+    def hidden(self) -> Activations:
+        """Hidden states [S, T, hidden] of the quantized model before the current layer."""
+        return self.samples.hidden
+
+    @property
+    def original_hidden(self) -> Activations:
+        """Hidden states [S, T, hidden] of the original model before the current layer."""
+        return self.original_samples.hidden
+
+    def _no_samples(self) -> Samples:
+        return Samples(self.store.empty(), self.ids[:0])
 
     @property
     def quantized(self) -> StepwiseLayer:
@@ -102,18 +124,16 @@ class CalibrationLoop:
     def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Build decoder layer `index` of each model from its stored tensors; layer 0 starts from the embeddings."""
         if index == 0:
-            parts = map(self.runner.embed, self.ids.split(SAMPLES_PER_BATCH))
-            shape = torch.Size((*self.ids.shape, self.runner.config.hidden_size))
-            self.hidden = self.store.keep(shape, parts)
+            self.samples = Samples.embedded(self.runner, self.store, self.ids, SAMPLES_PER_BATCH)
             if self._run_original:
-                self.original_hidden = self.hidden
+                self.original_samples = self.samples
         names = [members[0] for _, members in self.runner.source.groups_of_layer(index)]
         layer = self.runner.layer(index, tensors)
-        projections = find_output_projections(layer, names, self.hidden)
-        self._quantized = StepwiseLayer(layer, self.hidden, self.store, projections)
+        projections = find_output_projections(layer, names, self.samples)
+        self._quantized = StepwiseLayer(layer, self.samples, self.store, projections)
         if self._run_original:
             original = self.runner.layer(index, tensors)
-            self._original = StepwiseLayer(original, self.original_hidden, self.store, projections)
+            self._original = StepwiseLayer(original, self.original_samples, self.store, projections)
 
     @torch.no_grad()
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
@@ -140,7 +160,7 @@ class CalibrationLoop:
         """
         name, first = next(iter(weights.items()))
         width = first.shape[1]
-        limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.hidden)
+        limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.samples)
         follow = self._follow_stream and self._run_original
         reader = self.runner.source.structure.group_of(name).stream if follow else None
         cross_gram = reader is None and self._run_original
@@ -168,21 +188,21 @@ class CalibrationLoop:
 
     @torch.no_grad()
     def advance_original(self) -> None:
-        """Replace the original model's hidden states by the outputs of its current layer."""
+        """Run the original model's samples through its current layer."""
         assert self._original is not None
         with fast_products(self.store.device):
-            self.original_hidden = self._original.outputs()
-        self._original.hidden = self.store.empty()
+            self.original_samples = self._original.outputs()
+        self._original.samples = self._no_samples()
 
     @torch.no_grad()
-    def quantized_outputs(self) -> Activations:
-        """Return the outputs of the current quantized layer."""
+    def quantized_outputs(self) -> Samples:
+        """Return the samples after the current quantized layer."""
         with fast_products(self.store.device):
             return self.quantized.outputs()
 
-    def advance_quantized(self, outputs: Activations) -> None:
-        """Replace the quantized model's hidden states by `outputs`, and release the current layer."""
-        self.hidden = outputs
+    def advance_quantized(self, outputs: Samples) -> None:
+        """Replace the quantized model's samples by `outputs`, and release the current layer."""
+        self.samples = outputs
         self._original = self._quantized = None
 
     def end_layer(self) -> None:
@@ -193,23 +213,35 @@ class CalibrationLoop:
 
     def state(self) -> Mapping[str, Tensor | StoredStates]:
         """Return the hidden states before the next layer."""
-        original = {"original_hidden": self.original_hidden.stored()} if self._run_original else {}
-        return {**original, "hidden": self.hidden.stored()}
+        original = self.original_samples.stored("original_hidden") if self._run_original else {}
+        return {**original, **self.samples.stored("hidden")}
 
     def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
         """Continue from a `state` of an earlier session."""
         if self._run_original:
-            self.original_hidden = self.store.take(state.get("original_hidden"))
-        self.hidden = self.store.take(state.get("hidden"))
+            self.original_samples = Samples.take(state, "original_hidden", self.store, self.ids)
+        self.samples = Samples.take(state, "hidden", self.store, self.ids)
 
     def fit_final_norm(self) -> dict[str, Tensor]:
         """Fit the final norm to the hidden states after the last layer; return its weight by its full name.
 
-        With several processes, each uses its own samples only.
+        Returns nothing where the model has no norm whose output is all that the head reads. With several processes,
+        each uses its own samples only.
         """
-        pairs = zip(
-            self.original_hidden.split(SAMPLES_PER_BATCH), self.hidden.split(SAMPLES_PER_BATCH), strict=True
-        )
-        name = f"{self.runner.source.structure.final_norm}.weight"
-        weight = fit_norm(self.runner.final_norm(), pairs)
+        outer, name = self.runner.outer, f"{self.runner.source.structure.final_norm}.weight"
+        norm = outer.final_norm()
+        probe = next(self.hidden.split(1))
+        if norm is None or name not in self.runner.source.entries or outer.norm_inputs(probe) is None:
+            log.info("the final norm is left as it is: the head of this model does not read its output alone")
+            return {}
+
+        def inputs_of(hidden: Activations) -> Iterator[Tensor]:
+            for part in hidden.split(SAMPLES_PER_BATCH):
+                inputs = outer.norm_inputs(part)
+                assert inputs is not None
+                yield inputs
+
+        pairs = zip(inputs_of(self.original_hidden), inputs_of(self.hidden), strict=True)
+        weight = fit_norm(norm, pairs)
+        outer.release()
         return {name: weight.to("cpu", self.runner.source.entries[name].dtype)}

@@ -8,7 +8,8 @@ one that has replaced it.
 from collections.abc import Iterable, Iterator, Mapping
 
 from bwla_converter.calibration.activations import Activations, ActivationStore
-from bwla_converter.calibration.layer_runner import DecoderLayer, OutputProjection
+from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, OutputProjection
+from bwla_converter.calibration.samples import Samples
 from bwla_kernels.precision import product_dtype
 from torch import Tensor
 
@@ -20,19 +21,21 @@ PROBE_TOKENS = 8
 
 
 def find_output_projections(
-    layer: DecoderLayer, names: Iterable[str], hidden: Activations
+    layer: DecoderLayer, names: Iterable[str], samples: Samples
 ) -> Mapping[str, OutputProjection]:
     """Return the output projections among the linears `names`, found on a few tokens of the layer's inputs."""
-    probe = next(hidden.split(1), None)
-    return {} if probe is None else layer.output_projections(names, probe[:, :PROBE_TOKENS])
+    probe = next(samples.split(1), None)
+    if probe is not None and probe.hidden.dim() == 3 and not probe.shared:
+        probe = Batch(probe.hidden[:, :PROBE_TOKENS], probe.ids[:, :PROBE_TOKENS])
+    return {} if probe is None else layer.output_projections(names, probe)
 
 
 class StepwiseLayer:
-    """A decoder layer and the hidden states that run through it.
+    """A decoder layer and the samples that run through it.
 
     Args:
         layer: the decoder layer; its linears may be replaced between two steps.
-        hidden: the inputs of the layer.
+        samples: the inputs of the layer.
         store: where inputs of linears are kept.
         projections: the output projections whose inputs are kept, see `find_output_projections`.
     """
@@ -40,11 +43,11 @@ class StepwiseLayer:
     def __init__(
         self,
         layer: DecoderLayer,
-        hidden: Activations,
+        samples: Samples,
         store: ActivationStore,
         projections: Mapping[str, OutputProjection],
     ) -> None:
-        self.layer, self.hidden, self._store, self._projections = layer, hidden, store, projections
+        self.layer, self.samples, self._store, self._projections = layer, samples, store, projections
         self._kept: dict[str, Activations] = {}
 
     def inputs_of(self, name: str, stream: str | None) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -57,27 +60,27 @@ class StepwiseLayer:
             stream: path in the layer of a module whose inputs are wanted too; None for none.
         """
         if name not in self._projections:
-            yield from (self.layer.inputs_and_stream(name, stream, hidden) for hidden in self._batches())
+            yield from (self.layer.inputs_and_stream(name, stream, batch) for batch in self._batches())
             return
-        with self._store.writer(len(self.hidden), product_dtype(self._store.device)) as writer:
-            for hidden in self._batches():
-                inputs, stream_inputs = self.layer.inputs_and_stream(name, stream, hidden)
+        with self._store.writer(len(self.samples), product_dtype(self._store.device)) as writer:
+            for batch in self._batches():
+                inputs, stream_inputs = self.layer.inputs_and_stream(name, stream, batch)
                 writer.append(inputs)
                 yield inputs, stream_inputs
         self._kept[name] = writer.activations
 
-    def outputs(self) -> Activations:
-        """Return the outputs of the layer, and release the kept inputs. The linears must be in their final state."""
-        outputs = self._store.keep(self.hidden.shape, map(self.layer.run, self._batches()))
+    def outputs(self) -> Samples:
+        """Return the samples after the layer, and release the kept inputs. The linears must be in their final state."""
+        outputs = self.samples.run(self.layer, self._store, self._batches())
         self._kept = {}
         return outputs
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Yield the hidden states of each batch, while the layer goes on from the inputs that are kept for it."""
+    def _batches(self) -> Iterator[Batch]:
+        """Yield each batch of samples, while the layer goes on from the inputs that are kept for it."""
         names = list(self._kept)
         parts = zip(*(self._kept[name].split(SAMPLES_PER_BATCH) for name in names), strict=True)
-        for hidden in self.hidden.split(SAMPLES_PER_BATCH):
+        for batch in self.samples.split(SAMPLES_PER_BATCH):
             inputs = next(parts) if names else ()
-            known = {name: part.to(hidden.dtype) for name, part in zip(names, inputs, strict=True)}
+            known = {name: part.to(batch.hidden.dtype) for name, part in zip(names, inputs, strict=True)}
             with self.layer.resumed(known, self._projections):
-                yield hidden
+                yield batch

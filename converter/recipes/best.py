@@ -125,13 +125,13 @@ class BestRecipe:
         outputs = self.loop.quantized_outputs()
         changed: dict[str, Tensor] = {}
         if self.options.tune.epochs:
-            loss = self._loss(outputs)
+            loss = self._loss(outputs.hidden)
             backup = LayerBackup.of(
                 quantized, [name for result, _ in self._results for name in result.tensors]
             )
             changed = self._tune(quantized)
             tuned_outputs = self.loop.quantized_outputs()
-            if self._loss(tuned_outputs) < loss:
+            if self._loss(tuned_outputs.hidden) < loss:
                 outputs = tuned_outputs
             else:
                 log.warning(
@@ -200,7 +200,7 @@ class BestRecipe:
             parameter.requires_grad_(True)
 
         def loss_of(indices: Tensor) -> Tensor:
-            return relative_loss(layer.run(self.loop.hidden[indices]), self.loop.original_hidden[indices])
+            return relative_loss(layer.run(self.loop.samples[indices]), self.loop.original_hidden[indices])
 
         with fast_products(self.loop.runner.device):
             trace = tune(
@@ -212,7 +212,7 @@ class BestRecipe:
                 lambda: clear_input_caches(linears.values()),
             )
         self.layer_traces = {layer.prefix.removesuffix("."): {"tune": trace}}
-        layer.model.requires_grad_(False)
+        layer.layer.requires_grad_(False)
         changed: dict[str, Tensor] = {}
         for result, specs in self._results:
             for name, before in result.tensors.items():

@@ -13,16 +13,16 @@ The original model itself is not loaded: its hidden states after the last layer 
 final norm and head turn them into logits. Its weights are read one linear at a time to initialize latent weights.
 """
 
-import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
+from bwla_converter.hf.calls import head_logits
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
-from bwla_converter.training.divergence import Head, kl_divergence
+from bwla_converter.hf.whole_model import base_of
+from bwla_converter.training.divergence import kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
 from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
@@ -64,10 +64,8 @@ class Distiller:
         self.runner, self.ids, self.original_hidden, self.options = runner, ids, original_hidden, options
         self.initial = initial
         model.requires_grad_(False)
-        self.original_norm, self.original_head = original_norm_and_head(model, runner)
         model.load_state_dict(initial, strict=False)
         self.linears = make_trainable(model, runner)
-        self.head = replace(self.original_head, weight=model.get_submodule(HEAD_MODULE).weight.detach())
         self.norms = norm_weights(model)
         for parameter in self.norms.values():
             parameter.requires_grad_(True)
@@ -75,9 +73,14 @@ class Distiller:
     def loss(self, indices: Tensor) -> Tensor:
         """Return the mean KL divergence from the original in nats per token, over the samples of the given indices."""
         with torch.no_grad():
-            original = self.original_norm(self.original_hidden[indices])
-        hidden = self.model.base_model(self.ids[indices], use_cache=False).last_hidden_state
-        return kl_divergence(hidden, self.head, original, self.original_head)
+            original = self.runner.outer.normed(self.original_hidden[indices])
+        outputs = base_of(self.model)(self.ids[indices], use_cache=False)
+        outer = self.runner.outer
+
+        def head(rows: Tensor) -> Tensor:
+            return head_logits(self.model, outputs, rows)
+
+        return kl_divergence(outputs.last_hidden_state, head, original, outer.logits, outer.vocabulary)
 
     @torch.no_grad()
     def divergence(self) -> float:
@@ -153,19 +156,6 @@ class Distiller:
         for name, parameter in self.norms.items():
             changed[name] = parameter.detach().to(self.runner.source.entries[name].dtype, copy=True)
         return changed
-
-
-def original_norm_and_head(model: PreTrainedModel, runner: LayerRunner) -> tuple[nn.Module, Head]:
-    """Return the original's final norm and head.
-
-    Args:
-        model: the quantized model as stored: its final norm is still the original's.
-        runner: runner of the original model.
-    """
-    name = runner.source.output_weight
-    weight = runner.source.read([name])[name].to(runner.device, runner.dtype)
-    cap = getattr(runner.config, "final_logit_softcapping", None)
-    return copy.deepcopy(model.get_submodule(runner.source.structure.final_norm)), Head(weight, cap)
 
 
 def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:

@@ -2,11 +2,16 @@
 
 import pytest
 import torch
-from bwla_converter.calibration.layer_runner import LayerRunner
+from bwla_converter.calibration.layer_runner import Batch, LayerRunner
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
 from torch import nn
+
+
+def random_batch(length: int) -> Batch:
+    hidden = torch.randn(2, length, 64, generator=torch.Generator().manual_seed(1))
+    return Batch(hidden, torch.zeros(2, length, dtype=torch.long))
 
 
 @pytest.mark.parametrize("family", [family.name for family in FAMILIES])
@@ -25,7 +30,8 @@ def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
         expected = model(ids, output_hidden_states=True).hidden_states
         for index in range(source.num_layers):
             torch.testing.assert_close(hidden, expected[index], rtol=1e-4, atol=1e-4)
-            hidden = runner.layer(index, source.read(source.names_of_layer(index))).run(hidden)
+            layer = runner.layer(index, source.read(source.names_of_layer(index)))
+            hidden = layer.run(Batch(hidden, ids))
         torch.testing.assert_close(model.model.norm(hidden), expected[-1], rtol=1e-4, atol=1e-4)
 
 
@@ -50,28 +56,28 @@ def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, fami
     for index in range(source.num_layers):
         layer = runner.layer(index, source.read(source.names_of_layer(index)))
         for _, names in source.groups_of_layer(index):
-            group_inputs = layer.inputs_of(names[0], hidden)
+            group_inputs = layer.inputs_of(names[0], Batch(hidden, ids))
             for name in names:
                 torch.testing.assert_close(group_inputs, inputs[name], rtol=1e-4, atol=1e-4)
-        hidden = layer.run(hidden)
+        hidden = layer.run(Batch(hidden, ids))
 
 
 def test_inspecting_and_modifying_a_layer(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
     layer = LayerRunner(source, torch.device("cpu")).layer(1, source.read(source.names_of_layer(1)))
-    hidden = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    batch = random_batch(5)
     name = "model.layers.1.mlp.down_proj"
     with torch.no_grad():
-        before = layer.run(hidden)
-        inputs = layer.inputs_of(name, hidden)
+        before = layer.run(batch)
+        inputs = layer.inputs_of(name, batch)
         mlp = layer.layer.mlp
         attended = before - mlp.down_proj(inputs)
         again = mlp.act_fn(mlp.gate_proj(layer.layer.post_attention_layernorm(attended)))
         again = again * mlp.up_proj(layer.layer.post_attention_layernorm(attended))
         torch.testing.assert_close(inputs, again, rtol=1e-4, atol=1e-4)
-        assert torch.equal(layer.run(hidden), before)
+        assert torch.equal(layer.run(batch), before)
         layer.replace(name, nn.Linear(128, 64, bias=False))
-        assert not torch.equal(layer.run(hidden), before)
+        assert not torch.equal(layer.run(batch), before)
     assert layer.linear(name) is layer.layer.mlp.down_proj
 
 
@@ -80,11 +86,11 @@ def test_inspecting_and_modifying_a_layer(make_model) -> None:
 def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: str) -> None:
     source = open_source(str(make_model(family, dtype=torch.float32, lively=True)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
-    hidden = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(1))
-    projections = layer.output_projections([names[0] for _, names in source.groups_of_layer(0)], hidden)
+    batch = random_batch(20)
+    projections = layer.output_projections([names[0] for _, names in source.groups_of_layer(0)], batch)
     assert {name.rpartition(".")[2] for name in projections} == {"o_proj", "down_proj"}
-    before = layer.run(hidden)
-    known = {name: layer.inputs_of(name, hidden) for name in projections}
+    before = layer.run(batch)
+    known = {name: layer.inputs_of(name, batch) for name in projections}
 
     def fail(*_: object) -> None:
         raise AssertionError("computed again")
@@ -92,12 +98,12 @@ def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: s
     names = [names[0] for _, names in source.groups_of_layer(0) if names[0] not in projections]
     handles = [layer.linear(name).register_forward_pre_hook(fail) for name in names]
     with layer.resumed(known, projections):
-        assert torch.equal(layer.run(hidden), before)
+        assert torch.equal(layer.run(batch), before)
     with pytest.raises(AssertionError, match="computed again"):
-        layer.run(hidden)
+        layer.run(batch)
     for handle in handles:
         handle.remove()
-    assert torch.equal(layer.run(hidden), before)
+    assert torch.equal(layer.run(batch), before)
 
 
 def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
@@ -105,4 +111,4 @@ def test_a_linear_that_is_not_used_is_noticed(make_model) -> None:
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
     layer.layer.spare = nn.Linear(4, 4)
     with pytest.raises(SourceError, match="expected the model to use this linear"), torch.no_grad():
-        layer.inputs_of("model.layers.0.spare", torch.zeros(1, 3, 64))
+        layer.inputs_of("model.layers.0.spare", random_batch(3))

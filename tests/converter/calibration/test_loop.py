@@ -62,8 +62,8 @@ def test_a_group_is_quantized_for_its_inputs_in_the_quantized_model(source: Sour
     quantized.linear("model.layers.0.mlp.up_proj").weight.data *= 1.1
     result = loop.quantize({NAME: tensors[f"{NAME}.weight"]}, {NAME: SPEC})
     with torch.no_grad():
-        x_hat = quantized.inputs_of(NAME, every(loop.hidden)).flatten(0, -2)
-        x = original.inputs_of(NAME, every(loop.original_hidden)).flatten(0, -2)
+        x_hat = quantized.inputs_of(NAME, loop.samples[torch.arange(5)]).flatten(0, -2)
+        x = original.inputs_of(NAME, loop.original_samples[torch.arange(5)]).flatten(0, -2)
     [(_, _, moments, inputs)] = recorder.calls
     assert moments.count == len(x) == 5 * 16
     torch.testing.assert_close(moments.gram, x_hat.mT @ x_hat)
@@ -87,7 +87,7 @@ def test_the_hidden_states_of_each_model_run_through_its_own_layer(source: Sourc
     loop.quantize({NAME: tensors[f"{NAME}.weight"]}, {NAME: SPEC})
     original, quantized = loop.layers
     with torch.no_grad():
-        expected = [layer.run(every(loop.hidden)) for layer in (original, quantized)]
+        expected = [layer.run(loop.samples[torch.arange(5)]) for layer in (original, quantized)]
     loop.end_layer()
     torch.testing.assert_close(every(loop.original_hidden), expected[0])
     torch.testing.assert_close(every(loop.hidden), expected[1])

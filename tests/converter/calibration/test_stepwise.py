@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.calibration.activations import Activations, ActivationStore
-from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
+from bwla_converter.calibration.activations import ActivationStore
+from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
+from bwla_converter.calibration.samples import Samples
 from bwla_converter.calibration.stepwise import StepwiseLayer, find_output_projections
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import Source, open_source
@@ -16,16 +17,19 @@ def hidden_states() -> Tensor:
     return torch.randn(5, 12, 64, generator=torch.Generator().manual_seed(1))
 
 
+def token_ids() -> Tensor:
+    return torch.zeros(5, 12, dtype=torch.long)
+
+
 def first_linears(source: Source) -> list[str]:
     return [names[0] for _, names in source.groups_of_layer(0)]
 
 
-def stepwise(
-    layer: DecoderLayer, hidden: Activations, store: ActivationStore, source: Source
-) -> StepwiseLayer:
-    projections = find_output_projections(layer, first_linears(source), hidden)
+def stepwise(layer: DecoderLayer, store: ActivationStore, source: Source) -> StepwiseLayer:
+    samples = Samples(store.keep(hidden_states().shape, [hidden_states()]), token_ids())
+    projections = find_output_projections(layer, first_linears(source), samples)
     assert {name.rpartition(".")[2] for name in projections} == {"o_proj", "down_proj"}
-    return StepwiseLayer(layer, hidden, store, projections)
+    return StepwiseLayer(layer, samples, store, projections)
 
 
 def halve(layer: DecoderLayer, name: str) -> None:
@@ -47,10 +51,9 @@ def test_every_step_sees_the_linears_replaced_before_it(
     runner, tensors = LayerRunner(source, torch.device("cpu")), source.read(source.names_of_layer(0))
     whole, stepped = runner.layer(0, tensors), runner.layer(0, tensors)
     store = ActivationStore(tmp_path / "activations" if place == "disk" else None)
-    hidden = store.keep(hidden_states().shape, [hidden_states()])
-    steps = stepwise(stepped, hidden, store, source)
+    steps, batch = stepwise(stepped, store, source), Batch(hidden_states(), token_ids())
     for group, names in source.groups_of_layer(0):
-        expected, expected_stream = whole.inputs_and_stream(names[0], group.stream, hidden_states())
+        expected, expected_stream = whole.inputs_and_stream(names[0], group.stream, batch)
         inputs, streams = zip(*steps.inputs_of(names[0], group.stream), strict=True)
         torch.testing.assert_close(torch.cat(inputs), expected)
         assert all((stream is None) == (group.stream is None) for stream in streams)
@@ -59,11 +62,11 @@ def test_every_step_sees_the_linears_replaced_before_it(
         for name in names:
             halve(whole, name)
             halve(stepped, name)
-    torch.testing.assert_close(torch.cat(list(steps.outputs().split(5))), whole.run(hidden_states()))
+    torch.testing.assert_close(torch.cat(list(steps.outputs().hidden.split(5))), whole.run(batch))
     # The kept inputs are released, so that the outputs follow later changes of any linear.
     for layer in (whole, stepped):
         halve(layer, first_linears(source)[0])
-    torch.testing.assert_close(torch.cat(list(steps.outputs().split(5))), whole.run(hidden_states()))
+    torch.testing.assert_close(torch.cat(list(steps.outputs().hidden.split(5))), whole.run(batch))
 
 
 @torch.no_grad()
@@ -71,7 +74,7 @@ def test_no_linear_but_output_projections_runs_twice(make_model) -> None:
     source = open_source(str(make_model(dtype=torch.float32)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
     store = ActivationStore()
-    steps = stepwise(layer, store.keep(hidden_states().shape, [hidden_states()]), store, source)
+    steps = stepwise(layer, store, source)
     tokens: dict[str, int] = {}
 
     def count(name: str) -> None:

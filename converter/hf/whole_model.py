@@ -1,0 +1,83 @@
+"""Models of transformers without weights: their class, their decoder layers, their attention, their buffers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import transformers
+from bwla_converter.hf.attention import attention_implementation
+from bwla_kernels.errors import SourceError
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def build_without_weights(architecture: str, config: Any) -> PreTrainedModel:
+    """Build the class that config.json names on the meta device; AutoModelForCausalLM's where there is none."""
+    named = getattr(transformers, architecture, None)
+    with torch.device("meta"):
+        model: PreTrainedModel = named(config) if named else AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
+    """Choose the attention implementation of the decoder and return its name."""
+    decoder = model.get_decoder()
+    config = decoder.config.get_text_config()
+    # transformers' other attention implementations ignore the soft cap (Gemma 2).
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    name = "eager" if capped else attention_implementation(device)
+    try:
+        if name != "eager":
+            decoder.set_attn_implementation(
+                "sdpa"
+            )  # raises where the class computes something else (gpt-oss)
+        decoder.set_attn_implementation(name)
+    except ValueError:
+        name = "eager"
+        decoder.set_attn_implementation(name)
+    return name
+
+
+def find_blocks(model: PreTrainedModel, num_layers: int) -> tuple[str, Sequence[nn.Module]]:
+    """Return the module path and the contents of the list of decoder layers.
+
+    Raises:
+        SourceError: the decoder has no such list.
+    """
+    decoder = model.get_decoder()
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers and _is_inside(module, decoder)
+    ]
+    if not lists:
+        raise SourceError(
+            f"expected a list of {num_layers} decoder layers in {type(model).__name__}, found "
+            "none: please report this model"
+        )
+    name, blocks = max(lists, key=lambda entry: sum(weight.numel() for weight in entry[1].parameters()))
+    return name, list(blocks)
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that the head reads: the child that contains the decoder, or the model itself.
+
+    It is not always `model.base_model`: Llama 4's text class has the prefix of the class that contains it.
+    """
+    decoder = model.get_decoder()
+    found: PreTrainedModel = next((child for child in model.children() if _is_inside(decoder, child)), model)
+    return found
+
+
+def _is_inside(module: nn.Module, parent: nn.Module) -> bool:
+    return any(module is other for other in parent.modules())
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Compute the buffers that are not stored, such as rotary frequencies, as transformers does for missing tensors."""
+    for module in model.modules():
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            if key in module._non_persistent_buffers_set:
+                module.register_buffer(key, torch.empty_like(buffer, device=device), persistent=False)
+                module._is_hf_initialized = False
+    model.initialize_weights()
