@@ -175,12 +175,16 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
     Raises:
         FormatError: transformers has such a model, but cannot build it from this config.
     """
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(hf_config)
+    own_class = _class_by_architecture(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            if own_class is not None:
+                model: nn.Module = own_class(config)
+            else:
+                from transformers import AutoModelForCausalLM
+
+                model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # any model code may run here
         reason = " ".join(str(error).split())
         if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
@@ -193,3 +197,13 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
             "bwla-convert wrote"
         ) from None
     return model
+
+
+def _class_by_architecture(config: Any) -> Any:
+    """Return the class of transformers that config.json's `architectures` names; None if it is for other configs."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if len(names) == 1 else None
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model and found.config_class is type(config) else None
