@@ -98,8 +98,8 @@ def _folder_problems(
         module = name.removesuffix(".weight")
         if module != name and config.is_quantized(module):
             yield (
-                f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives a rotation "
-                f"for {module} and does not ignore it, found an unquantized weight"
+                f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives a "
+                f"rotation for {module} and does not ignore it, found an unquantized weight"
             )
 
 
