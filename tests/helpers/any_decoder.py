@@ -59,7 +59,9 @@ def linears_of(tensors: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def write_checkpoint(source: Path, out: Path, bits: int = 16, ignore: Iterable[str] = ()) -> dict[str, LayerSpec]:
+def write_checkpoint(
+    source: Path, out: Path, bits: int = 16, ignore: Iterable[str] = ()
+) -> dict[str, LayerSpec]:
     """Write `source` to `out` with random one-bit linears; return their specs.
 
     Args:
@@ -120,5 +122,6 @@ def layer_linears(names: Iterable[str]) -> list[LayerLinears] | None:
     if len(kinds) == 1:
         return None
     return [
-        LayerLinears(layers=stem, indices=indices, names=list(members)) for (stem, members), indices in kinds.items()
+        LayerLinears(layers=stem, indices=indices, names=list(members))
+        for (stem, members), indices in kinds.items()
     ]
