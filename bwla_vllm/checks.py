@@ -230,5 +230,6 @@ def _class_by_architecture(config: Any) -> Any:
 
     names = getattr(config, "architectures", None) or []
     found = getattr(transformers, names[0], None) if len(names) == 1 else None
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model and found.config_class is type(config) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    return found if found.config_class is type(config) else None
