@@ -1,13 +1,12 @@
 """Check a checkpoint by its headers, before an engine starts."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
-from bwla_kernels.factorize import INPUT_SHARDED_LINEARS
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.files import INDEX_FILE, SINGLE_FILE, read_folder, read_json
 from bwla_kernels.format.folder import check_folder
@@ -22,9 +21,15 @@ ADVICE = "convert or download the model again"
 SHARDED_STATE_FILES = "model-rank-*-part-*.safetensors"
 """Names of the files that vLLM's `save_sharded_state` writes."""
 
+INPUT_SHARDED = ("o_proj", "down_proj")
+"""Names of linears that every class of vLLM shards along their input; of others, the layer's class tells it later."""
+
 OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
 """Linears sharded along their output, and how many of them a stored tensor fuses; vLLM checks q, k and v itself."""
 
+
+KV_B_PROJ = "kv_b_proj"
+"""Matrix of multi-head latent attention, which vLLM splits into one for keys and one for values."""
 
 SIZES = (
     "hidden_size",
@@ -83,7 +88,8 @@ def own_config(folder: Path, hf_config: Any) -> Any:
     """
     raw = read_json(folder / "config.json")
     if raw.get("model_type") == getattr(hf_config, "model_type", None):
-        return type(hf_config).from_dict(raw)
+        # Not from_dict: transformers writes an infinity as an object, which only its reader of files understands.
+        return type(hf_config).from_pretrained(folder)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(folder)
@@ -109,6 +115,7 @@ def check_checkpoint(folder: Path, hf_config: Any = None) -> dict[str, LayerSpec
         )
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
+    check_kv_b_proj(specs)
     model = None if hf_config is None else _skeleton(hf_config)
     if model is not None and not check_model(model, specs, entries, folder):
         logger.info(
@@ -139,7 +146,9 @@ def changed_sizes(stored: Any, asked: Any) -> str | None:
 
 
 def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:
-    """Check that every layer can be sharded into `tp_size` equal parts.
+    """Check that every layer that is known to be sharded can be cut into `tp_size` equal parts.
+
+    Other layers are checked one by one while vLLM builds the model (`BWLALinearMethod.create_weights`).
 
     Raises:
         FormatError: a layer whose rows or rotation groups `tp_size` does not divide.
@@ -152,8 +161,24 @@ def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:
                 f"{name}: expected a tensor-parallel size that divides its {rows} rows, "
                 f"found {tp_size}: choose another --tensor-parallel-size"
             )
-        if leaf in INPUT_SHARDED_LINEARS:
+        if leaf in INPUT_SHARDED:
             check_rotation_groups(name, spec, tp_size)
+
+
+def check_kv_b_proj(names: Iterable[str]) -> None:
+    """Check that `kv_b_proj` is not among the quantized linears.
+
+    vLLM dequantizes it by multiplying with an identity matrix, which activations of a few bits would round.
+
+    Raises:
+        FormatError: it is.
+    """
+    for name in names:
+        if name.rpartition(".")[2] == KV_B_PROJ:
+            raise FormatError(
+                f"{name}: expected 16 bits, because vLLM splits this matrix of multi-head latent attention in two, "
+                f"found one bit: convert the model again with --ignore {KV_B_PROJ}"
+            )
 
 
 def check_rotation_groups(name: str, spec: LayerSpec, tp_size: int) -> None:
@@ -175,12 +200,16 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
     Raises:
         FormatError: transformers has such a model, but cannot build it from this config.
     """
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(hf_config)
+    own_class = _class_by_architecture(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            if own_class is not None:
+                model: nn.Module = own_class(config)
+            else:
+                from transformers import AutoModelForCausalLM
+
+                model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # any model code may run here
         reason = " ".join(str(error).split())
         if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
@@ -193,3 +222,14 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
             "bwla-convert wrote"
         ) from None
     return model
+
+
+def _class_by_architecture(config: Any) -> Any:
+    """Return the class of transformers that config.json's `architectures` names; None if it is for other configs."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if len(names) == 1 else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        return None
+    return found if found.config_class is type(config) else None

@@ -5,11 +5,12 @@ process imports this module, even for models that are not quantized.
 """
 
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from bwla_kernels.errors import BackendError, FormatError
+from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import EMBEDDING_MODULE
 from vllm.logger import init_logger
@@ -29,6 +30,16 @@ BACKEND_VARIABLE = "BWLA_BACKEND"
 
 EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 """Names of the linears of an expert."""
+
+USUAL_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "qkv_proj": (("q_proj", "k_proj", "v_proj"),),
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "in_proj_qkvz": (("in_proj_qkv", "in_proj_z"),),
+    "in_proj_ba": (("in_proj_b", "in_proj_a"),),
+    "fused_qkv_a_proj": (("q_a_proj", "kv_a_proj_with_mqa"),),
+    "w13": (("w1", "w3"), ("gate_proj", "up_proj")),
+}
+"""What vLLM's classes fuse, for those that do not say so in `packed_modules_mapping`."""
 
 NO_CHECKPOINT = (
     "--quantization bwla needs a BWLA checkpoint, but the model's config.json has no quantization_config: "
@@ -140,7 +151,12 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""
         quantization = self.known_format()
-        renamed = hf_to_vllm_mapper.apply_list(list(quantization.ignore))
+        # Most prefixes end at a dot, and an entry of `ignore` may be the whole prefix ("model.visual").
+        entries = [
+            *quantization.ignore,
+            *(f"{entry}." for entry in quantization.ignore if entry[:3] != "re:"),
+        ]
+        renamed = [name.removesuffix(".") for name in hf_to_vllm_mapper.apply_list(entries)]
         ignore = list(dict.fromkeys([*quantization.ignore, *renamed]))
         self.format = quantization.model_copy(update={"ignore": ignore})
         self.specs = {**hf_to_vllm_mapper.apply_dict(dict(self.specs)), **self.specs}
@@ -162,6 +178,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
+        from bwla_vllm.checks import check_kv_b_proj
         from bwla_vllm.compat import is_moe_layer
         from bwla_vllm.linear import BWLALinearMethod
         from bwla_vllm.loading import BWLAScoreMethod
@@ -176,14 +193,16 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
                     if prefix.rpartition(".")[2] == "score"
                     else UnquantizedLinearMethod()
                 )
+            with one_sentence():
+                check_kv_b_proj(parts)
             return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
         if isinstance(layer, VocabParallelEmbedding) and (method := self._int8_method(layer, prefix)):
             return method
-        refused = [prefix] if isinstance(layer, ParallelLMHead) else []
+        if isinstance(layer, ParallelLMHead) and quantization.is_quantized(prefix):
+            raise _not_served(prefix)
         if is_moe_layer(layer):
-            refused = [f"{prefix}.0.{leaf}" for leaf in EXPERT_LEAVES]
-        with one_sentence():
-            self._refuse(refused)
+            for name in self._experts(prefix):
+                raise _not_served(name)
         return None
 
     def known_format(self) -> "BWLAFormat":
@@ -219,38 +238,61 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         from bwla_vllm.checks import check_tensor_parallel
+        from bwla_vllm.head import watch_vocabulary
         from bwla_vllm.loading import check_request
 
         if not self._start_checked:
             check_request(get_current_vllm_config_or_none(), self.known_format(), self.changed_sizes)
             with one_sentence():
                 check_tensor_parallel(self.specs, get_tensor_model_parallel_world_size())
+            watch_vocabulary(self.known_format(), ties_head())
             self._start_checked = True
 
     def _quantized_parts(self, layer: Any, prefix: str) -> tuple[str, ...]:
         """Return the checkpoint names of the linears that `layer` fuses (or its own name); () if unquantized."""
         stem, _, leaf = prefix.rpartition(".")
-        leaves = self.packed_modules_mapping.get(leaf) or [leaf]
-        parts = tuple(f"{stem}.{part}" if stem else part for part in leaves)
+        candidates = [
+            tuple(f"{stem}.{part}" if stem else part for part in leaves)
+            for leaves in self._fused_leaves(leaf)
+        ]
+        stored = (parts for parts in candidates if any(part in self.specs for part in parts))
+        quantized = (parts for parts in candidates if any(map(self.known_format().is_quantized, parts)))
+        parts = next(stored, None) or next(quantized, ())
         with one_sentence():
             # N = 1 for all: the parts must agree in everything that describes the input transform.
             specs = [self.known_format().layer_spec(part, 1, layer.input_size) for part in parts]
-            if all(spec is None for spec in specs):
-                return ()
             if any(spec != specs[0] for spec in specs):
                 raise FormatError(_describe_mix(prefix, parts, specs))
         return parts
 
-    def _refuse(self, names: list[str]) -> None:
-        from bwla_kernels.format.schema import longest_suffix
+    def _fused_leaves(self, leaf: str) -> Iterator[tuple[str, ...]]:
+        """Yield what the checkpoint may hold for a layer of vLLM called `leaf`, likeliest first.
 
-        quantization = self.known_format()
-        for name in names:
-            if not quantization.is_ignored(name) and longest_suffix(quantization.rotation, name) is not None:
-                raise BackendError(
-                    f"{name}: this release of the plugin does not serve one-bit experts or a one-bit language-model "
-                    f"head: convert the model again with --ignore {name.rpartition('.')[2]}"
-                )
+        Some classes have no `packed_modules_mapping`, and some describe other files than those of this model: the file
+        may hold the layer fused (GLM-4's gate_up_proj).
+        """
+        named = self.packed_modules_mapping.get(leaf)
+        if named:
+            yield tuple(named)
+        yield (leaf,)
+        yield from USUAL_PARTS.get(leaf, ())
+
+    def _experts(self, prefix: str) -> Iterator[str]:
+        """Yield the linears of the experts below `prefix` that are stored in one bit."""
+        # vLLM's layer is a part of the module that the checkpoint names: `experts.routed_experts`.
+        stem = prefix.removesuffix(".routed_experts")
+        if self.specs:
+            yield from (name for name in self.specs if name.startswith(f"{stem}."))
+        else:
+            names = (f"{stem}.0.{leaf}" for leaf in EXPERT_LEAVES)
+            yield from filter(self.known_format().is_quantized, names)
+
+
+def _not_served(name: str) -> StartError:
+    return StartError(
+        f"{name}: this release of the plugin does not serve one-bit experts or a one-bit language-model "
+        f"head: convert the model again with --ignore {name.rpartition('.')[2]}"
+    )
 
 
 def ties_head() -> bool:

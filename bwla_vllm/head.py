@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from bwla_kernels.errors import FormatError
@@ -11,9 +11,15 @@ from bwla_kernels.head import TorchHead, dequantize_rows
 from bwla_kernels.ops import HeadBackend, select_head_backend
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.modules.module import register_module_module_registration_hook
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE
@@ -22,6 +28,9 @@ from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.loading import derives_classifier
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import mark_device
+
+if TYPE_CHECKING:
+    from bwla_kernels.format.schema import BWLAFormat
 
 logger = init_logger("vllm.bwla")
 
@@ -238,6 +247,69 @@ class BWLATiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Refuse to compute, as in `process_weights_after_loading`."""
         raise _not_tied()
+
+
+class VocabularyWatch:
+    """Refuses a model class that builds its 8-bit head or embedding without the quantization config.
+
+    vLLM's loader would only say that there is no parameter called `lm_head.weight_int8`. The first public place where
+    such a layer shows is the model's attribute, for which torch has a hook; it is removed once weights are loaded.
+
+    Args:
+        quantization: the checkpoint's config.
+        ties_head: whether the model ties its head to its embedding.
+        drops_head: whether vLLM removes the head after it built the model, as pooling models do.
+    """
+
+    active: "ClassVar[VocabularyWatch | None]" = None
+
+    def __init__(self, quantization: "BWLAFormat", ties_head: bool, drops_head: bool = False) -> None:
+        self.embedding = quantization.embedding is not None
+        own_head = quantization.lm_head is not None
+        self.head = (own_head or (self.embedding and ties_head)) and not drops_head
+        self.head_option = "--lm-head-bits" if own_head else "--embedding-bits"
+        self._hook = register_module_module_registration_hook(self.check)
+
+    def check(self, parent: torch.nn.Module, name: str, module: torch.nn.Module | None) -> None:
+        """Check a module that becomes `parent.name`, and the parent's embedding, which may be older than the hook.
+
+        Raises:
+            StartError: a head or an embedding without the method for its stored tensors.
+        """
+        if self.head and isinstance(module, ParallelLMHead):
+            _refuse_unquantized(parent, name, module, self.head_option)
+        leaf = EMBEDDING_MODULE.rpartition(".")[2]
+        embedding = module if name == leaf else getattr(parent, leaf, None)
+        if self.embedding and isinstance(embedding, VocabParallelEmbedding):
+            _refuse_unquantized(parent, leaf, embedding, "--embedding-bits")
+
+    def stop(self) -> None:
+        """Stop checking."""
+        self._hook.remove()
+
+
+def _refuse_unquantized(parent: torch.nn.Module, name: str, layer: Any, option: str) -> None:
+    if isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
+        raise StartError(
+            f"{name}: expected 16 bits, because vLLM's class {type(parent).__name__} builds this layer without the "
+            f"quantization config, found 8 bits: convert the model again with {option} 16"
+        )
+
+
+def watch_vocabulary(quantization: "BWLAFormat", ties_head: bool) -> None:
+    """Watch the model that vLLM is building; outside an engine, do nothing."""
+    stop_watching()
+    config = get_current_vllm_config_or_none()
+    if config is not None and config.model_config is not None:
+        drops_head = config.model_config.runner_type == "pooling"
+        VocabularyWatch.active = VocabularyWatch(quantization, ties_head, drops_head)
+
+
+def stop_watching() -> None:
+    """End the watch, if there is one: the model is complete."""
+    if VocabularyWatch.active is not None:
+        VocabularyWatch.active.stop()
+        VocabularyWatch.active = None
 
 
 def _not_tied() -> StartError:

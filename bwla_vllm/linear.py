@@ -27,6 +27,7 @@ from bwla_vllm.checks import ADVICE, check_rotation_groups
 from bwla_vllm.compat import untested_triton
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
+from bwla_vllm.head import stop_watching
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import (
     CheckedParameter,
@@ -149,6 +150,7 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
         stored = {name: own[name] for name in tensor_specs(local.spec) if name in own}
         if not isinstance(stored.get("weight_scale"), CheckedParameter):
             return  # Already repacked; a reload brings the checked parameters back first.
+        stop_watching()
         started = time.perf_counter()
         if local.dummy:
             tensors = dummy_tensors(local.spec, stored["weight_scale"].device)

@@ -15,9 +15,6 @@ SHARDED_ROTATION_GROUPS = 8
 """Preferred number of rotation groups where tensor parallelism shards the input: each of 1, 2, 4 or 8 tensor-parallel
 ranks then holds whole groups."""
 
-INPUT_SHARDED_LINEARS = ("o_proj", "down_proj")
-"""Names of the linears that tensor parallelism shards along their input (`RowParallelLinear` in vLLM)."""
-
 
 def factor_pair(width: int) -> tuple[int, int] | None:
     """Split `width` into n1 <= n2 <= 128, balanced, preferring two multiples of 8.

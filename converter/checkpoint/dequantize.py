@@ -134,7 +134,7 @@ def _dequantized(
                 if spec.bias:
                     tensors[f"{module}.bias"] = _finite(f"{module}.bias", layer["bias"].to(dtype))
                 on_linear(module)
-        elif module in int8_modules(contents.format):
+        elif module in int8_modules(contents.format, contents.entries):
             if key == "weight_int8":
                 stored = read_int8(contents.folder, contents.entries, module)
                 tensors[f"{module}.weight"] = _finite(f"{module}.weight", _dequantized_int8(stored, dtype))

@@ -1,7 +1,7 @@
 """Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bwla_converter.common.bits import (
@@ -14,11 +14,19 @@ from bwla_converter.common.bits import (
 )
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
+from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
-from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args, is_ignored
+from bwla_kernels.format.schema import (
+    BWLAFormat,
+    LayerLinears,
+    Provenance,
+    activation_args,
+    head_args,
+    is_ignored,
+)
 
 DEFAULT_BITS = 6
 """Activation bits, as in the paper."""
@@ -177,6 +185,33 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
     return None if bits == 16 or is_shared or not storable else source.embedding_weight
 
 
+def describe_linears(structure: Structure, quantized: Iterable[str]) -> list[LayerLinears] | None:
+    """List the quantized linears of each kind of decoder layer, so that loaders know which to expect.
+
+    Args:
+        structure: the model's structure.
+        quantized: full names of the linears to quantize.
+
+    Returns: the kinds, or None where all decoder layers have the same linears.
+    """
+    names = set(quantized)
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index, groups in enumerate(structure.blocks):
+        kinds.setdefault(tuple(member for group in groups for member in group.members), []).append(index)
+    if len(kinds) < 2:
+        return None
+    chosen: dict[tuple[str, ...], list[int]] = {}
+    for members, indices in kinds.items():
+        for index in indices:
+            own = tuple(name for name in members if f"{structure.layer_name(index)}.{name}" in names)
+            if own:
+                chosen.setdefault(own, []).append(index)
+    return [
+        LayerLinears(layers=structure.layers, indices=indices, names=list(own))
+        for own, indices in chosen.items()
+    ]
+
+
 def make_plan(
     source: Source,
     rank: int | None,
@@ -248,6 +283,7 @@ def make_plan(
         rank=rank,
         rotation=rotation,
         ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore, *source.structure.kept])),
+        linears=describe_linears(source.structure, specs),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,

@@ -22,7 +22,7 @@ from bwla_kernels.format.files import (
     read_tensors,
     scan_folder,
 )
-from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, INT8_SUFFIX, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import FLOAT_DTYPES, LayerSpec, TensorSpec, shape_problem, tensor_specs
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 
@@ -41,6 +41,9 @@ __all__ = [
 
 ADVICE = "convert or download the model again"
 PACKED_SUFFIX = ".weight_packed"
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""Names that models' configs have for the number of decoder layers."""
+
 _LAYER_NAME = re.compile(r"(?P<stem>.*?\.)(?P<index>\d+)(?P<leaf>\..*)")
 
 
@@ -85,17 +88,40 @@ def _folder_problems(
         yield from _layer_problems(name, entries, spec, folder)
     if not specs:
         yield f"{folder}: expected quantized layers (*{PACKED_SUFFIX}), found none"
-    for module in int8_modules(config):
+    int8 = int8_modules(config, entries)
+    for module in int8:
         yield from _int8_problems(module, entries, raw_config, folder)
-    yield from _plain_problems(entries, specs, int8_modules(config), folder)
+    yield from _plain_problems(entries, specs, int8, folder)
     yield from _stray_files(entries, folder)
-    config_path = folder / "config.json"
-    count = _layer_count(raw_config, config_path)
+    yield from _missing_linears(specs, config, raw_config, folder)
+    for name in plain_names(entries, specs, int8):
+        module = name.removesuffix(".weight")
+        if module != name and config.is_quantized(module):
+            yield (
+                f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives a "
+                f"rotation for {module} and does not ignore it, found an unquantized weight"
+            )
+
+
+def _missing_linears(
+    specs: Mapping[str, LayerSpec], config: BWLAFormat, raw_config: Mapping[str, Any], folder: Path
+) -> Iterator[str]:
+    """Yield the linears that are missing, and those that config.json does not describe."""
+    path = folder / "config.json"
+    if config.linears is not None:
+        expected = [name for kind in config.linears for name in kind.full_names()]
+        for name in expected:
+            if name not in specs:
+                yield f"{folder}: {name}{PACKED_SUFFIX} is missing, although config.json lists it in linears"
+        for name in sorted(specs.keys() - set(expected)):
+            yield f"{path}: expected linears to list {name}, because it is stored in one bit"
+        return
+    count = _layer_count(raw_config, path)
     for name in specs:
         match = _LAYER_NAME.fullmatch(name)
         if match and int(match["index"]) >= count:
             yield (
-                f"{config_path}: expected num_hidden_layers to be more than {match['index']}, because {name} is "
+                f"{path}: expected num_hidden_layers to be more than {match['index']}, because {name} is "
                 f"stored, found {count}"
             )
     for name in _expected_names(specs, count):
@@ -119,10 +145,19 @@ def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, fo
                 yield f"{folder / stored[key].file}: {prefix}{key}: {problem}"
 
 
-def int8_modules(config: BWLAFormat) -> list[str]:
-    """Return the module paths of the head and the embedding, as far as they are stored in 8 bits."""
-    stored = {HEAD_MODULE: config.lm_head, EMBEDDING_MODULE: config.embedding}
-    return [module for module, arguments in stored.items() if arguments is not None]
+def int8_modules(config: BWLAFormat, names: Iterable[str] = ()) -> list[str]:
+    """Return the module paths of the head and the embedding, as far as they are stored in 8 bits.
+
+    Args:
+        config: which of the two are.
+        names: the stored tensors. Some models call these modules differently (`model.language_model.embed_tokens`);
+            the usual names are returned where the stored ones do not agree with `config`.
+    """
+    usual = {HEAD_MODULE: config.lm_head, EMBEDDING_MODULE: config.embedding}
+    expected = [module for module, arguments in usual.items() if arguments is not None]
+    stored = [name.removesuffix(INT8_SUFFIX) for name in names if name.endswith(INT8_SUFFIX)]
+    unexpected = usual.keys() - set(expected)
+    return expected if len(stored) != len(expected) or unexpected & set(stored) else sorted(stored)
 
 
 def plain_names(
@@ -185,7 +220,8 @@ def _int8_problems(
 
 def _layer_count(raw_config: Mapping[str, Any], path: Path) -> int:
     text_config = raw_config.get("text_config") or raw_config
-    count = text_config.get("num_hidden_layers") if isinstance(text_config, Mapping) else None
+    sizes = text_config if isinstance(text_config, Mapping) else {}
+    count = next((sizes[key] for key in LAYER_COUNTS if key in sizes), None)
     if not isinstance(count, int) or isinstance(count, bool):
         raise FormatError(
             f"{path}: expected num_hidden_layers to be a number, found {count!r:.40}; restore this file"

@@ -14,6 +14,9 @@ HEAD_MODULE = "lm_head"
 EMBEDDING_MODULE = "model.embed_tokens"
 """Module path of the embedding in every supported model family."""
 
+INT8_SUFFIX = ".weight_int8"
+"""End of the name of the codes."""
+
 
 @dataclass(frozen=True)
 class HeadSpec:

@@ -80,6 +80,26 @@ class Provenance(BaseModel):
     allocation: dict[str, float] = Field(default_factory=dict)
 
 
+class LayerLinears(BaseModel):
+    """The quantized linears of decoder layers of one kind.
+
+    Attributes:
+        layers: module path of the list of decoder layers, "model.layers" for example.
+        indices: the decoder layers of this kind.
+        names: module paths of their quantized linears, inside a decoder layer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    layers: str
+    indices: list[int]
+    names: list[str]
+
+    def full_names(self) -> list[str]:
+        """Return the full names of these linears."""
+        return [f"{self.layers}.{index}.{name}" for index in self.indices for name in self.names]
+
+
 class BWLAFormat(BaseModel):
     """The `quantization_config`: everything that a loader must know before it reads a tensor.
 
@@ -90,6 +110,8 @@ class BWLAFormat(BaseModel):
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
         ignore: modules that are not quantized, by name or `re:` pattern (compressed-tensors' matching).
+        linears: all quantized linears, for a model whose decoder layers differ; None where every decoder layer that
+            `ignore` does not exclude has the same ones.
         lm_head: 8-bit weights of a language-model head that is stored, or None where it is not quantized.
         embedding: 8-bit weights of the embedding, and of a head that is tied to it, or None where they are not
             quantized; version 1 does not know it.
@@ -106,6 +128,7 @@ class BWLAFormat(BaseModel):
     rank: int | dict[str, int] = 0
     rotation: dict[str, tuple[int, int, int]]
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
+    linears: list[LayerLinears] | None = None
     lm_head: QuantizationArgs | None = None
     embedding: QuantizationArgs | None = None
     provenance: Provenance = Provenance()
@@ -163,6 +186,10 @@ class BWLAFormat(BaseModel):
         """Return whether `ignore` excludes the module called `name`."""
         return is_ignored(name, self.ignore)
 
+    def is_quantized(self, name: str) -> bool:
+        """Return whether the linear called `name` is stored in one bit."""
+        return not self.is_ignored(name) and longest_suffix(self.rotation, name) is not None
+
     def layer_spec(
         self, name: str, out_features: int, in_features: int, bias: bool = False
     ) -> LayerSpec | None:
@@ -199,6 +226,8 @@ class BWLAFormat(BaseModel):
         data = self.model_dump(mode="json", exclude={"lm_head", "embedding"})
         if self.format_version == 1:
             del data["planes"]
+        if self.linears is None:
+            del data["linears"]
         if not self.provenance.allocation:
             del data["provenance"]["allocation"]
         for field in ("weights", "input_activations", "lm_head", "embedding"):

@@ -46,6 +46,26 @@ def test_version_2_gives_planes_by_suffix() -> None:
     assert parse_config(parsed.to_json()) == parsed
 
 
+def test_linears_are_written_where_they_are_listed() -> None:
+    kinds = [
+        {"layers": "model.layers", "indices": [0, 2], "names": ["conv.in_proj"]},
+        {"layers": "model.layers", "indices": [1], "names": ["self_attn.q_proj", "mlp.w1"]},
+    ]
+    parsed = parse_config(config(linears=kinds))
+    assert parsed.to_json()["linears"] == kinds
+    assert parse_config(parsed.to_json()) == parsed
+    assert parsed.linears is not None
+    assert [name for kind in parsed.linears for name in kind.full_names()] == [
+        "model.layers.0.conv.in_proj",
+        "model.layers.2.conv.in_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.mlp.w1",
+    ]
+    assert "linears" not in config()
+    with pytest.raises(FormatError, match=r"linears.0.names: Field required"):
+        parse_config(config(linears=[{"layers": "model.layers", "indices": [0]}]))
+
+
 def test_version_1_does_not_mention_planes() -> None:
     assert "planes" not in config()
 

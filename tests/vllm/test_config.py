@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from bwla_kernels.format.schema import BWLAFormat
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.schema import BWLAFormat, head_args
 from torch import nn
 
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
+from bwla_vllm.head import VocabularyWatch
 
 ROTATION = {"q_proj": (1, 8, 8), "k_proj": (1, 8, 8), "v_proj": (1, 8, 8), "down_proj": (2, 8, 8)}
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -135,6 +137,63 @@ def test_fused_layer_knows_its_parts(bare_layer: Callable[..., Any]) -> None:
     assert method.parts == (stem + "q_proj", stem + "k_proj", stem + "v_proj")
 
 
+GATE_UP = {"gate_up_proj": ["gate_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("stored", "packed", "layer", "parts"),
+    [
+        # GLM-4: the class says two parts, and the files hold one.
+        (["gate_up_proj"], GATE_UP, "gate_up_proj", ["gate_up_proj"]),
+        (["gate_proj", "up_proj"], GATE_UP, "gate_up_proj", ["gate_proj", "up_proj"]),
+        # StableLM: the class does not say what it fuses.
+        (["q_proj", "k_proj", "v_proj"], {}, "qkv_proj", ["q_proj", "k_proj", "v_proj"]),
+        (["gate_proj", "up_proj"], {}, "gate_up_proj", ["gate_proj", "up_proj"]),
+        (["w1", "w3"], {}, "gate_up_proj", ["w1", "w3"]),
+        (["qkv_proj"], {}, "qkv_proj", ["qkv_proj"]),
+        (["in_proj_qkv", "in_proj_z"], {}, "in_proj_qkvz", ["in_proj_qkv", "in_proj_z"]),
+        (["down_proj"], {}, "qkv_proj", []),
+    ],
+)
+@pytest.mark.parametrize("by_headers", [True, False])
+def test_a_fused_layer_is_what_the_checkpoint_holds(
+    stored: list[str],
+    packed: dict[str, list[str]],
+    layer: str,
+    parts: list[str],
+    by_headers: bool,
+    bare_layer: Callable[..., Any],
+) -> None:
+    stem = "model.layers.0.mlp."
+    config = make_config(rotation=dict.fromkeys(stored, (1, 8, 8)))
+    config.packed_modules_mapping = packed
+    if by_headers:
+        config.specs = {stem + name: LayerSpec(64, 64, 1, 8, 8, rank=2) for name in stored}
+    method = config.get_quant_method(bare_layer("linear"), stem + layer)
+    assert getattr(method, "parts", ()) == tuple(stem + part for part in parts)
+
+
+def test_headers_decide_where_the_config_allows_both(bare_layer: Callable[..., Any]) -> None:
+    """A shared expert may store gate_proj and up_proj where the dense layers store gate_up_proj."""
+    config = make_config(rotation=dict.fromkeys(["gate_proj", "up_proj", "gate_up_proj"], (1, 8, 8)))
+    config.packed_modules_mapping = GATE_UP
+    stem = "model.layers.0.mlp."
+    config.specs = {stem + "gate_up_proj": LayerSpec(64, 64, 1, 8, 8, rank=2)}
+    assert config.get_quant_method(bare_layer("linear"), stem + "gate_up_proj").parts == (
+        stem + "gate_up_proj",
+    )
+    shared = config.get_quant_method(bare_layer("linear"), "model.layers.1.shared_expert.gate_up_proj")
+    assert [part.rpartition(".")[2] for part in shared.parts] == ["gate_proj", "up_proj"]
+
+
+def test_kv_b_proj_is_refused_by_name(bare_layer: Callable[..., Any]) -> None:
+    config = make_config(rotation={**ROTATION, "kv_b_proj": (1, 8, 8)})
+    with pytest.raises(
+        StartError, match=r"layers.0.self_attn.kv_b_proj: expected 16 bits.*--ignore kv_b_proj"
+    ):
+        config.get_quant_method(bare_layer("linear"), "model.layers.0.self_attn.kv_b_proj")
+
+
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
@@ -174,6 +233,24 @@ def test_one_bit_experts_are_refused(bare_layer: Callable[..., Any], monkeypatch
         config.get_quant_method(bare_layer("attention"), "model.layers.0.mlp.experts")
 
 
+@pytest.mark.parametrize(
+    "prefix", ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.routed_experts"]
+)
+def test_experts_in_16_bits_are_left_to_vllm(
+    prefix: str, bare_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bwla_vllm.compat.is_moe_layer", lambda layer: True)
+    rotation = {**ROTATION, "gate_proj": (1, 8, 8)}
+    ignored = make_config(rotation=rotation, ignore=["experts"])
+    assert ignored.get_quant_method(bare_layer("attention"), prefix) is None
+    known = make_config(rotation=rotation)
+    known.specs = {"model.layers.0.mlp.gate_proj": LayerSpec(64, 64, 1, 8, 8)}
+    assert known.get_quant_method(bare_layer("attention"), prefix) is None
+    known.specs["model.layers.0.mlp.experts.3.w2"] = LayerSpec(64, 64, 1, 8, 8)
+    with pytest.raises(StartError, match=r"mlp.experts.3.w2: this release .* --ignore w2"):
+        known.get_quant_method(bare_layer("attention"), prefix)
+
+
 def test_moe_layers_of_this_vllm_are_known() -> None:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
@@ -189,3 +266,80 @@ def test_names_inside_vllm_are_learned(bare_layer: Callable[..., Any]) -> None:
     config = make_config(ignore=["model.layers.1"])
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
     assert config.format.ignore == ["model.layers.1", "language_model.model.layers.1"]
+
+
+TOWERS = {
+    "model.language_model.": "language_model.model.",
+    "model.visual.": "visual.",
+    "lm_head.": "language_model.lm_head.",
+    "model.": "language_model.model.",
+}
+"""What vLLM's class for Qwen2.5-VL maps."""
+
+
+def test_ignored_towers_are_found_inside_vllm() -> None:
+    """An entry of `ignore` may be exactly what a prefix of vLLM's mapper stands for."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = make_config(ignore=["lm_head", "model.visual", "model.language_model.layers.1"])
+    config.specs = {"model.language_model.layers.0.self_attn.q_proj": LayerSpec(64, 64, 1, 8, 8)}
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=TOWERS))
+    assert config.format.is_ignored("visual.blocks.0.mlp.down_proj")
+    assert config.format.is_ignored("language_model.lm_head")
+    assert config.format.is_ignored("language_model.model.layers.1.mlp.down_proj")
+    assert not config.format.is_ignored("language_model.model.layers.0.mlp.down_proj")
+    assert "language_model.model.layers.0.self_attn.q_proj" in config.specs
+
+
+@pytest.fixture
+def vocabulary_layer(vllm_config: None, on_rank: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """A head or an embedding as a class of vLLM builds it without the quantization config."""
+    from vllm.model_executor.layers import vocab_parallel_embedding as layers
+
+    return lambda kind: getattr(layers, kind)(64, 32, params_dtype=torch.float32, prefix="model.layer")
+
+
+@pytest.mark.parametrize(
+    ("stored", "tied", "drops_head", "attribute", "kind", "option"),
+    [
+        ("lm_head", False, False, "lm_head", "ParallelLMHead", "--lm-head-bits"),
+        ("embedding", True, False, "output", "ParallelLMHead", "--embedding-bits"),
+        ("embedding", False, True, "embed_tokens", "VocabParallelEmbedding", "--embedding-bits"),
+        ("lm_head", False, True, "lm_head", "ParallelLMHead", None),
+        ("embedding", False, False, "lm_head", "ParallelLMHead", None),
+        ("lm_head", False, False, "embed_tokens", "VocabParallelEmbedding", None),
+    ],
+)
+def test_a_class_that_cannot_take_8_bits_is_named(
+    stored: str,
+    tied: bool,
+    drops_head: bool,
+    attribute: str,
+    kind: str,
+    option: str | None,
+    vocabulary_layer: Callable[..., Any],
+) -> None:
+    quantization = BWLAFormat(format_version=2, rotation=ROTATION, **{stored: head_args()})
+    watch = VocabularyWatch(quantization, tied, drops_head)
+    try:
+        if option is None:
+            setattr(nn.Module(), attribute, vocabulary_layer(kind))
+            return
+        with pytest.raises(
+            StartError, match=rf"{attribute}: expected 16 bits, because vLLM's class Module .* {option} 16"
+        ):
+            setattr(nn.Module(), attribute, vocabulary_layer(kind))
+    finally:
+        watch.stop()
+    setattr(nn.Module(), attribute, vocabulary_layer(kind))
+
+
+def test_an_embedding_that_is_older_than_the_watch_is_seen(vocabulary_layer: Callable[..., Any]) -> None:
+    model = nn.Module()
+    model.embed_tokens = vocabulary_layer("VocabParallelEmbedding")
+    watch = VocabularyWatch(BWLAFormat(format_version=2, rotation=ROTATION, embedding=head_args()), False)
+    try:
+        with pytest.raises(StartError, match="embed_tokens: expected 16 bits"):
+            model.norm = nn.LayerNorm(4)
+    finally:
+        watch.stop()

@@ -1,0 +1,127 @@
+"""A random BWLA checkpoint of any transformers model, for architectures whose conversion is tested elsewhere."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.files import read_folder, read_tensors
+from bwla_kernels.format.layer import INPUT_TRANSFORM
+from bwla_kernels.format.schema import BWLAFormat, LayerLinears, activation_args, longest_suffix
+from random_tensors import random_layer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+PLAIN = re.compile(
+    r"visual|vision|mtp|[.]experts[.]|[.](gate|router|kv_b_proj|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|\w*gate)$"
+)
+"""Modules that stay in 16 bits: towers, experts, routers and what vLLM needs unquantized."""
+
+INPUT_GROUPS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("in_proj_qkv", "in_proj_z"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+"""Linears that read the same input."""
+
+LAYER = re.compile(r"(?P<layers>.*?(?:layers|h))[.](?P<index>\d+)[.](?P<name>.*)")
+
+
+def write_source(folder: Path, model_class: Any, config: Any, seed: int = 0) -> Path:
+    """Save a model with random weights, in float32 and with the stored names of its original; return the folder."""
+    torch.manual_seed(seed)
+    model: nn.Module = model_class(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3 if "embed" in name else parameter[0].numel() ** -0.5)
+            elif name.endswith("norm.weight"):
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    return folder
+
+
+def linears_of(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the stored names of the linears in decoder layers that are quantized here."""
+    names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    sizes = {name: tensors[f"{name}.weight"].shape for name in names}
+    return [
+        name
+        for name in names
+        if LAYER.fullmatch(name) and not PLAIN.search(name)
+        if len(sizes[name]) == 2 and sizes[name][0] >= 32 and sizes[name][1] % 32 == 0
+    ]
+
+
+def write_checkpoint(
+    source: Path, out: Path, bits: int = 16, ignore: Iterable[str] = ()
+) -> dict[str, LayerSpec]:
+    """Write `source` to `out` with random one-bit linears; return their specs.
+
+    Args:
+        source: a model folder.
+        out: the folder to create.
+        bits: activation bits.
+        ignore: modules to leave as they are, besides those of `PLAIN`.
+    """
+    entries = read_folder(source)
+    tensors = read_tensors(source, entries, list(entries))
+    given = BWLAFormat(rotation={}, ignore=list(ignore))
+    specs: dict[str, LayerSpec] = {}
+    rotation: dict[str, tuple[int, int, int]] = {}
+    shared: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, Tensor] = {}
+    for name in linears_of(tensors):
+        if given.is_ignored(name):
+            continue
+        weight = tensors.pop(f"{name}.weight")
+        stem, _, leaf = name.rpartition(".")
+        sizes = choose_rotation(weight.shape[1])
+        spec = LayerSpec(*weight.shape, *sizes, rank=2, bits=bits, bias=f"{name}.bias" in tensors)
+        layer = random_layer(spec, len(specs))
+        group = next((members for members in INPUT_GROUPS if leaf in members), (leaf,))
+        own = {key: layer[key] for key in INPUT_TRANSFORM if key in layer}
+        layer.update(shared.setdefault(f"{stem}.{group[0]}", own))
+        layer.pop("bias", None)
+        stored.update({f"{name}.{key}": tensor.clone() for key, tensor in layer.items()})
+        specs[name] = spec
+        if rotation.setdefault(leaf, sizes) != sizes:
+            rotation[name] = sizes
+    plain = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    left = [name for name in plain if longest_suffix(rotation, name) is not None]
+    quantization = BWLAFormat(
+        input_activations=activation_args(bits),
+        rank=2,
+        rotation=rotation,
+        ignore=list(dict.fromkeys(["lm_head", *ignore, *left])),
+        linears=layer_linears(specs),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({**tensors, **stored}, out / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "quantization_config": quantization.to_json()}))
+    return specs
+
+
+def layer_linears(names: Iterable[str]) -> list[LayerLinears] | None:
+    """Return the kinds of decoder layers for config.json, or None where all have the same linears."""
+    layers: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        match = LAYER.fullmatch(name)
+        assert match
+        layers.setdefault((match["layers"], int(match["index"])), []).append(match["name"])
+    kinds: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    for (stem, index), members in layers.items():
+        kinds.setdefault((stem, tuple(sorted(members))), []).append(index)
+    if len(kinds) == 1:
+        return None
+    return [
+        LayerLinears(layers=stem, indices=indices, names=list(members))
+        for (stem, members), indices in kinds.items()
+    ]
