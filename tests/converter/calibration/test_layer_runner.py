@@ -3,13 +3,14 @@
 import pytest
 import torch
 from bwla_converter.calibration.layer_runner import LayerRunner
-from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
 from torch import nn
 
+from benchmarks.common.tiny_models import FAMILIES
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -30,7 +31,7 @@ def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +77,7 @@ def test_inspecting_and_modifying_a_layer(make_model) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: str) -> None:
     source = open_source(str(make_model(family, dtype=torch.float32, lively=True)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))
