@@ -3,10 +3,10 @@
     python -m benchmarks.coverage --out benchmarks/results/coverage.json
     python -m benchmarks.coverage --cases llama,qwen3_moe --recipes paper,fast
 
-A case is built, converted with each recipe with 16-bit activations, head and embedding, dequantized and served by vLLM in
-all these forms: the converted model must give the tokens and the log probabilities of its dequantized weights. It is also
-converted with the default options, with 6-bit activations, and served. Every case runs in processes of its own, so that
-one which crashes or takes too long is one row.
+A case is built, converted with each recipe with 16-bit activations, head and embedding, dequantized, and served by vLLM
+in all these forms: the converted model must give the tokens and the log probabilities of its dequantized weights. It is
+also converted with the default options, with 6-bit activations, and served. Every case runs in processes of its own, so
+that one which crashes or takes too long is one row.
 
 --out is written after each case. A row that it contains already is replaced if the case runs again, and kept if not.
 """

@@ -2,6 +2,10 @@
 
 import gc
 
+from benchmarks.coverage import torchvision_stand_in
+
+torchvision_stand_in.install()
+
 import bwla_converter.checkpoint.dequantize
 
 # How OpenMP waits is said before torch is imported.

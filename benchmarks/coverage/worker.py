@@ -9,8 +9,9 @@ import os
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkContext, ForkServerContext
 from pathlib import Path
+from typing import Literal
 
 from bwla_kernels.errors import BWLAError
 
@@ -37,15 +38,17 @@ LONGEST_MESSAGE = 400
 class Workers:
     """Processes that run steps."""
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, method: Literal["forkserver", "fork"] = "forkserver") -> None:
         """Set the environment of the processes.
 
         Args:
             cache: folder for what vLLM caches.
+            method: how processes start: from a server that has imported everything, or as copies of this one.
         """
         os.environ.update({**ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache)})
-        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOADED])
+        self._context: ForkServerContext | ForkContext = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload([PRELOADED])
 
     def run(self, steps: Sequence[Step], case: str, folder: Path, seconds: float) -> dict[str, Answer]:
         """Run the steps of a case one after another; return what each one gave, by the step's name.
