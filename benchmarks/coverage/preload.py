@@ -1,26 +1,27 @@
 """What the server of `benchmarks.coverage.worker` imports, so that processes forked from it need not."""
 
 import gc
+import importlib
 
 from benchmarks.coverage import torchvision_stand_in
 
+MODULES = (
+    "bwla_converter.cli",  # says how OpenMP waits, before torch is imported
+    "bwla_converter.pipeline",
+    "bwla_converter.checkpoint.dequantize",
+    "bwla_kernels.ops",
+    "vllm.entrypoints.llm",
+    "vllm.model_executor.model_loader",
+    "vllm.model_executor.models.llama",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_model_runner",
+    "vllm.v1.worker.cpu_worker",
+    "benchmarks.coverage.build",
+    "benchmarks.coverage.worker",
+)
+
 torchvision_stand_in.install()
-
-import bwla_converter.checkpoint.dequantize
-
-# How OpenMP waits is said before torch is imported.
-import bwla_converter.cli
-import bwla_converter.pipeline  # noqa: F401
-import bwla_kernels.ops  # noqa: F401
-import vllm.entrypoints.llm
-import vllm.model_executor.model_loader
-import vllm.model_executor.models.llama
-import vllm.v1.engine.core
-import vllm.v1.worker.cpu_model_runner
-import vllm.v1.worker.cpu_worker  # noqa: F401
-
-import benchmarks.coverage.build
-import benchmarks.coverage.worker  # noqa: F401
-
+for module in MODULES:
+    importlib.import_module(module)
 # No process has to search what all of them share for garbage.
 gc.freeze()

@@ -135,7 +135,13 @@ def run_steps(steps: Sequence[Step], case: str, folder: Path, failed: set[str], 
 
 def sentence_of(error: BaseException) -> str:
     """Return the message of an error in one line; its type comes first unless it is one of ours."""
-    message = " ".join(str(error).split()) or "no message"
+    message = " ".join(str(error).split()) or _place_of(error)
     if not isinstance(error, BWLAError):
         message = f"{type(error).__name__}: {message}"
     return message if len(message) <= LONGEST_MESSAGE else f"{message[: LONGEST_MESSAGE - 3]}..."
+
+
+def _place_of(error: BaseException) -> str:
+    """Return where an error without a message was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"raised in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else "no message"
