@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from bwla_converter.source.families import family_table
 
+from scripts.tables.coverage import coverage_table
 from scripts.tables.quality import (
     ablation_table,
     amounts_table,
@@ -89,6 +90,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "conversion": conversion_table,
     "phases": phase_table,
     "frontier": frontier_table,
+    "coverage": coverage_table,
 }
 
 

@@ -35,7 +35,9 @@ def _gpu() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(0)} if torch.cuda.is_available() else {}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit of this checkout, with "+changes" if its code differs from it."""
+
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
@@ -74,7 +76,7 @@ def write_result(out: Path, rows: Sequence[Mapping[str, Any]], **facts: Any) -> 
     result = {
         "command": command_line(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": {"cpu": _cpu_name(), "cores": os.cpu_count(), "memory_gib": _memory_gib(), **_gpu()},
         "versions": _versions(),
         **facts,

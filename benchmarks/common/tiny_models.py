@@ -1,11 +1,14 @@
-"""Tiny random models of every supported family, written as Hugging Face folders, for tests."""
+"""Tiny random models of the families that most tests use, written as Hugging Face folders.
+
+`benchmarks.coverage` has one of every architecture that is tried.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from bwla_converter.source.families import FAMILIES
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -19,16 +22,49 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
-OWN_SIZES: Mapping[str, dict[str, Any]] = {
-    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 32},
-    "gemma3_text": {
-        "sliding_window": 8,
-        "query_pre_attn_scalar": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "phi3": {"pad_token_id": 0},
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        architecture: its class in config.json's `architectures`.
+        model_type: transformers' name of its configuration.
+        settings: settings besides `SIZES`.
+        merged: whether q, k and v are one linear, and gate and up are one.
+        int8_embedding: whether vLLM's class lets the plugin choose how the embedding is stored.
+    """
+
+    architecture: str
+    model_type: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    merged: bool = False
+    int8_embedding: bool = True
+
+    @property
+    def input_groups(self) -> tuple[tuple[str, ...], ...]:
+        """Leaf names of a decoder layer's linears, those that read the same input together, in execution order."""
+        if self.merged:
+            return (("qkv_proj",), ("o_proj",), ("gate_up_proj",), ("down_proj",))
+        return (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
+
+_GEMMA = {"sliding_window": 8, "query_pre_attn_scalar": 32}
+
+FAMILIES: Mapping[str, Family] = {
+    "Llama": Family("LlamaForCausalLM", "llama"),
+    "Mistral": Family("MistralForCausalLM", "mistral"),
+    "Qwen2": Family("Qwen2ForCausalLM", "qwen2"),
+    "Qwen3": Family("Qwen3ForCausalLM", "qwen3"),
+    "Gemma 2": Family("Gemma2ForCausalLM", "gemma2", _GEMMA, int8_embedding=False),
+    "Gemma 3": Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "Phi-3": Family("Phi3ForCausalLM", "phi3", {"pad_token_id": 0}, merged=True),
 }
-"""Further settings of a family, by transformers' model type."""
+"""The families by name."""
 
 
 def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any) -> PreTrainedModel:
@@ -40,9 +76,9 @@ def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any)
         seed: seed of the weights.
         config: changes to the tiny configuration.
     """
-    entry = next(entry for entry in FAMILIES if entry.name == family)
+    entry = FAMILIES[family]
     torch.manual_seed(seed)
-    sizes = {**SIZES, **OWN_SIZES.get(entry.model_type, {}), **config}
+    sizes = {**SIZES, **entry.settings, **config}
     settings = AutoConfig.for_model(entry.model_type, **sizes, architectures=[entry.architecture])
     model: PreTrainedModel = AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float()
     with torch.no_grad():

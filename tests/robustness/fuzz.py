@@ -38,7 +38,6 @@ from bwla_converter.checkpoint.integrity import check_hashes
 from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
-from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import validate_layer
@@ -52,7 +51,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import bwla_vllm
 from benchmarks.common.record import write_result
-from benchmarks.common.tiny_models import write_model
+from benchmarks.common.tiny_models import FAMILIES, write_model
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
 from tests.robustness.mutations import MAY_PASS, MUST_REFUSE, Mutation
@@ -131,16 +130,22 @@ def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
 
 def _refuse_unequal_copies(architecture: str, num_layers: int, tensors: Mapping[str, Tensor]) -> None:
     """Raise as `BWLALinearMethod` does where vLLM fuses the members of an input group."""
-    family = next(family for family in FAMILIES if family.architecture == architecture)
+    groups = next(family.input_groups for family in FAMILIES.values() if family.architecture == architecture)
     for index in range(num_layers):
-        for group in family.groups:
-            names = [f"{family.layer_name(index)}.{member}" for member in group.members]
+        for group in groups:
+            names = [name for leaf in group for name in _linears(tensors, f".{index}.", leaf)]
             for key in INPUT_TRANSFORM:
                 copies = [tensors[f"{name}.{key}"] for name in names if f"{name}.{key}" in tensors]
                 if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
                     raise StartError(
                         f"{names[0]}.{key}: expected identical copies in its input group, found different ones"
                     )
+
+
+def _linears(tensors: Mapping[str, Tensor], layer: str, leaf: str) -> list[str]:
+    """Return the quantized linears with the leaf name `leaf` in the decoder layer whose names contain `layer`."""
+    names = (name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed"))
+    return [name for name in names if layer in name and name.endswith(f".{leaf}")]
 
 
 def read_as_transformers(folder: Path) -> dict[str, Tensor] | None:

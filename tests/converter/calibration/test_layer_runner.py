@@ -3,18 +3,18 @@
 import pytest
 import torch
 from bwla_converter.calibration.layer_runner import Batch, LayerRunner
-from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
 from torch import nn
 
+from benchmarks.common.tiny_models import FAMILIES
 
 def random_batch(length: int) -> Batch:
     hidden = torch.randn(2, length, 64, generator=torch.Generator().manual_seed(1))
     return Batch(hidden, torch.zeros(2, length, dtype=torch.long))
 
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -36,7 +36,7 @@ def test_layer_after_layer_is_the_model(make_model, family: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_inputs_of_every_group_are_those_in_the_whole_model(make_model, family: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -82,7 +82,7 @@ def test_inspecting_and_modifying_a_layer(make_model) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_resumed_at_known_inputs_computes_the_same(make_model, family: str) -> None:
     source = open_source(str(make_model(family, dtype=torch.float32, lively=True)))
     layer = LayerRunner(source, torch.device("cpu")).layer(0, source.read(source.names_of_layer(0)))

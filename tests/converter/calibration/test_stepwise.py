@@ -8,9 +8,10 @@ from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.calibration.stepwise import StepwiseLayer, find_output_projections
-from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.model import Source, open_source
 from torch import Tensor, nn
+
+from benchmarks.common.tiny_models import FAMILIES
 
 
 def hidden_states() -> Tensor:
@@ -43,7 +44,7 @@ def halve(layer: DecoderLayer, name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["memory", "disk"])
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_step_sees_the_linears_replaced_before_it(
     make_model, family: str, place: str, tmp_path: Path
 ) -> None:

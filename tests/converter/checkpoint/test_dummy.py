@@ -9,13 +9,14 @@ from bwla_converter.checkpoint.dummy import write_dummy
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.cli.convert import app
 from bwla_converter.options import Options
-from bwla_converter.source.families import FAMILIES
 from bwla_kernels.errors import SourceError
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from benchmarks.common.tiny_models import FAMILIES
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_from_its_config_alone(make_model, tmp_path: Path, family: str) -> None:
     folder, out = make_model(family), tmp_path / "out"
     (folder / "model.safetensors").unlink()

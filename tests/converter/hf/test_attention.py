@@ -3,10 +3,11 @@
 import pytest
 import torch
 from bwla_converter.hf.attention import NAME
-from bwla_converter.source.families import FAMILIES
 from transformers import AutoModelForCausalLM
 
-WITHOUT_SOFT_CAP = [family.name for family in FAMILIES if family.name != "Gemma 2"]
+from benchmarks.common.tiny_models import FAMILIES
+
+WITHOUT_SOFT_CAP = [family for family in FAMILIES if family != "Gemma 2"]
 
 
 @torch.no_grad()

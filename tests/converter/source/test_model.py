@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.source.families import FAMILIES, GUIDE
+from bwla_converter.source.families import GUIDE
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError
 from paths import ROOT
 from safetensors.torch import load_file, save_file
+
+from benchmarks.common.tiny_models import FAMILIES
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
@@ -22,14 +24,14 @@ def refused(folder: Path, *sentences: str) -> None:
         assert sentence in str(error.value)
 
 
-@pytest.mark.parametrize("family", [family.name for family in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_every_family_opens_single_and_sharded(make_model, family: str, shards: int) -> None:
     folder = make_model(family, shards=shards)
     assert (folder / "model.safetensors.index.json").exists() == (shards > 1)
     source = open_source(str(folder))
     check_values(source)
-    assert source.structure.architecture == next(f.architecture for f in FAMILIES if f.name == family)
+    assert source.structure.architecture == FAMILIES[family].architecture
     assert source.num_layers == 2
     layer = source.read(source.names_of_layer(1))
     assert layer["model.layers.1.mlp.down_proj.weight"].shape == (64, 128)

@@ -1,0 +1,78 @@
+"""Write the model of a case as a Hugging Face folder, with a tokenizer and text to calibrate with."""
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+
+from benchmarks.coverage.case import ORDINARY_TOKENS, VOCABULARY, Case
+
+TEXT_FILE = "text.txt"
+"""Name of the file with the text, in the model's folder."""
+
+WORDS_OF_TEXT = 600
+STD = 0.2
+"""Standard deviation of the weights: large enough for each one to matter to the logits, unlike transformers' own."""
+
+
+def build(case: Case, seed: int = 0) -> PreTrainedModel:
+    """Return the random model of a case in its dtype."""
+    torch.manual_seed(seed)
+    settings = dict(case.settings)
+    for part, changes in settings.items():
+        if part.endswith("_config") and changes is not None and "model_type" in changes:
+            kind = changes["model_type"]
+            own = {key: value for key, value in changes.items() if key != "model_type"}
+            settings[part] = AutoConfig.for_model(kind, **own)
+    config = AutoConfig.for_model(case.model_type, **settings, architectures=[case.architecture])
+    if case.bare:
+        model = AutoModel.from_config(config, attn_implementation="eager")
+    else:
+        build_class = getattr(transformers, case.architecture)
+        model = build_class._from_config(config, attn_implementation="eager")
+    model = model.float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            parameter.add_(0.1 * noise) if parameter.dim() == 1 else parameter.copy_(STD * noise)
+    if isinstance(model, PreTrainedModel):
+        model.tie_weights()
+    return model.to(getattr(torch, case.dtype)).eval()
+
+
+def decoder_weights(model: PreTrainedModel) -> int:
+    """Return the number of weights in the matrices of the decoder's layers."""
+    decoder = model.get_decoder()
+    layers = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
+    return sum(
+        parameter.numel()
+        for module in layers or [decoder]
+        for parameter in module.parameters()
+        if parameter.dim() > 1
+    )
+
+
+def write_words(folder: Path) -> None:
+    """Write a tokenizer of the words t0, t1, ... and a text of ordinary words."""
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
+    drawn = random.Random(0).choices(range(1, ORDINARY_TOKENS), k=WORDS_OF_TEXT)
+    (folder / TEXT_FILE).write_text(" ".join(f"t{i}" for i in drawn), encoding="utf-8")
+
+
+def write_case(case: Case, folder: Path) -> int:
+    """Write the model of a case to `folder`; return the number of weights in its decoder's layers."""
+    model = build(case)
+    model.save_pretrained(folder)
+    write_words(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # save_pretrained writes the class of the model, which for a model without a head is not the published one.
+    path.write_text(json.dumps({**config, "architectures": [case.architecture]}), encoding="utf-8")
+    return decoder_weights(model)

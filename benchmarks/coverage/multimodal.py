@@ -1,0 +1,215 @@
+"""Cases: multimodal models, of which the decoder is converted, and embedding models."""
+
+from typing import Any
+
+from benchmarks.coverage.case import Case, Group, derived, wide
+from benchmarks.coverage.experts import LINEAR_ATTENTION
+
+_LAYER = "attention + MLP"
+_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 14,
+}
+_QWEN_TOKENS = {
+    "image_token_id": 250,
+    "video_token_id": 251,
+    "vision_start_token_id": 252,
+    "vision_end_token_id": 253,
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_GEMMA4_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+_GEMMA4_TOKENS = {
+    "image_token_id": 250,
+    "video_token_id": 251,
+    "audio_token_id": 252,
+    "boi_token_id": 253,
+    "eoi_token_id": 254,
+}
+
+
+def _model(text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    """Return the settings of a model with a decoder and a vision tower."""
+    return {"text_config": text, "vision_config": vision, **settings}
+
+
+_MODELS = (
+    (
+        "qwen2_5_vl",
+        "Qwen2.5-VL",
+        "Qwen2_5_VLForConditionalGeneration",
+        _LAYER,
+        _model(
+            derived(**_MROPE, model_type="qwen2_5_vl_text"),
+            {**_QWEN_VISION, "fullatt_block_indexes": [0]},
+            **_QWEN_TOKENS,
+        ),
+    ),
+    (
+        "qwen3_vl",
+        "Qwen3-VL",
+        "Qwen3VLForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(**_MROPE, model_type="qwen3_vl_text"),
+            {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **_QWEN_TOKENS,
+        ),
+    ),
+    (
+        "qwen3_5",
+        "Qwen3.5, 3.6 dense, as published",
+        "Qwen3_5ForConditionalGeneration",
+        "linear attention + MLP | attention + MLP",
+        _model(
+            wide(**LINEAR_ATTENTION, model_type="qwen3_5_text"),
+            {**_QWEN_VISION, "num_position_embeddings": 16},
+            **_QWEN_TOKENS,
+        ),
+    ),
+    (
+        "gemma3",
+        "Gemma 3 4B to 27B",
+        "Gemma3ForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(**_SLIDING, query_pre_attn_scalar=32, model_type="gemma3_text"),
+            {**_VISION, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4,
+            image_token_index=250,
+            boi_token_index=251,
+            eoi_token_index=252,
+        ),
+    ),
+    (
+        "gemma4",
+        "Gemma 4, as published",
+        "Gemma4ForConditionalGeneration",
+        "attention + MLP + per-layer input",
+        _model(
+            wide(
+                **_SLIDING,
+                hidden_size_per_layer_input=32,
+                vocab_size_per_layer_input=256,
+                model_type="gemma4_text",
+            ),
+            _GEMMA4_VISION,
+            audio_config=None,
+            **_GEMMA4_TOKENS,
+        ),
+    ),
+    (
+        "mistral3",
+        "Mistral Small 3, Ministral 3, as published",
+        "Mistral3ForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(model_type="ministral3", rope_parameters=_YARN),
+            {**_VISION, "head_dim": 32, "model_type": "pixtral"},
+            image_token_index=250,
+        ),
+    ),
+    (
+        "llava",
+        "LLaVA 1.5",
+        "LlavaForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(model_type="llama"), {**_VISION, "model_type": "clip_vision_model"}, image_token_index=250
+        ),
+    ),
+)
+
+_GROUP: Group = "multimodal"
+_BFLOAT16 = ("qwen3_5",)
+
+MULTIMODAL = tuple(
+    Case(
+        name,
+        models,
+        architecture,
+        name,
+        blocks,
+        settings,
+        group=_GROUP,
+        dtype="bfloat16" if name in _BFLOAT16 else "float32",
+    )
+    for name, models, architecture, blocks, settings in _MODELS
+)
+
+_ENCODER = {key: value for key, value in derived().items() if key not in ("num_key_value_heads", "head_dim")}
+
+EMBEDDING = (
+    Case(
+        "qwen3_embedding",
+        "Qwen3-Embedding",
+        "Qwen3ForCausalLM",
+        "qwen3",
+        _LAYER,
+        wide(tie_word_embeddings=True),
+        group="embedding",
+        bare=True,
+    ),
+    Case(
+        "gemma3_embed",
+        "EmbeddingGemma",
+        "Gemma3TextModel",
+        "gemma3_text",
+        _LAYER,
+        wide(**_SLIDING, query_pre_attn_scalar=32),
+        group="embedding",
+        bare=True,
+    ),
+    Case(
+        "modernbert",
+        "ModernBERT embed",
+        "ModernBertModel",
+        "modernbert",
+        _LAYER,
+        {**_ENCODER, "global_attn_every_n_layers": 2, "local_attention": 8}
+        | {"cls_token_id": 0, "sep_token_id": 1},
+        group="embedding",
+        bare=True,
+    ),
+    Case(
+        "xlm_roberta",
+        "bge-m3, e5",
+        "XLMRobertaModel",
+        "xlm-roberta",
+        _LAYER,
+        _ENCODER,
+        group="embedding",
+        bare=True,
+    ),
+)
