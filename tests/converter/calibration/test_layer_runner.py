@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks.common.tiny_models import FAMILIES
 
+
 def random_batch(length: int) -> Batch:
     hidden = torch.randn(2, length, 64, generator=torch.Generator().manual_seed(1))
     return Batch(hidden, torch.zeros(2, length, dtype=torch.long))
