@@ -96,4 +96,4 @@ def test_peft_trains_an_adapter(model: Any) -> None:
         assert all(parameter.grad is not None for parameter in trained)
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
