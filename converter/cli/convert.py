@@ -40,8 +40,13 @@ Examples:
 
   bwla-convert ./my-llama ./my-llama-bwla --rank 16 --abits 8 --seed 1 --resume
 
+  bwla-convert --plan ./my-llama
+
   vllm serve ./qwen3-8b-bwla --quantization bwla
 """
+
+NO_OUTPUT = Path()
+"""Stands for the output folder with --plan, which writes nothing."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 
@@ -68,6 +73,8 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a language model to 1-bit weights and low-bit activations, to be served by vLLM."""
+    if target.out is None and not target.plan:
+        raise typer.BadParameter("expected the folder to create, found none", param_hint="OUT")
     head_bits, embedding_bits = quantization.lm_head_bits, quantization.embedding_bits
     calibration = None
     if text.calibration is not None or quantization.recipe != "data-free":
@@ -75,7 +82,7 @@ def convert(
         calibration = Calibration(text.calibration or SELF, *amounts)
     options = Options(
         target.model,
-        target.out,
+        target.out or NO_OUTPUT,
         recipe=quantization.recipe,
         planes=quantization.planes,
         target_bits=quantization.bits,
@@ -102,6 +109,9 @@ def convert(
         hub_repo=reporting.push_to_hub,
     )
     console = Console(stderr=True)
+    if target.plan:
+        _print_plan(console, options)
+        return
     if reporting.push_to_hub is not None:
         _check_push(console, reporting.push_to_hub)
     if target.dummy:
@@ -136,6 +146,13 @@ def _push(console: Console, out: Path, repo: str, private: bool) -> None:
 
     with errors_reported(console):
         typer.echo(f"pushed to {push(out, repo, private or None)}")
+
+
+def _print_plan(console: Console, options: Options) -> None:
+    from bwla_converter.planning.describe import describe_conversion
+
+    with errors_reported(console):
+        typer.echo(describe_conversion(options))
 
 
 def _write_dummy(console: Console, options: Options) -> None:

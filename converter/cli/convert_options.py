@@ -36,8 +36,12 @@ class ModelAndOutput(Panel):
         ),
     ]
     out: Annotated[
-        Path, typer.Argument(help="The folder to create. It appears complete or not at all.", metavar="OUT")
-    ]
+        Path | None,
+        typer.Argument(
+            help="The folder to create. It appears complete or not at all. Not needed with --plan.",
+            metavar="OUT",
+        ),
+    ] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model already.")] = (
         False
     )
@@ -46,6 +50,14 @@ class ModelAndOutput(Panel):
         typer.Option(
             "--dummy",
             help="Write random weights, to measure speed and memory. MODEL only needs a config.json.",
+        ),
+    ] = False
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Print what would be quantized and what not, the size, and the expected memory and time; write "
+            "nothing. MODEL only needs a config.json.",
         ),
     ] = False
 

@@ -68,6 +68,6 @@ def find_model_class(config: Mapping[str, Any], path: Path) -> type[PreTrainedMo
             return found
     raise SourceError(
         f"{path}: found the architecture {', '.join(map(str, names)) or 'none'}, expected a model class of "
-        f"transformers {transformers.__version__}: correct `architectures`, or update transformers ({GUIDE} describes what a model "
-        "needs)"
+        f"transformers {transformers.__version__}: correct `architectures`, or update transformers ({GUIDE} describes "
+        "what a model needs)"
     )

@@ -235,7 +235,9 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         tied=tied,
         scale_block=fp8.scale_block(quantization),
         name=_name(model, folder, revision),
-        notes=tuple(filter(None, [renamed.note, describe_left_out(files_beside(folder)), structure.kept_note])),
+        notes=tuple(
+            filter(None, [renamed.note, describe_left_out(files_beside(folder)), structure.kept_note])
+        ),
         loadable=renamed.loadable,
         names=names,
     )

@@ -44,7 +44,7 @@ class Structure:
         blocks: input groups of each decoder layer, in execution order; layers may differ.
         embedding: name of the embedding.
         head: name of the language-model head.
-        final_norm: name of the norm after the last decoder layer.
+        final_norm: name of the norm that reads the output of the last decoder layer; empty if none does.
         own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
             unquantized.
         int8_head: whether vLLM's class lets the plugin choose how the head is stored; if not, it stays unquantized.
@@ -92,6 +92,11 @@ class Structure:
         if index is None:
             return self.renamed_modules.get(name, name)
         return f"{self.layer_path(index)}.{self.member_path(name)}"
+
+    def stored_name(self, path: str) -> str:
+        """Return the name of the embedding, the head or the final norm by its path in transformers' model."""
+        names = {module: name for name, module in self.renamed_modules.items()}
+        return names.get(path, path)
 
     @property
     def kept_note(self) -> str | None:

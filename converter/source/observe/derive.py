@@ -42,10 +42,11 @@ def observe_structure(
             f"{source}: expected {type(model).__name__} to run without its weights, so that its input groups can be "
             f"observed, found {type(cause).__name__} ({reason:.200}): please report this model"
         ) from None
-    modules = stored_modules(names, stored)
+    parameters = names.by_parameter(stored)
+    modules = stored_modules(names, parameters)
     architecture = type(model).__name__
     facts = serving_facts(architecture)
-    deriving = _Deriving(model, layers, layers_path, modules, facts.plain)
+    deriving = _Deriving(model, layers, layers_path, modules, parameters, facts.plain)
     blocks, kept, renamed = [], _Kept(), {}
     shared: dict[Any, tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]] = {}
     for index, block in enumerate(record.blocks):
@@ -136,6 +137,7 @@ class _Deriving:
     Attributes:
         model, layers, layers_path: the model, its decoder layers and their path.
         modules: module path -> stored name.
+        parameters: parameter -> stored tensors.
         plain: paths in a decoder layer to which vLLM's class passes no quantization -> the reason.
     """
 
@@ -143,6 +145,7 @@ class _Deriving:
     layers: nn.ModuleList
     layers_path: str
     modules: Mapping[str, str]
+    parameters: Mapping[str, list[str]]
     plain: Mapping[str, str]
 
     @property
@@ -172,11 +175,12 @@ class _Deriving:
         by_input: dict[object, list[str]] = {}
         for path, key in record.inputs.items():
             by_input.setdefault(key, []).append(path)
-        reasons = {path: rules.UNUSED for path in linears if path not in record.inputs}
+        unused = (path for path in linears if path not in record.inputs)
+        reasons = {path: self._reason_by_name(path) or rules.UNUSED for path in unused}
         for paths in by_input.values():
             sharded = self._is_sharded(paths, linears)
             for path in paths:
-                reason = self._reason(index, path, linears[path], InputGroup((), None, sharded))
+                reason = self._reason(index, path, linears[path], sharded)
                 if reason is not None:
                     reasons[path] = reason
         for path, reason in list(reasons.items()):
@@ -194,18 +198,28 @@ class _Deriving:
             groups.append(InputGroup(names, stream, self._is_sharded(paths, linears)))
         named = {self.stored(index, path) or path: reason for path, reason in reasons.items()}
         for path, reason in rules.plain_modules(self.layers[index]):
-            named.setdefault(self.stored(index, path) or path, reason)
+            named.setdefault(self.stored(index, path) or self._stored_matrices(index, path), reason)
         return tuple(groups), named, renamed
 
-    def _reason(self, index: int, path: str, linear: nn.Module, group: InputGroup) -> str | None:
+    def _stored_matrices(self, index: int, path: str) -> str:
+        """Return the stored name, inside its layer, of a module whose parameters are not stored as they are."""
+        prefix, start = f"{self.layers_name}.{index}.", f"{self.layers_path}.{index}.{path}."
+        stored = next((names[0] for name, names in self.parameters.items() if name.startswith(start)), "")
+        before, found, _ = stored.removeprefix(prefix).partition(f"{path.rpartition('.')[2]}.")
+        return f"{before}{found}".rstrip(".") if found else path
+
+    def _reason_by_name(self, path: str) -> str | None:
+        plain = (reason for part, reason in self.plain.items() if f".{part}." in f".{path}.")
+        return next(plain, None) or rules.reason_by_name(path)
+
+    def _reason(self, index: int, path: str, linear: nn.Module, sharded: bool) -> str | None:
         assert isinstance(linear, nn.Linear)
-        for plain, reason in self.plain.items():
-            if f".{plain}." in f".{path}.":
-                return reason
-        reason = rules.reason_by_name(path)
+        reason = self._reason_by_name(path)
         if reason is None and self.stored(index, path) is None:
             reason = rules.JOINED
-        return reason or rules.reason_by_shape(linear, group.preferred_rotation_groups)
+        return reason or rules.reason_by_shape(
+            linear, InputGroup((), None, sharded).preferred_rotation_groups
+        )
 
     def _is_sharded(self, paths: list[str], linears: Mapping[str, nn.Module]) -> bool:
         """Return whether tensor parallelism shards the linears at `paths`, which read the same, along their input.

@@ -5,7 +5,7 @@ checkpoints on the Hub, and the loaders of vLLM, have the stored names, so the o
 """
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 
 import torch
@@ -107,10 +107,15 @@ def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
 
 
-def stored_modules(names: StoredNames, tensors: Collection[str]) -> dict[str, str]:
-    """Return module path in transformers' model -> its stored name, of the weights that are only renamed."""
+def stored_modules(names: StoredNames, parameters: Mapping[str, list[str]]) -> dict[str, str]:
+    """Return module path in transformers' model -> its stored name, of the weights that are only renamed.
+
+    Args:
+        names: how the model's tensors are stored.
+        parameters: parameter -> its stored tensors, from `by_parameter`.
+    """
     modules = {}
-    for parameter, stored in names.by_parameter(tensors).items():
+    for parameter, stored in parameters.items():
         path, _, key = parameter.rpartition(".")
         name, _, stored_key = stored[0].rpartition(".")
         if len(stored) == 1 and key == stored_key == "weight" and names.parameter(stored[0])[1] is None:

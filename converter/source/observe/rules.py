@@ -71,9 +71,10 @@ def fused_with(path: str, paths: Sequence[str]) -> Iterator[str]:
 
 
 def plain_modules(block: nn.Module) -> Iterator[tuple[str, str]]:
-    """Yield the modules of a decoder layer that hold matrices but are no linears, with the reason why they stay."""
+    """Yield the modules of a decoder layer that hold matrices but no linears, with the reason why they stay."""
     for path, module in block.named_modules():
         parameters = dict(module.named_parameters(recurse=False))
         matrices = any(parameter.dim() > 1 for parameter in parameters.values())
-        if path and matrices and not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        divided = any(isinstance(child, nn.Linear) for child in module.modules())
+        if path and matrices and not divided and not isinstance(module, nn.modules.conv._ConvNd):
             yield path, reason_by_name(path) or NO_LINEAR

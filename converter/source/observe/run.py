@@ -27,8 +27,8 @@ class BlockRecord:
 
     Attributes:
         inputs: path of each linear that ran, in order of their first use -> what it read.
-        streams: path of a linear whose output was added to another tensor as it is -> path of the module that read
-            that other tensor.
+        streams: path of a linear whose output was added to another tensor as it is -> path of the norm that read that
+            other tensor.
     """
 
     inputs: dict[str, Key] = field(default_factory=dict)
@@ -101,7 +101,9 @@ def _run(decoder: PreTrainedModel, layers: nn.ModuleList, kinds: Sequence[int]) 
                 stack.enter_context(_repeated(block, kinds[index], outputs))
         inside = {id(module) for module in layers.modules()}
         outside = {
-            path: module for path, module in decoder.named_modules() if path and id(module) not in inside
+            path: module
+            for path, module in decoder.named_modules()
+            if id(module) not in inside and is_norm(module)
         }
         stack.enter_context(recorder.watching_norm(outside, len(layers) - 1, kinds, outputs))
         stack.enter_context(torch.no_grad())
@@ -145,9 +147,9 @@ class _Recorder(TorchDispatchMode):
             self._alive.append(tensor)
             if isinstance(module, nn.Linear):
                 record.inputs.setdefault(path, _key(tensor))
-            elif path:
+            elif is_norm(module):
                 self._readers.setdefault(_key(tensor), path)
-            else:
+            elif not path:
                 self._readers.clear()  # those of the layer before
 
         def after(path: str, module: nn.Module, output: Any) -> None:
@@ -214,6 +216,15 @@ class _Recorder(TorchDispatchMode):
         reader = self._readers.get(_key(other))
         if reader is not None and tensor._version == output._version:
             record.streams.setdefault(path, reader)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Return whether a module may be a norm: it has no submodules and no matrices, and the name or a weight of one."""
+    parameters = list(module.parameters(recurse=False))
+    named = "norm" in type(module).__name__.lower()
+    return not any(True for _ in module.children()) and (
+        named or (bool(parameters) and all(parameter.dim() == 1 for parameter in parameters))
+    )
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -1,0 +1,93 @@
+"""The converter's tables of what vLLM's classes can store quantized, compared with the installed vLLM."""
+
+import ast
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import transformers
+from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, PLAIN, TIED_ONLY
+
+SHARED = {"interfaces", "interfaces_base", "utils"}
+"""Modules beside the models."""
+
+
+def models_folder() -> Path:
+    spec = find_spec("vllm")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "model_executor" / "models"
+
+
+def registered() -> Iterator[tuple[str, str]]:
+    """Yield the text generators that both vLLM and transformers have, with vLLM's module."""
+    for node in ast.parse((models_folder() / "registry.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_TEXT_GENERATION_MODELS":
+            for architecture, (module, _) in ast.literal_eval(node.value).items():
+                known = hasattr(transformers, architecture)
+                if known and (models_folder() / f"{module}.py").is_file():
+                    yield architecture, module
+
+
+def trees(module: str) -> Iterator[ast.Module]:
+    """Yield the source of a module, and of those whose classes its classes derive from."""
+    path = models_folder() / f"{module}.py"
+    if not path.is_file():
+        return
+    tree = ast.parse(path.read_text())
+    yield tree
+    classes = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and {name.name for name in node.names} & bases:
+            own = node.level == 1 or node.module.startswith("vllm.model_executor.models.")
+            if own and node.module.rpartition(".")[2] not in SHARED:
+                yield from trees(node.module.rpartition(".")[2])
+
+
+def passes_config(module: str, layer: str) -> bool | None:
+    """Return whether a model passes the `quant_config` to all its layers of a class; None if it has none."""
+    for tree in trees(module):
+        calls = [
+            any(keyword.arg == "quant_config" for keyword in node.keywords)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == layer
+        ]
+        if calls:
+            return all(calls)
+    return None
+
+
+CASES = dict(registered())
+
+
+@pytest.mark.parametrize("architecture", CASES)
+def test_head_and_embedding(architecture: str) -> None:
+    head = passes_config(CASES[architecture], "ParallelLMHead")
+    embedding = passes_config(CASES[architecture], "VocabParallelEmbedding")
+    assert (architecture in TIED_ONLY) == (head is None)
+    assert (architecture in INT8_HEAD | INT8_BOTH) == bool(head)
+    assert (architecture in INT8_BOTH) == bool(head and embedding)
+
+
+def test_the_tables_name_models_that_vllm_has() -> None:
+    assert TIED_ONLY | INT8_HEAD | INT8_BOTH | PLAIN.keys() <= CASES.keys()
+    assert not INT8_HEAD & INT8_BOTH
+
+
+def test_the_mixers_that_take_no_config() -> None:
+    uses = {name for name in CASES if "mamba_mixer import MambaMixer" in _source(CASES[name])}
+    assert uses == PLAIN.keys()
+    mixer = models_folder().parent / "layers" / "mamba" / "mamba_mixer.py"
+    linears = [
+        node
+        for node in ast.walk(ast.parse(mixer.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("ParallelLinear")
+    ]
+    assert linears
+    assert not any(keyword.arg == "quant_config" for node in linears for keyword in node.keywords)
+
+
+def _source(module: str) -> str:
+    return (models_folder() / f"{module}.py").read_text()
