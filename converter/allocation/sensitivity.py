@@ -215,7 +215,12 @@ class GradientMoments:
         self.tokens += len(inputs)
 
     def sensitivity(self, seed: int) -> Sensitivity:
-        """Return the group's sensitivity, with a random rotation of the sizes of its spec."""
+        """Return the group's sensitivity, with a random rotation of the sizes of its spec.
+
+        Inputs that are always zero, or whose outputs have no effect, have none: their errors change nothing.
+        """
+        if not self.gram.any() or not self.weighted_gram.any():
+            return Sensitivity(0.0, 0.0)
         generator, groups = group_generator(seed, self.names), self.spec.rotation_groups
         left, right = (
             random_orthogonal(groups, order, generator).to(self.gram.device)
