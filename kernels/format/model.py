@@ -22,6 +22,9 @@ ADVICE = "convert or download the model again"
 COMPUTED = "rotary_emb.inv_freq"
 """Suffix of a buffer that old checkpoints contain although models compute it themselves."""
 
+EXPERTS = ".experts."
+"""Part of the names of the experts' tensors."""
+
 ELEMENTS_AT_ONCE = 2**26
 _LAYER_INDEX = re.compile(r"\.\d+\.")
 
@@ -57,13 +60,16 @@ def check_model(
 
 
 def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec]) -> None:
-    """Check that all tensors outside the quantized linears (norms, embeddings) are finite; read them for it.
+    """Check that the tensors outside the quantized linears (norms, embeddings) are finite; read them for it.
+
+    Experts in 16 bits are not read: they are most of such a model, and the loader would read them a second time.
 
     Raises:
         FormatError: the first tensor that is not finite.
     """
     for name, entry in entries.items():
-        if name.rpartition(".")[0] not in specs and entry.dtype.is_floating_point:
+        is_plain = name.rpartition(".")[0] not in specs and EXPERTS not in name
+        if is_plain and entry.dtype.is_floating_point:
             tensor = read_tensors(folder, entries, [name])[name]
             if not_finite(tensor):
                 raise FormatError(

@@ -152,7 +152,7 @@ GATE_UP = {"gate_up_proj": ["gate_proj", "up_proj"]}
         (["w1", "w3"], {}, "gate_up_proj", ["w1", "w3"]),
         (["qkv_proj"], {}, "qkv_proj", ["qkv_proj"]),
         (["in_proj_qkv", "in_proj_z"], {}, "in_proj_qkvz", ["in_proj_qkv", "in_proj_z"]),
-        (["down_proj"], {}, "qkv_proj", []),
+        (["gate_proj"], {}, "qkv_proj", []),
     ],
 )
 @pytest.mark.parametrize("by_headers", [True, False])
