@@ -111,7 +111,6 @@ DENSE = (
             "num_attention_heads": 2,
             "num_kv_heads": 1,
             "new_decoder_architecture": True,
-            "ffn_hidden_size": 128,
         },
     ),
     Case(
