@@ -2,7 +2,8 @@
 
 from benchmarks.coverage.case import TEXT, Case, derived, wide
 
-_SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_LAYER_TYPES = ["sliding_attention", "full_attention"]
+_SLIDING = {"sliding_window": 8, "layer_types": _LAYER_TYPES}
 _GEMMA = {"sliding_window": 8, "query_pre_attn_scalar": 32}
 _GPT2 = {
     **{key: value for key, value in TEXT.items() if key.endswith("_id") or key == "vocab_size"},
@@ -22,7 +23,7 @@ _PARALLEL = "attention & MLP"
 
 _GEMMA3N = {
     "num_hidden_layers": 4,
-    "layer_types": _SLIDING["layer_types"] * 2,
+    "layer_types": _LAYER_TYPES * 2,
     "sliding_window": 8,
     "num_kv_shared_layers": 2,
     "hidden_size_per_layer_input": 32,
@@ -111,7 +112,6 @@ DENSE = (
             "num_attention_heads": 2,
             "num_kv_heads": 1,
             "new_decoder_architecture": True,
-            "ffn_hidden_size": 128,
         },
     ),
     Case(

@@ -46,8 +46,11 @@ class Workers:
             method: how processes start: from a server that has imported everything, or as copies of this one.
         """
         os.environ.update({**ENVIRONMENT, "VLLM_CACHE_ROOT": str(cache)})
-        self._context: ForkServerContext | ForkContext = multiprocessing.get_context(method)
-        if method == "forkserver":
+        self._context: ForkServerContext | ForkContext
+        if method == "fork":
+            self._context = multiprocessing.get_context("fork")
+        else:
+            self._context = multiprocessing.get_context("forkserver")
             self._context.set_forkserver_preload([PRELOADED])
 
     def run(self, steps: Sequence[Step], case: str, folder: Path, seconds: float) -> dict[str, Answer]:
