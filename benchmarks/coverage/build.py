@@ -2,20 +2,22 @@
 
 import json
 import random
+import string
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from benchmarks.coverage.case import ORDINARY_TOKENS, VOCABULARY, Case
+from benchmarks.coverage.case import Case
 
 TEXT_FILE = "text.txt"
 """Name of the file with the text, in the model's folder."""
 
-WORDS_OF_TEXT = 600
+WORDS_OF_TEXT = 200
+LETTERS = string.ascii_letters + string.digits + string.punctuation
 STD = 0.2
 """Standard deviation of the weights: large enough for each one to matter to the logits, unlike transformers' own."""
 
@@ -58,12 +60,19 @@ def decoder_weights(model: PreTrainedModel) -> int:
 
 
 def write_words(folder: Path) -> None:
-    """Write a tokenizer of the words t0, t1, ... and a text of ordinary words."""
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0").save_pretrained(folder)
-    drawn = random.Random(0).choices(range(1, ORDINARY_TOKENS), k=WORDS_OF_TEXT)
-    (folder / TEXT_FILE).write_text(" ".join(f"t{i}" for i in drawn), encoding="utf-8")
+    """Write a tokenizer whose tokens are the 256 bytes, and a text of random words.
+
+    Byte-level BPE without merges is what every class makes of these files, also those that transformers chooses by the
+    model's type and that ignore another kind of tokenizer.
+    """
+    vocabulary = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    symbols = Tokenizer(models.BPE(vocabulary, []))
+    symbols.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    symbols.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=symbols).save_pretrained(folder)
+    draw = random.Random(0)
+    words = ["".join(draw.choices(LETTERS, k=5)) for _ in range(WORDS_OF_TEXT)]
+    (folder / TEXT_FILE).write_text(" ".join(words), encoding="utf-8")
 
 
 def write_case(case: Case, folder: Path) -> int:
