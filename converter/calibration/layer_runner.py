@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from bwla_converter.calibration.module_names import block_state
 from bwla_converter.calibration.outer_model import OuterModel, ReadTensor
 from bwla_converter.hf.calls import Call
 from bwla_converter.source.model import Source
@@ -71,14 +70,19 @@ class LayerRunner:
         """Build decoder layer `index` from its stored tensors, given by their full names."""
         state = {
             key: tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
-            for key, tensor in block_state(self.source, index, tensors).items()
+            for key, tensor in self.source.block_state(index, tensors).items()
         }
         block = self.outer.block(index)
         block.load_state_dict(state, strict=False, assign=True)
         block.requires_grad_(False)
-        prefix = self.source.structure.layer_name(index) + "."
-        axis = self.outer.conventions.sample_axis
-        return DecoderLayer(block.eval(), prefix, lambda ids: self.outer.arguments(index, ids), axis)
+        structure, axis = self.source.structure, self.outer.conventions.sample_axis
+        return DecoderLayer(
+            block.eval(),
+            f"{structure.layer_name(index)}.",
+            structure.member_path,
+            lambda ids: self.outer.arguments(index, ids),
+            axis,
+        )
 
 
 @dataclass(frozen=True)
@@ -101,14 +105,20 @@ class DecoderLayer:
     Args:
         layer: the decoder layer's module.
         prefix: prefix of the layer's names in the checkpoint, such as `model.layers.3.`.
+        path_of: full name of a linear in the checkpoint -> its path in the module.
         arguments: token ids [S, T] -> the arguments with which the model calls the layer.
         sample_axis: axis of the samples in the hidden states that the layer takes.
     """
 
     def __init__(
-        self, layer: nn.Module, prefix: str, arguments: Callable[[Tensor], Call], sample_axis: int = 0
+        self,
+        layer: nn.Module,
+        prefix: str,
+        path_of: Callable[[str], str],
+        arguments: Callable[[Tensor], Call],
+        sample_axis: int = 0,
     ) -> None:
-        self.layer, self.prefix = layer, prefix
+        self.layer, self.prefix, self._path_of = layer, prefix, path_of
         self._arguments, self._sample_axis = arguments, sample_axis
 
     def run(self, batch: Batch) -> Tensor:
@@ -126,11 +136,11 @@ class DecoderLayer:
 
     def linear(self, name: str) -> nn.Module:
         """Return the linear with the given full name."""
-        return self.layer.get_submodule(name.removeprefix(self.prefix))
+        return self.layer.get_submodule(self._path_of(name))
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Replace the linear with the given full name by another module."""
-        parent, _, child = name.removeprefix(self.prefix).rpartition(".")
+        parent, _, child = self._path_of(name).rpartition(".")
         setattr(self.layer.get_submodule(parent), child, module)
 
     def output_projections(self, names: Iterable[str], batch: Batch) -> dict[str, OutputProjection]:
@@ -157,7 +167,7 @@ class DecoderLayer:
 
         handles: list[RemovableHandle] = []
         for name in names:
-            path = name.removeprefix(self.prefix).rpartition(".")[0]
+            path = self._path_of(name).rpartition(".")[0]
             if path:
                 handles += watch(name, path)
         try:

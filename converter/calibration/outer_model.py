@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from bwla_converter.calibration.module_names import stored_name
 from bwla_converter.hf.calls import Call, Conventions, as_returned, head_logits
 from bwla_converter.hf.whole_model import (
     base_of,
@@ -147,15 +146,9 @@ class OuterModel:
 
     def final_norm(self) -> nn.Module | None:
         """Return the final norm with its weights; None where there is no norm with a weight vector."""
-        path = next(
-            (
-                name
-                for name, _ in self.model.named_modules()
-                if stored_name(self.source, name) == self.source.structure.final_norm
-            ),
-            None,
-        )
-        if path is None:
+        structure = self.source.structure
+        path = structure.module_path(structure.final_norm)
+        if not structure.final_norm:
             return None
         norm: nn.Module = self.model.get_submodule(path)
         weight = getattr(norm, "weight", None)
@@ -197,7 +190,7 @@ class OuterModel:
     def _load(self, name: str, module: nn.Module) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                tensor = self._read(stored_name(self.source, f"{name}.{key}" if name else key))
+                tensor = self._read(self.source.stored_name(f"{name}.{key}" if name else key))
                 value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
                 setattr(module, key, value)
                 self._loaded.append((module, key, parameter))
@@ -211,7 +204,7 @@ class OuterModel:
                 numbers = torch.zeros_like(ids)
             else:
                 if name not in self._tables:
-                    self._tables[name] = self._read(stored_name(self.source, f"{name}.weight"))
+                    self._tables[name] = self._read(self.source.stored_name(f"{name}.weight"))
                 table = self._tables[name]
                 found, numbers = ids.unique(return_inverse=True)
                 rows = table[found.to(table.device)].to(self.device, self.dtype)

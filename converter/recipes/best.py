@@ -195,7 +195,12 @@ class BestRecipe:
         linears: dict[str, STELinear] = {}
         for result, specs in self._results:
             linears |= ste_group(layer, result.tensors, specs, result.latents)
-        norms = norm_weights(layer.layer)
+        entries = self.loop.runner.source.entries
+        norms = {
+            name: weight
+            for name, weight in norm_weights(layer.layer).items()
+            if f"{layer.prefix}{name}" in entries
+        }
         for parameter in norms.values():
             parameter.requires_grad_(True)
 
@@ -222,7 +227,7 @@ class BestRecipe:
                 changed |= {f"{name}.{key}": tensor for key, tensor in after.items()}
         for name, parameter in norms.items():
             full_name = f"{layer.prefix}{name}"
-            dtype = self.loop.runner.source.entries[full_name].dtype
+            dtype = entries[full_name].dtype
             changed[full_name] = parameter.detach().to(dtype, copy=True)
             parameter.data.copy_(changed[full_name])  # rounded to the stored dtype
         return changed

@@ -150,6 +150,23 @@ class Source:
             and (self.names is None or name in self.names.parameters)
         }
 
+    def stored_name(self, parameter: str) -> str:
+        """Return the name of the stored tensor that a parameter outside the decoder layers is read from.
+
+        Args:
+            parameter: its name in transformers' model. One that is not stored, because it is tied, keeps its name.
+        """
+        return self._stored_by_parameter.get(parameter, parameter)
+
+    @cached_property
+    def _stored_by_parameter(self) -> dict[str, str]:
+        """Stored names of the tensors outside the decoder layers that are not joined or divided, by their parameter."""
+        names = self.names_outside_layers()
+        if self.names is None:
+            return {name: name for name in names}
+        found = self.names.by_parameter(names)
+        return {parameter: stored[0] for parameter, stored in found.items() if len(stored) == 1}
+
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory."""
         scaled = [name for name in names if self.stored[name].dtype == torch.float8_e4m3fn]
@@ -232,7 +249,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         revision=revision,
         ignore=tuple(ignore),
         stored=scan.entries,
-        tied=tied,
+        tied=stored_ties(names, tied, scan.entries),
         scale_block=fp8.scale_block(quantization),
         name=_name(model, folder, revision),
         notes=tuple(
@@ -271,6 +288,16 @@ def expected_names(
         return fitting
     usual = [name for name in stored_shapes(meta_model) if names.parameter(name)[0] not in {*found, *tied}]
     return [*fitting, *usual]
+
+
+def stored_ties(names: StoredNames, tied: Mapping[str, str], stored: Iterable[str]) -> dict[str, str]:
+    """Return `tied`, which maps parameters of transformers' model, for the names of the stored tensors."""
+    found = names.by_parameter(stored)
+
+    def stored_name(parameter: str) -> str:
+        return next(iter(found.get(parameter, ())), parameter)
+
+    return {stored_name(parameter): stored_name(other) for parameter, other in tied.items()}
 
 
 def _name(model: str, folder: Path, revision: str) -> str:

@@ -26,7 +26,6 @@ from bwla_converter.training.divergence import kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
 from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
-from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -161,21 +160,22 @@ class Distiller:
 def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
     """Replace, in place, every BWLA linear by a trainable one with frozen signs, and dequantize an 8-bit head."""
     linears: dict[str, STELinear] = {}
+    structure = runner.source.structure
     for index in range(runner.source.num_layers):
         for _, names in runner.source.groups_of_layer(index):
-            modules = {name: model.get_submodule(name) for name in names}
+            modules = {name: model.get_submodule(structure.module_path(name)) for name in names}
             input_transform: InputTransform | None = None
             for name, module in modules.items():
                 assert isinstance(module, BWLALinear)
                 stored = module.stored()
                 input_transform = input_transform or InputTransform(stored, module.spec)
                 linears[name] = STELinear(input_transform, stored, module.spec, stored.get("bias"))
-                model.set_submodule(name, linears[name])
-    head = model.get_submodule(HEAD_MODULE)
+                model.set_submodule(structure.module_path(name), linears[name])
+    head = model.get_submodule(structure.module_path(structure.head))
     if isinstance(head, BWLAHead):
         stored = head.stored()
         dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
         weight = stored["weight_int8"].to(runner.dtype) * stored["weight_scale"].to(runner.dtype).unsqueeze(1)
         dense.weight = nn.Parameter(weight, requires_grad=False)
-        model.set_submodule(HEAD_MODULE, dense)
+        model.set_submodule(structure.module_path(structure.head), dense)
     return linears
