@@ -136,13 +136,21 @@ def changed_sizes(stored: Any, asked: Any) -> str | None:
     """
     ours, theirs = stored.get_text_config(), asked.get_text_config()
     for key in SIZES:
-        found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
+        found, wanted = _size(ours, key), _size(theirs, key)
         if found is not None and wanted is not None and found != wanted:
             return (
                 f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
                 "stored tensors do not fit another size, remove the override"
             )
     return None
+
+
+def _size(config: Any, key: str) -> Any:
+    """Return a size in a transformers config; None where there is none, or where decoder layers differ in it."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # transformers' own error for a size of single layers, which older releases do not have
+        return None
 
 
 def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:
@@ -200,16 +208,17 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
     Raises:
         FormatError: transformers has such a model, but cannot build it from this config.
     """
-    config = copy.deepcopy(hf_config)
-    own_class = _class_by_architecture(config)
-    try:
-        with torch.device("meta"):
-            if own_class is not None:
-                model: nn.Module = own_class(config)
-            else:
-                from transformers import AutoModelForCausalLM
+    from vllm.config import VllmConfig, set_current_vllm_config
 
-                model = AutoModelForCausalLM.from_config(config)
+    config = copy.deepcopy(hf_config)
+    try:
+        try:
+            return _build_without_weights(config)
+        except AssertionError:
+            # vLLM's generic backend decorates transformers' classes for torch.compile. After that, in the same
+            # process, they can only be built where there are settings.
+            with set_current_vllm_config(VllmConfig()):
+                return _build_without_weights(config)
     except Exception as error:  # any model code may run here
         reason = " ".join(str(error).split())
         if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
@@ -221,6 +230,18 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
             f"config.json: transformers cannot build this model ({reason:.200}): restore the config.json that "
             "bwla-convert wrote"
         ) from None
+
+
+def _build_without_weights(config: Any) -> nn.Module:
+    """Build the class of transformers that a config names, or else its causal language model, on the meta device."""
+    own_class = _class_by_architecture(config)
+    with torch.device("meta"):
+        if own_class is not None:
+            model: nn.Module = own_class(config)
+        else:
+            from transformers import AutoModelForCausalLM
+
+            model = AutoModelForCausalLM.from_config(config)
     return model
 
 
@@ -232,4 +253,4 @@ def _class_by_architecture(config: Any) -> Any:
     found = getattr(transformers, names[0], None) if len(names) == 1 else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         return None
-    return found if found.config_class is type(config) else None
+    return found if getattr(found, "config_class", None) is type(config) else None

@@ -283,10 +283,10 @@ def make_plan(
         rank=rank,
         rotation=rotation,
         ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore, *source.structure.kept])),
-        linears=describe_linears(source.structure, specs),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,
+        linears=describe_linears(source.structure, specs),
     )
     return ConversionPlan(specs, rank, fitting, format_, head_source, embedding_source, source.tied_head)
 
