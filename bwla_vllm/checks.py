@@ -208,17 +208,16 @@ def _skeleton(hf_config: Any) -> nn.Module | None:
     Raises:
         FormatError: transformers has such a model, but cannot build it from this config.
     """
-    from vllm.config import VllmConfig, set_current_vllm_config
-
     config = copy.deepcopy(hf_config)
     try:
-        try:
-            return _build_without_weights(config)
-        except AssertionError:
-            # vLLM's generic backend decorates transformers' classes for torch.compile. After that, in the same
-            # process, they can only be built where there are settings.
-            with set_current_vllm_config(VllmConfig()):
-                return _build_without_weights(config)
+        return _build_without_weights(config)
+    except AssertionError:
+        # vLLM's generic backend decorates transformers' classes for torch.compile. After that, in the same process,
+        # they can only be built inside an engine.
+        logger.info(
+            "BWLA checks the sizes of this model while loading: this process has already served one of its class"
+        )
+        return None
     except Exception as error:  # any model code may run here
         reason = " ".join(str(error).split())
         if "Unrecognized configuration class" in reason:  # without a skeleton only this check is lost
