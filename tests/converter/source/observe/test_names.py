@@ -1,4 +1,4 @@
-"""Stored names: models that transformers renames or joins are opened, and their decoder layers load from stored tensors."""
+"""Stored names: models that transformers renames or joins are opened, and their layers load from stored tensors."""
 
 from pathlib import Path
 
