@@ -204,3 +204,25 @@ def test_a_gguf_file(make_gguf, tmp_path: Path) -> None:
     result = run(app, [*arguments, "--overwrite"])
     assert result.exit_code == 0, result.output
     assert "dequantizing" not in result.output
+
+
+def test_a_plan_needs_a_config_and_no_output(make_model) -> None:
+    folder = make_model(intermediate_size=100)
+    (folder / "model.safetensors").unlink()
+    result = run(app, ["--plan", str(folder), "--rank", "2", "--ignore", "o_proj", "--recipe", "data-free"])
+    assert result.exit_code == 0, result.output
+    for line in (
+        "decoder layers 0 to 1:",
+        "in 16 bits: mlp.down_proj (an input width must be a positive multiple of 32, found 100)",
+        "in 16 bits: o_proj (--ignore)",
+        "embedding model.embed_tokens: 8 bits",
+    ):
+        assert line in result.output.splitlines()
+    assert "  mlp.gate_proj, mlp.up_proj: 200 x 64, " in result.output
+    assert "recipe data-free, expected: " in result.output
+
+
+def test_the_output_is_needed_without_a_plan(make_model) -> None:
+    result = run(app, [str(make_model())])
+    assert result.exit_code == 2
+    assert "expected the folder to create, found none" in result.output

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bwla_converter.source.families import GUIDE
+from bwla_converter.source.meta_model import GUIDE
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError
 from paths import ROOT
@@ -81,9 +81,12 @@ def test_a_truncated_file(make_model, keep: int) -> None:
 
 def test_an_unknown_architecture(make_model, edit) -> None:
     folder = make_model()
-    edit.json(folder / "config.json", architectures=["MambaForCausalLM"])
+    edit.json(folder / "config.json", architectures=["QwenForCausalLM"])
     refused(
-        folder, "found the architecture MambaForCausalLM", "Qwen3ForCausalLM", "converter/source/families.py"
+        folder,
+        "found the architecture QwenForCausalLM",
+        "expected a model class of transformers",
+        "update transformers",
     )
     refused(folder, GUIDE)
     assert (ROOT / GUIDE).is_file()
@@ -104,9 +107,12 @@ def test_a_model_that_is_quantized_already(make_model, edit) -> None:
     refused(folder, "expected quantization_config to be an object, found 'gptq'")
 
 
-def test_a_width_that_is_no_multiple_of_32(make_model) -> None:
-    folder = make_model(intermediate_size=100)
-    refused(folder, "mlp.down_proj.weight", "must be a positive multiple of 32, found 100")
+def test_a_width_that_is_no_multiple_of_32_stays_in_16_bits(make_model) -> None:
+    source = open_source(str(make_model(intermediate_size=100)))
+    assert "model.layers.0.mlp.down_proj" not in source.linears_of_layer(0)
+    assert source.notes == (
+        "in 16 bits: mlp.down_proj (an input width must be a positive multiple of 32, found 100)",
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
