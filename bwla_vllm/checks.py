@@ -249,7 +249,6 @@ def _class_by_architecture(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
-    found = getattr(transformers, names[0], None) if len(names) == 1 else None
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
-        return None
-    return found if getattr(found, "config_class", None) is type(config) else None
+    found: Any = getattr(transformers, names[0], None) if len(names) == 1 else None
+    is_for_config = getattr(found, "config_class", None) is type(config)
+    return found if is_for_config and issubclass(found, transformers.PreTrainedModel) else None
