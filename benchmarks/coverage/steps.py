@@ -18,6 +18,9 @@ from benchmarks.coverage.case import ORDINARY_TOKENS, Case
 ORIGINAL, DEFAULTS = "original", "defaults"
 """Names of forms of a model besides the recipes: as it was, and converted with the default options."""
 
+WITHOUT_TEXT = ("data-free",)
+"""Recipes that use no calibration text."""
+
 PROMPT_LENGTH, NEW_TOKENS, SCORED = 14, 5, 20
 """Tokens of the prompt, longer than the sliding windows; of the answer; and scored at each position."""
 
@@ -105,6 +108,8 @@ def _convert(step: Step, case: Case, folder: Path) -> Answer:
         "report": False,
         "text_samples": 0,
     }
+    if step.form in WITHOUT_TEXT:
+        del options["calibration"]
     if step.form != DEFAULTS:
         exact = dict.fromkeys(("bits", "head_bits", "embedding_bits"), EXACT_BITS)
         options |= {"recipe": step.form, **exact}

@@ -57,7 +57,8 @@ class Workers:
         """Run the steps of a case one after another; return what each one gave, by the step's name.
 
         A step that failed gives {"error": sentence}, and one that needs such a step {"skipped": that step}. After a
-        step that ended its process or took too long, the others run in a new one.
+        step that ended its process or took too long, the others run in a new one. So does every engine, because vLLM
+        changes transformers' classes when it serves a model through them.
 
         Args:
             steps: the steps.
@@ -68,7 +69,7 @@ class Workers:
         answers: dict[str, Answer] = {}
         while remaining := [step for step in steps if step.name not in answers]:
             failed = {name for name, answer in answers.items() if is_failure(answer)}
-            answers |= self._run_in_one_process(remaining, case, folder, (seconds, failed))
+            answers |= self._run_in_one_process(together(remaining), case, folder, (seconds, failed))
         return answers
 
     def _run_in_one_process(
@@ -99,6 +100,12 @@ class Workers:
         process.kill()
         process.join()
         return answers
+
+
+def together(steps: Sequence[Step]) -> Sequence[Step]:
+    """Return the first of the steps that may share a process: one that serves, or all before the first that does."""
+    first = next((index for index, step in enumerate(steps) if step.action == "serve"), len(steps))
+    return steps[: max(1, first)]
 
 
 def is_failure(answer: Answer) -> bool:

@@ -106,19 +106,27 @@ def test_a_step_that_ends_its_process_or_hangs_is_one_failure(
     workers: worker.Workers, tmp_path: Path
 ) -> None:
     forms = ("first", "crash", "second", "refuse", "hang", "third")
-    steps = [Step("serve", form) for form in forms]
-    steps.append(Step("serve", "late", ("serve hang",)))
+    steps = [Step("convert", form) for form in forms]
+    steps.append(Step("convert", "late", ("convert hang",)))
     answers = workers.run(steps, "llama", tmp_path, 1.0)
     assert list(answers) == [step.name for step in steps]
-    assert answers["serve crash"] == {"error": "the process ended with exit code 3"}
-    assert answers["serve hang"] == {"error": "it took longer than 1 s"}
-    assert answers["serve refuse"] == {"error": "expected this, found that"}
-    assert answers["serve late"] == {"skipped": "serve hang"}
-    good = [answers[f"serve {form}"] for form in ("first", "second", "third")]
+    assert answers["convert crash"] == {"error": "the process ended with exit code 3"}
+    assert answers["convert hang"] == {"error": "it took longer than 1 s"}
+    assert answers["convert refuse"] == {"error": "expected this, found that"}
+    assert answers["convert late"] == {"skipped": "convert hang"}
+    good = [answers[f"convert {form}"] for form in ("first", "second", "third")]
     assert {answer["case"] for answer in good} == {"llama"}
     assert len({answer["pid"] for answer in good}) == 3
     ran = (tmp_path / worker.LOG).read_text().splitlines()
     assert [line for line in ran if line.endswith(" runs")] == [f"{form} runs" for form in forms]
+
+
+def test_every_engine_has_a_process_of_its_own(workers: worker.Workers, tmp_path: Path) -> None:
+    names = [("build", "a"), ("convert", "b"), ("serve", "c"), ("serve", "d"), ("convert", "e")]
+    answers = workers.run([Step(*name) for name in names], "llama", tmp_path, 10.0)
+    pids = [answer["pid"] for answer in answers.values()]
+    assert pids[0] == pids[1]
+    assert len(set(pids)) == 4
 
 
 def test_the_message_of_a_foreign_error_names_its_type_and_is_short() -> None:
