@@ -231,5 +231,5 @@ def observed_structure(model: PreTrainedModel) -> Structure:
         tuple(tuple(InputGroup(tuple(names)) for names in found.values()) for found in groups),
         embedding=paths[model.get_input_embeddings()],
         head=paths.get(head, "lm_head"),
-        final_norm=f"{paths[decoder]}.{'norm' if 'norm' in norms else norms[-1]}" if norms else "none",
+        final_norm=paths[getattr(decoder, "norm" if "norm" in norms else norms[-1])] if norms else "none",
     )

@@ -1,5 +1,6 @@
 """Layers of any class, run one at a time, compute the whole model's hidden states and logits to the last bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.hf.whole_model import choose_attention
 from bwla_converter.source.model import Source
+from bwla_kernels.errors import SourceError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -57,3 +59,34 @@ def test_layer_after_layer_is_the_model_to_the_last_bit(kind: str, tmp_path: Pat
     normed = runner.outer.normed(whole(samples))
     assert torch.equal(runner.outer.logits(normed.flatten(0, 1)).view_as(logits), logits)
     assert runner.outer.vocabulary == logits.shape[-1] == 96
+
+
+def test_a_model_without_a_plain_final_norm(tmp_path: Path) -> None:
+    _, source = make("biases", tmp_path)
+    other = replace(source, structure=replace(source.structure, final_norm="model.none"))
+    outer = LayerRunner(other, CPU).outer
+    assert outer.final_norm() is None
+    assert outer.norm_inputs(torch.randn(1, 4, 64)) is None
+
+
+def test_a_decoder_without_the_expected_layers(tmp_path: Path) -> None:
+    _, source = make("biases", tmp_path)
+    blocks = (*source.structure.blocks, ())
+    longer = replace(source, structure=replace(source.structure, blocks=blocks))
+    with pytest.raises(
+        SourceError, match="expected a list of 3 decoder layers in Qwen2ForCausalLM, found none"
+    ):
+        LayerRunner(longer, CPU)
+
+
+def test_a_model_without_a_head_runs_its_layers_only(tmp_path: Path) -> None:
+    model = build_any_model("Qwen2Model", "qwen2", ("head_dim",))
+    source = write_any_model(model, tmp_path / "model")
+    runner, store = LayerRunner(source, CPU), ActivationStore()
+    samples = Samples.embedded(runner, store, token_ids(), 3)
+    for index in range(source.num_layers):
+        samples = samples.run(runner.layer(index, source.read(source.names_of_layer(index))), store, 3)
+    with torch.no_grad():
+        assert torch.equal(runner.outer.normed(whole(samples)), model(token_ids()).last_hidden_state)
+    with pytest.raises(SourceError, match="expected a model with a language-model head"):
+        _ = runner.outer.vocabulary
