@@ -16,7 +16,7 @@ from golden import load_reference
 from benchmarks.common.tiny_models import write_model
 from bwla_vllm.checks import changed_sizes
 from bwla_vllm.errors import StartError
-from bwla_vllm.loading import check_derived_head, check_request
+from bwla_vllm.loading import check_derived_head, check_request, ties_embeddings
 
 NO, YES = 3, 7
 RERANKER = {
@@ -91,6 +91,16 @@ def config_of(tied: bool = False, **values: Any) -> Any:
     config = SimpleNamespace(tie_word_embeddings=tied, hidden_size=64, num_hidden_layers=2, **values)
     config.get_text_config = lambda: config
     return config
+
+
+def test_tied_embeddings_are_known_where_the_text_config_does_not_say() -> None:
+    for text in ({}, {"tie_word_embeddings": None}):
+        outer = SimpleNamespace(
+            tie_word_embeddings=True, get_text_config=lambda text=text: SimpleNamespace(**text)
+        )
+        assert ties_embeddings(outer)
+    assert ties_embeddings(config_of(tied=True))
+    assert not ties_embeddings(config_of(tied=False))
 
 
 def test_a_classifier_from_an_8_bit_head_is_refused() -> None:
