@@ -136,13 +136,21 @@ def changed_sizes(stored: Any, asked: Any) -> str | None:
     """
     ours, theirs = stored.get_text_config(), asked.get_text_config()
     for key in SIZES:
-        found, wanted = getattr(ours, key, None), getattr(theirs, key, None)
+        found, wanted = _size(ours, key), _size(theirs, key)
         if found is not None and wanted is not None and found != wanted:
             return (
                 f"--hf-overrides: expected {key} {found}, as in the checkpoint's config.json, found {wanted}: the "
                 "stored tensors do not fit another size, remove the override"
             )
     return None
+
+
+def _size(config: Any, key: str) -> Any:
+    """Return a size in a config; None if it has none, or one for each layer (Gemma 4's head_dim)."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # transformers raises an error of its own where layers have different values
+        return None
 
 
 def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:

@@ -140,3 +140,20 @@ def test_fewer_layers_of_dummy_weights(qwen3: Any, start: Callable[..., Any]) ->
     with pytest.raises(StartError, match="--hf-overrides: expected num_hidden_layers 2"):
         start(qwen3.folder, hf_overrides=override)
     assert start(qwen3.folder, hf_overrides=override, load_format="dummy")
+
+
+def test_a_size_of_each_layer_is_not_compared() -> None:
+    """Gemma 4 has heads of different widths; transformers refuses to name one."""
+
+    class Heterogeneous(SimpleNamespace):
+        @property
+        def head_dim(self) -> int:
+            raise RuntimeError("'head_dim' is a per-layer attribute")
+
+        def get_text_config(self) -> "Heterogeneous":
+            return self
+
+    assert changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=64)) is None
+    assert "hidden_size 64" in str(
+        changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=32))
+    )
