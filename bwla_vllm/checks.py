@@ -146,10 +146,10 @@ def changed_sizes(stored: Any, asked: Any) -> str | None:
 
 
 def _size(config: Any, key: str) -> Any:
-    """Return a size in a transformers config; None where there is none, or where decoder layers differ in it."""
+    """Return a size in a config; None if it has none, or one for each layer (Gemma 4's head_dim)."""
     try:
         return getattr(config, key, None)
-    except Exception:  # transformers' own error for a size of single layers, which older releases do not have
+    except Exception:  # transformers raises an error of its own where layers have different values
         return None
 
 

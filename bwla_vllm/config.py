@@ -299,9 +299,11 @@ def ties_head() -> bool:
     """Return whether the model that vLLM is building ties its head to the embedding; False outside an engine."""
     from vllm.config import get_current_vllm_config_or_none
 
+    from bwla_vllm.loading import ties_embeddings
+
     config = get_current_vllm_config_or_none()
     model = None if config is None else config.model_config
-    return model is not None and bool(model.hf_config.get_text_config().tie_word_embeddings)
+    return model is not None and ties_embeddings(model.hf_config)
 
 
 def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | None]) -> str:

@@ -88,6 +88,14 @@ def derives_classifier(hf_config: Any) -> bool:
     )
 
 
+def ties_embeddings(hf_config: Any) -> bool:
+    """Return whether a model ties its head to its embedding; not every text config inside another one says it."""
+    found = (
+        getattr(config, "tie_word_embeddings", None) for config in (hf_config.get_text_config(), hf_config)
+    )
+    return bool(next((value for value in found if value is not None), False))
+
+
 def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:
     """Check that a head from which vLLM derives a classifier is stored in 16 bits, or tied to the embedding.
 
@@ -96,7 +104,7 @@ def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:
     Raises:
         StartError: it is stored in 8 bits.
     """
-    tied = bool(hf_config.get_text_config().tie_word_embeddings)
+    tied = ties_embeddings(hf_config)
     if derives_classifier(hf_config) and quantization.lm_head is not None and not tied:
         raise StartError(
             f"{HEAD_MODULE}: expected 16 bits, because vLLM derives the classifier from rows of the head "

@@ -16,7 +16,7 @@ from golden import load_reference
 from benchmarks.common.tiny_models import write_model
 from bwla_vllm.checks import changed_sizes
 from bwla_vllm.errors import StartError
-from bwla_vllm.loading import check_derived_head, check_request
+from bwla_vllm.loading import check_derived_head, check_request, ties_embeddings
 
 NO, YES = 3, 7
 RERANKER = {
@@ -93,6 +93,16 @@ def config_of(tied: bool = False, **values: Any) -> Any:
     return config
 
 
+def test_tied_embeddings_are_known_where_the_text_config_does_not_say() -> None:
+    for text in ({}, {"tie_word_embeddings": None}):
+        outer = SimpleNamespace(
+            tie_word_embeddings=True, get_text_config=lambda text=text: SimpleNamespace(**text)
+        )
+        assert ties_embeddings(outer)
+    assert ties_embeddings(config_of(tied=True))
+    assert not ties_embeddings(config_of(tied=False))
+
+
 def test_a_classifier_from_an_8_bit_head_is_refused() -> None:
     """vLLM gives the head no quantization method where it derives a classifier from it."""
     quantization = BWLAFormat(format_version=2, rotation={"q_proj": (1, 8, 8)}, rank=0, lm_head=head_args())
@@ -130,3 +140,20 @@ def test_fewer_layers_of_dummy_weights(qwen3: Any, start: Callable[..., Any]) ->
     with pytest.raises(StartError, match="--hf-overrides: expected num_hidden_layers 2"):
         start(qwen3.folder, hf_overrides=override)
     assert start(qwen3.folder, hf_overrides=override, load_format="dummy")
+
+
+def test_a_size_of_each_layer_is_not_compared() -> None:
+    """Gemma 4 has heads of different widths; transformers refuses to name one."""
+
+    class Heterogeneous(SimpleNamespace):
+        @property
+        def head_dim(self) -> int:
+            raise RuntimeError("'head_dim' is a per-layer attribute")
+
+        def get_text_config(self) -> "Heterogeneous":
+            return self
+
+    assert changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=64)) is None
+    assert "hidden_size 64" in str(
+        changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=32))
+    )

@@ -143,8 +143,11 @@ def test_more_text_costs_time_disk_and_memory_until_it_is_on_disk(planned) -> No
     assert "on disk" in str(tight)
 
 
-def test_the_inputs_of_all_layers_are_counted_where_there_is_little_text(tmp_path: Path) -> None:
+def test_the_inputs_of_all_layers_are_counted_where_there_is_little_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Sensitivities are measured backwards, from the inputs of every layer."""
+    monkeypatch.setattr("bwla_converter.recipes.workload.product_dtype", lambda device: torch.bfloat16)
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, "architectures": [ARCHITECTURES["llama"]]}))
     source = config_source(tmp_path)
     plan = make_plan(source, None, 6, 1.0, Provenance(base_model="m", recipe="fast", seed=0))
