@@ -75,7 +75,9 @@ def with_amounts(options: Options, source: Source, device: torch.device) -> Opti
     if calibration is None:
         return options
     num_samples, length = default_amounts(device)
-    positions = source.config.get("max_position_embeddings")
+    text_config = source.config.get("text_config")  # of a multimodal model
+    config = text_config if isinstance(text_config, Mapping) else source.config
+    positions = config.get("max_position_embeddings")
     if isinstance(positions, int):
         length = min(length, positions)
     amounts = replace(

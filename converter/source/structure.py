@@ -50,7 +50,6 @@ class Structure:
         int8_head: whether vLLM's class lets the plugin choose how the head is stored; if not, it stays unquantized.
         int8_embedding: whether vLLM's class lets the plugin choose how the embedding is stored; if not, it stays
             unquantized.
-        scaled_embedding: whether embeddings are multiplied by sqrt(hidden_size).
         kept: what stays in 16 bits by rule -> the reason. The keys are entries of `ignore`, see
             `bwla_kernels.format.schema.is_ignored`.
         module_layers: path of the list of decoder layers in transformers' model; empty if it is called `layers`.
@@ -67,7 +66,6 @@ class Structure:
     own_head: bool = True
     int8_head: bool = True
     int8_embedding: bool = True
-    scaled_embedding: bool = False
     kept: Mapping[str, str] = field(default_factory=dict)
     module_layers: str = ""
     renamed_members: Mapping[str, str] = field(default_factory=dict)

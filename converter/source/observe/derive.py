@@ -78,7 +78,6 @@ def observe_structure(
         own_head=facts.own_head,
         int8_head=facts.int8_head,
         int8_embedding=facts.int8_embedding,
-        scaled_embedding=hasattr(model.get_input_embeddings(), "embed_scale"),
         module_layers="" if layers_path == deriving.layers_name else layers_path,
         renamed_members=renamed,
         renamed_modules={name: path for path, name in outside.items() if name != path},

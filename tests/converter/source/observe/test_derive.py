@@ -63,7 +63,6 @@ def test_the_families_that_were_written_by_hand(tmp_path: Path, name: str) -> No
     )
     assert not structure.kept
     assert structure.own_head == structure.int8_head == structure.int8_embedding == (name != "gemma2")
-    assert structure.scaled_embedding == name.startswith("gemma")
     assert structure.layer_path(1) == structure.layer_name(1) == "model.layers.1"
 
 
