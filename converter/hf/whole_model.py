@@ -16,6 +16,7 @@ def build_without_weights(architecture: str, config: Any) -> PreTrainedModel:
     named = getattr(transformers, architecture, None)
     with torch.device("meta"):
         model: PreTrainedModel = named(config) if named else AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("eager")  # torch's grouped products take only bfloat16 on a CPU
     return model
 
 
