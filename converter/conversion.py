@@ -1,5 +1,6 @@
 """What the steps of a conversion share, and the two steps that predict and measure its loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

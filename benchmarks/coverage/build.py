@@ -4,12 +4,13 @@ import json
 import random
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.coverage.case import Case
 
@@ -22,16 +23,19 @@ STD = 0.2
 """Standard deviation of the weights: large enough for each one to matter to the logits, unlike transformers' own."""
 
 
+def make_config(case: Case, **changes: Any) -> PretrainedConfig:
+    """Return the configuration of a case, with changes to its settings."""
+    settings = {**case.settings, **changes}
+    for part, own in settings.items():
+        if part.endswith("_config") and own is not None and "model_type" in own:
+            settings[part] = AutoConfig.for_model(**own)
+    return AutoConfig.for_model(case.model_type, **settings, architectures=[case.architecture])
+
+
 def build(case: Case, seed: int = 0) -> PreTrainedModel:
     """Return the random model of a case in its dtype."""
     torch.manual_seed(seed)
-    settings = dict(case.settings)
-    for part, changes in settings.items():
-        if part.endswith("_config") and changes is not None and "model_type" in changes:
-            kind = changes["model_type"]
-            own = {key: value for key, value in changes.items() if key != "model_type"}
-            settings[part] = AutoConfig.for_model(kind, **own)
-    config = AutoConfig.for_model(case.model_type, **settings, architectures=[case.architecture])
+    config = make_config(case)
     if case.bare:
         model = AutoModel.from_config(config, attn_implementation="eager")
     else:

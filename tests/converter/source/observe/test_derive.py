@@ -10,7 +10,9 @@ from bwla_converter.source.observe.rules import EXPERTS
 from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.schema import is_ignored
-from decoder_configs import CONFIGS, write_config
+from decoder_configs import write_config
+
+from benchmarks.coverage.cases import CASES
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 O_PROJ = InputGroup(("self_attn.o_proj",), "input_layernorm", input_sharded=True)
@@ -66,7 +68,7 @@ def test_the_families_that_were_written_by_hand(tmp_path: Path, name: str) -> No
     assert structure.layer_path(1) == structure.layer_name(1) == "model.layers.1"
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != NO_LINEARS])
+@pytest.mark.parametrize("name", [name for name in CASES if name != NO_LINEARS])
 def test_every_architecture_is_observed(tmp_path: Path, name: str) -> None:
     source = config_source(write_config(tmp_path, name))
     structure = source.structure

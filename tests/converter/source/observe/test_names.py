@@ -7,9 +7,11 @@ import torch
 import transformers
 from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.errors import SourceError
-from decoder_configs import CONFIGS, write_config
+from decoder_configs import write_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
+
+from benchmarks.coverage.cases import CASES
 
 RENAMED = ["mixtral", "gpt_neox", "deepseek_v3", "qwen3_5", "gemma3", "qwen2_5_vl", "nemotron_h", "gpt_oss"]
 
@@ -20,7 +22,7 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> tuple[Path, PreTrai
     name: str = request.param
     config = AutoConfig.from_pretrained(write_config(tmp_path, name))
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, CONFIGS[name]["architecture"])(config)
+    model: PreTrainedModel = getattr(transformers, CASES[name].architecture)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
