@@ -157,8 +157,12 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             *(f"{entry}." for entry in quantization.ignore if entry[:3] != "re:"),
         ]
         renamed = [name.removesuffix(".") for name in hf_to_vllm_mapper.apply_list(entries)]
-        ignore = list(dict.fromkeys([*quantization.ignore, *renamed]))
-        self.format = quantization.model_copy(update={"ignore": ignore})
+        changes: dict[str, Any] = {"ignore": list(dict.fromkeys([*quantization.ignore, *renamed]))}
+        for key in ("rotation", "rank", "planes", "clip"):
+            setting = getattr(quantization, key)
+            if isinstance(setting, dict):
+                changes[key] = {**hf_to_vllm_mapper.apply_dict(dict(setting)), **setting}
+        self.format = quantization.model_copy(update=changes)
         self.specs = {**hf_to_vllm_mapper.apply_dict(dict(self.specs)), **self.specs}
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:

@@ -18,6 +18,7 @@ from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.format.model import check_model, not_finite, tied_names
+from bwla_kernels.format.names import ParameterNames
 from bwla_kernels.format.schema import BWLAFormat
 from bwla_kernels.head import dequantize_rows, head_reference
 from torch import Tensor, nn
@@ -265,9 +266,14 @@ def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
     named = dict(model.named_modules())
+    same_names = all(isinstance(named.get(name), nn.Linear) for name in specs)
+    own_class = type(model).__name__ in (getattr(getattr(model, "config", None), "architectures", None) or [])
     # A class with another head (sequence classification) is no reason to expect that head in the checkpoint.
-    other_head = HEAD_MODULE not in named and all(isinstance(named.get(name), nn.Linear) for name in specs)
-    if not check_model(_language_model(folder) if other_head else model, specs, entries, folder):
+    other_head = HEAD_MODULE not in named and same_names
+    is_checked = (same_names or own_class) and check_model(
+        _language_model(folder) if other_head else model, specs, entries, folder
+    )
+    if not is_checked:
         raise FormatError(
             f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "
             f"{next(iter(specs))}: load the checkpoint with AutoModelForCausalLM"
@@ -325,13 +331,17 @@ def replace_linears(
     """
     if config.embedding is not None:
         _replace_embedding(model, backend)
-    for name, module in list(model.named_modules()):
+    stored = {path: name for name, path in ParameterNames(model).of_modules(specs or ()).items()}
+    for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        if name == HEAD_MODULE and config.lm_head is not None:
+        if path == HEAD_MODULE and config.lm_head is not None:
             head = BWLAHead(HeadSpec(module.out_features, module.in_features), backend)
-            model.set_submodule(name, head)
+            model.set_submodule(path, head)
             continue
+        if specs is not None and path not in stored:
+            continue  # the tower of a multimodal model may have linears of the same names
+        name = stored.get(path, path)
         spec = config.layer_spec(name, module.out_features, module.in_features, module.bias is not None)
         if spec is None:
             continue
@@ -340,7 +350,7 @@ def replace_linears(
                 f"{name}: expected {spec} by config.json, found {specs.get(name)} in the safetensors headers: "
                 "convert or download the model again"
             )
-        model.set_submodule(name, BWLALinear(spec, name, backend))
+        model.set_submodule(path, BWLALinear(spec, name, backend))
 
 
 def _replace_embedding(model: nn.Module, backend: str | None) -> None:

@@ -1,7 +1,7 @@
 """Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bwla_converter.common.bits import (
@@ -26,6 +26,7 @@ from bwla_kernels.format.schema import (
     activation_args,
     head_args,
     is_ignored,
+    longest_suffix,
 )
 
 DEFAULT_BITS = 6
@@ -212,6 +213,27 @@ def describe_linears(structure: Structure, quantized: Iterable[str]) -> list[Lay
     ]
 
 
+def namesakes(
+    source: Source,
+    specs: Mapping[str, LayerSpec],
+    rotation: Mapping[str, tuple[int, int, int]],
+    ignore: Sequence[str],
+) -> Iterator[str]:
+    """Yield the modules that stay in 16 bits but that loaders would take for quantized by the end of their name.
+
+    Args:
+        source: the model.
+        specs: specs of the linears to quantize, by module path.
+        rotation: sizes of the rotations, by the end of a module's name.
+        ignore: what is left unquantized for other reasons.
+    """
+    for name in source.entries:
+        module, _, key = name.rpartition(".")
+        is_plain = key == "weight" and module not in specs and not is_ignored(module, ignore)
+        if is_plain and longest_suffix(rotation, module) is not None:
+            yield module
+
+
 def make_plan(
     source: Source,
     rank: int | None,
@@ -270,6 +292,7 @@ def make_plan(
                 f"{spec.out_features} x {spec.in_features} weight, found {rank}: choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
+    ignore = [HEAD_MODULE, *source.ignore, *source.structure.kept]
     head_bits = bits_unless_ignored(HEAD_MODULE, "--lm-head-bits", head_bits, source.ignore)
     embedding_bits = bits_unless_ignored(EMBEDDING_MODULE, "--embedding-bits", embedding_bits, source.ignore)
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
@@ -282,7 +305,7 @@ def make_plan(
         clip=clip,
         rank=rank,
         rotation=rotation,
-        ignore=list(dict.fromkeys([HEAD_MODULE, *source.ignore, *source.structure.kept])),
+        ignore=list(dict.fromkeys([*ignore, *namesakes(source, specs, rotation, ignore)])),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,

@@ -268,6 +268,18 @@ def test_names_inside_vllm_are_learned(bare_layer: Callable[..., Any]) -> None:
     assert config.format.ignore == ["model.layers.1", "language_model.model.layers.1"]
 
 
+def test_settings_of_single_linears_are_learned(bare_layer: Callable[..., Any]) -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    name = "model.layers.1.mlp.down_proj"
+    changes: dict[str, Any] = {"clip": {name: 0.5}, "planes": {name: 3}, "rank": {name: 2}}
+    config = make_config(rotation={name: (1, 4, 8)}, format_version=2, **changes)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    spec = config.format.layer_spec(f"language_model.{name}", 64, 32)
+    assert spec is not None
+    assert (spec.clip, spec.planes, spec.rank) == (0.5, 3, 2)
+
+
 TOWERS = {
     "model.language_model.": "language_model.model.",
     "model.visual.": "visual.",

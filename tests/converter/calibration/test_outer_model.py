@@ -63,7 +63,7 @@ def test_layer_after_layer_is_the_model_to_the_last_bit(kind: str, tmp_path: Pat
 
 def test_a_model_without_a_plain_final_norm(tmp_path: Path) -> None:
     _, source = make("biases", tmp_path)
-    other = replace(source, structure=replace(source.structure, final_norm="model.none"))
+    other = replace(source, structure=replace(source.structure, final_norm=""))
     outer = LayerRunner(other, CPU).outer
     assert outer.final_norm() is None
     assert outer.norm_inputs(torch.randn(1, 4, 64)) is None
