@@ -7,6 +7,7 @@ outside the layers gets its weights when it first runs, so that those that text 
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,7 +170,7 @@ class OuterModel:
         if head is None:
             raise SourceError(
                 f"{self.source.folder}: expected a model with a language-model head, found "
-                f"{self.source.structure.architecture}, which has none: use recipe paper or data-free"
+                f"{self.source.structure.architecture}, which has none: use recipe data-free"
             )
         return head
 
@@ -178,7 +179,8 @@ class OuterModel:
 
     def _load_when_run(self, name: str, module: nn.Module) -> None:
         """Have a module read its own parameters just before it runs, and an embedding only the rows it looks up."""
-        if isinstance(module, nn.Embedding):
+        # Some embeddings of positions have arguments of their own.
+        if isinstance(module, nn.Embedding) and len(inspect.signature(module.forward).parameters) == 1:
             module.padding_idx = None  # which matters for gradients only
             # No memory, but on the right device: some models ask the weight for its device or its padding row.
             row = torch.zeros(1, module.embedding_dim, dtype=self.dtype, device=self.device)

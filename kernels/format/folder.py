@@ -41,6 +41,9 @@ __all__ = [
 
 ADVICE = "convert or download the model again"
 PACKED_SUFFIX = ".weight_packed"
+HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
+"""Names that models' configs have for the width of the embedding."""
+
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """Names that models' configs have for the number of decoder layers."""
 
@@ -198,7 +201,8 @@ def _int8_problems(
     """Yield the differences between the stored 8-bit head or embedding and the sizes in config.json."""
     text_config = raw_config.get("text_config") or raw_config
     sizes = text_config if isinstance(text_config, Mapping) else {}
-    vocabulary, hidden = sizes.get("vocab_size"), sizes.get("hidden_size")
+    vocabulary = sizes.get("vocab_size")
+    hidden = next((sizes[key] for key in HIDDEN_SIZES if key in sizes), None)
     if not isinstance(vocabulary, int) or not isinstance(hidden, int):
         yield (
             f"{folder / 'config.json'}: expected vocab_size and hidden_size, which {module} in 8 bits needs, found none"

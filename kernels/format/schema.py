@@ -52,23 +52,6 @@ def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
     return table[max(hits, key=len)] if hits else None
 
 
-def _setting_of(setting: Value | dict[str, Value], name: str, key: str) -> Value:
-    """Return the value of a setting, one for all or by suffix, for the linear called `name`.
-
-    Raises:
-        FormatError: the setting has no value for it.
-    """
-    if not isinstance(setting, dict):
-        return setting
-    value: Value | None = longest_suffix(setting, name)
-    if value is None:
-        raise FormatError(
-            f"{name}: expected a value for it in quantization_config's {key}, found none; "
-            "convert or download the model again"
-        )
-    return value
-
-
 def is_ignored(name: str, ignore: Iterable[str]) -> bool:
     """Return whether an entry of `ignore` matches a module.
 
@@ -218,9 +201,9 @@ class BWLAFormat(BaseModel):
         sizes = None if self.is_ignored(name) else longest_suffix(self.rotation, name)
         if sizes is None:
             return None
-        rank = _setting_of(self.rank, name, "rank")
-        planes = _setting_of(self.planes, name, "planes")
-        clip = _setting_of(self.clip, name, "clip")
+        rank = self.rank if isinstance(self.rank, int) else longest_suffix(self.rank, name) or 0
+        planes = self.planes if isinstance(self.planes, int) else longest_suffix(self.planes, name) or 1
+        clip = self.clip if isinstance(self.clip, float) else longest_suffix(self.clip, name) or 1.0
         try:
             return LayerSpec(
                 out_features,

@@ -91,6 +91,12 @@ PLAIN: Mapping[str, Mapping[str, str]] = {
 """Parts of a decoder layer to which vLLM's class passes no `quant_config`, with the reason."""
 
 
+RESHAPED: Mapping[str, Mapping[str, str]] = {
+    "BloomForCausalLM": {"self_attention.query_key_value": "vLLM divides its weight by heads while loading"},
+}
+"""Linears whose tensors vLLM's class takes for ordinary weights while it loads them, with the reason."""
+
+
 @dataclass(frozen=True)
 class ServingFacts:
     """What vLLM's class of an architecture can store quantized.
@@ -115,5 +121,5 @@ def serving_facts(architecture: str) -> ServingFacts:
         own_head=architecture not in TIED_ONLY,
         int8_head=both or architecture in INT8_HEAD,
         int8_embedding=both,
-        plain=PLAIN.get(architecture, {}),
+        plain={**PLAIN.get(architecture, {}), **RESHAPED.get(architecture, {})},
     )
