@@ -253,9 +253,11 @@ class VocabularyWatch:
     """Refuses a model class that builds its 8-bit head or embedding without the quantization config.
 
     vLLM's loader would only say that there is no parameter called `lm_head.weight_int8`. The first public place where
-    such a layer shows is the model's attribute, for which torch has a hook; it is removed once weights are loaded.
+    such a layer shows is the model's attribute, for which torch has a hook; it is removed once weights are loaded, and
+    does nothing to other models of the process.
 
     Args:
+        owner: the quantization config of the engine whose model is built; None outside an engine.
         quantization: the checkpoint's config.
         ties_head: whether the model ties its head to its embedding.
         drops_head: whether vLLM removes the head after it built the model, as pooling models do.
@@ -263,7 +265,10 @@ class VocabularyWatch:
 
     active: "ClassVar[VocabularyWatch | None]" = None
 
-    def __init__(self, quantization: "BWLAFormat", ties_head: bool, drops_head: bool = False) -> None:
+    def __init__(
+        self, owner: Any, quantization: "BWLAFormat", ties_head: bool, drops_head: bool = False
+    ) -> None:
+        self.owner = owner
         self.embedding = quantization.embedding is not None
         own_head = quantization.lm_head is not None
         self.head = (own_head or (self.embedding and ties_head)) and not drops_head
@@ -276,6 +281,9 @@ class VocabularyWatch:
         Raises:
             StartError: a head or an embedding without the method for its stored tensors.
         """
+        engine = get_current_vllm_config_or_none()
+        if (engine and engine.quant_config) is not self.owner:
+            return  # another model, after this one could not be loaded
         if self.head and isinstance(module, ParallelLMHead):
             _refuse_unquantized(parent, name, module, self.head_option)
         leaf = EMBEDDING_MODULE.rpartition(".")[2]
@@ -302,7 +310,7 @@ def watch_vocabulary(quantization: "BWLAFormat", ties_head: bool) -> None:
     config = get_current_vllm_config_or_none()
     if config is not None and config.model_config is not None:
         drops_head = config.model_config.runner_type == "pooling"
-        VocabularyWatch.active = VocabularyWatch(quantization, ties_head, drops_head)
+        VocabularyWatch.active = VocabularyWatch(config.quant_config, quantization, ties_head, drops_head)
 
 
 def stop_watching() -> None:

@@ -332,7 +332,7 @@ def test_a_class_that_cannot_take_8_bits_is_named(
     vocabulary_layer: Callable[..., Any],
 ) -> None:
     quantization = BWLAFormat(format_version=2, rotation=ROTATION, **{stored: head_args()})
-    watch = VocabularyWatch(quantization, tied, drops_head)
+    watch = VocabularyWatch(None, quantization, tied, drops_head)
     try:
         if option is None:
             setattr(nn.Module(), attribute, vocabulary_layer(kind))
@@ -349,9 +349,20 @@ def test_a_class_that_cannot_take_8_bits_is_named(
 def test_an_embedding_that_is_older_than_the_watch_is_seen(vocabulary_layer: Callable[..., Any]) -> None:
     model = nn.Module()
     model.embed_tokens = vocabulary_layer("VocabParallelEmbedding")
-    watch = VocabularyWatch(BWLAFormat(format_version=2, rotation=ROTATION, embedding=head_args()), False)
+    watch = VocabularyWatch(
+        None, BWLAFormat(format_version=2, rotation=ROTATION, embedding=head_args()), False
+    )
     try:
         with pytest.raises(StartError, match="embed_tokens: expected 16 bits"):
             model.norm = nn.LayerNorm(4)
+    finally:
+        watch.stop()
+
+
+def test_a_watch_leaves_other_models_of_the_process_alone(vocabulary_layer: Callable[..., Any]) -> None:
+    """One whose model could not be loaded would refuse the next one, which may not be quantized at all."""
+    watch = VocabularyWatch(object(), BWLAFormat(rotation=ROTATION, lm_head=head_args()), False)
+    try:
+        nn.Module().lm_head = vocabulary_layer("ParallelLMHead")
     finally:
         watch.stop()
