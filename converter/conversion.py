@@ -1,6 +1,5 @@
 """What the steps of a conversion share, and the two steps that predict and measure its loss."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES, Recipe
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
+from bwla_kernels.format.folder import text_settings
 
 CUDA_SAMPLES, CPU_SAMPLES = (128, 2048), (32, 1024)
 """Number and length of calibration samples by default: as is usual, and what a CPU carries in minutes."""
@@ -76,9 +76,7 @@ def with_amounts(options: Options, source: Source, device: torch.device) -> Opti
     if calibration is None:
         return options
     num_samples, length = default_amounts(device)
-    text_config = source.config.get("text_config")  # of a multimodal model
-    config = text_config if isinstance(text_config, Mapping) else source.config
-    positions = config.get("max_position_embeddings")
+    positions = text_settings(source.config).get("max_position_embeddings")
     if isinstance(positions, int):
         length = min(length, positions)
     amounts = replace(

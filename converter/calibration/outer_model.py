@@ -20,7 +20,6 @@ from bwla_converter.hf.whole_model import (
     build_without_weights,
     choose_attention,
     compute_buffers,
-    find_blocks,
 )
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
@@ -55,7 +54,13 @@ class OuterModel:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         self.model = build_without_weights(source.structure.architecture, config)
         self.attention = choose_attention(self.model, device)
-        self.blocks_name, self.blocks = find_blocks(self.model, source.num_layers)
+        self.blocks_name = source.structure.layer_path(0).rpartition(".")[0]
+        self.blocks = list(self.model.get_submodule(self.blocks_name).children())
+        if len(self.blocks) != source.num_layers:
+            raise SourceError(
+                f"{source.folder}: expected a list of {source.num_layers} decoder layers in "
+                f"{type(self.model).__name__}, found none: please report this model"
+            )
         compute_buffers(self.model, device)
         self.model.requires_grad_(False).eval()
         self._tables: dict[str, Tensor] = {}

@@ -149,7 +149,7 @@ def _push(console: Console, out: Path, repo: str, private: bool) -> None:
 
 
 def _print_plan(console: Console, options: Options) -> None:
-    from bwla_converter.planning.describe import describe_conversion
+    from bwla_converter.describe import describe_conversion
 
     with errors_reported(console):
         typer.echo(describe_conversion(options))

@@ -1,12 +1,10 @@
-"""Models of transformers without weights: their class, their decoder layers, their attention, their buffers."""
+"""Models of transformers without weights: their class, their attention, their buffers."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import transformers
 from bwla_converter.hf.attention import attention_implementation
-from bwla_kernels.errors import SourceError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -37,27 +35,6 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
         name = "eager"
         decoder.set_attn_implementation(name)
     return name
-
-
-def find_blocks(model: PreTrainedModel, num_layers: int) -> tuple[str, Sequence[nn.Module]]:
-    """Return the module path and the contents of the list of decoder layers.
-
-    Raises:
-        SourceError: the decoder has no such list.
-    """
-    decoder = model.get_decoder()
-    lists = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and _is_inside(module, decoder)
-    ]
-    if not lists:
-        raise SourceError(
-            f"expected a list of {num_layers} decoder layers in {type(model).__name__}, found "
-            "none: please report this model"
-        )
-    name, blocks = max(lists, key=lambda entry: sum(weight.numel() for weight in entry[1].parameters()))
-    return name, list(blocks)
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -195,21 +195,18 @@ def describe_linears(structure: Structure, quantized: Iterable[str]) -> list[Lay
 
     Returns: the kinds, or None where all decoder layers have the same linears.
     """
-    names = set(quantized)
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for index, groups in enumerate(structure.blocks):
-        kinds.setdefault(tuple(member for group in groups for member in group.members), []).append(index)
-    if len(kinds) < 2:
+    chosen = set(quantized)
+    members = [tuple(name for group in groups for name in group.members) for groups in structure.blocks]
+    if len(set(members)) < 2:
         return None
-    chosen: dict[tuple[str, ...], list[int]] = {}
-    for members, indices in kinds.items():
-        for index in indices:
-            own = tuple(name for name in members if f"{structure.layer_name(index)}.{name}" in names)
-            if own:
-                chosen.setdefault(own, []).append(index)
+    kinds: dict[tuple[str, ...], list[int]] = {}
+    for index, names in enumerate(members):
+        own = tuple(name for name in names if f"{structure.layer_name(index)}.{name}" in chosen)
+        if own:
+            kinds.setdefault(own, []).append(index)
     return [
         LayerLinears(layers=structure.layers, indices=indices, names=list(own))
-        for own, indices in chosen.items()
+        for own, indices in kinds.items()
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from bwla_kernels.errors import SourceError
+from bwla_kernels.format.folder import text_settings
 from transformers import AutoConfig, PreTrainedModel
 
 MAX_LAYERS = 10_000
@@ -26,8 +27,7 @@ def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel
         SourceError: transformers does not know the architecture, or cannot build the model.
     """
     path = folder / "config.json"
-    text = config.get("text_config")
-    num_layers = (text if isinstance(text, Mapping) else config).get("num_hidden_layers")
+    num_layers = text_settings(config).get("num_hidden_layers")
     if isinstance(num_layers, int) and num_layers > MAX_LAYERS:
         raise SourceError(
             f"{path}: expected at most {MAX_LAYERS} num_hidden_layers, found {num_layers}: "

@@ -199,8 +199,7 @@ def _int8_problems(
     module: str, entries: Mapping[str, Entry], raw_config: Mapping[str, Any], folder: Path
 ) -> Iterator[str]:
     """Yield the differences between the stored 8-bit head or embedding and the sizes in config.json."""
-    text_config = raw_config.get("text_config") or raw_config
-    sizes = text_config if isinstance(text_config, Mapping) else {}
+    sizes = text_settings(raw_config)
     vocabulary = sizes.get("vocab_size")
     hidden = next((sizes[key] for key in HIDDEN_SIZES if key in sizes), None)
     if not isinstance(vocabulary, int) or not isinstance(hidden, int):
@@ -222,9 +221,14 @@ def _int8_problems(
             yield f"{folder / entry.file}: {name}: {problem}"
 
 
+def text_settings(raw_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config.json that describes the language model: all of it, or that of a multimodal model."""
+    settings = raw_config.get("text_config") or raw_config
+    return settings if isinstance(settings, Mapping) else {}
+
+
 def _layer_count(raw_config: Mapping[str, Any], path: Path) -> int:
-    text_config = raw_config.get("text_config") or raw_config
-    sizes = text_config if isinstance(text_config, Mapping) else {}
+    sizes = text_settings(raw_config)
     count = next((sizes[key] for key in LAYER_COUNTS if key in sizes), None)
     if not isinstance(count, int) or isinstance(count, bool):
         raise FormatError(

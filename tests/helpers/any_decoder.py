@@ -14,7 +14,7 @@ from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import BWLAFormat, LayerLinears, activation_args, longest_suffix
 from random_tensors import random_layer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 PLAIN = re.compile(
     r"visual|vision|mtp|[.]experts[.]|[.](gate|router|kv_b_proj|in_proj_[ab]|in_proj_ba|x_proj|dt_proj|\w*gate)$"
@@ -36,7 +36,7 @@ LAYER = re.compile(r"(?P<layers>.*?(?:layers|h))[.](?P<index>\d+)[.](?P<name>.*)
 def write_source(folder: Path, model_class: Any, config: Any, seed: int = 0) -> Path:
     """Save a model with random weights, in float32 and with the stored names of its original; return the folder."""
     torch.manual_seed(seed)
-    model: nn.Module = model_class(config).float()
+    model: Any = model_class(config).float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -82,8 +82,9 @@ def write_checkpoint(
             continue
         weight = tensors.pop(f"{name}.weight")
         stem, _, leaf = name.rpartition(".")
-        sizes = choose_rotation(weight.shape[1])
-        spec = LayerSpec(*weight.shape, *sizes, rank=2, bits=bits, bias=f"{name}.bias" in tensors)
+        rows, columns = weight.shape
+        sizes = choose_rotation(columns)
+        spec = LayerSpec(rows, columns, *sizes, rank=2, bits=bits, bias=f"{name}.bias" in tensors)
         layer = random_layer(spec, len(specs))
         group = next((members for members in INPUT_GROUPS if leaf in members), (leaf,))
         own = {key: layer[key] for key in INPUT_TRANSFORM if key in layer}

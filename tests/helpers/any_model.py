@@ -1,17 +1,13 @@
-"""Tiny random models of any class of transformers, and sources made from them without the converter's own checks."""
+"""Tiny random models of any class of transformers, and sources made from them."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from bwla_converter.source.model import Source
-from bwla_converter.source.structure import InputGroup, Structure
-from bwla_kernels.format.files import scan_folder
-from bwla_kernels.format.model import tied_names
-from safetensors.torch import save_file
+from bwla_converter.calibration.layer_runner import DecoderLayer
+from bwla_converter.source.model import Source, open_source
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -178,58 +174,15 @@ def build_any_model(
 
 
 def write_any_model(model: PreTrainedModel, folder: Path) -> Source:
-    """Write a model, its tensors by their names in its modules, and return it as a source."""
-    folder.mkdir()
-    model.config.save_pretrained(folder)
-    tied = tied_names(model)
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key not in tied}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    scan = scan_folder(folder)
-    config = json.loads((folder / "config.json").read_text())
-    return Source(
-        folder,
-        config,
-        observed_structure(model),
-        scan.entries,
-        tied_head=bool(tied),
-        stored=scan.entries,
-        tied=tied,
-    )
+    """Write a model and return it as a source."""
+    model.save_pretrained(folder)
+    return open_source(str(folder))
 
 
-def observed_structure(model: PreTrainedModel) -> Structure:
-    """Return a model's structure: linears with the same input in a short run form a group."""
-    decoder = model.get_decoder()
-    paths = {module: name for name, module in model.named_modules()}
-    number = decoder.config.get_text_config().num_hidden_layers
-    blocks = next(
-        module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == number
-    )
-    groups: list[dict[int, list[str]]] = [{} for _ in blocks]
-    kept, handles = [], []
-    for block, found in zip(blocks, groups, strict=True):
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear):
-
-                def note(_: nn.Module, inputs: Any, name: str = name, found: Any = found) -> None:
-                    kept.append(inputs[0])  # so that no other tensor gets its address
-                    if not any(name in names for names in found.values()):  # one may be called twice
-                        found.setdefault(inputs[0].data_ptr(), []).append(name)
-
-                handles.append(module.register_forward_pre_hook(note))
-    with torch.no_grad():
-        model(torch.arange(8)[None])
-    for handle in handles:
-        handle.remove()
-    head = model.get_output_embeddings()
-    norms = [
-        name for name, module in decoder.named_children() if "norm" in name and hasattr(module, "weight")
-    ]
-    return Structure(
-        type(model).__name__,
-        paths[blocks],
-        tuple(tuple(InputGroup(tuple(names)) for names in found.values()) for found in groups),
-        embedding=paths[model.get_input_embeddings()],
-        head=paths.get(head, "lm_head"),
-        final_norm=paths[getattr(decoder, "norm" if "norm" in norms else norms[-1])] if norms else "none",
-    )
+def halve(layer: DecoderLayer, name: str) -> None:
+    """Replace a linear by one with half its weight, as if it were quantized."""
+    linear = layer.linear(name)
+    assert isinstance(linear, nn.Linear)
+    half = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
+    half.load_state_dict({key: value / 2 for key, value in linear.state_dict().items()})
+    layer.replace(name, half)

@@ -25,7 +25,10 @@ def token_ids() -> Tensor:
 def make(kind: str, folder: Path) -> tuple[PreTrainedModel, Source]:
     model = build_any_model(**KINDS[kind])
     choose_attention(model, CPU)
-    return model, write_any_model(model, folder / "model")
+    source = write_any_model(model, folder / "model")
+    # The norm that joined streams go through is not observed, but can be given.
+    final_norm = source.structure.final_norm or "model.norm"
+    return model, replace(source, structure=replace(source.structure, final_norm=final_norm))
 
 
 def outputs_of_blocks(model: PreTrainedModel, name: str) -> tuple[list[Tensor], Tensor]:

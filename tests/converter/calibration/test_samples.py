@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from any_model import KINDS, build_any_model, write_any_model
+from any_model import KINDS, build_any_model, halve, write_any_model
 from bwla_converter.allocation.sensitivity import SharedGradients, _backward
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.calibration.stepwise import StepwiseLayer, find_output_projections
 from bwla_converter.source.model import Source
-from torch import Tensor, nn
+from torch import Tensor
 
 SHARED = ["several streams, shared keys", "shared keys by kind"]
 MIXERS = ["Mamba beside attention", "convolutions", "linear attention", "parallel branches"]
@@ -28,14 +28,6 @@ def make(kind: str, folder: Path) -> tuple[Source, LayerRunner]:
 
 def layer_of(runner: LayerRunner, index: int) -> DecoderLayer:
     return runner.layer(index, runner.source.read(runner.source.names_of_layer(index)))
-
-
-def halve(layer: DecoderLayer, name: str) -> None:
-    linear = layer.linear(name)
-    assert isinstance(linear, nn.Linear)
-    half = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-    half.load_state_dict({key: value / 2 for key, value in linear.state_dict().items()})
-    layer.replace(name, half)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from any_model import halve
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
@@ -31,15 +32,6 @@ def stepwise(layer: DecoderLayer, store: ActivationStore, source: Source) -> Ste
     projections = find_output_projections(layer, first_linears(source), samples)
     assert {name.rpartition(".")[2] for name in projections} == {"o_proj", "down_proj"}
     return StepwiseLayer(layer, samples, store, projections)
-
-
-def halve(layer: DecoderLayer, name: str) -> None:
-    """Replace a linear by one with half its weight, as if it were quantized."""
-    linear = layer.linear(name)
-    assert isinstance(linear, nn.Linear)
-    half = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-    half.load_state_dict({key: value / 2 for key, value in linear.state_dict().items()})
-    layer.replace(name, half)
 
 
 @torch.no_grad()
