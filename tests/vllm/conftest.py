@@ -3,6 +3,7 @@
 import functools
 import gc
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,15 @@ ROTATION = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), (1, 8, 8)),
     **dict.fromkeys(("o_proj", "down_proj"), (2, 8, 8)),
 }
+
+
+@pytest.fixture
+def plugin_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """Capture each line of the plugin's log once, whatever vLLM and pytest have done to the loggers above it."""
+    logger = logging.getLogger("vllm.bwla")
+    monkeypatch.setattr(logger, "propagate", False)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    return caplog
 
 
 @pytest.fixture(scope="session", autouse=True)

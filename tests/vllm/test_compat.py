@@ -1,7 +1,6 @@
 """Which vLLM releases the plugin is for, and whether the installed one has everything that it uses."""
 
 import importlib.util
-import logging
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,7 +51,7 @@ def test_the_extra_installs_tested_releases() -> None:
 
 
 def test_the_log_has_one_line_for_an_untested_release(
-    qwen3: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    qwen3: Any, monkeypatch: pytest.MonkeyPatch, plugin_log: pytest.LogCaptureFixture
 ) -> None:
     import json
 
@@ -61,10 +60,9 @@ def test_the_log_has_one_line_for_an_untested_release(
     from bwla_vllm.config import BWLAConfig
 
     monkeypatch.setattr(vllm, "__version__", "0.99.0")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     config = json.loads((qwen3.folder / "config.json").read_text())["quantization_config"]
     BWLAConfig.from_config(config).maybe_update_config(str(qwen3.folder))
-    assert [r.getMessage() for r in caplog.records if "0.99.0" in r.getMessage()] == [
+    assert [r.getMessage() for r in plugin_log.records if "0.99.0" in r.getMessage()] == [
         outside_tested_range("0.99.0")
     ]
 
@@ -84,7 +82,7 @@ def test_other_tritons_are_named(release: str) -> None:
 
 @pytest.mark.usefixtures("vllm_config", "on_rank")
 def test_the_log_has_one_line_for_an_untested_triton(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, plugin_log: pytest.LogCaptureFixture
 ) -> None:
     """Where layers run on it: however many they are; and none where another backend was chosen."""
     import triton
@@ -96,7 +94,6 @@ def test_the_log_has_one_line_for_an_untested_triton(
     from bwla_vllm.config import BWLAConfig
 
     monkeypatch.setattr(triton, "__version__", "2.99.0")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     monkeypatch.setattr(fusion, "install", lambda config: None)
     config = BWLAConfig(
         BWLAFormat(input_activations=activation_args(6), rank=2, rotation={"c_proj": (1, 8, 8)})
@@ -107,7 +104,7 @@ def test_the_log_has_one_line_for_an_untested_triton(
         monkeypatch.setattr(linear, "select_backend", lambda *_: (chosen, "as the test wants"))
         for i in range(2):
             ReplicatedLinear(64, 48, bias=False, quant_config=config, prefix=f"layers.{i}.c_proj")
-        return [r.getMessage() for r in caplog.records if "2.99.0" in r.getMessage()]
+        return [r.getMessage() for r in plugin_log.records if "2.99.0" in r.getMessage()]
 
     assert lines_of_layers("torch") == []
     assert lines_of_layers("triton") == [untested_triton("2.99.0")]
