@@ -41,6 +41,11 @@ USUAL_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
 }
 """What vLLM's classes fuse, for those that do not say so in `packed_modules_mapping`."""
 
+OLDER_VERSION = (
+    "This checkpoint was written by an older version of BWLA, which did not list its tensors: the sizes of those that "
+    "are not quantized are checked while loading"
+)
+
 NO_CHECKPOINT = (
     "--quantization bwla needs a BWLA checkpoint, but the model's config.json has no quantization_config: "
     "convert the model first with `bwla-convert MODEL OUT` and serve OUT"
@@ -114,7 +119,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
         Args:
             model_name: folder or Hub id; for a Hub id, the local cache is checked if it is complete.
-            hf_config: the model's transformers config, to compare the sizes with.
+            hf_config: the model's transformers config with `--hf-overrides` applied, to compare the sizes with.
             revision: the Hub revision.
 
         Raises:
@@ -126,7 +131,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from bwla_vllm import checks
         from bwla_vllm.compat import outside_tested_range
 
-        self.known_format()
+        quantization = self.known_format()
         warning = outside_tested_range(release)
         if warning:
             logger.warning(warning)
@@ -144,9 +149,11 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             )
             return
         with one_sentence():
-            own = None if hf_config is None else checks.own_config(Path(folder), hf_config)
-            self.specs = checks.check_checkpoint(Path(folder), own)
-        self.changed_sizes = None if own is None else checks.changed_sizes(own, hf_config)
+            self.specs = checks.check_checkpoint(Path(folder))
+            if hf_config is not None:
+                self.changed_sizes = checks.changed_sizes(Path(folder), hf_config, quantization.config)
+        if quantization.tensors is None:
+            logger.info(OLDER_VERSION)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""

@@ -236,7 +236,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         clips = {
             linear.name: linear.clip for record in work.records.values() for linear in record.report.linears
         }
-        work.writer.finish(source.folder, output_config(source, with_clips(plan, clips)))
+        work.writer.finish(source.folder, output_config(source, with_clips(plan, clips), work.writer.entries))
         work.replace(conversion.recipe.finish(work.writer.folder))
     work.merge()
     reports = [work.records[index].report for index in range(source.num_layers)]

@@ -43,7 +43,8 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
         for name, shape in shapes.items()
         if not (tied and name == f"{structure.head}.weight")
     }
-    return Source(folder, config, structure, entries, tied, ignore=ignore, names=names)
+    defaults = outline.config.to_dict()
+    return Source(folder, config, structure, entries, tied, ignore=ignore, names=names, defaults=defaults)
 
 
 def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
@@ -107,7 +108,7 @@ def write_dummy(options: Options) -> ConversionPlan:
             for name in names:
                 tensors.update(int8_tensors(plan, name, lambda name: _plain(source, name)))
             writer.write_shard(file, tensors)
-        writer.finish(source.folder, output_config(source, plan))
+        writer.finish(source.folder, output_config(source, plan, writer.entries))
         writer.merge_parts()
     return plan
 

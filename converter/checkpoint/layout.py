@@ -14,6 +14,8 @@ from bwla_converter.source.model import Source
 from bwla_kernels.format import tensor_specs, validate_layer
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_tensors
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format.model import config_values
+from bwla_kernels.format.tensors import describe_tensors
 from bwla_kernels.head import quantize_head
 from torch import Tensor
 
@@ -64,10 +66,21 @@ def int8_tensors(plan: ConversionPlan, name: str, read: Callable[[str], Tensor])
     }
 
 
-def output_config(source: Source, plan: ConversionPlan) -> dict[str, Any]:
-    """Return the output's config.json; with an 8-bit head of its own, a model is no longer tied."""
+def output_config(source: Source, plan: ConversionPlan, entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """Return the output's config.json; with an 8-bit head of its own, a model is no longer tied.
+
+    Args:
+        source: the model that was converted.
+        plan: what was written.
+        entries: the output's tensors, which the config lists for loaders.
+    """
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
-    return {**source.config, **untied, "quantization_config": plan.format.to_json()}
+    config = {**source.config, **untied}
+    described = {
+        "tensors": describe_tensors(entries, source.tied),
+        "config": config_values(config, source.defaults),
+    }
+    return {**config, "quantization_config": plan.format.model_copy(update=described).to_json()}
 
 
 def check_space(out: Path, needed: float) -> None:

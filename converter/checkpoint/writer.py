@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.common.write_errors import WriteError, write_error
 from bwla_converter.source.folder.files import CODE_KEYS, files_beside, settings_without_code
 from bwla_kernels.errors import BWLAError
-from bwla_kernels.format.folder import INDEX_FILE, SINGLE_FILE, read_headers
+from bwla_kernels.format.folder import INDEX_FILE, SINGLE_FILE, Entry, read_headers
 from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,26 +35,27 @@ class CheckpointWriter:
     Attributes:
         folder: the folder of the checkpoint.
         digests: SHA-256 of every file with tensors, by file name.
+        entries: file, shape and dtype of every tensor.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.digests: dict[str, str] = {}
-        self._weight_map: dict[str, str] = {}
-        self._sizes: dict[str, int] = {}
+        self.entries: dict[str, Entry] = {}
 
     def write_shard(self, file: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one safetensors file and add its tensors to the index."""
         owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         with whole_file(self.folder / file) as partial:
             save_file(owned, partial, metadata={"format": "pt"})
-        self._enter(file, {name: tensor.nbytes for name, tensor in owned.items()})
+        self.entries.update(
+            {name: Entry(file, tuple(tensor.shape), tensor.dtype) for name, tensor in owned.items()}
+        )
         self.digests[file] = sha256_of(self.folder / file)
 
     def adopt_shard(self, file: str, digest: str) -> None:
         """Add the tensors of a shard from an earlier session, with SHA-256 `digest`, to the index."""
-        entries = read_headers(self.folder / file)
-        self._enter(file, {name: entry_bytes(entry) for name, entry in entries.items()})
+        self.entries.update(read_headers(self.folder / file))
         self.digests[file] = digest
 
     def changed_shards(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -63,14 +65,14 @@ class CheckpointWriter:
         """
         files: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
-            files.setdefault(self._weight_map[name], {})[name] = tensor
+            files.setdefault(self.entries[name].file, {})[name] = tensor
         for file, changed in files.items():
             yield file, {**load_file(self.folder / file), **changed}
 
     @property
     def total_size(self) -> int:
         """Bytes of all tensors in the index."""
-        return sum(self._sizes.values())
+        return sum(map(entry_bytes, self.entries.values()))
 
     def finish(self, source: Path, config: Mapping[str, Any]) -> None:
         """Copy the files beside the weights from the folder `source`; write the index and, last, config.json."""
@@ -102,9 +104,9 @@ class CheckpointWriter:
         for index, group in enumerate(groups, merged):
             shard = shard_name(index, merged + len(groups))
             merge_files([self.folder / file for file in group], self.folder / shard)
-            for name, file in self._weight_map.items():
-                if file in group:
-                    self._weight_map[name] = shard
+            for name, entry in self.entries.items():
+                if entry.file in group:
+                    self.entries[name] = replace(entry, file=shard)
             for file in group:
                 del self.digests[file]
             self.digests[shard] = sha256_of(self.folder / shard)
@@ -115,7 +117,7 @@ class CheckpointWriter:
 
     def _bytes_of(self, file: str) -> int:
         """Return the bytes of a file's tensors."""
-        return sum(size for name, size in self._sizes.items() if self._weight_map[name] == file)
+        return sum(entry_bytes(entry) for entry in self.entries.values() if entry.file == file)
 
     def _write_index(self) -> None:
         """Write the index; remove it where a single file holds all tensors."""
@@ -124,7 +126,7 @@ class CheckpointWriter:
             return
         index = {
             "metadata": {"total_size": self.total_size},
-            "weight_map": dict(sorted(self._weight_map.items())),
+            "weight_map": {name: self.entries[name].file for name in sorted(self.entries)},
         }
         self.write_json(INDEX_FILE, index, indent=2)
 
@@ -132,10 +134,6 @@ class CheckpointWriter:
         """Write a JSON file into the checkpoint."""
         with whole_file(self.folder / file) as partial:
             partial.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
-
-    def _enter(self, file: str, sizes: Mapping[str, int]) -> None:
-        self._weight_map.update(dict.fromkeys(sizes, file))
-        self._sizes.update(sizes)
 
 
 def check_output(out: Path, overwrite: bool) -> None:

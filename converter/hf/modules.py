@@ -3,25 +3,22 @@
 transformers uses them through `quantizer`, which `import bwla_converter.hf` registers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from bwla_converter.hf.quantizer import BACKEND_VARIABLE
+from bwla_converter.source.observe.names import StoredNames, tied_names
 from bwla_kernels import ops, reference
 from bwla_kernels.errors import BackendError, FormatError
-from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs, validate_layer
-from bwla_kernels.format.files import read_folder
-from bwla_kernels.format.folder import check_folder
-from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
+from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import FLOAT_DTYPES
-from bwla_kernels.format.model import check_model, not_finite, tied_names
-from bwla_kernels.format.names import ParameterNames
 from bwla_kernels.format.schema import BWLAFormat
 from bwla_kernels.head import dequantize_rows, head_reference
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 __all__ = [
     "BACKEND_VARIABLE",
@@ -30,8 +27,7 @@ __all__ = [
     "BWLAHead",
     "BWLALinear",
     "BWLATiedHead",
-    "check_files",
-    "check_loaded",
+    "module_paths",
     "replace_linears",
 ]
 
@@ -250,66 +246,14 @@ class BWLATiedHead(BWLAHead):
         return self._embedding[0].stored()
 
 
-def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
-    """Check the headers of a checkpoint folder, and that it holds all tensors of the model that it describes.
-
-    Args:
-        model: the model before its linears are replaced, usually on the meta device. A head other than the language
-            model's is initialized by transformers, which reports it.
-        folder: the checkpoint.
-
-    Returns: the specs of the checkpoint's quantized linears, by module path.
-
-    Raises:
-        FormatError: the first problem, with its file and tensor.
-    """
-    entries = read_folder(folder)
-    specs = check_folder(folder, entries)
-    named = dict(model.named_modules())
-    same_names = all(isinstance(named.get(name), nn.Linear) for name in specs)
-    own_class = type(model).__name__ in (getattr(getattr(model, "config", None), "architectures", None) or [])
-    # A class with another head (sequence classification) is no reason to expect that head in the checkpoint.
-    other_head = HEAD_MODULE not in named and same_names
-    is_checked = (same_names or own_class) and check_model(
-        _language_model(folder) if other_head else model, specs, entries, folder
-    )
-    if not is_checked:
-        raise FormatError(
-            f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "
-            f"{next(iter(specs))}: load the checkpoint with AutoModelForCausalLM"
-        )
-    return specs
-
-
-def _language_model(folder: Path) -> nn.Module:
-    """Build the language model that a checkpoint's config.json describes, on the meta device."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return model
-
-
-def check_loaded(model: nn.Module) -> None:
-    """Check the values of every parameter of a loaded model.
-
-    Raises:
-        FormatError: the first tensor with invalid values.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, BWLALinear):
-            validate_layer(name, module.stored(), module.spec)
-        elif isinstance(module, BWLATiedHead):
-            continue  # its tensors are the embedding's
-        elif isinstance(module, BWLAHead | BWLAEmbedding):
-            validate_head(module.stored(), module.spec, name)
-        else:
-            for key, parameter in module.named_parameters(recurse=False):
-                if not_finite(parameter):
-                    raise FormatError(
-                        f"{name}.{key}: expected finite values, found NaN or infinity; "
-                        "convert or download the model again"
-                    )
+def module_paths(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
+    """Return stored name -> path in `model`, of linears."""
+    names = StoredNames(model) if isinstance(model, PreTrainedModel) else None
+    weights = {name: f"{name}.weight" for name in linears}
+    return {
+        name: (names.parameter(weight)[0] if names else weight).removesuffix(".weight")
+        for name, weight in weights.items()
+    }
 
 
 def replace_linears(
@@ -331,7 +275,7 @@ def replace_linears(
     """
     if config.embedding is not None:
         _replace_embedding(model, backend)
-    stored = {path: name for name, path in ParameterNames(model).of_modules(specs or ()).items()}
+    stored = {path: name for name, path in module_paths(model, specs or ()).items()}
     for path, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue

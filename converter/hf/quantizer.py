@@ -65,16 +65,27 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        from bwla_converter.hf.modules import check_files, replace_linears
+        from bwla_converter.hf.files import check_files
+        from bwla_converter.hf.modules import replace_linears
 
         specs = check_files(model, Path(checkpoint_files[0]).parent) if checkpoint_files else None
         replace_linears(model, self.quantization_config.format, os.environ.get(BACKEND_VARIABLE), specs)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
-        from bwla_converter.hf.modules import check_loaded
+        from bwla_converter.hf.files import check_loaded
 
         check_loaded(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
+        """Describe the model as it is now in its `quantization_config`, which transformers saves with it.
+
+        Returns: None, because the stored tensors are those of the model's state dict, and no metadata.
+        """
+        from bwla_converter.hf.files import describe_saved
+
+        self.quantization_config.format = describe_saved(model, self.quantization_config.format)
+        return None, {}
 
     def is_serializable(self) -> bool:
         """Return True: the stored tensors are the parameters."""

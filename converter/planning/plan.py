@@ -1,7 +1,7 @@
 """Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from bwla_converter.common.bits import (
@@ -14,14 +14,12 @@ from bwla_converter.common.bits import (
 )
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
-from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import (
     BWLAFormat,
-    LayerLinears,
     Provenance,
     activation_args,
     head_args,
@@ -186,30 +184,6 @@ def choose_embedding(source: Source, bits: int | None, head_bits: int | None = N
     return None if bits == 16 or is_shared or not storable else source.embedding_weight
 
 
-def describe_linears(structure: Structure, quantized: Iterable[str]) -> list[LayerLinears] | None:
-    """List the quantized linears of each kind of decoder layer, so that loaders know which to expect.
-
-    Args:
-        structure: the model's structure.
-        quantized: full names of the linears to quantize.
-
-    Returns: the kinds, or None where all decoder layers have the same linears.
-    """
-    chosen = set(quantized)
-    members = [tuple(name for group in groups for name in group.members) for groups in structure.blocks]
-    if len(set(members)) < 2:
-        return None
-    kinds: dict[tuple[str, ...], list[int]] = {}
-    for index, names in enumerate(members):
-        own = tuple(name for name in names if f"{structure.layer_name(index)}.{name}" in chosen)
-        if own:
-            kinds.setdefault(own, []).append(index)
-    return [
-        LayerLinears(layers=structure.layers, indices=indices, names=list(own))
-        for own, indices in kinds.items()
-    ]
-
-
 def namesakes(
     source: Source,
     specs: Mapping[str, LayerSpec],
@@ -306,7 +280,6 @@ def make_plan(
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
         provenance=provenance,
-        linears=describe_linears(source.structure, specs),
     )
     return ConversionPlan(specs, rank, fitting, format_, head_source, embedding_source, source.tied_head)
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import gguf
 from bwla_converter.source.gguf_file import GGUFFile
+from bwla_converter.source.observe.names import tied_names
 from bwla_converter.source.problems import raise_if_any
-from bwla_kernels.format.model import tied_names
 from torch import Tensor
 from transformers import PreTrainedModel
 

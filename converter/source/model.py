@@ -17,13 +17,13 @@ from bwla_converter.source.folder.tensor_names import names_problem, rename_tens
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.observe.derive import is_tied, observe_structure
-from bwla_converter.source.observe.names import StoredNames, stored_shapes
+from bwla_converter.source.observe.names import COMPUTED, StoredNames, stored_shapes, tied_names
 from bwla_converter.source.observe.tensors import tensor_problems
 from bwla_converter.source.problems import raise_if_any
 from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import Entry, read_json, read_tensors, scan_folder
-from bwla_kernels.format.model import COMPUTED, not_finite, tied_conflict, tied_names
+from bwla_kernels.format.model import not_finite, tied_conflict
 from bwla_kernels.format.schema import is_ignored
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -51,6 +51,7 @@ class Source:
         notes: sentences for the user about tensors that were renamed and files that are not copied.
         loadable: whether transformers reads the folder too; False where it does not know the stored tensor names.
         names: the rules by which transformers reads the stored tensors; None if they have the parameters' names.
+        defaults: `config` as transformers completes it.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Source:
     notes: tuple[str, ...] = ()
     loadable: bool = True
     names: StoredNames | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -257,6 +259,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         ),
         loadable=renamed.loadable,
         names=names,
+        defaults=meta_model.config.to_dict(),
     )
     check_ignored(source.ignore, [*source.quantizable(), *structure.kept])
     problems = [

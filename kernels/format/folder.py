@@ -24,7 +24,9 @@ from bwla_kernels.format.files import (
 )
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, INT8_SUFFIX, HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import FLOAT_DTYPES, LayerSpec, TensorSpec, shape_problem, tensor_specs
+from bwla_kernels.format.model import config_problem, tied_conflict
 from bwla_kernels.format.schema import BWLAFormat, parse_config
+from bwla_kernels.format.tensors import PACKED_SUFFIX, listed_problems, tied_tensors
 
 __all__ = [
     "DTYPES",
@@ -40,7 +42,6 @@ __all__ = [
 ]
 
 ADVICE = "convert or download the model again"
-PACKED_SUFFIX = ".weight_packed"
 HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model")
 """Names that models' configs have for the width of the embedding."""
 
@@ -65,6 +66,9 @@ def check_folder(folder: Path, entries: Mapping[str, Entry] | None = None) -> di
     config_path = folder / "config.json"
     raw_config = read_json(config_path)
     config = parse_config(raw_config.get("quantization_config") or {}, str(config_path))
+    problem = config_problem(config.config or {}, raw_config, config_path)
+    if problem is not None:
+        raise FormatError(problem)
     entries = read_folder(folder) if entries is None else entries
     specs = {}
     for key, entry in entries.items():
@@ -86,7 +90,7 @@ def _folder_problems(
     config: BWLAFormat,
     raw_config: Mapping[str, Any],
 ) -> Iterator[str]:
-    """Yield one sentence for each problem of a checkpoint, in a fixed order."""
+    """Yield one sentence for each problem of a checkpoint, in a fixed order; of tied tensors, values are compared."""
     for name, spec in specs.items():
         yield from _layer_problems(name, entries, spec, folder)
     if not specs:
@@ -94,9 +98,7 @@ def _folder_problems(
     int8 = int8_modules(config, entries)
     for module in int8:
         yield from _int8_problems(module, entries, raw_config, folder)
-    yield from _plain_problems(entries, specs, int8, folder)
     yield from _stray_files(entries, folder)
-    yield from _missing_linears(specs, config, raw_config, folder)
     for name in plain_names(entries, specs, int8):
         module = name.removesuffix(".weight")
         if module != name and config.is_quantized(module):
@@ -104,12 +106,23 @@ def _folder_problems(
                 f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives a "
                 f"rotation for {module} and does not ignore it, found an unquantized weight"
             )
+    if config.tensors is not None:
+        yield from listed_problems(config.tensors, entries, folder)
+        tied = tied_tensors(config.tensors, entries)
+    else:
+        yield from _plain_problems(entries, specs, int8, folder)
+        yield from _missing_linears(specs, config, raw_config, folder)
+        is_tied = raw_config.get("tie_word_embeddings") is True
+        tied = {f"{HEAD_MODULE}.weight": f"{EMBEDDING_MODULE}.weight"} if is_tied else {}
+    conflict = tied_conflict(folder, entries, tied)
+    if conflict is not None:
+        yield conflict
 
 
 def _missing_linears(
     specs: Mapping[str, LayerSpec], config: BWLAFormat, raw_config: Mapping[str, Any], folder: Path
 ) -> Iterator[str]:
-    """Yield the linears that are missing, and those that config.json does not describe."""
+    """Yield the linears that are missing, and those that config.json does not describe, where no list is stored."""
     path = folder / "config.json"
     if config.linears is not None:
         expected = [name for kind in config.linears for name in kind.full_names()]
@@ -180,7 +193,7 @@ def plain_names(
 def _plain_problems(
     entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], int8: Iterable[str], folder: Path
 ) -> Iterator[str]:
-    """Yield the unquantized tensors whose dtype loaders would silently cast."""
+    """Yield the unquantized tensors whose dtype loaders would silently cast, where no list is stored."""
     for name in plain_names(entries, specs, int8):
         shape, dtype = entries[name].shape, entries[name].dtype
         problem = shape_problem(TensorSpec(shape, FLOAT_DTYPES), shape, dtype)

@@ -1,62 +1,101 @@
-"""Compare a checkpoint with the model that it is for, and check the values of unquantized tensors.
+"""What config.json must say of the model for the stored tensors to fit, and the values of unquantized tensors.
 
 Loaders do not report such differences: vLLM skips its completeness check for quantized models, leaves a missing tensor
 uninitialized and narrows an oversized one; transformers initializes a missing tensor randomly and only warns.
 """
 
-import math
 import re
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.files import Entry, read_tensors
-from bwla_kernels.format.head import INT8_SUFFIX
 from bwla_kernels.format.layer import LayerSpec
-from bwla_kernels.format.names import ParameterNames
-from torch import nn
-
-ADVICE = "convert or download the model again"
-COMPUTED = "rotary_emb.inv_freq"
-"""Suffix of a buffer that old checkpoints contain although models compute it themselves."""
 
 EXPERTS = ".experts."
 """Part of the names of the experts' tensors."""
 
 ELEMENTS_AT_ONCE = 2**26
-_LAYER_INDEX = re.compile(r"\.\d+\.")
+
+_SIZE = re.compile(
+    r"(?:size|dims?|layers?|heads?|experts?|expert_num|rank|embd|inner|states?|conv|kernel|cache|width|channels|"
+    r"ff|model|groups|expand|ssm|depth|headdim|replace|step|interval|period|offset|inputs?|blocks|ratio|mult)$"
+)
+"""End of the names of numbers, and of lists of numbers, on which shapes depend."""
+
+_NO_SIZE = re.compile(r"chunk|window|token|max_|position|ngram|time_step|batch")
+"""Part of the names of numbers that users may change: limits of length, above all."""
+
+_SWITCH = re.compile(r"bias|qk_(?:layer)?norm|k_eq_v|double_wide|^tie_word_embeddings$")
+_KIND = re.compile(r"_act$|activation|^model_type$|pattern$")
+_KINDS = re.compile(r"^architectures$|types?$")
 
 
-def check_model(
-    model: nn.Module, specs: Mapping[str, LayerSpec], entries: Mapping[str, Entry], folder: Path
-) -> bool:
-    """Compare a checkpoint with the model that its config.json describes.
+def config_values(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the values of a config.json on which names and shapes of the model's tensors depend.
 
     Args:
-        model: the model as transformers builds it, unquantized, usually on the meta device.
-        specs: the checkpoint's quantized linears, from `check_folder`.
-        entries: its tensors.
-        folder: where it is, for messages.
+        config: the contents of config.json.
+        defaults: the same as transformers completes it; null in config.json leaves the choice to transformers.
 
-    Returns: whether the two could be compared; False where the model names its layers differently.
-
-    Raises:
-        FormatError: the first difference, naming the tensor.
+    Returns: the values by key. Keys of configs inside this one follow its key and a dot: `vision_config.hidden_size`.
     """
-    names = ParameterNames(model)
-    linears = names.of_modules(specs)
-    modules = dict(model.named_modules())
-    if not all(isinstance(modules.get(module), nn.Linear) for module in linears.values()):
-        return False
-    stored = _StoredTensors(names, linears, entries)
-    problem = next(_model_problems(model, specs, stored, folder), None)
-    tied = {stored.name_of(key): stored.name_of(other) for key, other in tied_names(model).items()}
-    problem = problem or tied_conflict(folder, entries, tied)
-    if problem:
-        raise FormatError(f"{problem}; {ADVICE}")
-    return True
+    values: dict[str, Any] = {}
+    for key, value in sorted({**(defaults or {}), **config}.items()):
+        if isinstance(value, Mapping):
+            if key.endswith("_config") and key != "quantization_config":
+                inner = (defaults or {}).get(key)
+                nested = config_values(value, inner if isinstance(inner, Mapping) else None)
+                values.update({f"{key}.{name}": found for name, found in nested.items()})
+        elif _describes_shapes(key, value):
+            values[key] = value
+    return values
+
+
+def config_problem(values: Mapping[str, Any], config: Mapping[str, Any], path: Path) -> str | None:
+    """Describe the first value of a config.json that is not what it was when the tensors were written.
+
+    Args:
+        values: those that it had, from `config_values`. A key that config.json lacks is no problem: libraries that
+            save a config leave out defaults.
+        config: the contents of config.json.
+        path: where it is, for the message.
+    """
+    for key, wanted in values.items():
+        *outer, last = key.split(".")
+        inner: Any = config
+        for name in outer:
+            inner = inner.get(name) if isinstance(inner, Mapping) else None
+        if not isinstance(inner, Mapping) or last not in inner:
+            continue
+        found = inner[last]
+        if type(found) is not type(wanted) or found != wanted:
+            return (
+                f"{path}: expected {key} {_short(wanted)}, as when the tensors were written, found {_short(found)}: "
+                "restore this value"
+            )
+    return None
+
+
+def changed_size(values: Mapping[str, Any], config: Any) -> tuple[str, int, int] | None:
+    """Compare sizes with a loaded config; return key, expected and found value of the first that differs.
+
+    Args:
+        values: from `config_values`.
+        config: a config object, such as transformers', with the defaults and changes that a loader applied.
+    """
+    for key, wanted in values.items():
+        found = config
+        try:
+            for name in key.split("."):
+                found = getattr(found, name, None)
+        except Exception:  # transformers raises an error of its own where layers have different values
+            continue
+        if type(wanted) is type(found) is int and wanted != found:
+            return key, wanted, found
+    return None
 
 
 def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec]) -> None:
@@ -73,13 +112,9 @@ def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mappin
             tensor = read_tensors(folder, entries, [name])[name]
             if not_finite(tensor):
                 raise FormatError(
-                    f"{folder / entry.file}: {name}: expected finite values, found NaN or infinity; {ADVICE}"
+                    f"{folder / entry.file}: {name}: expected finite values, found NaN or infinity; convert or "
+                    "download the model again"
                 )
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the tensors that config.json ties: name -> name of the tensor that replaces it in transformers."""
-    return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def tied_conflict(folder: Path, entries: Mapping[str, Entry], tied: Mapping[str, str]) -> str | None:
@@ -109,148 +144,22 @@ def not_finite(tensor: torch.Tensor) -> bool:
     return not all(bool(torch.isfinite(piece).all()) for piece in pieces)
 
 
-class _StoredTensors:
-    """The tensors of a checkpoint by the parameters of the model that they become.
-
-    Attributes:
-        entries: the tensors, by stored name.
-        linears: module path of each quantized linear, by stored name.
-        int8: stored module path of the head and the embedding in 8 bits, by the parameter that they replace.
-        plain: stored names of the unquantized tensors of each parameter.
-        merged: parameters that are made from several tensors, or together with other parameters, with all parameters
-            that are made together.
-    """
-
-    def __init__(
-        self, names: ParameterNames, linears: Mapping[str, str], entries: Mapping[str, Entry]
-    ) -> None:
-        self.entries = entries
-        self.linears = linears
-        owners = [key.removesuffix(INT8_SUFFIX) for key in entries if key.endswith(INT8_SUFFIX)]
-        self.int8 = {names.of(f"{owner}.weight")[0]: owner for owner in owners}
-        self.plain: dict[str, list[str]] = {}
-        self.merged: dict[str, list[str]] = {}
-        for key in entries:
-            owner, _, leaf = key.rpartition(".")
-            if owner in linears or (owner in owners and leaf in ("weight_int8", "weight_scale")):
-                continue
-            parameter, is_merged = names.of(key)
-            self.plain.setdefault(parameter, []).append(key)
-            if is_merged:
-                self.merged[parameter] = names.targets(parameter)
-        self._kinds = {
-            _LAYER_INDEX.sub(".*.", name): key for name, keys in self.plain.items() for key in keys[:1]
-        }
-        self._together = {name for targets in self.merged.values() for name in targets}
-
-    def name_of(self, parameter: str) -> str:
-        """Return the stored name of a parameter; one that is missing is named like that of another layer."""
-        if parameter in self.plain:
-            return self.plain[parameter][0]
-        alike = self._kinds.get(_LAYER_INDEX.sub(".*.", parameter), parameter)
-        indices = _LAYER_INDEX.findall(parameter)
-        if len(indices) != len(_LAYER_INDEX.findall(alike)):
-            return parameter
-        return _LAYER_INDEX.sub(lambda _: indices.pop(0), alike)
-
-    def holds(self, parameter: str) -> bool:
-        """Return whether a parameter can be made from the unquantized tensors."""
-        return parameter in self.plain or parameter in self._together
-
-    def holds_kind(self, parameter: str) -> bool:
-        """Return whether there is a tensor for the same parameter of any layer."""
-        return _LAYER_INDEX.sub(".*.", parameter) in self._kinds
-
-    def elements(self, parameter: str) -> int:
-        """Return the number of values in the tensors that a parameter is made from."""
-        return sum(math.prod(self.entries[key].shape) for key in self.plain[parameter])
+def _describes_shapes(key: str, value: Any) -> bool:
+    """Return whether shapes, or names, may depend on a value with this key."""
+    if isinstance(value, bool):
+        return bool(_SWITCH.search(key))
+    if isinstance(value, int):
+        return bool(_SIZE.search(key)) and not _NO_SIZE.search(key)
+    if isinstance(value, str):
+        return bool(_KIND.search(key))
+    if not isinstance(value, list) or not value:
+        return False
+    if all(type(item) is int for item in value):
+        return bool(_SIZE.search(key)) and not _NO_SIZE.search(key)
+    # Kinds of decoder layers say nothing where all are of one kind.
+    varies = key == "architectures" or any(item != value[0] for item in value)
+    return varies and all(isinstance(item, str) for item in value) and bool(_KINDS.search(key))
 
 
-def _model_problems(
-    model: nn.Module, specs: Mapping[str, LayerSpec], stored: _StoredTensors, folder: Path
-) -> Iterator[str]:
-    """Yield a description of each difference between the checkpoint and the model."""
-    modules = dict(model.named_modules())
-    entries = stored.entries
-    config = getattr(model, "config", None)
-    named = getattr(config, "architectures", None) or []
-    if named and type(model).__name__ not in named:
-        yield f"{folder / 'config.json'}: expected the architecture {type(model).__name__} by model_type, found {named}"
-    for key, other in tied_names(model).items():
-        if key in stored.int8:
-            yield (
-                f"{folder / 'config.json'}: expected tie_word_embeddings false, because "
-                f"{stored.int8[key]}{INT8_SUFFIX} is stored, found true"
-            )
-        if key in stored.plain and other in stored.int8:
-            name = stored.name_of(key)
-            yield (
-                f"{folder / entries[name].file}: {name}: expected no such tensor, because config.json ties the head to "
-                f"{stored.int8[other]}{INT8_SUFFIX} (tie_word_embeddings), found one"
-            )
-    for name, spec in specs.items():
-        linear = modules[stored.linears[name]]
-        assert isinstance(linear, nn.Linear)
-        found, outlined = [spec.out_features, spec.in_features], [linear.out_features, linear.in_features]
-        if found != outlined:
-            yield f"{folder}: {name}: expected the sizes {outlined} that config.json describes, found {found}"
-        if spec.bias != (linear.bias is not None):
-            yield f"{folder}: {name}.bias: expected {_presence(not spec.bias)}, found {_presence(spec.bias)}"
-    yield from _parameter_problems(model, stored, folder)
-    yield from _unknown_tensors(model, stored, folder)
-
-
-def _parameter_problems(model: nn.Module, stored: _StoredTensors, folder: Path) -> Iterator[str]:
-    """Yield the parameters that are missing or have another shape than the stored tensors."""
-    modules, parameters, tied = dict(model.named_modules()), dict(model.named_parameters()), tied_names(model)
-    quantized = set(stored.linears.values())
-    optional = _patterns(model, "_keys_to_ignore_on_load_missing")
-    for key, parameter in parameters.items():
-        owner = key.rpartition(".")[0]
-        if owner in quantized or key in stored.int8:
-            continue  # `check_folder` has checked these
-        expected = list(parameter.shape)
-        if key in stored.merged:
-            targets = [parameters[name] for name in stored.merged[key] if name in parameters]
-            wanted, found = sum(target.numel() for target in targets), stored.elements(key)
-            if wanted != found:
-                yield (
-                    f"{folder}: {stored.name_of(key)} and the tensors beside it are merged into {key}: expected "
-                    f"{wanted} values in all of them, found {found}"
-                )
-        elif key in stored.plain:
-            entry = stored.entries[stored.plain[key][0]]
-            if list(entry.shape) != expected:
-                yield (
-                    f"{folder / entry.file}: {stored.plain[key][0]}: expected the shape {expected} that config.json "
-                    f"describes, found {list(entry.shape)}"
-                )
-        elif key in tied or stored.holds(key) or any(pattern.search(key) for pattern in optional):
-            continue
-        # A kind of tensor that no layer has on disk is named differently, not missing.
-        elif not _LAYER_INDEX.search(key) or stored.holds_kind(key):
-            yield f"{folder}: {stored.name_of(key)} is missing, expected shape {expected}"
-        elif isinstance(modules[owner], nn.Linear):
-            yield f"{folder}: {owner} is missing, expected its weight {expected} or its one-bit tensors"
-
-
-def _unknown_tensors(model: nn.Module, stored: _StoredTensors, folder: Path) -> Iterator[str]:
-    """Yield the stored tensors that the model does not have."""
-    known = model.state_dict().keys()
-    unused = _patterns(model, "_keys_to_ignore_on_load_unexpected")
-    for parameter, keys in stored.plain.items():
-        if parameter in known:
-            continue
-        for key in keys:
-            if not key.endswith(COMPUTED) and not any(pattern.search(key) for pattern in unused):
-                yield f"{folder / stored.entries[key].file}: {key} is not a tensor of this model"
-
-
-def _patterns(model: nn.Module, attribute: str) -> list[re.Pattern[str]]:
-    """Return the patterns of tensors that transformers does not report, of a model and the models inside it."""
-    found = (getattr(module, attribute, None) or [] for module in model.modules())
-    return [re.compile(pattern) for pattern in dict.fromkeys(chain.from_iterable(found))]
-
-
-def _presence(has_bias: bool) -> str:
-    return "a bias" if has_bias else "no bias"
+def _short(value: Any) -> str:
+    return f"{value!r:.80}"

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format.layer import MAX_PLANES, LayerSpec
+from bwla_kernels.format.tensors import parse_tensors
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.utils import match_name
 from pydantic import (
@@ -81,7 +82,7 @@ class Provenance(BaseModel):
 
 
 class LayerLinears(BaseModel):
-    """The quantized linears of decoder layers of one kind.
+    """The quantized linears of decoder layers of one kind, as checkpoints without `tensors` list them.
 
     Attributes:
         layers: module path of the list of decoder layers, "model.layers" for example.
@@ -110,11 +111,14 @@ class BWLAFormat(BaseModel):
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
         ignore: modules that are not quantized, by name or `re:` pattern (compressed-tensors' matching).
-        linears: all quantized linears, for a model whose decoder layers differ; None where every decoder layer that
-            `ignore` does not exclude has the same ones.
+        linears: all quantized linears of a checkpoint without `tensors`; None where every decoder layer that `ignore`
+            does not exclude has the same ones.
         lm_head: 8-bit weights of a language-model head that is stored, or None where it is not quantized.
         embedding: 8-bit weights of the embedding, and of a head that is tied to it, or None where they are not
             quantized; version 1 does not know it.
+        tensors: all stored tensors whose shape does not follow from another one's, see `bwla_kernels.format.tensors`;
+            None in a checkpoint that was written by an older version.
+        config: what the rest of config.json must say for these tensors to fit, see `model.config_values`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -131,6 +135,8 @@ class BWLAFormat(BaseModel):
     linears: list[LayerLinears] | None = None
     lm_head: QuantizationArgs | None = None
     embedding: QuantizationArgs | None = None
+    tensors: dict[str, str] | None = None
+    config: dict[str, Any] | None = None
     provenance: Provenance = Provenance()
 
     @field_validator("weights")
@@ -165,6 +171,12 @@ class BWLAFormat(BaseModel):
             if min(sizes) < 1:
                 raise ValueError(f"rotation sizes must be positive, found {suffix}: {list(sizes)}")
         return table
+
+    @field_validator("tensors")
+    @classmethod
+    def _tensors_can_be_parsed(cls, tensors: dict[str, str] | None) -> dict[str, str] | None:
+        parse_tensors(tensors or {})
+        return tensors
 
     @model_validator(mode="after")
     def _planes_and_embedding_need_version_2(self) -> "BWLAFormat":
@@ -226,8 +238,9 @@ class BWLAFormat(BaseModel):
         data = self.model_dump(mode="json", exclude={"lm_head", "embedding"})
         if self.format_version == 1:
             del data["planes"]
-        if self.linears is None:
-            del data["linears"]
+        for field in ("linears", "tensors", "config"):
+            if data[field] is None:
+                del data[field]
         if not self.provenance.allocation:
             del data["provenance"]["allocation"]
         for field in ("weights", "input_activations", "lm_head", "embedding"):

@@ -11,7 +11,9 @@ from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.layer import INPUT_TRANSFORM
-from bwla_kernels.format.schema import BWLAFormat, LayerLinears, activation_args, longest_suffix
+from bwla_kernels.format.model import config_values
+from bwla_kernels.format.schema import BWLAFormat, activation_args, longest_suffix
+from bwla_kernels.format.tensors import describe_tensors
 from random_tensors import random_layer
 from safetensors.torch import save_file
 from torch import Tensor
@@ -101,28 +103,11 @@ def write_checkpoint(
         rank=2,
         rotation=rotation,
         ignore=list(dict.fromkeys(["lm_head", *ignore, *left])),
-        linears=layer_linears(specs),
     )
     out.mkdir(parents=True, exist_ok=True)
     save_file({**tensors, **stored}, out / "model.safetensors")
     config = json.loads((source / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "quantization_config": quantization.to_json()}))
+    described = {"tensors": describe_tensors(read_folder(out), {}), "config": config_values(config)}
+    config["quantization_config"] = quantization.model_copy(update=described).to_json()
+    (out / "config.json").write_text(json.dumps(config))
     return specs
-
-
-def layer_linears(names: Iterable[str]) -> list[LayerLinears] | None:
-    """Return the kinds of decoder layers for config.json, or None where all have the same linears."""
-    layers: dict[tuple[str, int], list[str]] = {}
-    for name in names:
-        match = LAYER.fullmatch(name)
-        assert match
-        layers.setdefault((match["layers"], int(match["index"])), []).append(match["name"])
-    kinds: dict[tuple[str, tuple[str, ...]], list[int]] = {}
-    for (stem, index), members in layers.items():
-        kinds.setdefault((stem, tuple(sorted(members))), []).append(index)
-    if len(kinds) == 1:
-        return None
-    return [
-        LayerLinears(layers=stem, indices=indices, names=list(members))
-        for (stem, members), indices in kinds.items()
-    ]

@@ -13,8 +13,11 @@ import pytest
 import torch
 from bwla_kernels import reference
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.files import read_folder
 from bwla_kernels.format.layer import INPUT_TRANSFORM
+from bwla_kernels.format.model import config_values
 from bwla_kernels.format.schema import BWLAFormat, activation_args
+from bwla_kernels.format.tensors import describe_tensors
 from golden import NEW_TOKENS, Golden, find_golden, margin_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -219,7 +222,9 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, tensors)
     config.architectures = [type(model).__name__]
-    data = {**config.to_dict(), "quantization_config": quantization.to_json()}
+    data = config.to_dict()
+    described = {"tensors": describe_tensors(read_folder(folder), {}), "config": config_values(data)}
+    data["quantization_config"] = quantization.model_copy(update=described).to_json()
     (folder / "config.json").write_text(json.dumps(data))
     write_tokenizer(folder)
     return Checkpoint(folder, model, specs)

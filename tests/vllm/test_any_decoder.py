@@ -17,7 +17,7 @@ from bwla_kernels.head import quantize_head
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bwla_vllm.checks import check_checkpoint, own_config
+from bwla_vllm.checks import changed_sizes, check_checkpoint
 from bwla_vllm.errors import StartError
 
 PROMPT = [3, 17, 99, 45, 200, 31, 8, 120, 77]
@@ -93,7 +93,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def check(folder: Path) -> dict[str, Any]:
-    return check_checkpoint(folder, own_config(folder, transformers.AutoConfig.from_pretrained(folder)))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert changed_sizes(folder, transformers.AutoConfig.from_pretrained(folder), config["config"]) is None
+    return check_checkpoint(folder)
 
 
 def changed(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], Any], **quantization: Any) -> Path:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from bwla_converter.source.observe import rules
-from bwla_converter.source.observe.names import StoredNames, stored_modules
+from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
 from bwla_converter.source.observe.serving import serving_facts
 from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format.model import tied_names
 from bwla_kernels.format.schema import is_ignored
 from torch import nn
 from transformers import PreTrainedModel

@@ -5,7 +5,7 @@ checkpoints on the Hub, and the loaders of vLLM, have the stored names, so the o
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
 
 import torch
@@ -19,6 +19,9 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+
+COMPUTED = "rotary_emb.inv_freq"
+"""Suffix of a buffer that old checkpoints contain although models compute it themselves."""
 
 
 class StoredNames:
@@ -101,10 +104,30 @@ class StoredNames:
         return parameters
 
 
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the parameters that config.json ties: name -> name of the one that replaces it in transformers."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def stored_tensors(model: PreTrainedModel, without: Collection[str] = ()) -> dict[str, Tensor]:
+    """Return every tensor that a checkpoint of `model` stores, by name and on the meta device.
+
+    Args:
+        model: the model.
+        without: parameters that are not stored.
+    """
+    state = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.state_dict().items()
+        if name not in without
+    }
+    stored: dict[str, Tensor] = revert_weight_conversion(model, state)
+    return stored
+
+
 def stored_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that a checkpoint of `model`, which is on the meta device, stores, by name."""
-    state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in model.state_dict().items()}
-    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
+    """Return the shape of every tensor that a checkpoint of `model` stores, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in stored_tensors(model).items()}
 
 
 def stored_modules(names: StoredNames, parameters: Mapping[str, list[str]]) -> dict[str, str]:

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from bwla_converter.source.observe.names import StoredNames
+from bwla_converter.source.observe.names import COMPUTED, StoredNames
 from bwla_kernels.format.files import Entry, Scan
 from bwla_kernels.format.layer import FLOAT_DTYPES
-from bwla_kernels.format.model import COMPUTED
 
 
 def tensor_problems(
