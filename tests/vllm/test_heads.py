@@ -10,6 +10,7 @@ import pytest
 import torch
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
+from bwla_kernels.format.model import config_values
 from bwla_kernels.format.schema import BWLAFormat, head_args
 from golden import load_reference
 
@@ -113,12 +114,15 @@ def test_a_classifier_from_an_8_bit_head_is_refused() -> None:
     check_derived_head(derived, quantization.model_copy(update={"lm_head": None}))
 
 
-def test_an_override_that_changes_sizes_is_named() -> None:
+@pytest.mark.parametrize("listed", [True, False])
+def test_an_override_that_changes_sizes_is_named(tmp_path: Path, listed: bool) -> None:
     """Dummy weights fit any size; the head and the number of labels are no sizes of stored tensors."""
-    stored, asked = config_of(num_labels=2), config_of(num_labels=5)
-    assert changed_sizes(stored, asked) is None
+    stored = {"tie_word_embeddings": False, "hidden_size": 64, "num_hidden_layers": 2, "num_labels": 2}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    values, asked = config_values(stored) if listed else None, config_of(num_labels=5)
+    assert changed_sizes(tmp_path, asked, values) is None
     asked.num_hidden_layers = 1
-    sentence = changed_sizes(stored, asked)
+    sentence = changed_sizes(tmp_path, asked, values)
     assert sentence is not None
 
     def config(load_format: str) -> Any:
@@ -142,7 +146,7 @@ def test_fewer_layers_of_dummy_weights(qwen3: Any, start: Callable[..., Any]) ->
     assert start(qwen3.folder, hf_overrides=override, load_format="dummy")
 
 
-def test_a_size_of_each_layer_is_not_compared() -> None:
+def test_a_size_of_each_layer_is_not_compared(tmp_path: Path) -> None:
     """Gemma 4 has heads of different widths; transformers refuses to name one."""
 
     class Heterogeneous(SimpleNamespace):
@@ -150,10 +154,6 @@ def test_a_size_of_each_layer_is_not_compared() -> None:
         def head_dim(self) -> int:
             raise RuntimeError("'head_dim' is a per-layer attribute")
 
-        def get_text_config(self) -> "Heterogeneous":
-            return self
-
-    assert changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=64)) is None
-    assert "hidden_size 64" in str(
-        changed_sizes(Heterogeneous(hidden_size=64), Heterogeneous(hidden_size=32))
-    )
+    stored = {"head_dim": 32, "hidden_size": 64}
+    assert changed_sizes(tmp_path, Heterogeneous(hidden_size=64), stored) is None
+    assert "hidden_size 64" in str(changed_sizes(tmp_path, Heterogeneous(hidden_size=32), stored))

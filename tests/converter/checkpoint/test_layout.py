@@ -9,6 +9,7 @@ from bwla_converter.checkpoint import layout
 from bwla_converter.checkpoint.layout import Parts, check_space, int8_tensors, output_config
 from bwla_converter.checkpoint.writer import OutputError
 from bwla_kernels.format.files import Entry
+from bwla_kernels.format.schema import BWLAFormat, parse_config
 
 
 def source_with(sizes: dict[str, int], num_layers: int = 2) -> SimpleNamespace:
@@ -41,12 +42,16 @@ def test_too_little_disk_space_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("head_source", [None, "model.embed_tokens.weight"])
 def test_an_8_bit_head_is_not_tied_to_the_embeddings(head_source: str | None) -> None:
-    source = SimpleNamespace(config={"tie_word_embeddings": True, "hidden_size": 8})
-    plan = SimpleNamespace(head_source=head_source, format=SimpleNamespace(to_json=lambda: {"bits": 6}))
-    config = output_config(source, plan)
-    assert config["tie_word_embeddings"] is (head_source is None)
-    assert config["quantization_config"] == {"bits": 6}
-    assert source.config == {"tie_word_embeddings": True, "hidden_size": 8}
+    settings = {"tie_word_embeddings": True, "hidden_size": 8}
+    source = SimpleNamespace(config=dict(settings), tied={}, defaults={**settings, "head_dim": 4})
+    plan = SimpleNamespace(head_source=head_source, format=BWLAFormat(rotation={}))
+    config = output_config(source, plan, {"model.norm.weight": Entry("", (8,), torch.bfloat16)})
+    tied = head_source is None
+    assert config["tie_word_embeddings"] is tied
+    described = parse_config(config["quantization_config"])
+    assert described.config == {"head_dim": 4, "hidden_size": 8, "tie_word_embeddings": tied}
+    assert described.tensors == {"model.norm.weight": "bfloat16 [8]"}
+    assert source.config == settings
 
 
 def test_8_bit_tensors_have_their_stored_names_and_come_from_their_source() -> None:

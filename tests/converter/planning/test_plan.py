@@ -9,13 +9,11 @@ from bwla_converter.planning.plan import (
     ConversionPlan,
     choose_embedding,
     choose_head,
-    describe_linears,
     input_bytes,
     make_plan,
     with_clips,
 )
 from bwla_converter.source.model import Source, open_source
-from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.format.schema import Provenance
 
@@ -191,22 +189,3 @@ def test_what_cannot_be_planned_is_refused(source: Source) -> None:
     for bits, clip in ((9, None), (6, 1.5)):
         with pytest.raises(FormatError):
             plan(source, bits=bits, clip=clip)
-
-
-def test_linears_are_listed_where_decoder_layers_differ() -> None:
-    convolution, attention = InputGroup(("conv.in_proj",)), InputGroup(("attn.q_proj", "attn.k_proj"))
-    mlp = InputGroup(("mlp.up_proj",))
-    hybrid = Structure("A", "model.layers", ((convolution, mlp), (attention, mlp), (convolution, mlp)))
-    names = [name for _, name in hybrid.linears()]
-    kinds = describe_linears(hybrid, names)
-    assert kinds is not None
-    assert [(kind.indices, kind.names) for kind in kinds] == [
-        ([0, 2], ["conv.in_proj", "mlp.up_proj"]),
-        ([1], ["attn.q_proj", "attn.k_proj", "mlp.up_proj"]),
-    ]
-    assert sorted(name for kind in kinds for name in kind.full_names()) == sorted(names)
-    without_last = describe_linears(hybrid, names[:-2])
-    assert without_last is not None
-    assert [kind.indices for kind in without_last] == [[0], [1]]
-    uniform = Structure("A", "model.layers", ((attention, mlp),) * 2)
-    assert describe_linears(uniform, [name for _, name in uniform.linears()][1:]) is None
