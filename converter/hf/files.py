@@ -9,7 +9,7 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, validate_layer
 from bwla_kernels.format.files import Entry, read_json
 from bwla_kernels.format.folder import check_folder
-from bwla_kernels.format.head import validate_head
+from bwla_kernels.format.head import HEAD_MODULE, INT8_SUFFIX, validate_head
 from bwla_kernels.format.model import changed_size, config_values, not_finite
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from bwla_kernels.format.tensors import describe_tensors
@@ -71,7 +71,13 @@ def describe_saved(model: PreTrainedModel, stored: BWLAFormat) -> BWLAFormat:
         for name, tensor in stored_tensors(model, without=tied).items()
     }
     config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    described = {"tensors": describe_tensors(entries, {}), "config": config_values(config), "linears": None}
+    described: dict[str, object] = {
+        "tensors": describe_tensors(entries, {}),
+        "config": config_values(config),
+        "linears": None,
+    }
+    if f"{HEAD_MODULE}{INT8_SUFFIX}" not in entries:
+        described["lm_head"] = None  # a model with another head does not have it
     return stored.model_copy(update=described)
 
 

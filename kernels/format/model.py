@@ -20,7 +20,7 @@ EXPERTS = ".experts."
 ELEMENTS_AT_ONCE = 2**26
 
 _SIZE = re.compile(
-    r"(?:size|dims?|layers?|heads?|experts?|expert_num|rank|embd|inner|states?|conv|kernel|cache|width|channels|"
+    r"(?:size|dims?|layers?|heads?|experts?|expert_num|rank|embd|inner|states?|conv|kernel|L_cache|width|channels|"
     r"ff|model|groups|expand|ssm|depth|headdim|replace|step|interval|period|offset|inputs?|blocks|ratio|mult)$"
 )
 """End of the names of numbers, and of lists of numbers, on which shapes depend."""

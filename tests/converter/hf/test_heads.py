@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_is_refused_with_any_head(make_model, tmp_path: Pat
     tensors = load_file(out / file)
     tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].contiguous()
     save_file(tensors, out / file)
-    with pytest.raises(FormatError, match=r"model.norm.weight: expected the shape \[64\] .* found \[63\]"):
+    with pytest.raises(FormatError, match=r"model.norm.weight: expected shape \[64\], found \[63\]"):
         AutoModelForSequenceClassification.from_pretrained(out, num_labels=LABELS)
     # What config.json says of the stored model is compared with the stored model, not with the requested class.
     config = json.loads((out / "config.json").read_text())

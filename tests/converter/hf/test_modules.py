@@ -18,7 +18,7 @@ from bwla_kernels.format.folder import read_folder
 from bwla_kernels.head import head_reference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 IDS = torch.arange(24).view(1, 24)
 
@@ -145,6 +145,50 @@ def test_the_dtype_of_the_model_is_the_one_asked_for(checkpoint: Path, dtype: to
     assert load(checkpoint, dtype=dtype).dtype == dtype
 
 
+def test_a_model_is_described_as_it_is_saved(checkpoint: Path, tmp_path: Path) -> None:
+    """Its dtype, its size and its head may have changed since it was loaded."""
+    again = tmp_path / "again"
+    load(checkpoint, dtype=torch.float32).save_pretrained(again)
+    saved = json.loads((again / "config.json").read_text())["quantization_config"]
+    assert saved["tensors"]["model.norm.weight"] == "float32 [64]"
+    assert torch.isfinite(load(again)(IDS).logits).all()
+    classifier = AutoModelForSequenceClassification.from_pretrained(checkpoint, num_labels=3, pad_token_id=0)
+    classifier.save_pretrained(again)
+    saved = json.loads((again / "config.json").read_text())["quantization_config"]
+    assert saved["config"]["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert saved["tensors"]["score.weight"] == "bfloat16 [3, 64]"
+    loaded = AutoModelForSequenceClassification.from_pretrained(again)
+    assert torch.equal(loaded.score.weight, classifier.score.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"intermediate_size": 192}, "config.json: expected intermediate_size 128, .* found 192: restore"),
+        ({"intermediate_size": None}, "config.json: expected intermediate_size 128, .* found 22016: restore"),
+        ({"tie_word_embeddings": True}, "config.json: expected tie_word_embeddings False, .* found True"),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(checkpoint: Path, edit, change, sentence: str) -> None:
+    """A key that was removed has the default of transformers."""
+    edit.json(checkpoint / "config.json", **change)
+    with pytest.raises(FormatError, match=sentence):
+        load(checkpoint)
+
+
+def test_a_size_that_the_caller_changes_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(FormatError, match=r"expected vocab_size 96, .* found 32: .*from_pretrained"):
+        load(checkpoint, vocab_size=32)
+
+
+def test_a_checkpoint_without_a_list_of_tensors_still_loads(checkpoint: Path, edit) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())["quantization_config"]
+    logits = load(checkpoint)(IDS).logits
+    older = {key: value for key, value in config.items() if key not in ("tensors", "config")}
+    edit.json(checkpoint / "config.json", quantization_config=older)
+    assert torch.equal(load(checkpoint)(IDS).logits, logits)
+
+
 def test_a_checkpoint_of_version_1_still_loads(make_model, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert(Options(str(make_model("Qwen2")), out, rank=2, embedding_bits=16, recipe="data-free"))
@@ -184,7 +228,7 @@ def test_a_damaged_embedding_is_refused(checkpoint: Path, edit, name: str, chang
         (
             True,
             "lm_head.weight",
-            "lm_head.weight: expected no such tensor, because config.json ties the head to",
+            "lm_head.weight is not a tensor of this model: expected only those that config.json lists",
         ),
         (True, "model.embed_tokens.weight", "expected no such tensor beside model.embed_tokens.weight_int8"),
         (False, "lm_head.weight", "expected no such tensor beside lm_head.weight_int8"),
@@ -242,10 +286,10 @@ def test_another_auto_class_is_refused(checkpoint: Path) -> None:
     ("change", "sentence"),
     [
         (lambda t: None, "model.norm.weight is missing, expected shape"),
-        (lambda t: t[:-1].contiguous(), r"model.norm.weight: expected the shape \[64\] .* found \[63\]"),
+        (lambda t: t[:-1].contiguous(), r"model.norm.weight: expected shape \[64\], found \[63\]"),
         (
             lambda t: t.to(torch.int32),
-            "model.norm.weight: expected dtype bfloat16 or float16 or float32, found int32",
+            "model.norm.weight: expected dtype bfloat16, found int32",
         ),
         (lambda t: t * float("nan"), "model.norm.weight: expected finite values, found NaN"),
     ],
