@@ -30,7 +30,7 @@ _NO_SIZE = re.compile(r"chunk|window|token|max_|position|ngram|time_step|batch")
 
 _SWITCH = re.compile(r"bias|qk_(?:layer)?norm|k_eq_v|double_wide|^tie_word_embeddings$")
 _KIND = re.compile(r"_act$|activation|^model_type$|pattern$")
-_KINDS = re.compile(r"^architectures$|types?$")
+_KINDS = re.compile(r"^architectures$|(?:^|_)types?$")
 
 
 def config_values(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
