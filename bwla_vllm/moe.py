@@ -4,7 +4,6 @@ vLLM hands over one tensor of one expert at a time (`experts.3.gate_proj.weight_
 that collects it for all experts (`w13_weight_scale`): w1 is the gate, w3 up, w2 down.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
 from bwla_vllm.errors import one_sentence
@@ -26,9 +26,6 @@ from bwla_vllm.head import stop_watching
 from bwla_vllm.parameter import is_unset, mark_device, unset
 
 logger = init_logger("vllm.bwla")
-
-PROJECTIONS = {"w1": "w13", "w3": "w13", "w2": "w2"}
-"""vLLM's name of a linear of an expert -> the prefix of the parameters that collect it."""
 
 DOWN_SHARD_DIM = {
     "weight_packed": -1,
@@ -105,7 +102,7 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         for prefix in ("w13", "w2"):
             for name, want in stacked_specs(num_experts, layer.bwla.projection(prefix)).items():
                 parameter = Parameter(unset(want.shape, want.dtypes[0]), requires_grad=False)
-                parameter.weight_loader = _Loader(layer, self.name, name)
+                set_weight_attrs(parameter, {"weight_loader": _Loader(layer, self.name, name)})
                 layer.register_parameter(f"{prefix}_{name}", parameter)
         layer.bwla_tensors = ()
 
@@ -119,15 +116,10 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if layer.bwla_tensors:
             return  # Already repacked.
         stop_watching()
-        sides = []
         with one_sentence():
-            for prefix in ("w13", "w2"):
-                names = stacked_specs(local.spec.experts, local.projection(prefix))
-                tensors = {name: getattr(layer, f"{prefix}_{name}").data for name in names}
-                self._check_loaded(layer, prefix, tensors)
-                sides.append(tensors)
-            prepared = local.backend.prepare(*sides, local.spec)
-        for prefix, tensors in zip(("w13", "w2"), sides, strict=True):
+            gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
+            prepared = local.backend.prepare(gate_up, down, local.spec)
+        for prefix, tensors in (("w13", gate_up), ("w2", down)):
             for name in tensors:
                 delattr(layer, f"{prefix}_{name}")
         for name, tensor in prepared.items():
@@ -185,28 +177,31 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             down=replace(full.down, in_features=inner, rotation_groups=full.down.rotation_groups // size),
         )
 
-    def _check_loaded(self, layer: Any, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-        """Check that every expert of this rank was loaded, and the values.
+    def _loaded(self, layer: Any, prefix: str, local: LocalExperts) -> dict[str, Tensor]:
+        """Return the stacked tensors of one projection, after checking that every expert has its own, and the values.
 
         Raises:
             FormatError: a tensor is missing or invalid; names the expert by its number in the checkpoint.
         """
+        names = stacked_specs(local.spec.experts, local.projection(prefix))
+        tensors: dict[str, Tensor] = {name: getattr(layer, f"{prefix}_{name}").data for name in names}
         parts = ("w1", "w3") if prefix == "w13" else ("w2",)
         for name, tensor in tensors.items():
             if name in INPUT_TRANSFORM:
                 if is_unset(tensor):
                     raise FormatError(f"{self.name}.{prefix}.{name}: not found in the checkpoint; {ADVICE}")
             else:
-                for local, one in enumerate(tensor):
+                for slot, one in enumerate(tensor):
                     for part, piece in zip(parts, one.chunk(len(parts)), strict=True):
                         if is_unset(piece):
-                            expert = _global_number(layer, local)
+                            expert = _global_number(layer, slot)
                             raise FormatError(
                                 f"{self.name}.{expert}.{part}.{name}: not found in the checkpoint; {ADVICE}"
                             )
             problem = value_problem(name, tensor)
             if problem:
                 raise FormatError(f"{self.name}.{prefix}.{name}: {problem}; {ADVICE}")
+        return tensors
 
 
 class _Loader:

@@ -22,6 +22,7 @@ from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import TorchHead
 from bwla_kernels.torch_backend import TorchBackend
 from bwla_kernels.triton.backend import TritonBackend
+from bwla_kernels.triton.experts_backend import TritonExperts
 from bwla_kernels.triton.head import TritonHead
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def head_backends() -> tuple[HeadBackend, ...]:
 @functools.cache
 def experts_backends() -> tuple[ExpertsBackend, ...]:
     """Return all backends for experts, the fastest first; the last one runs any experts."""
-    return (CpuExperts(), TorchExperts())
+    return (TritonExperts(), CpuExperts(), TorchExperts())
 
 
 def select_backend(

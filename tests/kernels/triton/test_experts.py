@@ -18,8 +18,8 @@ from bwla_kernels.triton.experts import (
     choose_config,
     grouped_matmul,
     repack_experts,
-    run_experts,
 )
+from bwla_kernels.triton.experts_backend import TritonExperts
 from bwla_kernels.triton.prepare_input import QuantizedInput
 from experts_cases import Case, exact_case, random_case, random_sizes
 from torch import Tensor
@@ -31,13 +31,13 @@ SPEC = ExpertsSpec(
 
 
 def compute(case: Case, device: torch.device) -> Tensor:
-    spec = case.spec
+    backend = TritonExperts()
     sides = [
-        repack_experts({name: tensor.to(device) for name, tensor in stored.items()}, spec.experts, sizes)
-        for stored, sizes in ((case.gate_up, spec.gate_up), (case.down, spec.down))
+        {name: tensor.to(device) for name, tensor in stored.items()} for stored in (case.gate_up, case.down)
     ]
-    arguments = (case.x, case.weights, case.ids)
-    return run_experts(*(tensor.to(device) for tensor in arguments), *sides, spec).cpu()
+    tensors = backend.prepare(*sides, case.spec)
+    arguments = [tensor.to(device) for tensor in (case.x, case.weights, case.ids)]
+    return backend.apply(*arguments, tensors, case.spec).cpu()
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -129,3 +129,9 @@ def test_other_tokens_change_nothing(device: torch.device) -> None:
 def test_the_larger_tile_is_for_many_pairs() -> None:
     assert choose_config(8, 128) == FEW
     assert choose_config(512 * 8, 128) == MANY
+
+
+def test_only_a_gpu_runs_them_outside_of_tests() -> None:
+    able, reason = TritonExperts().can_implement(SPEC, torch.device("cpu"))
+    assert not able
+    assert "on an NVIDIA GPU, not on cpu" in reason
