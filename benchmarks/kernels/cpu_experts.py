@@ -9,10 +9,13 @@ are timed in turn for many rounds: a plain read of memory, the one-bit experts w
 uniform over the experts, whose weights exceed the caches together. The router itself is not timed.
 
 Figures are medians. `bound_us` is the time that reading the weights of the chosen experts takes at the measured speed
-of a plain read: no implementation with these weights can be faster. Ratios are medians of those within each round.
+of a plain read: no implementation with these weights can be faster. Ratios are medians of those within each round. The
+result names the cores that the process was allowed to use and the load average: times on a shared core are longer, for
+all alike.
 """
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 from operator import truediv
@@ -143,7 +146,8 @@ def main() -> None:
         print(rows[-1], flush=True)
     if arguments.out:
         shape = {"hidden": HIDDEN, "inner": INNER, "experts": EXPERTS, "top_k": TOP_K}
-        write_result(arguments.out, rows, threads=torch.get_num_threads(), shape=shape)
+        shared = {"cores_allowed": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)}
+        write_result(arguments.out, rows, threads=torch.get_num_threads(), shape=shape, **shared)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from bwla_vllm.errors import StartError
-from bwla_vllm.moe import BWLAExpertsMethod
+from bwla_vllm.moe.method import BWLAExpertsMethod
 
 pytestmark = pytest.mark.usefixtures("vllm_config")
 
