@@ -1,8 +1,9 @@
 """Public kernel API: choose a backend, repack a layer once, apply it.
 
 Every backend computes through `torch.library` ops with fake implementations, which torch.compile and CUDA graphs can
-trace. To add one, implement `LinearBackend` and its op, and list it in `backends()` (for the 8-bit head: `HeadBackend`
-and `head_backends()`), the fastest first; see docs/developer/adding-a-kernel-backend.md.
+trace. To add one, implement `LinearBackend` and its op, and list it in `backends()`, the fastest first (for the 8-bit
+head: `HeadBackend` and `head_backends()`; for experts: `ExpertsBackend` and `experts_backends()`); see
+docs/developer/adding-a-kernel-backend.md.
 """
 
 import functools
@@ -11,13 +12,17 @@ from typing import Protocol, TypeVar
 
 import torch
 from bwla_kernels.cpu.backend import CpuBackend
+from bwla_kernels.cpu.experts import CpuExperts
 from bwla_kernels.cpu.head import CpuHead
 from bwla_kernels.errors import BackendError
+from bwla_kernels.experts import ExpertsSpec
+from bwla_kernels.experts.torch_backend import TorchExperts
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HeadSpec
 from bwla_kernels.head import TorchHead
 from bwla_kernels.torch_backend import TorchBackend
 from bwla_kernels.triton.backend import TritonBackend
+from bwla_kernels.triton.experts_backend import TritonExperts
 from bwla_kernels.triton.head import TritonHead
 from torch import Tensor
 
@@ -59,7 +64,31 @@ class HeadBackend(Protocol):
         """Compute x [..., K] -> [..., V] in the dtype of x, in agreement with `head.head_reference`."""
 
 
-AnyBackend = TypeVar("AnyBackend", LinearBackend, HeadBackend)
+class ExpertsBackend(Protocol):
+    """A way to compute the experts of a mixture-of-experts layer; stateless like `LinearBackend`."""
+
+    name: str
+
+    def can_implement(self, spec: ExpertsSpec, device: torch.device) -> tuple[bool, str]:
+        """Return whether this backend can run such experts on `device`, and the reason."""
+
+    def prepare(
+        self, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor], spec: ExpertsSpec
+    ) -> dict[str, Tensor]:
+        """Repack the stacked tensors, once, into those that `apply` uses; modify none of them."""
+
+    def apply(
+        self,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        tensors: Mapping[str, Tensor],
+        spec: ExpertsSpec,
+    ) -> Tensor:
+        """Compute x [M, H] -> [M, H] in the dtype of x, in agreement with `experts.reference.binary_experts`."""
+
+
+AnyBackend = TypeVar("AnyBackend", LinearBackend, HeadBackend, ExpertsBackend)
 
 
 @functools.cache
@@ -72,6 +101,12 @@ def backends() -> tuple[LinearBackend, ...]:
 def head_backends() -> tuple[HeadBackend, ...]:
     """Return all backends for the 8-bit head, the fastest first; the last one runs any head."""
     return (TritonHead(), CpuHead(), TorchHead())
+
+
+@functools.cache
+def experts_backends() -> tuple[ExpertsBackend, ...]:
+    """Return all backends for experts, the fastest first; the last one runs any experts."""
+    return (TritonExperts(), CpuExperts(), TorchExperts())
 
 
 def select_backend(
@@ -106,6 +141,18 @@ def select_head_backend(
         requested = None
     return _select(
         choices, lambda backend: backend.can_implement(spec, device), f"{spec} on {device}", requested
+    )
+
+
+def select_experts_backend(
+    spec: ExpertsSpec, device: torch.device, requested: str | None = None
+) -> tuple[ExpertsBackend, str]:
+    """Choose the backend of a layer's experts, as `select_backend` does; only their own backends may be requested."""
+    return _select(
+        experts_backends(),
+        lambda backend: backend.can_implement(spec, device),
+        f"{spec} on {device}",
+        requested,
     )
 
 

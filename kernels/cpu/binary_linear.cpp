@@ -11,8 +11,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
+#include <new>
 #include <utility>
 
+#include "experts_call.h"
 #include "head_call.h"
 #include "isa.h"
 #include "layout.h"
@@ -105,21 +107,22 @@ struct Variant {
     void (*run)(const Call&, const Plan&, Team&);
     void (*run_head)(const HeadCall&, const HeadPlan&, Team&);
     void (*run_signs)(const SignStep&, const SignScratch&, Team&);
+    void (*run_experts)(const ExpertsCall&, const ExpertsPlan&, Team&);
     int lanes;
 };
 
 static Variant variant(int32_t isa) {
     switch (isa) {
 #if BWLA_X86
-        case kAvx2: return {avx2::run, avx2::run_head, avx2::run_signs, avx2::kLanes};
-        case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_signs, avx512bw::kLanes};
-        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::kLanes};
+        case kAvx2: return {avx2::run, avx2::run_head, avx2::run_signs, avx2::run_experts, avx2::kLanes};
+        case kAvx512bw: return {avx512bw::run, avx512bw::run_head, avx512bw::run_signs, avx512bw::run_experts, avx512bw::kLanes};
+        case kAvx512vbmi: return {avx512vbmi::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::run_experts, avx512vbmi::kLanes};
 #if BWLA_AMX
         case kAmx:
-            return {avx512vbmi::amx::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::kLanes};
+            return {avx512vbmi::amx::run, avx512vbmi::run_head, avx512vbmi::run_signs, avx512vbmi::run_experts, avx512vbmi::kLanes};
 #endif
 #endif
-        default: return {scalar::run, scalar::run_head, scalar::run_signs, scalar::kLanes};
+        default: return {scalar::run, scalar::run_head, scalar::run_signs, scalar::run_experts, scalar::kLanes};
     }
 }
 
@@ -365,6 +368,8 @@ BWLA_API int32_t bwla_sign_step(int32_t isa, const float* target, float* product
     bwla::run_parallel(threads, body);
     return bwla::kOk;
 }
+
+#include "experts_api.h"
 
 // Registers this library's torch ops; `torch` is a handle of libtorch_cpu. Returns null, or what was not found.
 #include "torch_ops.h"

@@ -59,6 +59,7 @@ class CpuLibrary:
 
 _LAYER = [c_void_p, c_void_p]  # bwla_layer, packed
 _X = [c_void_p, c_int64, c_int64, c_int32]  # data, rows, row stride, dtype
+_ROUTING = [c_void_p, c_void_p, c_int32, c_int64]  # weights, ids, bytes of an id, top-k
 _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_build_id": (c_char_p, []),
     "bwla_best_isa": (c_int32, []),
@@ -73,6 +74,12 @@ _SIGNATURES: dict[str, tuple[object, list[type]]] = {
     "bwla_prepare_input": (c_int32, [*_LAYER, *_X, *[c_void_p] * 3, c_int32]),
     "bwla_binary_matmul": (c_int32, [*_LAYER, *[c_void_p] * 3, c_int64, c_void_p, c_int32, c_int32]),
     "bwla_dot_products": (c_int32, [*_LAYER, c_void_p, c_int64, c_void_p, c_int32]),
+    "bwla_experts_bytes": (c_int64, [c_void_p, c_int64]),
+    "bwla_pack_experts": (c_int32, [c_void_p, c_int64, *[c_void_p] * 8, c_int32]),
+    "bwla_experts": (
+        c_int32,
+        [c_void_p, c_void_p, c_int64, c_int32, c_void_p, c_void_p, *_X, *_ROUTING, c_void_p, c_int32],
+    ),
     "bwla_register_ops": (c_char_p, [c_void_p, c_int32]),
     "bwla_sign_step": (c_int32, [c_int32, *[c_void_p] * 9, *[c_int64] * 4, c_int32]),
     "bwla_head": (c_int32, [c_int32, *[c_void_p] * 3, c_int64, c_int64, *_X, c_void_p, c_int32]),

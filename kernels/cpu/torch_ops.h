@@ -1,4 +1,4 @@
-// The ops bwla::linear_cpu and bwla::head_cpu, registered with torch from here. A decoding step calls them a hundred
+// The ops bwla::linear_cpu, bwla::head_cpu and bwla::experts_cpu, registered with torch from here. A decoding step calls them a hundred
 // times and more with cold caches; Python between torch and the kernel would then cost as much as a small layer.
 //
 // No torch headers and no link: torch's C interface for extensions, which is stable over releases
@@ -38,7 +38,7 @@ struct TorchApi {
     int32_t (*copy)(TensorHandle to, TensorHandle from, int32_t non_blocking);
     int32_t (*get_num_threads)(uint32_t*);
     int32_t (*delete_value)(Value*);
-    int32_t cpu, bfloat16, float16, float32, uint8, int8, int32;  // torch's numbers
+    int32_t cpu, bfloat16, float16, float32, uint8, int8, int32, int64;  // torch's numbers
     int32_t isa;
 };
 
@@ -213,6 +213,42 @@ inline void head_op(Value* stack, uint64_t, uint64_t) {
     stack[0] = out.release();
 }
 
+// A projection of experts_cpu: rotation_groups, n1, n2, rank, bits, clip and planes from `at` on.
+inline bwla_layer projection(const Value* at, int64_t rows) {
+    return {torch_api().isa, int32_t(at[4]), rows,           int64_t(at[0]),          int64_t(at[1]),
+            int64_t(at[2]),  int64_t(at[3]), int64_t(at[6]), from_value<double>(at[5])};
+}
+
+// experts_cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed_gate_up, Tensor packed_down, int experts,
+//             int activation, <a projection, gate_up>, <a projection, down>) -> Tensor
+inline void experts_op(Value* stack, uint64_t, uint64_t) {
+    const TorchApi& api = torch_api();
+    const Tensor weights(stack[1]), ids(stack[2]), packed_gate_up(stack[3]), packed_down(stack[4]);
+    const int64_t experts = int64_t(stack[5]);
+    bwla_layer gate_up = projection(stack + 7, 1), down = projection(stack + 14, 1);
+    gate_up.n = down.blocks * down.n1 * down.n2, down.n = gate_up.blocks * gate_up.n1 * gate_up.n2;
+    const Rows rows(stack[0], down.n);
+    const auto fits = [&](const Tensor& packed, const bwla_layer& layer, int64_t parts) {
+        return packed.dtype == api.uint8 && packed.contiguous() && packed.numel() == bwla_experts_bytes(&layer, parts);
+    };
+    expect(fits(packed_gate_up, gate_up, 2 * experts) && fits(packed_down, down, experts),
+           "packed experts of this layer: pack them with the same sizes");
+    expect(ids.dim == 2 && ids.sizes[0] == rows.m && ids.contiguous() && (ids.dtype == api.int32 || ids.dtype == api.int64),
+           "contiguous topk_ids [M, top-k] in int32 or int64");
+    expect(weights.dim == 2 && weights.sizes[0] == rows.m && weights.sizes[1] == ids.sizes[1] && weights.contiguous() &&
+               weights.dtype == api.float32,
+           "contiguous topk_weights [M, top-k] in float32");
+    Tensor out(empty_like(rows.x, down.n));
+    const int32_t status = bwla_experts(
+        &gate_up, &down, experts, int32_t(stack[6]), static_cast<const uint8_t*>(packed_gate_up.data),
+        static_cast<const uint8_t*>(packed_down.data), rows.data(), rows.m, rows.stride, rows.type,
+        static_cast<const float*>(weights.data), ids.data, ids.dtype == api.int64 ? 8 : 4, ids.sizes[1], out.data,
+        torch_threads());
+    expect(status != kBadArgument, "topk_ids below the number of experts");
+    check_status(status);
+    stack[0] = out.release();
+}
+
 template <class Function>
 bool find(void* torch, const char* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(torch, name));
@@ -252,12 +288,14 @@ inline const char* register_ops(void* torch, int32_t isa) {
     BWLA_FIND(uint8, "aoti_torch_dtype_uint8");
     BWLA_FIND(int8, "aoti_torch_dtype_int8");
     BWLA_FIND(int32, "aoti_torch_dtype_int32");
+    BWLA_FIND(int64, "aoti_torch_dtype_int64");
 #undef BWLA_FIND
     api.isa = isa;
     void* library = nullptr;  // kept for the life of the process: to delete it would take the ops away
     if (api.library_init_impl("bwla", "CPU", __FILE__, __LINE__, &library) ||
-        api.library_impl(library, "linear_cpu", linear_op) || api.library_impl(library, "head_cpu", head_op)) {
-        return "the schemas of bwla::linear_cpu and bwla::head_cpu";
+        api.library_impl(library, "linear_cpu", linear_op) || api.library_impl(library, "head_cpu", head_op) ||
+        api.library_impl(library, "experts_cpu", experts_op)) {
+        return "the schemas of bwla::linear_cpu, bwla::head_cpu and bwla::experts_cpu";
     }
     return nullptr;
 }

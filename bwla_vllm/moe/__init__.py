@@ -1,0 +1,1 @@
+"""The one-bit experts of a mixture-of-experts layer in vLLM."""

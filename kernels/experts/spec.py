@@ -1,0 +1,110 @@
+"""The sizes of one layer's experts, and the stacked tensors that a backend repacks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bwla_kernels.errors import BackendError, FormatError
+from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format.layer import ROW_TENSORS, TensorSpec, shape_problem
+from torch import Tensor
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+"""Functions f in f(gate) * up; a kernel knows them by their position here."""
+
+
+@dataclass(frozen=True)
+class ExpertsSpec:
+    """Sizes of E experts, each y = W2 (f(W1 x) * W3 x), which share two input transforms.
+
+    The gate and up projections (W1, W3) of all experts read the layer's input, which is transformed once for each
+    token. The down projections (W2) of all experts share one transform of the hidden values.
+
+    Attributes:
+        experts: E, on this rank.
+        gate_up: gate and up of one expert as one linear: I rows of the gate, then I rows of up; reads H columns.
+        down: W2 of one expert: H rows, I columns.
+        activation: f, one of `ACTIVATIONS`.
+
+    Raises:
+        FormatError: at construction, if the sizes contradict each other.
+    """
+
+    experts: int
+    gate_up: LayerSpec
+    down: LayerSpec
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        if self.experts < 1:
+            raise FormatError(f"a layer needs at least one expert, found {self.experts}")
+        if self.gate_up.out_features != 2 * self.down.in_features:
+            raise FormatError(
+                f"gate and up must have twice as many rows as down has columns, found "
+                f"{self.gate_up.out_features} and {self.down.in_features}"
+            )
+        if self.gate_up.in_features != self.down.out_features:
+            raise FormatError(
+                f"experts must return as many values as they read, found {self.down.out_features} and "
+                f"{self.gate_up.in_features}"
+            )
+        if self.gate_up.bias or self.down.bias:
+            raise FormatError("experts with a bias are not supported: exclude them with --ignore")
+        if self.activation not in ACTIVATIONS:
+            raise FormatError(
+                f"expected an activation among {', '.join(ACTIVATIONS)}, found {self.activation!r}: "
+                "exclude the experts with --ignore"
+            )
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of the layer's input and output."""
+        return self.gate_up.in_features
+
+    @property
+    def intermediate_size(self) -> int:
+        """I, the rows of a gate."""
+        return self.down.in_features
+
+
+def stacked_specs(experts: int, spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors of one projection of all experts.
+
+    Those with one row for each output feature have the experts as their first axis; the input transform is that of a
+    linear, because the experts share it.
+    """
+    return {
+        name: TensorSpec((experts, *want.shape), want.dtypes) if name in ROW_TENSORS else want
+        for name, want in tensor_specs(spec).items()
+    }
+
+
+def expect_stacked(which: str, tensors: Mapping[str, Tensor], experts: int, spec: LayerSpec) -> None:
+    """Check names, shapes and dtypes of one projection's stacked tensors; `which` names it in messages.
+
+    Raises:
+        BackendError: a tensor is missing or does not fit.
+    """
+    for name, want in stacked_specs(experts, spec).items():
+        if name not in tensors:
+            raise BackendError(f"{which}.{name}: expected a tensor {list(want.shape)}, found none")
+        problem = shape_problem(want, tuple(tensors[name].shape), tensors[name].dtype)
+        if problem:
+            raise BackendError(f"{which}.{name}: {problem}")
+
+
+def expect_routing(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, spec: ExpertsSpec) -> None:
+    """Check the shapes of an application's arguments: x [M, H], topk_weights and topk_ids [M, top-k].
+
+    Raises:
+        BackendError: one of them does not fit.
+    """
+    if x.dim() != 2 or x.shape[1] != spec.hidden_size:
+        raise BackendError(f"x: expected [M, {spec.hidden_size}], found {list(x.shape)}")
+    for name, tensor in (("topk_weights", topk_weights), ("topk_ids", topk_ids)):
+        if tensor.dim() != 2 or tensor.shape[0] != len(x) or tensor.shape != topk_ids.shape:
+            raise BackendError(f"{name}: expected [{len(x)}, top-k], found {list(tensor.shape)}")
+
+
+def expert_tensors(tensors: Mapping[str, Tensor], expert: int) -> dict[str, Tensor]:
+    """Return one expert's projection as the tensors of a linear."""
+    return {name: tensor[expert] if name in ROW_TENSORS else tensor for name, tensor in tensors.items()}
