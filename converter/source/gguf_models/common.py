@@ -42,8 +42,9 @@ def read_common(
         if name is None or key == "vocab_size" or key.startswith("rope.") or key in differing:
             continue
         value = keys.get(key)
-        if value is None and key in OTHER_EPSILON:
-            value = keys.get(OTHER_EPSILON[key])
+        if key in OTHER_EPSILON:
+            other = keys.get(OTHER_EPSILON[key])
+            value = other if value is None else value
         if value is None and (key in NEEDED or key in OTHER_EPSILON):
             value = keys.need(key)
         if value is not None:

@@ -154,8 +154,9 @@ def falcon(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     """Return the settings of Falcon. Its three kinds differ in their norms and in the heads of keys and values."""
     common = read_common(file, keys, "falcon")
     heads = common["num_attention_heads"]
-    # The class computes the head size, and calls the heads of keys and values otherwise than transformers' table.
+    # The class computes the head size, and calls two settings otherwise than transformers' table.
     head_dim, kv_heads = common.pop("head_dim"), common.pop("num_key_value_heads")
+    epsilon = common.pop("rms_norm_eps")
     norms = 2 if "blk.0.attn_norm_2.weight" in file.tensors else 1
     if "blk.0.attn_qkv.weight" in file.tensors:
         # Some configurations of the first Falcon state as many heads for keys as for queries, and have one.
@@ -164,6 +165,7 @@ def falcon(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     return {
         **common,
         "rope_parameters": read_rope(file, keys),
+        "layer_norm_epsilon": epsilon,
         "num_kv_heads": kv_heads,
         "multi_query": multi_query,
         "new_decoder_architecture": not multi_query,
