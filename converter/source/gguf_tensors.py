@@ -77,7 +77,9 @@ def tensor_origins(file: GGUFFile, model: PreTrainedModel) -> dict[str, Origin]:
     architecture = architecture_of(file)
     finder = _Finder(file, architecture, model)
     tied = tied_names(model)
-    origins, problems, used = {}, [], set()
+    origins: dict[str, Origin] = {}
+    problems: list[str] = []
+    used: set[str] = set()
     for name, shape in stored_shapes(model).items():
         origin = finder.find(name, shape)
         missing = [stored for stored in origin.names if stored not in file.tensors]

@@ -4,7 +4,7 @@ from collections import Counter
 from typing import Any
 
 from bwla_converter.source.gguf_file import GGUFFile
-from bwla_converter.source.gguf_models.common import read_common, read_rest
+from bwla_converter.source.gguf_models.common import EMBEDDING, read_common, read_rest
 from bwla_converter.source.gguf_models.keys import Keys, layers_of, read_floats
 from bwla_converter.source.gguf_models.rope import read_rope
 from bwla_kernels.errors import SourceError
@@ -42,8 +42,8 @@ def qwen35(file: GGUFFile, keys: Keys) -> dict[str, Any]:
             f"{file.path}: found the architecture {file.architecture}, which the installed transformers does not read "
             "from GGUF files: update transformers"
         ) from None
-    metadata = keys.whole()
-    metadata["tokenizer.ggml.tokens"] = file.shape("token_embd.weight")[0]
+    # transformers takes the size of the vocabulary from the number of tokens.
+    metadata = keys.whole({"tokenizer.ggml.tokens": file.shape(EMBEDDING)[0]})
     try:
         settings: dict[str, Any] = get_gguf_config(metadata, tuple(file.tensors))
     except KeyError as cause:

@@ -64,9 +64,9 @@ class Keys:
         """Return the keys that nobody has asked for."""
         return sorted(self._unread - {self._prefix + key for key in IGNORED})
 
-    def whole(self) -> Mapping[str, Any]:
-        """Return all metadata under their full names, as a mapping that notes which of them are read."""
-        return _Noted(self, self._file.metadata, self._prefix)
+    def whole(self, more: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return all metadata under their full names, with `more`, as a mapping that notes which of them are read."""
+        return _Noted(self, {**self._file.metadata, **more}, self._prefix)
 
 
 class _Noted(dict[str, Any]):
