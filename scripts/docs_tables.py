@@ -4,7 +4,7 @@
     python -m scripts.docs_tables --check    # exit with 1 if a document is not up to date
 
 A table stands between `<!-- table: KIND RESULTS; scripts/docs_tables.py -->` and `<!-- end of table -->`. RESULTS names
-files in benchmarks/results without `.json`, joined by `+`. The kinds `families` and `gguf` read the converter's lists instead.
+files in benchmarks/results without `.json`, joined by `+`. The kinds `families` and `gguf` read lists of the converter.
 """
 
 import re

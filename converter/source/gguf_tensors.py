@@ -32,7 +32,7 @@ SUFFIXES = (".weight", ".bias", ".scale")
 NUMBERED = re.compile(r"(?P<before>.*\.(?:experts|[qk]_layernorm\.norms))\.(?P<index>\d+)(?P<after>\..*)")
 """Names of tensors that llama.cpp stores as one for all experts, or for all heads."""
 
-FUSED_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up)_exps\.(weight|bias)")
+FUSED_EXPERTS = re.compile(r"(blk\.\d+)\.ffn_(gate|up)_exps\.(weight|bias)")
 """Names of experts' tensors that newer files may have as one, `ffn_gate_up_exps`."""
 
 Join = Callable[[Sequence[Tensor]], Tensor]
@@ -116,11 +116,10 @@ class _Finder:
         if match:
             count = self._file.shape(stored)[0] if stored in self._file.tensors else 1
             part = (int(match["index"]), count)
-            fused = FUSED_EXPERTS.fullmatch(stored)
-            if fused and stored not in self._file.tensors:
-                stored = f"blk.{fused[1]}.ffn_gate_up_exps.{fused[3]}"
-                count = self._file.shape(stored)[0] if stored in self._file.tensors else 1
-                part = (2 * part[0] + (fused[2] == "up"), 2 * count)
+            both = FUSED_EXPERTS.sub(r"\1.ffn_gate_up_exps.\3", stored)
+            if stored not in self._file.tensors and both in self._file.tensors:
+                part = (2 * part[0] + (".ffn_up_" in stored), 2 * self._file.shape(both)[0])
+                stored = both
         change = next(
             (undo for pattern, undo in self._architecture.values if re.search(pattern, stored)), None
         )

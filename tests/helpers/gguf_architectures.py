@@ -28,7 +28,6 @@ from gguf_settings import (
     qwen35_keys,
 )
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from benchmarks.coverage.build import build
 from benchmarks.coverage.cases import CASES
@@ -231,13 +230,19 @@ GGUF_CASES: Mapping[str, GGUFCase] = {
 """The models by name; those of `gguf_models` are not repeated, apart from Llama."""
 
 
-def write_pair(folder: Path, name: str, quantization: str = "F32") -> tuple[Path, Path]:
+def write_pair(
+    folder: Path,
+    name: str,
+    quantization: str = "F32",
+    edit: Callable[[dict[str, Tensor]], Mapping[str, Tensor]] = lambda tensors: tensors,
+) -> tuple[Path, Path]:
     """Write a model as a Hugging Face folder and as a GGUF file; return both.
 
     Args:
         folder: where to write them.
         name: a name in `GGUF_CASES`.
         quantization: type of the matrices whose rows its blocks divide.
+        edit: changes the tensors in the GGUF file.
     """
     case = GGUF_CASES[name]
     entry = CASES[case.case]
@@ -247,25 +252,25 @@ def write_pair(folder: Path, name: str, quantization: str = "F32") -> tuple[Path
             parameter.copy_(parameter.bfloat16())
     original = folder / "original"
     model.save_pretrained(original)
-    return original, write_case(folder / "model.gguf", original, model, case, quantization)
+    tensors = edit(named_tensors(original, case, model.config))
+    write_case(folder / "model.gguf", case, model.config, tensors, quantization)
+    return original, folder / "model.gguf"
 
 
 def write_case(
-    path: Path, original: Path, model: PreTrainedModel, case: GGUFCase, quantization: str = "F32"
-) -> Path:
-    """Write the model in `original` as a GGUF file; return its path."""
-    config = model.config
+    path: Path, case: GGUFCase, config: Any, tensors: Mapping[str, Tensor], quantization: str
+) -> None:
+    """Write a GGUF file with tensors as llama.cpp's converter stores them."""
     writer = gguf.GGUFWriter(path, case.gguf)
     for key, value in {**common_keys(config), **case.keys(config)}.items():
         add_key(writer, f"{case.gguf}.{key}", value)
     # The vocabulary without the kind of tokenizer: transformers takes its size from it.
     add_key(writer, "tokenizer.ggml.tokens", [f"t{index}" for index in range(config.vocab_size)])
-    for name, tensor in named_tensors(original, case, config).items():
+    for name, tensor in tensors.items():
         divides = tensor.dim() > 1 and tensor.shape[-1] % 32 == 0
         kind = gguf.GGMLQuantizationType[quantization if divides else "F32"]
         writer.add_tensor(name, gguf.quants.quantize(tensor.contiguous().numpy(), kind), raw_dtype=kind)
     finish(writer)
-    return path
 
 
 def named_tensors(original: Path, case: GGUFCase, config: Any) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Every architecture that transformers reads from GGUF files: read back as it was, or refused with the reason."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,65 @@ def test_blocks_that_predict_several_tokens_are_left_out(tmp_path: Path) -> None
     config.save_pretrained(tmp_path / "config")
     model = build_meta_model(tmp_path / "config", config.to_dict())
     assert tensor_origins(longer, model).keys() == tensor_origins(file, model).keys()
+
+
+def test_keys_of_layers_that_use_those_of_others_are_left_out(tmp_path: Path) -> None:
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**tensors, "blk.3.attn_k.weight": tensors["blk.1.attn_k.weight"]}
+
+    original, file = write_pair(tmp_path, "gemma4 E2B", edit=edit)
+    write_folder(file, tmp_path / "folder")
+    assert tensors_of(tmp_path / "folder").keys() == tensors_of(original).keys()
+
+
+@pytest.mark.parametrize("quantization", ["F32", "Q8_0"])
+@pytest.mark.parametrize("name", ["qwen3moe", "minimax-m2", "gemma4 26B"])
+def test_gate_and_up_may_be_one_tensor_or_two(tmp_path: Path, name: str, quantization: str) -> None:
+    """llama.cpp's converter joins or divides them by an option."""
+
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        other = dict(tensors)
+        for layer in range(2):
+            gate, up, both = (f"blk.{layer}.ffn_{part}_exps.weight" for part in ("gate", "up", "gate_up"))
+            if both in other:
+                other[gate], other[up] = (part.contiguous() for part in other.pop(both).chunk(2, dim=1))
+            else:
+                other[both] = torch.cat([other.pop(gate), other.pop(up)], dim=1)
+        return other
+
+    found = []
+    for number, change in enumerate((lambda tensors: tensors, edit)):
+        folder = tmp_path / str(number)
+        _, file = write_pair(folder, name, quantization, change)
+        write_folder(file, folder / "folder")
+        found.append(tensors_of(folder / "folder"))
+    assert found[0].keys() == found[1].keys()
+    for key, tensor in found[0].items():
+        assert torch.equal(found[1][key], tensor), key
+
+
+@pytest.mark.parametrize(
+    ("tensor", "shape", "sentence"),
+    [
+        (
+            "blk.1.ffn_up_exps.weight",
+            (4, 32, 64),
+            "expected shape [64, 64] in each of 4 parts, found [4, 32, 64]",
+        ),
+        ("blk.1.ffn_up_exps.weight", None, "blk.1.ffn_up_exps.weight is missing"),
+        ("blk.0.ffn_gate_inp.weight", (3, 64), "expected shape [4, 64], found [3, 64]"),
+    ],
+)
+def test_experts_that_do_not_belong_to_the_model(
+    tmp_path: Path, tensor: str, shape: tuple[int, ...] | None, sentence: str
+) -> None:
+    def edit(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        other = {name: value for name, value in tensors.items() if name != tensor}
+        return other if shape is None else {**other, tensor: torch.zeros(shape)}
+
+    _, file = write_pair(tmp_path, "qwen3moe", edit=edit)
+    with pytest.raises(SourceError, match=re.escape(sentence)):
+        write_folder(file, tmp_path / "folder")
 
 
 def test_layers_of_qwen35_may_be_listed(tmp_path: Path) -> None:
