@@ -56,7 +56,8 @@ def qwen35(file: GGUFFile, keys: Keys) -> dict[str, Any]:
         ]
         del settings["full_attention_interval"]
     del settings["model_type"], settings["architectures"]
-    settings["rope_parameters"]["rope_type"] = "default"
+    # transformers leaves out the scaling.
+    settings["rope_parameters"] |= read_rope(file, keys)
     return {**settings, **read_rest(file)}
 
 
@@ -106,6 +107,11 @@ def gemma4(file: GGUFFile, keys: Keys) -> dict[str, Any]:
 
 def _gemma4_rope(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     """Return the RoPE of both kinds of layers: a factor of each frequency says whether full attention rotates it."""
+    scaling = keys.get("rope.scaling.factor")
+    if scaling is not None:
+        raise SourceError(
+            f"{file.path}: found a RoPE scaling of {scaling}, which Gemma 4 does not have: use another model"
+        )
     rotated = 1.0
     if "rope_freqs.weight" in file.tensors:
         factors = read_floats(file, "rope_freqs.weight")

@@ -219,9 +219,20 @@ def test_layers_of_qwen35_may_be_listed(tmp_path: Path) -> None:
     assert config.layer_types == ["full_attention", "linear_attention"]
 
 
+def test_yarn_of_qwen35(tmp_path: Path) -> None:
+    _, path = write_pair(tmp_path, "qwen35")
+    file = open_gguf(path)
+    yarn = {"type": "yarn", "factor": 4.0, "original_context_length": 32}
+    scaled = {**file.metadata, **{f"qwen35.rope.scaling.{key}": value for key, value in yarn.items()}}
+    found = make_config(type(file)(file.path, scaled, file.tensors)).rope_parameters
+    assert found | make_config(file).rope_parameters | {"rope_type": "yarn"} == found
+    assert (found["factor"], found["original_max_position_embeddings"]) == (4.0, 32)
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "sentence"),
     [
+        ("gemma4", "rope.scaling.factor", 8.0, "found a RoPE scaling of 8.0, which Gemma 4 does not have"),
         ("qwen35", "ssm.state_size", None, "expected qwen35.ssm.state_size in its metadata, found none"),
         ("minimax-m2", "expert_gating_func", 9, "found the function 9 for choosing experts"),
         ("gpt-oss", "attention.sliding_window", None, "expected gpt-oss.attention.sliding_window"),
