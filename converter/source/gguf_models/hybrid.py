@@ -76,8 +76,10 @@ def gemma4(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     full = _most([heads for heads, slide in zip(kv_heads, slides, strict=True) if not slide])
     differing = ("attention.head_count_kv", "feed_forward_length")
     common = read_common(file, keys, "gemma4", partial=True, differing=differing)
-    without_values = set(layers_of(file, "attn_k.weight", layers)) - set(
-        layers_of(file, "attn_v.weight", layers)
+    # The last layers may use the keys and values of earlier ones, whatever the file has of their own.
+    shared = keys.get("attention.shared_kv_layers", 0)
+    with_keys, with_values = (
+        set(layers_of(file, f"attn_{kind}.weight", layers - shared)) for kind in ("k", "v")
     )
     settings = {
         **common,
@@ -85,8 +87,8 @@ def gemma4(file: GGUFFile, keys: Keys) -> dict[str, Any]:
         "global_head_dim": common["head_dim"],
         "num_key_value_heads": local or full,
         "num_global_key_value_heads": full if full != local else None,
-        "attention_k_eq_v": bool(without_values),
-        "num_kv_shared_layers": keys.get("attention.shared_kv_layers", 0),
+        "attention_k_eq_v": bool(with_keys - with_values),
+        "num_kv_shared_layers": shared,
         "intermediate_size": widths[0],
         "use_double_wide_mlp": len(set(widths)) > 1,
         "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
