@@ -13,6 +13,7 @@ from bwla_converter.source.gguf_models.architectures import (
     Architecture,
     find_architecture,
 )
+from bwla_converter.source.gguf_models.common import EMBEDDING
 from bwla_converter.source.gguf_models.keys import Keys
 from bwla_kernels.errors import SourceError
 from transformers import AutoConfig, PretrainedConfig
@@ -47,6 +48,8 @@ def make_config(file: GGUFFile) -> PretrainedConfig:
         raise SourceError(
             f"{file.path}: is a mixture of experts of the architecture llama, which is not supported: use a dense model"
         )
+    if EMBEDDING not in file.tensors:
+        raise SourceError(f"{file.path}: expected the tensor {EMBEDDING}, found none: get the file again")
     try:
         settings = architecture.settings(file, keys)
         config = AutoConfig.for_model(

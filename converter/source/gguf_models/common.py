@@ -34,8 +34,6 @@ def read_common(
     Raises:
         SourceError: a setting is missing, or transformers' class cannot express it.
     """
-    if EMBEDDING not in file.tensors:
-        raise SourceError(f"{file.path}: expected the tensor {EMBEDDING}, found none: get the file again")
     _check_layers(file, keys, differing)
     settings: dict[str, Any] = dict(GGUF_CONFIG_DEFAULTS_MAPPING.get(table, {}))
     for key, name in table_of(file, table).items():
