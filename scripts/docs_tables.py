@@ -4,7 +4,7 @@
     python -m scripts.docs_tables --check    # exit with 1 if a document is not up to date
 
 A table stands between `<!-- table: KIND RESULTS; scripts/docs_tables.py -->` and `<!-- end of table -->`. RESULTS names
-files in benchmarks/results without `.json`, joined by `+`. The kind `families` reads the converter's list instead.
+files in benchmarks/results without `.json`, joined by `+`. The kinds `families` and `gguf` read lists of the converter.
 """
 
 import re
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 
 from bwla_converter.source.families import family_table
+from bwla_converter.source.gguf_models.architectures import gguf_table
 
 from scripts.tables.coverage import coverage_table
 from scripts.tables.quality import (
@@ -77,6 +78,7 @@ def summary_table(names: str) -> str:
 
 TABLES: dict[str, Callable[[str], str]] = {
     "families": lambda _: family_table(),
+    "gguf": lambda _: gguf_table(),
     "quality": quality_table,
     "ablations": ablation_table,
     "amounts": amounts_table,

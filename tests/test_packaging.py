@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -64,6 +65,16 @@ def test_the_source_distribution_holds_what_a_build_needs_and_no_more(built: Pat
     assert not [
         name for name in names if name.startswith(("tests", "examples", "benchmarks")) or name.endswith(".so")
     ]
+
+
+def test_every_package_is_installed() -> None:
+    """A folder that pyproject.toml forgets is found in the repository and missing from the wheel."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = set()
+    for package, folder in setuptools["package-dir"].items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            found.add(".".join([package, *path.parent.relative_to(ROOT / folder).parts]))
+    assert found == set(setuptools["packages"])
 
 
 def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:

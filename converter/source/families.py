@@ -1,6 +1,7 @@
-"""The families of models that are read from GGUF files, and those that the documentation names.
+"""The families of models that the documentation names, because they are tested most.
 
-A model in safetensors needs no entry here: its structure is observed (`bwla_converter.source.observe`).
+No model needs an entry here: its structure is observed (`bwla_converter.source.observe`). What is read from GGUF files
+is listed in `bwla_converter.source.gguf_models.architectures`.
 """
 
 from dataclasses import dataclass

@@ -60,17 +60,36 @@ class GGUFFile:
         """Return the shape of a tensor in torch's order: the dimension that is contiguous in memory is the last."""
         return tuple(int(size) for size in reversed(self.tensors[name].shape))
 
-    def read(self, name: str, offset: float = 0.0) -> Tensor:
-        """Dequantize one tensor, subtract `offset` from every value in float32, and round to bfloat16."""
-        tensor = self.tensors[name]
+    def read(
+        self,
+        name: str,
+        offset: float = 0.0,
+        part: tuple[int, int] = (0, 1),
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Tensor:
+        """Dequantize one tensor, subtract `offset` from every value in float32, and round to `dtype`.
+
+        Args:
+            name: name of the tensor.
+            offset: what to subtract.
+            part: number of the part to read, and the number of parts into which the tensor's rows are divided.
+            dtype: dtype of the result.
+
+        Returns: the tensor in its shape, or a part of its rows [N / parts, K].
+        """
+        tensor, (index, count) = self.tensors[name], part
         rows = tensor.data.reshape(-1, tensor.data.shape[-1])
-        result = torch.empty(len(rows), tensor.n_elements // len(rows), dtype=torch.bfloat16)
+        size = len(rows) // count
+        result = torch.empty(size, tensor.n_elements // len(rows), dtype=dtype)
         step = max(1, CHUNK // result.shape[1])
-        for start in range(0, len(rows), step):
+        for start in range(0, size, step):
+            stop = min(start + step, size)
             # A copy, because torch cannot use the mapped file, which is read-only.
-            values = dequantize(np.array(rows[start : start + step]), tensor.tensor_type)
-            result[start : start + step] = torch.from_numpy(values - np.float32(offset) if offset else values)
-        return result.view(self.shape(name))
+            values = dequantize(
+                np.array(rows[index * size + start : index * size + stop]), tensor.tensor_type
+            )
+            result[start:stop] = torch.from_numpy(values - np.float32(offset) if offset else values)
+        return result.view(self.shape(name)) if count == 1 else result
 
 
 def part_paths(path: Path) -> list[Path]:

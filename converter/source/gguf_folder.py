@@ -6,6 +6,7 @@ written as such a folder once, one tensor after another, before anything else ha
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -17,7 +18,7 @@ from bwla_converter.common.write_errors import WriteError, write_error
 from bwla_converter.source.gguf_config import make_config
 from bwla_converter.source.gguf_file import GGUFFile, open_gguf, part_paths
 from bwla_converter.source.gguf_path import CACHE_VARIABLE, OnProgress, cache_folder, ignore_progress
-from bwla_converter.source.gguf_tensors import read_tensor, tensor_names
+from bwla_converter.source.gguf_tensors import Origin, read_tensor, tensor_origins
 from bwla_converter.source.gguf_tokenizer import save_tokenizer
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_kernels.errors import SourceError
@@ -30,8 +31,11 @@ from transformers import PreTrainedModel
 LAYOUT = 1
 """Increased when a folder in the cache would be written differently."""
 
-LAYERS = "model.layers."
-"""Start of the names of the tensors in decoder layers, in all families that are read from GGUF files."""
+LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.\d+\.")
+"""Start of the names of the tensors in decoder layers, in all architectures that are read from GGUF files."""
+
+SHARD_BYTES = 2**31
+"""Size from which a decoder layer is divided into several files, so that layers of many experts fit in memory."""
 
 SPARE_BYTES = 64 * 2**20
 """Disk space for the tokenizer and the config.json, which are small beside the weights."""
@@ -95,11 +99,11 @@ def write_folder(path: Path, folder: Path, on_progress: OnProgress = ignore_prog
     try:
         config.save_pretrained(partial)
         model = build_meta_model(partial, config.to_dict())
-        names = tensor_names(file, model)
+        origins = tensor_origins(file, model)
         _write_json(partial / "generation_config.json", _generation_config(file))
         save_tokenizer(file, partial)
         _write_card(file, partial)
-        _write_shards(file, partial, model, names, lambda done, total: on_progress(folder, done, total))
+        _write_shards(file, partial, model, origins, lambda done, total: on_progress(folder, done, total))
         move(partial, folder)
     except (OSError, WriteError) as cause:
         problem = write_error(cause, folder)
@@ -141,32 +145,43 @@ def _write_shards(
     file: GGUFFile,
     folder: Path,
     model: PreTrainedModel,
-    names: Mapping[str, str],
+    origins: Mapping[str, Origin],
     on_progress: Callable[[int, int], None],
 ) -> None:
-    """Write all tensors, each decoder layer and each other tensor into a file of its own, and the index."""
-    shards: dict[str, list[str]] = {}
-    for name in names:
-        shards.setdefault(_shard_key(name), []).append(name)
-    total = sum(int(file.tensors[stored].n_elements) for stored in names.values())
+    """Write all tensors, each decoder layer and each other tensor into files of its own, and the index."""
+    shards = _divide(origins)
+    total = sum(origin.size for origin in origins.values())
     done, weight_map = 0, {}
     on_progress(done, total)
-    for number, members in enumerate(shards.values(), 1):
+    for number, members in enumerate(shards, 1):
         shard = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {}
         for name in members:
-            tensors[name] = read_tensor(file, names[name], model).contiguous()
+            tensors[name] = read_tensor(file, origins[name], model).contiguous()
             weight_map[name] = shard
             done += tensors[name].numel()
             on_progress(done, total)
         with whole_file(folder / shard) as partial:
             save_file(tensors, partial, metadata={"format": "pt"})
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": 2 * total}, "weight_map": weight_map})
+    total_size = sum(_bytes(origin) for origin in origins.values())
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
 
 
-def _shard_key(name: str) -> str:
-    """Return what the tensors of one shard have in common: their decoder layer, or else their name."""
-    return LAYERS + name.removeprefix(LAYERS).split(".")[0] if name.startswith(LAYERS) else name
+def _divide(origins: Mapping[str, Origin]) -> list[list[str]]:
+    """Return the names of the tensors of each file."""
+    shards: dict[tuple[str, int], list[str]] = {}
+    sizes: dict[str, int] = {}
+    for name, origin in origins.items():
+        match = LAYER.match(name)
+        key = match[0] if match else name
+        number = sizes.get(key, 0) // SHARD_BYTES
+        sizes[key] = sizes.get(key, 0) + _bytes(origin)
+        shards.setdefault((key, number), []).append(name)
+    return list(shards.values())
+
+
+def _bytes(origin: Origin) -> int:
+    return origin.size * origin.dtype.itemsize
 
 
 def _generation_config(file: GGUFFile) -> dict[str, Any]:

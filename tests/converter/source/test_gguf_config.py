@@ -148,12 +148,17 @@ def refused(file: Path, *sentences: str) -> None:
         assert sentence in str(error.value)
 
 
-def test_an_unknown_architecture(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "mamba")
+def named(path: Path, architecture: str) -> Path:
+    """Write a file of an architecture that has only an embedding."""
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_tensor("token_embd.weight", np.zeros((96, 64), np.float32))
     finish(writer)
+    return path
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
     refused(
-        tmp_path / "model.gguf", "found the architecture mamba, expected one of llama (Llama, Mistral), qwen2"
+        named(tmp_path / "model.gguf", "rwkv7"), "found the architecture rwkv7, expected one of llama, qwen2"
     )
 
 

@@ -37,6 +37,23 @@ def test_each_decoder_layer_is_in_a_file_of_its_own(make_gguf, tmp_path: Path) -
     check_values(open_source(str(tmp_path / "folder")))
 
 
+def test_a_large_decoder_layer_is_divided(make_gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = make_gguf("Llama")
+    write_folder(file, tmp_path / "whole")
+    monkeypatch.setattr(gguf_folder, "SHARD_BYTES", 50_000)
+    write_folder(file, tmp_path / "divided")
+    whole, divided = (
+        [load_file(path) for path in sorted((tmp_path / name).glob("*.safetensors"))]
+        for name in ("whole", "divided")
+    )
+    assert len(divided) > len(whole)
+    expected = {name: tensor for tensors in whole for name, tensor in tensors.items()}
+    found = {name: tensor for tensors in divided for name, tensor in tensors.items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    check_values(open_source(str(tmp_path / "divided")))
+
+
 def test_a_file_is_read_once(make_gguf, cache: Path) -> None:
     file, calls = make_gguf(), []
 

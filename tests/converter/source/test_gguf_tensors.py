@@ -7,7 +7,7 @@ import pytest
 import torch
 from bwla_converter.source.families import FAMILIES
 from bwla_converter.source.gguf_folder import write_folder
-from bwla_converter.source.gguf_tensors import unpermute
+from bwla_converter.source.gguf_models.reorder import unpermute
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import read_folder, read_json, read_tensors
