@@ -7,8 +7,9 @@ import pytest
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.folder import check_folder, int8_modules
+from bwla_kernels.format.folder import check_folder, int8_modules, read_folder
 from bwla_kernels.format.schema import BWLAFormat, head_args
+from bwla_kernels.format.tensors import describe_tensors
 from random_tensors import random_layer
 from safetensors.torch import save_file
 
@@ -58,3 +59,23 @@ def test_the_number_of_layers_has_several_names(
             check_folder(tmp_path)
     else:
         assert list(check_folder(tmp_path)) == ["model.layers.0.q_proj"]
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_tied_tensor_that_is_stored_too_has_the_same_values(listed: bool, tmp_path: Path) -> None:
+    """Where tensors are not listed, tie_word_embeddings and the usual names say what is tied."""
+    layer = random_layer(LayerSpec(32, 64, 1, 8, 8))
+    tensors = {f"model.layers.0.q_proj.{key}": tensor for key, tensor in layer.items()}
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    config = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    for head in (torch.ones(8, 64), torch.zeros(8, 64)):
+        plain = {"model.embed_tokens.weight": torch.ones(8, 64), "lm_head.weight": head}
+        save_file({**tensors, **plain}, tmp_path / "model.safetensors")
+        described = {"tensors": describe_tensors(read_folder(tmp_path), tied)} if listed else {}
+        quantization = BWLAFormat(rotation=ROTATION, **described).to_json()
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        if head.any():
+            assert list(check_folder(tmp_path)) == ["model.layers.0.q_proj"]
+        else:
+            with pytest.raises(FormatError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+                check_folder(tmp_path)

@@ -82,6 +82,18 @@ def test_good_checkpoint_passes(qwen3: Any) -> None:
     assert config.specs == qwen3.specs
 
 
+def test_a_checkpoint_without_a_list_of_tensors_says_so(
+    qwen3: Any, copy_of: Callable[[Path], Path], plugin_log: pytest.LogCaptureFixture
+) -> None:
+    plugin_log.set_level("INFO")
+    check(qwen3.folder)
+    assert "older version" not in plugin_log.text
+    folder = copy_of(qwen3.folder)
+    edit_quantization(folder, tensors=None, config=None)
+    assert check(folder).specs == qwen3.specs
+    assert "was written by an older version of BWLA" in plugin_log.text
+
+
 def test_biases_pass(make_checkpoint: Callable[..., Any], tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, "qwen2", rotation={"o_proj": (1, 8, 8)}, tied=True)
     assert check(tmp_path).specs == checkpoint.specs
