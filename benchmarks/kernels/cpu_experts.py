@@ -9,14 +9,14 @@ are timed in turn for many rounds: a plain read of memory, the one-bit experts w
 uniform over the experts, whose weights exceed the caches together. The router itself is not timed.
 
 Figures are medians. `bound_us` is the time that reading the weights of the chosen experts takes at the measured speed
-of a plain read: no implementation with these weights can be faster. Ratios are medians of those within each round. The
-result names the cores that the process was allowed to use and the load average: times on a shared core are longer, for
-all alike.
+of a plain read: no implementation with these weights can be faster. Ratios are medians of those within each round. With
+`--processor-time`, for one thread, the time in which other processes had the core is left out.
 """
 
 import argparse
 import os
 import statistics
+import time
 from collections.abc import Callable
 from operator import truediv
 from pathlib import Path
@@ -99,8 +99,8 @@ def bf16_weights() -> tuple[Callable[..., None], Tensor, Tensor, str]:
     return custom.cpu_fused_moe, *weights, variant.isa
 
 
-def measure(tokens: int, ranks: list[int], budget: float) -> dict[str, object]:
-    """Time one number of tokens; return a row of the result."""
+def measure(tokens: int, ranks: list[int], budget: float, clock: Callable[[], float]) -> dict[str, object]:
+    """Time one number of tokens with a clock; return a row of the result."""
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, HIDDEN, generator=generator).bfloat16()
     routes = routings(tokens, generator)
@@ -113,7 +113,9 @@ def measure(tokens: int, ranks: list[int], budget: float) -> dict[str, object]:
 
     cold = 3 * last_level_cache()
     steps = [bwla_step(rank, x, routes) for rank in ranks]
-    read, bf16, *times = time_in_turn([read_step(cold), vllm, *(step for step, _ in steps)], budget)
+    read, bf16, *times = time_in_turn(
+        [read_step(cold), vllm, *(step for step, _ in steps)], budget, clock=clock
+    )
     speed = cold / statistics.median(read)  # bytes in a microsecond
     row: dict[str, object] = {
         "m": tokens,
@@ -138,15 +140,21 @@ def main() -> None:
     parser.add_argument("--tokens", default=TOKENS, help=f"numbers of tokens, joined by commas ({TOKENS})")
     parser.add_argument("--ranks", default=RANKS, help=f"ranks of the low-rank correction ({RANKS})")
     parser.add_argument("--seconds", type=float, default=15.0, help="time for each number of tokens (15)")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="leave out the time of other processes (one thread)"
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
+    if arguments.processor_time and torch.get_num_threads() > 1:
+        parser.error("--processor-time needs one thread: it adds up the time of all, set OMP_NUM_THREADS=1")
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     ranks, rows = [int(rank) for rank in arguments.ranks.split(",")], []
     for tokens in map(int, arguments.tokens.split(",")):
-        rows.append(measure(tokens, ranks, arguments.seconds))
+        rows.append(measure(tokens, ranks, arguments.seconds, clock))
         print(rows[-1], flush=True)
     if arguments.out:
         shape = {"hidden": HIDDEN, "inner": INNER, "experts": EXPERTS, "top_k": TOP_K}
-        shared = {"cores_allowed": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)}
+        shared = {"cores_allowed": len(os.sched_getaffinity(0)), "clock": clock.__name__}
         write_result(arguments.out, rows, threads=torch.get_num_threads(), shape=shape, **shared)
 
 

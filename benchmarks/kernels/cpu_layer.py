@@ -180,25 +180,30 @@ def short_read_step(size: int, cold: int) -> Step:
     return lambda i: pieces[i % len(pieces)].sum()
 
 
-def calls_in_a_row(step: Step) -> int:
-    """Return the number of calls that take `RUN_SECONDS`."""
+def calls_in_a_row(step: Step, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Return the number of calls that take `RUN_SECONDS` of a clock."""
     step(0)  # warm-up: code, threads, lazy packing
-    started = time.perf_counter()
+    started = clock()
     step(1)
-    return max(1, min(64, math.ceil(RUN_SECONDS / (time.perf_counter() - started))))
+    return max(1, min(64, math.ceil(RUN_SECONDS / (clock() - started))))
 
 
-def time_in_turn(steps: Sequence[Step], budget: float, least: int = 5) -> list[list[float]]:
-    """Time the steps in turn for `budget` seconds and at least `least` rounds; return microseconds per call."""
-    counts = [calls_in_a_row(step) for step in steps]
+def time_in_turn(
+    steps: Sequence[Step], budget: float, least: int = 5, clock: Callable[[], float] = time.perf_counter
+) -> list[list[float]]:
+    """Time the steps in turn for `budget` seconds and at least `least` rounds; return microseconds per call.
+
+    `clock` is what they are timed with: `time.process_time` on a core that other processes use too.
+    """
+    counts = [calls_in_a_row(step, clock) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     begun, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - begun < budget:
         for step, count, samples in zip(steps, counts, times, strict=True):
-            started = time.perf_counter()
+            started = clock()
             for i in range(rounds * count, (rounds + 1) * count):
                 step(i)
-            samples.append(1e6 * (time.perf_counter() - started) / count)
+            samples.append(1e6 * (clock() - started) / count)
         rounds += 1
     return times
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.cpu.library import Isa, LayerStruct, load
 from bwla_kernels.cpu.linear import DTYPES, can_implement, empty_huge, expect
 from bwla_kernels.cpu.linear import STATUS as LINEAR_STATUS
@@ -172,6 +173,7 @@ def _experts_fake(x: Tensor, *_: object) -> Tensor:
 
 
 torch.library.register_fake("bwla::experts_cpu", _experts_fake, lib=_LIBRARY)
+gradients.refuse_gradient(_LIBRARY, "experts_cpu", "experts are for inference only")
 
 
 def _sizes(spec: LayerSpec) -> list[int | float]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from bwla_kernels import gradients
 from bwla_kernels.experts.spec import ACTIVATIONS, ExpertsSpec, expect_stacked
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
@@ -75,6 +76,7 @@ def _experts_fake(x: Tensor, *_: object) -> Tensor:
 
 _LIBRARY.impl("experts_triton", _experts, "CompositeExplicitAutograd")
 torch.library.register_fake("bwla::experts_triton", _experts_fake, lib=_LIBRARY)
+gradients.refuse_gradient(_LIBRARY, "experts_triton", "experts are for inference only")
 
 
 class TritonExperts:

@@ -142,3 +142,11 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
     able, reason = backend.can_implement(replace(SPEC, down=replace(SPEC.down, bits=16)), torch.device("cpu"))
     assert not able
     assert "quantized activations" in reason
+
+
+def test_a_gradient_is_refused_in_words() -> None:
+    case, backend = random_case(SPEC, 2, 2), kernel.CpuExperts()
+    tensors = backend.prepare(case.gate_up, case.down, SPEC)
+    y = backend.apply(case.x.requires_grad_(), case.weights, case.ids, tensors, SPEC)
+    with pytest.raises(BackendError, match="experts_cpu has no gradient: experts are for inference only"):
+        y.sum().backward()

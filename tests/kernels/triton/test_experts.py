@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bwla_kernels import reference
+from bwla_kernels.errors import BackendError
 from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.experts.reference import select_rows
 from bwla_kernels.experts.spec import expert_tensors
@@ -135,3 +136,10 @@ def test_only_a_gpu_runs_them_outside_of_tests() -> None:
     able, reason = TritonExperts().can_implement(SPEC, torch.device("cpu"))
     assert not able
     assert "on an NVIDIA GPU, not on cpu" in reason
+
+
+def test_a_gradient_is_refused_in_words(device: torch.device) -> None:
+    case = random_case(SPEC, 1, 1)
+    y = compute(replace(case, x=case.x.requires_grad_()), device)
+    with pytest.raises(BackendError, match="experts_triton has no gradient"):
+        y.sum().backward()
