@@ -48,6 +48,8 @@ def test_a_model_is_read_back_as_it_was(tmp_path: Path, name: str) -> None:
     expected, found = tensors_of(original), tensors_of(folder)
     assert found.keys() == expected.keys()
     for key, tensor in found.items():
+        routing = key.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if routing else torch.bfloat16)
         # llama.cpp computes norms and decays in float32, which costs small values some of their bits.
         torch.testing.assert_close(
             tensor.float(), expected[key].float(), rtol=2**-7, atol=2**-20, msg=f"{key} differs"
@@ -209,6 +211,17 @@ def test_experts_that_do_not_belong_to_the_model(
     _, file = write_pair(tmp_path, "qwen3moe", edit=edit)
     with pytest.raises(SourceError, match=re.escape(sentence)):
         write_folder(file, tmp_path / "folder")
+
+
+def test_an_older_transformers_that_lacks_an_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, file = write_pair(tmp_path, "minimax-m2")
+    monkeypatch.delitem(GGUF_CONFIG_MAPPING, "minimax_m2")
+    with pytest.raises(
+        SourceError, match="found the architecture minimax-m2, which the installed transformers"
+    ):
+        make_config(open_gguf(file))
 
 
 def test_layers_of_qwen35_may_be_listed(tmp_path: Path) -> None:
