@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
         self.blocks: dict[int, BlockRecord] = {}
         self.final_norm: str | None = None
         self._alive: list[Tensor] = []  # a storage that is freed could be mistaken for the next one
-        self._outputs: dict[int, tuple[BlockRecord, str, Tensor]] = {}
+        self._outputs: dict[int, tuple[BlockRecord, str, Tensor, int]] = {}
         self._readers: dict[Key, str] = {}
 
     @contextmanager
@@ -155,7 +155,7 @@ class _Recorder(TorchDispatchMode):
         def after(path: str, module: nn.Module, output: Any) -> None:
             if isinstance(module, nn.Linear) and isinstance(output, Tensor):
                 self._alive.append(output)
-                self._outputs[_storage(output)] = (record, path, output)
+                self._outputs[_storage(output)] = (record, path, output, output._version)
             elif not path:
                 outputs[index] = output
 
@@ -210,11 +210,11 @@ class _Recorder(TorchDispatchMode):
 
     def _added(self, tensor: Tensor, other: Tensor) -> None:
         """Note that `tensor` and `other` are added."""
-        record, path, output = self._outputs.get(_storage(tensor), (None, "", None))
+        record, path, output, version = self._outputs.get(_storage(tensor), (None, "", None, 0))
         if record is None or output is None or tensor.numel() != output.numel():
             return
         reader = self._readers.get(_key(other))
-        if reader is not None and tensor._version == output._version:
+        if reader is not None and tensor._version == version:  # else it was changed in place meanwhile
             record.streams.setdefault(path, reader)
 
 
