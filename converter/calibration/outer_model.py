@@ -175,7 +175,7 @@ class OuterModel:
         if head is None:
             raise SourceError(
                 f"{self.source.folder}: expected a model with a language-model head, found "
-                f"{self.source.structure.architecture}, which has none: use recipe data-free"
+                f"{self.source.structure.architecture}, which has none: use recipe fast"
             )
         return head
 

@@ -74,6 +74,8 @@ def observe_structure(
         tuple(blocks),
         embedding=outside.get(embedding, "model.embed_tokens"),
         head=outside.get(head, "lm_head"),
+        # An encoder with a head predicts masked tokens, not the next one.
+        has_head=bool(head) and not architecture.endswith("ForMaskedLM"),
         final_norm=outside.get(norm, ""),
         own_head=facts.own_head,
         int8_head=facts.int8_head,
