@@ -2,6 +2,13 @@
 
 from benchmarks.coverage.case import Case, derived, wide
 
+_ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _LAYER = "attention + experts"
 _MLA_LAYERS = "MLA + MLP | MLA + experts"
 
@@ -161,6 +168,28 @@ EXPERTS = (
         "GraniteMoeSharedForCausalLM",
         "attention + experts & shared expert",
         derived(**_LOCAL, shared_intermediate_size=64),
+    ),
+    _case(
+        "dots1",
+        "dots.llm1",
+        "Dots1ForCausalLM",
+        "attention + MLP | attention + experts & shared expert",
+        wide(**_ROUTED, n_shared_experts=1, first_k_dense_replace=1),
+    ),
+    _case(
+        "exaone_moe",
+        "K-EXAONE",
+        "ExaoneMoeForCausalLM",
+        "attention + MLP | attention + experts & shared expert",
+        wide(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            n_group=1,
+            topk_group=1,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
     ),
     _case("lfm2_moe", "LFM2 8B-A1B", "Lfm2MoeForCausalLM", "convolution | attention", derived(**_LFM2)),
     _case("llama4_text", "Llama 4 Scout, Maverick, text", "Llama4ForCausalLM", _LAYER, wide(**_LLAMA4)),
