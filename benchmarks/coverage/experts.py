@@ -2,7 +2,7 @@
 
 from benchmarks.coverage.case import Case, derived, wide
 
-_ROUTED = {
+_DOTS1 = {
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 64,
@@ -174,7 +174,7 @@ EXPERTS = (
         "dots.llm1",
         "Dots1ForCausalLM",
         "attention + MLP | attention + experts & shared expert",
-        wide(**_ROUTED, n_shared_experts=1, first_k_dense_replace=1),
+        wide(**_DOTS1, n_shared_experts=1, first_k_dense_replace=1),
     ),
     _case(
         "exaone_moe",
