@@ -2,13 +2,6 @@
 
 from benchmarks.coverage.case import Case, derived, wide
 
-_DOTS1 = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "n_group": 1,
-    "topk_group": 1,
-}
 _LAYER = "attention + experts"
 _MLA_LAYERS = "MLA + MLP | MLA + experts"
 
@@ -174,7 +167,7 @@ EXPERTS = (
         "dots.llm1",
         "Dots1ForCausalLM",
         "attention + MLP | attention + experts & shared expert",
-        wide(**_DOTS1, n_shared_experts=1, first_k_dense_replace=1),
+        wide(**_ROUTED),
     ),
     _case(
         "exaone_moe",

@@ -171,6 +171,9 @@ def test_layers_that_share_keys_have_smaller_groups(tmp_path: Path) -> None:
     assert groups(structure, 2)[0] == groups(structure, 3)[0] == queries
     assert groups(structure, 0)[1:] == groups(structure, 2)[1:]
     assert {"altup.prediction_coefs", "per_layer_model_projection"} <= set(structure.kept)
+    assert structure.final_norm == "model.norm", (
+        "it reads the mean of the streams, not the last layer's output"
+    )
 
 
 def test_experts_are_kept_under_their_stored_name(tmp_path: Path) -> None:
