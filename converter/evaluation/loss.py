@@ -115,8 +115,8 @@ def _cosine_distance(
     hidden = [_after_last_layer(model, ids, store).hidden.split(1) for model in models]
     total = 0.0
     for parts in zip(*hidden, strict=True):
-        states = [model.runner.outer.normed(part) for model, part in zip(models, parts, strict=True)]
-        total += float((1 - torch.cosine_similarity(*states, dim=-1)).double().sum())
+        states, others = (model.runner.outer.normed(part) for model, part in zip(models, parts, strict=True))
+        total += float((1 - torch.cosine_similarity(states, others, dim=-1)).double().sum())
     for model in models:
         model.runner.outer.release()
     return total / ids.numel()

@@ -100,7 +100,8 @@ def sampled_direction_gradient(hidden: Tensor, generator: torch.Generator) -> Te
     length = hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
     unit = hidden / length
     direction = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
-    return (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+    gradient: Tensor = (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+    return gradient
 
 
 def sampled_label_gradient(hidden: Tensor, head: Head, vocabulary: int, generator: torch.Generator) -> Tensor:
