@@ -19,6 +19,7 @@ from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES, Recipe
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
+from bwla_kernels.errors import SourceError
 from bwla_kernels.format.folder import text_settings
 
 CUDA_SAMPLES, CPU_SAMPLES = (128, 2048), (32, 1024)
@@ -102,6 +103,11 @@ def with_written_text(options: Options, source: Source, device: torch.device, li
     calibration = options.calibration
     if calibration is None or calibration.source != SELF:
         return options
+    if not source.structure.has_head:
+        raise SourceError(
+            f"{source.folder}: expected calibration text, found that {source.structure.architecture} has no "
+            "language-model head to write its own: name a text file or a dataset with --calibration"
+        )
     on_gpu = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[0] if on_gpu else options.max_memory or usable_memory()
     writing = Writing(source.folder, calibration, options.seed, device, memory)
@@ -129,7 +135,7 @@ def allocated(conversion: Conversion, work: WorkFolder | None) -> Conversion:
     numbers = conversion.processes.broadcast_numbers(numbers)
     pairs = zip(groups, numbers[::2], numbers[1::2], strict=True)
     sensitivities = {names[0]: Sensitivity(weights, inputs) for names, weights, inputs in pairs}
-    allocation = allocate(plan, groups, options, sensitivities)
+    allocation = replace(allocate(plan, groups, options, sensitivities), loss_unit=source.structure.loss_unit)
     conversion.listener.allocated(allocation)
     return replace(conversion, plan=allocation.plan, allocation=allocation)
 
@@ -154,6 +160,7 @@ def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
     source, seed = conversion.source, conversion.options.seed
     samples = held_out_samples(calibration, source.folder, seed, HELD_OUT_TOKENS)
     return {
+        "loss_unit": allocation.loss_unit,
         "predicted_loss": allocation.predicted_loss,
         "measured_loss": None
         if samples is None

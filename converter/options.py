@@ -154,7 +154,8 @@ class Summary:
         seconds: time in seconds, over all sessions of a resumed conversion.
         activation_bits: bits of the activations.
         planes: number of planes -> quantized weights with that many.
-        predicted_loss: predicted increase of the loss in nats per token; None without calibration text.
+        loss_unit: unit of the losses: nats per token, or cosine distance per token of a model without a head.
+        predicted_loss: predicted increase of the loss; None without calibration text.
         measured_loss: the same, measured on calibration text that the conversion did not use; None where there is none.
         predicted_losses: bits per weight -> the loss that `--bits` of that many is predicted to have.
         linears: the quantized linears, in execution order.
@@ -172,6 +173,7 @@ class Summary:
     linears: list[LinearReport]
     activation_bits: int = 6
     planes: dict[int, int] = field(default_factory=dict)
+    loss_unit: str = "nats per token"
     predicted_loss: float | None = None
     measured_loss: float | None = None
     predicted_losses: dict[float, float] = field(default_factory=dict)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 import transformers
+from bwla_converter.source.observe.decoder import find_layers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from benchmarks.coverage.case import Case
@@ -53,14 +53,8 @@ def build(case: Case, seed: int = 0) -> PreTrainedModel:
 
 def decoder_weights(model: PreTrainedModel) -> int:
     """Return the number of weights in the matrices of the decoder's layers."""
-    decoder = model.get_decoder()
-    layers = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
-    return sum(
-        parameter.numel()
-        for module in layers or [decoder]
-        for parameter in module.parameters()
-        if parameter.dim() > 1
-    )
+    _, layers, _ = find_layers(model, type(model).__name__)
+    return sum(parameter.numel() for parameter in layers.parameters() if parameter.dim() > 1)
 
 
 def write_words(folder: Path) -> None:

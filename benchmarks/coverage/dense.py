@@ -18,6 +18,20 @@ _GRANITE = {
     "attention_multiplier": 0.125,
     "logits_scaling": 2.0,
 }
+_LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+}
+_MPT = {
+    **{key: value for key, value in TEXT.items() if key.endswith("_id") or key == "vocab_size"},
+    "d_model": 64,
+    "n_heads": 2,
+    "n_layers": 2,
+    "max_seq_len": 128,
+}
 _LAYER = "attention + MLP"
 _PARALLEL = "attention & MLP"
 
@@ -122,6 +136,26 @@ DENSE = (
         _LAYER,
         {**TEXT, "num_attention_heads": 2, "ffn_dim": 128, "word_embed_proj_dim": 64},
     ),
+    Case("vaultgemma", "VaultGemma", "VaultGemmaForCausalLM", "vaultgemma", _LAYER, wide(**_GEMMA)),
+    Case("helium", "Helium 1", "HeliumForCausalLM", "helium", _LAYER, derived(head_dim=32)),
+    Case("nanochat", "nanochat", "NanoChatForCausalLM", "nanochat", _LAYER, derived()),
+    Case(
+        "minicpm3",
+        "MiniCPM3 4B",
+        "MiniCPM3ForCausalLM",
+        "minicpm3",
+        "latent attention + MLP",
+        {**derived(), "num_key_value_heads": 2, **_LATENT},
+    ),
+    Case(
+        "gpt_bigcode",
+        "StarCoder, SantaCoder",
+        "GPTBigCodeForCausalLM",
+        "gpt_bigcode",
+        _LAYER,
+        {**_GPT2, "n_inner": 128},
+    ),
+    Case("mpt", "MPT 7B, 30B", "MptForCausalLM", "mpt", _LAYER, _MPT),
     Case("bloom", "BLOOM", "BloomForCausalLM", "bloom", _LAYER, {**TEXT, "n_layer": 2, "n_head": 2}),
     Case(
         "gptj",

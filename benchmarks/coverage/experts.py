@@ -162,6 +162,28 @@ EXPERTS = (
         "attention + experts & shared expert",
         derived(**_LOCAL, shared_intermediate_size=64),
     ),
+    _case(
+        "dots1",
+        "dots.llm1",
+        "Dots1ForCausalLM",
+        "attention + MLP | attention + experts & shared expert",
+        wide(**_ROUTED),
+    ),
+    _case(
+        "exaone_moe",
+        "K-EXAONE",
+        "ExaoneMoeForCausalLM",
+        "attention + MLP | attention + experts & shared expert",
+        wide(
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            n_group=1,
+            topk_group=1,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+    ),
     _case("lfm2_moe", "LFM2 8B-A1B", "Lfm2MoeForCausalLM", "convolution | attention", derived(**_LFM2)),
     _case("llama4_text", "Llama 4 Scout, Maverick, text", "Llama4ForCausalLM", _LAYER, wide(**_LLAMA4)),
     _case(

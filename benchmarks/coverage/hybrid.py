@@ -1,6 +1,6 @@
 """Cases: decoders that mix attention with convolutions, linear attention or state-space layers."""
 
-from benchmarks.coverage.case import Case, derived, wide
+from benchmarks.coverage.case import TEXT, Case, derived, wide
 from benchmarks.coverage.experts import LINEAR_ATTENTION
 
 _LFM2 = {
@@ -54,7 +54,59 @@ _GRANITE4 = {
     "mamba_n_groups": 1,
 }
 
+_MAMBA_2 = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 8,
+    "mamba_n_groups": 1,
+}
+_MAMBA2_MODEL = {
+    **{key: value for key, value in TEXT.items() if key.endswith("_id") or key == "vocab_size"},
+    "hidden_size": 64,
+    "num_heads": 4,
+    "head_dim": 32,
+    "state_size": 16,
+    "num_hidden_layers": 2,
+    "n_groups": 1,
+    "chunk_size": 8,
+}
+_OLMO_HYBRID = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+
 HYBRID = (
+    Case(
+        "bamba",
+        "Bamba 9B",
+        "BambaForCausalLM",
+        "bamba",
+        "Mamba-2 + MLP | attention + MLP",
+        derived(attn_layer_indices=[1], **_MAMBA_2),
+        group="hybrid",
+    ),
+    Case(
+        "mamba2",
+        "Mamba-2, Codestral Mamba",
+        "Mamba2ForCausalLM",
+        "mamba2",
+        "Mamba-2",
+        _MAMBA2_MODEL,
+        group="hybrid",
+    ),
+    Case(
+        "olmo_hybrid",
+        "OLMo Hybrid 7B",
+        "OlmoHybridForCausalLM",
+        "olmo_hybrid",
+        "linear attention + MLP | attention + MLP",
+        derived(**_OLMO_HYBRID),
+        group="hybrid",
+    ),
     Case(
         "qwen3_5_text",
         "Qwen3.5, 3.6 dense, text",

@@ -57,6 +57,18 @@ _GEMMA4_TOKENS = {
     "boi_token_id": 253,
     "eoi_token_id": 254,
 }
+_LLAMA4_VISION = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "pixel_shuffle_ratio": 0.5,
+    "vision_output_dim": 64,
+    "projector_input_dim": 64,
+    "projector_output_dim": 64,
+}
 
 
 def _model(text: dict[str, Any], vision: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -127,6 +139,70 @@ _MODELS = (
             _GEMMA4_VISION,
             audio_config=None,
             **_GEMMA4_TOKENS,
+        ),
+    ),
+    (
+        "qwen2_vl",
+        "Qwen2-VL",
+        "Qwen2VLForConditionalGeneration",
+        _LAYER,
+        _model(
+            derived(**_MROPE, model_type="qwen2_vl_text"),
+            {"depth": 1, "embed_dim": 64, "hidden_size": 64, "num_heads": 2, "patch_size": 14},
+            **_QWEN_TOKENS,
+        ),
+    ),
+    (
+        "internvl",
+        "InternVL 3, 3.5",
+        "InternVLForConditionalGeneration",
+        _LAYER,
+        _model(
+            derived(model_type="qwen2"),
+            {**_VISION, "model_type": "internvl_vision", "image_size": [28, 28], "patch_size": [14, 14]},
+            image_token_id=250,
+        ),
+    ),
+    (
+        "smolvlm",
+        "SmolVLM, SmolVLM2",
+        "SmolVLMForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(model_type="llama"),
+            {**_VISION, "model_type": "smolvlm_vision"},
+            image_token_id=250,
+            scale_factor=2,
+        ),
+    ),
+    (
+        "paligemma",
+        "PaliGemma 1, 2",
+        "PaliGemmaForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(model_type="gemma"),
+            {**_VISION, "model_type": "siglip_vision_model", "projection_dim": 64},
+            image_token_index=250,
+            projection_dim=64,
+        ),
+    ),
+    (
+        "llama4",
+        "Llama 4 Scout, Maverick, as published",
+        "Llama4ForConditionalGeneration",
+        "attention + experts & shared expert",
+        _model(
+            wide(
+                intermediate_size_mlp=128,
+                num_local_experts=4,
+                num_experts_per_tok=1,
+                model_type="llama4_text",
+            ),
+            _LLAMA4_VISION,
+            image_token_index=250,
+            boi_token_index=251,
+            eoi_token_index=252,
         ),
     ),
     (
@@ -208,7 +284,7 @@ EMBEDDING = (
         "XLMRobertaModel",
         "xlm-roberta",
         _LAYER,
-        _ENCODER,
+        {**_ENCODER, "position_embedding_type": "absolute"},  # as published; vLLM's class asks for it
         group="embedding",
         bare=True,
     ),

@@ -102,6 +102,7 @@ def _convert(step: Step, case: Case, folder: Path) -> Answer:
     source, out = folder / ORIGINAL, folder / step.form
     shutil.rmtree(out, ignore_errors=True)
     options: dict[str, Any] = {
+        "restart": True,  # a run that was killed may have left an unfinished conversion
         "calibration": Calibration(str(source / TEXT_FILE), num_samples=8, max_seq_length=32),
         "device": "cpu",
         "threads": 1,

@@ -5,6 +5,10 @@ their Fisher form: E[(g^T dy)^2] / 2, where g is the gradient of the log-likelih
 model's own distribution. Errors of different outputs and of different tokens are taken to be uncorrelated. Labels
 from the text would give the empirical Fisher information, which also counts how wrong the original model is.
 
+A model without a head, whose embeddings are compared by cosine, gets the cosine distance of the final hidden states
+instead of the divergence. It is half the squared change of the normalized states, so g is the gradient along a random
+direction of each token (Hutchinson's estimator), and all else is the same.
+
 GPTQ's error feedback shapes the error of a row: with H = L L^T in the rotated basis, it is e diag(L) L^-1, where the
 entries of e are the independent rounding errors of the columns. Their variance in units of the row's mean square
 depends on the number of planes alone, see `loss`.
@@ -27,7 +31,7 @@ from bwla_converter.quantize.moments import rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
 from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
-from bwla_converter.training.divergence import sampled_label_gradient
+from bwla_converter.training.divergence import sampled_direction_gradient, sampled_label_gradient
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
@@ -44,7 +48,7 @@ DAMPING = 0.01
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much the loss of the model depends on an input group, in nats per token.
+    """How much the loss of the model depends on an input group, in the unit `Structure.loss_unit`.
 
     Attributes:
         weights: increase of the loss per unit of rounding-error variance of the rotated weights, in units of the mean
@@ -79,7 +83,7 @@ def measure_sensitivities(
         source: the original model.
         specs: spec of every linear to quantize.
         ids: token ids of calibration samples [S, T].
-        seed: seed of the labels and of the rotations.
+        seed: seed of the labels or directions and of the rotations.
         store: where the inputs are kept, and the device that computes.
         on_layer: called after each layer of the forward pass and of the backward pass.
 
@@ -116,13 +120,18 @@ def _layer(runner: LayerRunner, index: int) -> DecoderLayer:
 
 
 def _output_gradient(runner: LayerRunner, hidden: Activations, generator: torch.Generator) -> Activations:
-    """Return the gradient of the labels' log-likelihood with respect to the last layer's outputs [S, T, hidden]."""
-    outer = runner.outer
+    """Return the gradient with respect to the last layer's outputs [S, T, hidden], see the module's description."""
+    outer, has_head = runner.outer, runner.source.structure.has_head
+
+    def gradient_of_normed(normed: Tensor) -> Tensor:
+        if not has_head:
+            return sampled_direction_gradient(normed, generator)
+        return sampled_label_gradient(normed, outer.logits, outer.vocabulary, generator)
 
     def gradient_of(part: Tensor) -> Tensor:
         leaf = part.detach().requires_grad_(True)
         normed = outer.normed(leaf)
-        normed.backward(sampled_label_gradient(normed.detach(), outer.logits, outer.vocabulary, generator))
+        normed.backward(gradient_of_normed(normed.detach()))
         assert leaf.grad is not None
         return leaf.grad
 

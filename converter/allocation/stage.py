@@ -9,6 +9,7 @@ from bwla_converter.allocation.sensitivity import Sensitivity
 from bwla_converter.common.bits import auto_rank, largest_fitting_rank
 from bwla_converter.options import Options
 from bwla_converter.planning.plan import ConversionPlan, with_planes
+from bwla_converter.source.structure import NATS
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.layer import MAX_PLANES
 
@@ -25,15 +26,17 @@ class Allocation:
 
     Attributes:
         plan: the final plan.
-        predicted_loss: its predicted increase of the loss in nats per token.
+        predicted_loss: its predicted increase of the loss, in the unit of the loss.
         predicted_losses: bits per weight -> what `--bits` of that many is predicted to lose.
         recommended_bits: activation bits that keep the share of activations in the loss small; the plan's or more.
+        loss_unit: unit of the loss, see `Structure.loss_unit`.
     """
 
     plan: ConversionPlan
     predicted_loss: float
     predicted_losses: Mapping[float, float]
     recommended_bits: int
+    loss_unit: str = NATS
 
 
 def check_targets(options: Options) -> None:

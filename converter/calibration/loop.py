@@ -173,7 +173,8 @@ class CalibrationLoop:
                 if pooled is not None and stream is not None and stream_hat is not None:
                     assert original_inputs is not None
                     error = (original_inputs.float() - inputs.float()) @ pooled.mT
-                    moments.add_error(inputs, error + stream - stream_hat)
+                    # The linear may read all tokens in one row.
+                    moments.add_error(inputs, error + (stream - stream_hat).reshape(error.shape))
                 sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)

@@ -64,7 +64,8 @@ class OuterModel:
         compute_buffers(self.model, device)
         self.model.requires_grad_(False).eval()
         self._tables: dict[str, Tensor] = {}
-        self._reads_tables = True
+        self._table_names: list[str] = []
+        self._skipped: frozenset[str] = frozenset()
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
         self._calls: dict[torch.Size, list[Call]] = {}
         self._known: Conventions | None = None
@@ -107,7 +108,8 @@ class OuterModel:
         if ids.shape not in self._calls:
             while len(self._calls) >= MAX_SHAPES:
                 del self._calls[next(iter(self._calls))]
-            with self._without_tables():
+            # Not those of relative positions (MPNet), which the arguments are made of.
+            with self._without_tables(self.source.structure.module_path(self.source.structure.embedding)):
                 calls = self._capture(ids, len(self.blocks) - 1, known.tuple_length)
             self._calls[ids.shape] = [replace(call, hidden=torch.empty(0)) for call in calls]
         return self._calls[ids.shape][index]
@@ -121,7 +123,7 @@ class OuterModel:
         def pass_on(block: nn.Module, call: Call) -> Any:
             return as_returned(states if block is last else call.hidden, known.tuple_length)
 
-        with self._without_tables(), self._stubs(pass_on):
+        with self._without_tables(*self._table_names), self._stubs(pass_on):
             normed: Tensor = self._base(ids).last_hidden_state
         return normed
 
@@ -148,7 +150,8 @@ class OuterModel:
             normed = self.normed(hidden)
         finally:
             handle.remove()
-        return seen[0][0] if len(seen) == 1 and seen[0][1] is normed else None
+        alone = len(seen) == 1 and _same_values(seen[0][1], normed)
+        return seen[0][0] if alone else None
 
     def final_norm(self) -> nn.Module | None:
         """Return the final norm with its weights; None where there is no norm with a weight vector."""
@@ -175,7 +178,7 @@ class OuterModel:
         if head is None:
             raise SourceError(
                 f"{self.source.folder}: expected a model with a language-model head, found "
-                f"{self.source.structure.architecture}, which has none: use recipe data-free"
+                f"{self.source.structure.architecture}, which has none: use recipe fast"
             )
         return head
 
@@ -190,6 +193,7 @@ class OuterModel:
             # No memory, but on the right device: some models ask the weight for its device or its padding row.
             row = torch.zeros(1, module.embedding_dim, dtype=self.dtype, device=self.device)
             module.weight = nn.Parameter(row.expand(module.num_embeddings, -1), requires_grad=False)
+            self._table_names.append(name)
             module.__dict__["forward"] = self._lookup(name, module, module.forward)
         elif any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda *_: self._load(name, module))
@@ -206,7 +210,7 @@ class OuterModel:
         self, name: str, module: nn.Embedding, forward: Callable[[Tensor], Tensor]
     ) -> Callable[[Tensor], Tensor]:
         def look_up(ids: Tensor) -> Tensor:
-            if not self._reads_tables:
+            if name in self._skipped:
                 rows = torch.zeros(1, module.embedding_dim, dtype=self.dtype, device=self.device)
                 numbers = torch.zeros_like(ids)
             else:
@@ -225,13 +229,13 @@ class OuterModel:
         return look_up
 
     @contextmanager
-    def _without_tables(self) -> Iterator[None]:
-        """Look up zeros instead of embeddings, where only the shapes matter."""
-        before, self._reads_tables = self._reads_tables, False
+    def _without_tables(self, *names: str) -> Iterator[None]:
+        """Look up zeros in the embeddings of these names, where only the shapes matter."""
+        before, self._skipped = self._skipped, frozenset(names)
         try:
             yield
         finally:
-            self._reads_tables = before
+            self._skipped = before
 
     @contextmanager
     def _stubs(self, forward: Callable[[nn.Module, Call], Any]) -> Iterator[None]:
@@ -308,6 +312,11 @@ class OuterModel:
             f"{self.source.folder}: expected decoder layers of {type(self.model).__name__} that return their hidden "
             f"states, found others ({problem}): please report this model"
         )
+
+
+def _same_values(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are the same or views of each other with all its values."""
+    return tensor.data_ptr() == other.data_ptr() and tensor.numel() == other.numel()
 
 
 class _ReachedError(Exception):

@@ -224,7 +224,9 @@ def _describe_losses(summary: "Summary") -> str:
     measured = ""
     if summary.measured_loss is not None:
         measured = f", {summary.measured_loss:.3g} measured on text of the calibration file that was not used"
-    return f"\nloss against the original: {summary.predicted_loss:.3g} nats per token predicted{measured}"
+    return (
+        f"\nloss against the original: {summary.predicted_loss:.3g} {summary.loss_unit} predicted{measured}"
+    )
 
 
 def main() -> None:

@@ -141,8 +141,8 @@ def describe_allocation(allocation: Allocation) -> Iterator[str]:
         for planes, count in plan.weights_by_planes.items()
     )
     yield (
-        f"predicted loss: {allocation.predicted_loss:.2g} nats per token at {plan.bits_per_weight:.3f} bits per "
-        f"weight ({shares}, {plan.format.bits}-bit activations)"
+        f"predicted loss: {allocation.predicted_loss:.2g} {allocation.loss_unit} at {plan.bits_per_weight:.3f} bits "
+        f"per weight ({shares}, {plan.format.bits}-bit activations)"
     )
     others = [f"--bits {bits:g}: {loss:.2g}" for bits, loss in allocation.predicted_losses.items()]
     if others:

@@ -73,6 +73,9 @@ class StoredModel:
 def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device) -> float:
     """Return the mean increase of the negative log-likelihood of the next token, in nats per token.
 
+    Of a model without a head, return the mean cosine distance between a token's final hidden states in the original and
+    in the checkpoint.
+
     Args:
         source: the original model.
         folder: its BWLA checkpoint, complete but for documents.
@@ -89,17 +92,40 @@ def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device
         contents.specs,
     )
     with fast_products(device):
+        if not source.structure.has_head:
+            return _cosine_distance(original, quantized, ids, store)
         return _negative_log_likelihood(quantized, ids, store) - _negative_log_likelihood(
             original, ids, store
         )
 
 
+def _after_last_layer(model: StoredModel, ids: Tensor, store: ActivationStore) -> Samples:
+    """Return the samples after the last decoder layer."""
+    samples = Samples.embedded(model.runner, store, ids, SAMPLES_PER_BATCH)
+    for index in range(model.source.num_layers):
+        samples = samples.run(model.layer(index), store, SAMPLES_PER_BATCH)
+    return samples
+
+
+def _cosine_distance(
+    original: StoredModel, quantized: StoredModel, ids: Tensor, store: ActivationStore
+) -> float:
+    """Return the mean over all tokens of one minus the cosine between the final hidden states of both models."""
+    models = (original, quantized)
+    hidden = [_after_last_layer(model, ids, store).hidden.split(1) for model in models]
+    total = 0.0
+    for parts in zip(*hidden, strict=True):
+        states, others = (model.runner.outer.normed(part) for model, part in zip(models, parts, strict=True))
+        total += float((1 - torch.cosine_similarity(states, others, dim=-1)).double().sum())
+    for model in models:
+        model.runner.outer.release()
+    return total / ids.numel()
+
+
 def _negative_log_likelihood(model: StoredModel, ids: Tensor, store: ActivationStore) -> float:
     """Return the mean over all predicted tokens, in nats."""
     runner, outer = model.runner, model.runner.outer
-    samples = Samples.embedded(runner, store, ids, SAMPLES_PER_BATCH)
-    for index in range(model.source.num_layers):
-        samples = samples.run(model.layer(index), store, SAMPLES_PER_BATCH)
+    samples = _after_last_layer(model, ids, store)
     total, tokens = 0.0, max(1, chunk_logits(runner.device.type) // outer.vocabulary)
     for sample, states in zip(ids.to(runner.device), samples.hidden.split(1), strict=True):
         rows, labels = outer.normed(states)[0, :-1].split(tokens), sample[1:].split(tokens)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bwla_converter.hf.whole_model import base_of
+from bwla_converter.hf.whole_model import bases_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -98,13 +98,15 @@ def head_logits(model: PreTrainedModel, outputs: Any, rows: Tensor) -> Tensor:
 
     Returns: the logits [M, V] in float32.
     """
-    base = base_of(model)
-    base.forward = lambda *_, **__: replace(outputs, last_hidden_state=rows.unsqueeze(1))
+    bases = bases_of(model)
+    for base in bases:  # the head may call any of them
+        base.forward = lambda *_, **__: replace(outputs, last_hidden_state=rows.unsqueeze(1))
     try:
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
         logits: Tensor = model(input_ids=ids, use_cache=False).logits
     finally:
-        del base.forward  # the class's own method again
+        for base in bases:
+            del base.forward  # the class's own method again
     return logits.squeeze(1).float()
 
 

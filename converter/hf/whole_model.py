@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import transformers
 from bwla_converter.hf.attention import attention_implementation
-from torch import nn
+from bwla_converter.source.observe.decoder import find_layers, models_around
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
@@ -20,7 +20,7 @@ def build_without_weights(architecture: str, config: Any) -> PreTrainedModel:
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
     """Choose the attention implementation of the decoder and return its name."""
-    decoder = model.get_decoder()
+    decoder = _around_layers(model)[-1]
     config = decoder.config.get_text_config()
     # transformers' other attention implementations ignore the soft cap (Gemma 2).
     capped = getattr(config, "attn_logit_softcapping", None) is not None
@@ -38,17 +38,21 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
 
 
 def base_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that the head reads: the child that contains the decoder, or the model itself.
+    """Return the part of a model that the head reads, or the model itself if it has no head."""
+    return bases_of(model)[0]
 
-    It is not always `model.base_model`: Llama 4's text class has the prefix of the class that contains it.
+
+def bases_of(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """Return the models inside a model whose outputs the head can read; the outermost first, the decoder last.
+
+    They are those without a head, since a multimodal model may contain a whole language model.
     """
-    decoder = model.get_decoder()
-    found: PreTrainedModel = next((child for child in model.children() if _is_inside(decoder, child)), model)
-    return found
+    around = _around_layers(model)
+    return [inner for inner in around if inner.get_output_embeddings() is None] or around[-1:]
 
 
-def _is_inside(module: nn.Module, parent: nn.Module) -> bool:
-    return any(module is other for other in parent.modules())
+def _around_layers(model: PreTrainedModel) -> list[PreTrainedModel]:
+    return models_around(model, find_layers(model, model.name_or_path or type(model).__name__)[1])
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -205,6 +205,12 @@ def namesakes(
             yield module
 
 
+def _name_from_layers(structure: Structure, name: str) -> str:
+    """Return the end of a linear's full name that starts at the list of decoder layers: `layers.1.mlp.down_proj`."""
+    stem = structure.layers.rpartition(".")[0]
+    return name.removeprefix(f"{stem}.") if stem else name
+
+
 def make_plan(
     source: Source,
     rank: int | None,
@@ -246,9 +252,10 @@ def make_plan(
                 specs[name] = LayerSpec(
                     out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias, planes=planes
                 )
-                # The entry by the linear's short name holds for all layers; one with another width gets its own.
+                # The entry by the linear's short name holds for all layers; one with another width gets its own. It
+                # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
                 if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
-                    rotation[name] = sizes
+                    rotation[_name_from_layers(source.structure, name)] = sizes
     if not specs:
         raise SourceError(
             f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"

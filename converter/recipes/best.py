@@ -36,6 +36,7 @@ from bwla_converter.training.divergence import chunk_logits
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import make_stages
 from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
+from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
@@ -98,6 +99,11 @@ class BestRecipe:
         store: ActivationStore | None = None,
     ) -> None:
         self.seed, self.options = seed, options or BestOptions()
+        if self.options.distill.epochs and not source.structure.has_head:
+            raise SourceError(
+                f"{source.folder}: expected a model with a language-model head, whose predictions are distilled, found "
+                f"{source.structure.architecture}, which has none: use recipe fast, or --distill-epochs 0"
+            )
         fast = replace(self.options.fast, keep_latents=self.options.tune.epochs > 0)
         self.loop = CalibrationLoop(
             source, calibration, seed, closed_form(seed, fast), store, fast.compensate_residual_stream

@@ -80,7 +80,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         (decimal(report["memory"]["cpu"]), "peak memory of the process"),
     ]
     if report.get("measured_loss") is not None:
-        text = f"nats per token lost, measured; {report['predicted_loss']:.3g} predicted"
+        text = f"{report['loss_unit']} lost, measured; {report['predicted_loss']:.3g} predicted"
         tiles.insert(1, (f"{report['measured_loss']:.3g}", text))
     if "gpu" in report["memory"]:
         tiles.append((decimal(report["memory"]["gpu"]), "peak memory on a GPU"))

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
 
+NATS, COSINE_DISTANCE = "nats per token", "cosine distance per token"
+"""Units of losses, see `Structure.loss_unit`."""
+
 MAX_NAMED = 4
 """How many modules that stay in 16 bits a sentence names for each reason."""
 
@@ -44,6 +47,7 @@ class Structure:
         blocks: input groups of each decoder layer, in execution order; layers may differ.
         embedding: name of the embedding.
         head: name of the language-model head.
+        has_head: whether there is a head that predicts the next token. Models of embeddings have none.
         final_norm: name of the norm that reads the output of the last decoder layer; empty if none does.
         own_head: whether vLLM's class can have a head apart from its embedding; if not, a tied head stays
             unquantized.
@@ -62,6 +66,7 @@ class Structure:
     blocks: tuple[tuple[InputGroup, ...], ...]
     embedding: str = "model.embed_tokens"
     head: str = "lm_head"
+    has_head: bool = True
     final_norm: str = "model.norm"
     own_head: bool = True
     int8_head: bool = True
@@ -95,6 +100,15 @@ class Structure:
         """Return the name of the embedding, the head or the final norm by its path in transformers' model."""
         names = {module: name for name, module in self.renamed_modules.items()}
         return names.get(path, path)
+
+    @property
+    def loss_unit(self) -> str:
+        """The unit of the losses that are predicted and measured.
+
+        With a head, the loss is the increase of the negative log-likelihood. Without one it is one minus the cosine
+        between the final hidden states of a token and the original's, because embeddings are compared by cosine.
+        """
+        return NATS if self.has_head else COSINE_DISTANCE
 
     @property
     def kept_note(self) -> str | None:

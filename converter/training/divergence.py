@@ -85,6 +85,25 @@ def kl_divergence(
     return result
 
 
+def sampled_direction_gradient(hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """Return the gradient, for a random direction v of each token, of v^T h / |h|.
+
+    As v has the covariance I, the mean over v of the square of a change in this direction is the squared change of the
+    normalized hidden state, which is twice the cosine distance for small changes.
+
+    Args:
+        hidden: hidden states after the final norm [..., K].
+        generator: source of the directions, on the CPU.
+
+    Returns: the gradient of the sum over all tokens with respect to `hidden`, [..., K].
+    """
+    length = hidden.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(hidden.dtype).tiny)
+    unit = hidden / length
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
+    gradient: Tensor = (direction - unit * (unit * direction).sum(-1, keepdim=True)) / length
+    return gradient
+
+
 def sampled_label_gradient(hidden: Tensor, head: Head, vocabulary: int, generator: torch.Generator) -> Tensor:
     """Return the gradient of the log-likelihood of labels that are drawn from the model's own distribution.
 

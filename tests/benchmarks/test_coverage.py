@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from bwla_converter import pipeline
+from bwla_converter.options import Options, Summary
 from bwla_kernels.errors import SourceError
 
 from benchmarks.common.tiny_models import FAMILIES
@@ -20,7 +22,7 @@ from benchmarks.coverage.build import TEXT_FILE, build, write_case
 from benchmarks.coverage.case import ORDINARY_TOKENS, Case
 from benchmarks.coverage.cases import CASES
 from benchmarks.coverage.rows import compare, make_row, merge
-from benchmarks.coverage.steps import Answer, Step, steps_of
+from benchmarks.coverage.steps import Answer, Step, run_step, steps_of
 from scripts.tables import coverage as table
 from scripts.tables import results
 
@@ -79,6 +81,21 @@ def test_a_form_is_served_after_it_was_converted_or_dequantized() -> None:
     needs = {step.name: step.needs for step in steps}
     assert needs["serve fast-dequantized"] == ("dequantize fast",)
     assert needs["serve defaults"] == ("convert defaults",)
+
+
+def test_an_unfinished_conversion_of_an_earlier_run_is_discarded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Options] = []
+
+    def fake_convert(options: Options) -> Summary:
+        seen.append(options)
+        return Summary(str(options.out), 0, 0, 1.0, 1, 1, 1, 0.0, [])
+
+    monkeypatch.setattr(pipeline, "convert", fake_convert)
+    for form in (*RECIPES, "defaults"):
+        run_step(Step("convert", form), LLAMA, tmp_path)
+    assert [options.restart for options in seen] == [True] * 3
 
 
 def fake_step(step: Step, case: Case, folder: Path) -> Answer:

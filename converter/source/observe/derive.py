@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from bwla_converter.source.observe import rules
+from bwla_converter.source.observe.decoder import find_layers
 from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
 from bwla_converter.source.observe.serving import serving_facts
@@ -14,7 +15,6 @@ from bwla_kernels.errors import SourceError
 from bwla_kernels.format.schema import is_ignored
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 
 def observe_structure(
@@ -73,6 +73,8 @@ def observe_structure(
         tuple(blocks),
         embedding=outside.get(embedding, "model.embed_tokens"),
         head=outside.get(head, "lm_head"),
+        # An encoder with a head predicts masked tokens, not the next one.
+        has_head=bool(head) and not architecture.endswith("ForMaskedLM"),
         final_norm=outside.get(norm, ""),
         own_head=facts.own_head,
         int8_head=facts.int8_head,
@@ -83,43 +85,6 @@ def observe_structure(
     )
     kept_names = kept.entries(structure) | dict(_outside(model, structure, modules, names, stored))
     return replace(structure, kept=kept_names)
-
-
-def find_layers(model: PreTrainedModel, source: str) -> tuple[PreTrainedModel, nn.ModuleList, str]:
-    """Return the decoder of `model`, the list of its layers, and the path of that list in `model`.
-
-    Raises:
-        SourceError: there is none.
-    """
-    architecture = type(model).__name__
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise SourceError(
-            f"{source}: expected a model with a decoder only, found {architecture}, which has an encoder too: "
-            "this model is not supported"
-        )
-    decoder: PreTrainedModel = model.get_decoder()
-    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        (path, module)
-        for path, module in decoder.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not lists:
-        raise SourceError(
-            f"{source}: expected a list of {count} decoder layers in {architecture}, found none: this model is not "
-            "supported"
-        )
-    # Experts, or the modules of another kind in the model, may be as many.
-    path, layers = min(
-        lists, key=lambda item: (item[0].count("."), -sum(weight.numel() for weight in item[1].parameters()))
-    )
-    kinds = {type(module) for module in layers.modules()}
-    if nn.Linear not in kinds and Conv1D in kinds:
-        raise SourceError(
-            f"{source}: expected decoder layers of nn.Linear, found that {architecture} stores its linears as Conv1D: "
-            "this model is not supported"
-        )
-    return decoder, layers, _join(_path_of(model, decoder), path)
 
 
 def is_tied(model: PreTrainedModel) -> bool:

@@ -41,7 +41,8 @@ class Record:
 
     Attributes:
         blocks: of each decoder layer.
-        final_norm: path, in the decoder, of the module that reads the last layer's output; None if none was found.
+        final_norm: path, in the decoder, of the norm after the last layer whose output is the decoder's; None if none
+            was found.
     """
 
     blocks: Sequence[BlockRecord]
@@ -105,13 +106,36 @@ def _run(decoder: PreTrainedModel, layers: nn.ModuleList, kinds: Sequence[int]) 
             for path, module in decoder.named_modules()
             if id(module) not in inside and is_norm(module)
         }
-        stack.enter_context(recorder.watching_norm(outside, len(layers) - 1, kinds, outputs))
+        normed = stack.enter_context(watching_norms(outside))
         stack.enter_context(torch.no_grad())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(torch.device("meta"))
         stack.enter_context(recorder)
-        decoder(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), use_cache=False)
-    return Record([recorder.blocks[kind] for kind in kinds], recorder.final_norm)
+        result = decoder(input_ids=torch.zeros(1, NUM_TOKENS, dtype=torch.long), use_cache=False)
+    returned = _first_tensor((result[0],), {})
+    final = None if returned is None else _key(returned)
+    final_norm = next((path for path, output in reversed(normed) if _key(output) == final), None)
+    return Record([recorder.blocks[kind] for kind in kinds], final_norm)
+
+
+@contextmanager
+def watching_norms(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect the paths and outputs of `modules` in the order in which they run."""
+    found: list[tuple[str, Tensor]] = []
+
+    def after(path: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.append((path, output))
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: after(path, output))
+        for path, module in modules.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -130,9 +154,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.blocks: dict[int, BlockRecord] = {}
-        self.final_norm: str | None = None
         self._alive: list[Tensor] = []  # a storage that is freed could be mistaken for the next one
-        self._outputs: dict[int, tuple[BlockRecord, str, Tensor]] = {}
+        self._outputs: dict[int, tuple[BlockRecord, str, Tensor, int]] = {}
         self._readers: dict[Key, str] = {}
 
     @contextmanager
@@ -155,7 +178,7 @@ class _Recorder(TorchDispatchMode):
         def after(path: str, module: nn.Module, output: Any) -> None:
             if isinstance(module, nn.Linear) and isinstance(output, Tensor):
                 self._alive.append(output)
-                self._outputs[_storage(output)] = (record, path, output)
+                self._outputs[_storage(output)] = (record, path, output, output._version)
             elif not path:
                 outputs[index] = output
 
@@ -176,30 +199,6 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def watching_norm(
-        self, modules: Mapping[str, nn.Module], last: int, kinds: Sequence[int], outputs: Mapping[int, Any]
-    ) -> Iterator[None]:
-        """Note which of `modules`, which are outside the decoder layers, reads the output of layer `last`."""
-
-        def before(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tensor, output = _first_tensor(args, kwargs), outputs.get(kinds[last])
-            returned = None if output is None else _first_tensor((output,), {})
-            if tensor is not None and returned is not None and _key(tensor) == _key(returned):
-                self.final_norm = path
-
-        handles = [
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: before(path, args, kwargs), with_kwargs=True
-            )
-            for path, module in modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) and not kwargs:
             first, second = args[:2]
@@ -210,11 +209,11 @@ class _Recorder(TorchDispatchMode):
 
     def _added(self, tensor: Tensor, other: Tensor) -> None:
         """Note that `tensor` and `other` are added."""
-        record, path, output = self._outputs.get(_storage(tensor), (None, "", None))
+        record, path, output, version = self._outputs.get(_storage(tensor), (None, "", None, 0))
         if record is None or output is None or tensor.numel() != output.numel():
             return
         reader = self._readers.get(_key(other))
-        if reader is not None and tensor._version == output._version:
+        if reader is not None and tensor._version == version:  # else it was changed in place meanwhile
             record.streams.setdefault(path, reader)
 
 

@@ -82,8 +82,18 @@ def test_a_decoder_without_the_expected_layers(tmp_path: Path) -> None:
         LayerRunner(longer, CPU)
 
 
-def test_a_model_without_a_head_runs_its_layers_only(tmp_path: Path) -> None:
-    model = build_any_model("Qwen2Model", "qwen2", ("head_dim",))
+@pytest.mark.parametrize(
+    ("architecture", "model_type", "drop"),
+    [
+        ("Qwen2Model", "qwen2", ("head_dim",)),
+        # Its layers get the embeddings of relative positions.
+        ("MPNetModel", "mpnet", ("head_dim", "num_key_value_heads")),
+    ],
+)
+def test_a_model_without_a_head_runs_its_layers_only(
+    architecture: str, model_type: str, drop: tuple[str, ...], tmp_path: Path
+) -> None:
+    model = build_any_model(architecture, model_type, drop)
     source = write_any_model(model, tmp_path / "model")
     runner, store = LayerRunner(source, CPU), ActivationStore()
     samples = Samples.embedded(runner, store, token_ids(), 3)

@@ -95,6 +95,10 @@ def test_the_page_shows_size_and_loss_and_where_the_planes_are(report: dict) -> 
     assert page.count("<th>planes</th>") == 4
     uniform = render_page({**chosen, "planes": [1], "measured_loss": None})
     assert "Planes of each linear" not in uniform
+    embedding = render_page({**chosen, "loss_unit": "cosine distance per token"})
+    assert "<span>cosine distance per token lost, measured; 0.362 predicted" in embedding
+    assert "perplexity" in page.partition("Size and loss")[2]
+    assert "perplexity" not in embedding.partition("Size and loss")[2].partition("</table>")[0]
 
 
 def test_every_linear_has_its_statistics(report: dict) -> None:

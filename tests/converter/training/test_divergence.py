@@ -3,12 +3,23 @@
 import pytest
 import torch
 from bwla_converter.training import divergence
-from bwla_converter.training.divergence import Head, kl_divergence
+from bwla_converter.training.divergence import Head, kl_divergence, sampled_direction_gradient
 from torch import Tensor, nn
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_random_directions_measure_the_cosine_distance() -> None:
+    """Half the mean square of a small change along them is what the change adds to one minus the cosine."""
+    hidden, change = normal(1, 64, seed=1) + 2.0, 1e-3 * normal(1, 64, seed=2)
+    generator = torch.Generator().manual_seed(0)
+    gradients = sampled_direction_gradient(hidden.expand(40_000, 64), generator)
+    expected = 1 - torch.cosine_similarity(hidden.double(), (hidden + change).double())
+    found = (gradients.double() @ change[0].double()).square().mean() / 2
+    torch.testing.assert_close(found, expected[0], rtol=0.03, atol=0.0)
+    assert float((gradients @ hidden[0]).abs().max()) < 1e-4, "a longer hidden state has the same cosine"
 
 
 class CappedHead:

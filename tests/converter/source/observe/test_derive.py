@@ -171,6 +171,9 @@ def test_layers_that_share_keys_have_smaller_groups(tmp_path: Path) -> None:
     assert groups(structure, 2)[0] == groups(structure, 3)[0] == queries
     assert groups(structure, 0)[1:] == groups(structure, 2)[1:]
     assert {"altup.prediction_coefs", "per_layer_model_projection"} <= set(structure.kept)
+    assert structure.final_norm == "model.norm", (
+        "it reads the mean of the streams, not the last layer's output"
+    )
 
 
 def test_experts_are_kept_under_their_stored_name(tmp_path: Path) -> None:
@@ -189,6 +192,21 @@ def test_a_multimodal_model_is_quantized_in_its_decoder_only(tmp_path: Path) -> 
     )
     assert set(structure.kept) == {"vision_tower"}
     assert not structure.int8_embedding
+
+
+def test_an_output_that_was_changed_in_place_is_not_added_as_it_is(tmp_path: Path) -> None:
+    """Llama 4 adds the experts' outputs to those of the shared expert in place, before the residual stream."""
+    structure = observed(tmp_path, "llama4_text")
+    assert structure.blocks[0][3] == InputGroup(("feed_forward.shared_expert.down_proj",), None, True)
+    assert structure.blocks[0][1] == O_PROJ
+
+
+def test_a_model_of_embeddings_has_no_head(tmp_path: Path) -> None:
+    assert observed(tmp_path / "decoder", "qwen3_embedding").has_head
+    for name in ("gemma3_embed", "modernbert", "xlm_roberta"):
+        structure = observed(tmp_path / name, name)
+        assert not structure.has_head
+        assert structure.loss_unit == "cosine distance per token"
 
 
 def test_linears_that_are_conv1d_are_refused(tmp_path: Path) -> None:
