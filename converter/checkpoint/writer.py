@@ -142,12 +142,11 @@ WORK = ".work"
 """Suffix of the folder in which a conversion works, beside the output."""
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """Raise if writing to `out` would destroy existing data. Call before converting.
+def check_name(out: Path) -> None:
+    """Raise if a file system cannot have a folder of this name, or the work folder beside it.
 
     Raises:
-        OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder, or
-            the one in which that is to be created, is not writable, or a name is too long.
+        OutputError: a name is too long.
     """
     for part in (*out.absolute().parts, f"{out.name}{WORK}"):
         if len(os.fsencode(part)) > LONGEST_NAME:
@@ -156,6 +155,16 @@ def check_output(out: Path, overwrite: bool) -> None:
                 f"{part[:20]}...: expected a name of at most {longest} bytes for the output and the folders above it, "
                 f"found {len(os.fsencode(part.removesuffix(WORK)))}: choose a shorter name"
             )
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise if writing to `out` would destroy existing data. Call before converting.
+
+    Raises:
+        OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder, or
+            the one in which that is to be created, is not writable, or a name is too long.
+    """
+    check_name(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
     if out.exists() and not overwrite:
