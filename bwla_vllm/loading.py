@@ -1,7 +1,7 @@
 """Check what vLLM was asked to do with a checkpoint (load format, overrides, other heads) before it reads weights."""
 
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bwla_kernels.format.head import HEAD_MODULE
@@ -40,23 +40,41 @@ PACKAGES: Mapping[str, str] = {
 }
 """Load formats that read a checkpoint as it is, and the module of the package that each needs."""
 
+GPU_ONLY = ("fastsafetensors", "instanttensor")
+"""Those of them that vLLM implements for the memory of a GPU only."""
+
 
 def check_load_format(name: str) -> None:
     """Check that vLLM can load a BWLA checkpoint with `--load-format name`.
 
     Raises:
-        StartError: it cannot, or a package is missing.
+        StartError: it cannot, it needs a GPU, or its package is missing or broken.
     """
+    from vllm.platforms import current_platform
+
     if name in REFUSED_FORMATS:
+        others = ", ".join(
+            other for other in PACKAGES if current_platform.is_cuda_alike() or other not in GPU_ONLY
+        )
         raise StartError(
             f"--load-format {name} {REFUSED_FORMATS[name]}: start vLLM without --load-format, or with auto, "
-            f"safetensors, {', '.join(PACKAGES)} or dummy"
+            f"safetensors, {others} or dummy"
         )
-    if name in PACKAGES and find_spec(PACKAGES[name]) is None:
+    if name in GPU_ONLY and not current_platform.is_cuda_alike():
         raise StartError(
-            f"--load-format {name} needs the Python module {PACKAGES[name]}, which is not installed: install vLLM's "
-            f"extra for it (see vLLM's documentation of --load-format), or start vLLM without --load-format"
+            f"--load-format {name} reads weights into the memory of a GPU, and vLLM runs on "
+            f"{current_platform.device_type} here: start vLLM without --load-format, or with runai_streamer"
         )
+    if name in PACKAGES:
+        module = PACKAGES[name]
+        try:
+            import_module(module)
+        except Exception as cause:  # a missing dependency, or a library that does not fit this machine
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            raise StartError(
+                f"--load-format {name} needs the Python module {module}, which cannot be imported ({reason:.200}): "
+                f"run pip install {module.replace('_', '-')}, or start vLLM without --load-format"
+            ) from None
 
 
 def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) -> None:

@@ -89,6 +89,7 @@ def convert(
     check_targets(options)
     check_recipe(options.recipe, options.calibration, 2 if options.allocates else options.planes)
     device = choose_device(options.device)
+    check_name(options.out)
     if not check_work(options.out, options.resume, options.restart):
         check_output(options.out, options.overwrite)
     source = open_source(options.model, options.ignore, listener.dequantized)

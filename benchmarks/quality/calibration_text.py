@@ -29,6 +29,8 @@ from benchmarks.common.record import command_line, write_result
 from benchmarks.common.texts import EXAMPLES, add_text_options, evaluation_windows, model_folder
 from benchmarks.quality.frontier import measure_perplexity
 
+EXAMPLE = EXAMPLES.parent / "model"
+
 EVALUATION_SEED = 1000
 """Seed of the self-written text on which the loss is measured."""
 
@@ -99,7 +101,7 @@ def main() -> int:
             text = SELF if source == SELF else Path(source).name
             rows.append(
                 {
-                    "model": Path(arguments.model).name,
+                    "model": "example" if model.resolve() == EXAMPLE else Path(arguments.model).name,
                     "target_bits": arguments.bits,
                     "seed": arguments.seed,
                     "calibration": text,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.checkpoint.merge import group_parts, is_part, merge_files, shard_name
-from bwla_converter.common.atomic_files import move, sha256_of, whole_file
+from bwla_converter.common.atomic_files import LONGEST_NAME, move, sha256_of, whole_file
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.common.write_errors import WriteError, write_error
 from bwla_converter.source.folder.files import CODE_KEYS, files_beside, settings_without_code
@@ -136,13 +136,33 @@ class CheckpointWriter:
             partial.write_text(json.dumps(data, indent=indent) + "\n", encoding="utf-8")
 
 
+WORK = ".work"
+"""Suffix of the folder in which a conversion works, beside the output."""
+
+
+def check_name(out: Path) -> None:
+    """Raise if a file system cannot have a folder of this name, or the work folder beside it.
+
+    Raises:
+        OutputError: a name is too long.
+    """
+    for part in (*out.absolute().parts, f"{out.name}{WORK}"):
+        if len(os.fsencode(part)) > LONGEST_NAME:
+            longest = LONGEST_NAME - len(WORK)
+            raise OutputError(
+                f"{part[:20]}...: expected a name of at most {longest} bytes for the output and the folders above it, "
+                f"found {len(os.fsencode(part.removesuffix(WORK)))}: choose a shorter name"
+            )
+
+
 def check_output(out: Path, overwrite: bool) -> None:
     """Raise if writing to `out` would destroy existing data. Call before converting.
 
     Raises:
         OutputError: `out` exists and `overwrite` is off, or it is not a folder with a model, or its parent folder, or
-            the one in which that is to be created, is not writable.
+            the one in which that is to be created, is not writable, or a name is too long.
     """
+    check_name(out)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out}: expected a folder to create, found a file: choose another output")
     if out.exists() and not overwrite:

@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 PARTIAL = ".partial"
 """Suffix of the name of a file that is being written."""
 
+LONGEST_NAME = 255
+"""Bytes in the longest name of a file or folder, on nearly all file systems."""
+
 
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk."""
@@ -38,7 +41,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full or read-only, or the folder may not be written to.
     """
-    partial = path.with_name(path.name + PARTIAL)
+    name = os.fsencode(path.name + PARTIAL)
+    fits = len(name) <= LONGEST_NAME
+    partial = path.with_name(path.name + PARTIAL if fits else hashlib.sha256(name).hexdigest() + PARTIAL)
     try:
         partial.touch()
         mode = partial.stat().st_mode

@@ -21,7 +21,7 @@ from typing import TextIO
 
 import torch
 from bwla_converter.calibration.activations import StoredStates
-from bwla_converter.checkpoint.writer import CheckpointWriter, put_in_place
+from bwla_converter.checkpoint.writer import WORK, CheckpointWriter, put_in_place
 from bwla_converter.common.atomic_files import move, sha256_of, whole_file
 from bwla_converter.common.write_errors import write_error
 from bwla_converter.resume.manifest import (
@@ -51,7 +51,7 @@ STATES_KEPT = 2
 def work_path(out: Path) -> Path:
     """Return the path of the work folder of the output `out`."""
     out = out.absolute()
-    return out.with_name(out.name + ".work")
+    return out.with_name(out.name + WORK)
 
 
 def check_work(out: Path, resume: bool, restart: bool) -> bool:

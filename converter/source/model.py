@@ -12,7 +12,7 @@ from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
 from bwla_converter.source.folder.download import download
 from bwla_converter.source.folder.files import describe_left_out, files_beside
-from bwla_converter.source.folder.kinds import adapter_base, other_kind, read_listing
+from bwla_converter.source.folder.kinds import adapter_base, missing_weights, other_kind, read_listing
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
@@ -235,6 +235,9 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     meta_model = build_meta_model(folder, config)
     names, tied = StoredNames(meta_model), tied_names(meta_model)
     scan = scan_folder(folder)
+    if not scan.entries and scan.problems and not scan.lost:
+        # The list of all tensors, each of them missing, would hide the reason.
+        raise SourceError(missing_weights(read_listing(folder), str(folder)) or scan.problems[0])
     expected = expected_names(meta_model, names, tied, scan.entries)
     renamed = rename_tensors(scan, expected, meta_model.base_model_prefix)
     scan = renamed.scan

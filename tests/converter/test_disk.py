@@ -255,6 +255,19 @@ def test_a_file_above_the_output_is_refused_before_work(make_model, tmp_path: Pa
         convert(Options(str(make_model()), tmp_path / "file" / "out", recipe="data-free"))
 
 
+@pytest.mark.parametrize("name", ["n" * 251, "n" * 300, "ü" * 126, "n" * 256 + "/out"])
+def test_a_name_that_is_too_long_is_refused_before_work(make_model, tmp_path: Path, name: str) -> None:
+    """The name of the work folder is the longer one; names are counted in bytes."""
+    with pytest.raises(OutputError, match=r"expected a name of at most 250 bytes .*: choose a shorter name$"):
+        convert(Options(str(make_model()), tmp_path / name, recipe="data-free"))
+
+
+def test_the_longest_name(make_model, tmp_path: Path) -> None:
+    out = tmp_path / ("n" * 250)
+    convert(Options(str(make_model()), out, rank=0, text_samples=0, recipe="data-free"))
+    assert (out / "model.safetensors").is_file()
+
+
 def test_a_work_folder_that_may_not_be_written_to(
     make_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,10 @@ KEPT = [
     "Modelfile",
     "evaluation results.csv",
     "übersicht.txt",
+    "n" * 251 + ".txt",
+    "vocab.bpe",
+    "settings.json/inner.txt",
+    "CONFIG.JSON",
 ]
 LEFT_OUT = {
     "model.fp16.safetensors": "weights",
@@ -65,10 +70,16 @@ LEFT_OUT = {
     "checkpoint-500/": "holds other weights",
     "old.work/": "an unfinished conversion",
     "__pycache__/": "written by another program",
+    "training_args.bin": "weights",
+    "rng_state.pth": "weights",
+    "config.json.bak": "temporary",
+    "bwla_report.json": "written by the conversion",
+    "module/.git/": "hidden",
     "README.md": "written by the conversion",
 }
 INSIDE = {
     ".git/": ["HEAD", "objects/12/34"],
+    "module/.git/": ["HEAD"],
     ".cache/": ["huggingface/download/config.json.metadata"],
     "original/": ["consolidated.00.pth", "tokenizer.model", "params.json"],
     "onnx/": ["model.onnx", "notes.txt"],
@@ -130,7 +141,7 @@ def test_files_beside_the_weights_are_left_out_for_a_reason(
 ) -> None:
     model, out, _ = converted
     assert files_beside(model).left_out[name] == LEFT_OUT[name]
-    assert name == "README.md" or not (out / name).exists()
+    assert name in ("README.md", "bwla_report.json") or not (out / name).exists()
 
 
 def test_the_output_names_no_code_that_it_lacks(converted: tuple[Path, Path, Summary]) -> None:
@@ -194,7 +205,37 @@ def pipe(model: Path) -> None:
     os.mkfifo(model / "pipe")
 
 
-@pytest.mark.parametrize("change", [in_a_cache, linked_folder, circle, other_weights_linked, pipe])
+def open_socket(model: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(model / "pipe"))
+
+
+def device(model: Path) -> None:
+    (model / "pipe").symlink_to("/dev/zero")
+
+
+def hidden_link_to_nothing(model: Path) -> None:
+    (model / ".cache").symlink_to("/nowhere")
+
+
+def name_that_is_not_unicode(model: Path) -> None:
+    (model / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+
+
+CHANGES = [
+    in_a_cache,
+    linked_folder,
+    circle,
+    other_weights_linked,
+    pipe,
+    open_socket,
+    device,
+    hidden_link_to_nothing,
+    name_that_is_not_unicode,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_links_and_special_files_beside_the_weights(
     make_model, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:

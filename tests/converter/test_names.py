@@ -29,6 +29,15 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "FSDP": lambda name: f"_fsdp_wrapped_module.{name}".replace(
         ".self_attn", "._fsdp_wrapped_module.self_attn"
     ),
+    "FSDP layers": lambda name: name.replace(
+        ".mlp.", "._fsdp_wrapped_module._checkpoint_wrapped_module.mlp."
+    ),
+    "DeepSpeed": lambda name: f"_forward_module.module.{name}",
+    "Lightning": lambda name: f"state_dict.model.{name}",
+    "half wrapped": lambda name: f"module.{name}" if "mlp" in name else name,
+    "head not wrapped": lambda name: name if name == "lm_head.weight" else f"module.{name}",
+    "half without the prefix": lambda name: name.removeprefix("model.") if "self_attn" in name else name,
+    "adapters deleted": lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight"),
     "activation checkpoints": lambda name: name.replace(".mlp.", ".mlp._checkpoint_wrapped_module."),
     "base model alone": lambda name: name.removeprefix("model."),
     "wrapped base model": lambda name: f"module.{name.removeprefix('model.')}",
@@ -67,7 +76,7 @@ def test_names_with_prefixes_are_read_as_those_of_the_architecture(
     assert all(equal(tensor, expected[name]) for name, tensor in source.read(list(source.entries)).items())
     assert source.notes[0].startswith("tensor names: ")
     assert " is read as " in source.notes[0]
-    assert source.loadable == (kind == "base model alone")
+    assert source.loadable == (kind in ("base model alone", "half without the prefix"))
 
 
 @pytest.mark.parametrize("family", ["Llama", "Gemma 2", "Phi-3"])
@@ -160,6 +169,48 @@ def subfolder(folder: Path) -> None:
         (folder / name).rename(inner / name)
 
 
+def checkpoints_of_a_trainer(folder: Path) -> None:
+    """Weights in a subfolder, beside settings and the state of the training."""
+    inner = folder / "checkpoint-500"
+    inner.mkdir()
+    (folder / WEIGHTS).rename(inner / WEIGHTS)
+    (inner / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth"):
+        (folder / name).write_text("")
+
+
+def only_the_index(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / WEIGHTS).unlink()
+        (folder / name).write_text("{}")
+
+    return change
+
+
+def content(name: str, data: bytes) -> Callable[[Path], None]:
+    """Return a function that writes a file of a folder anew."""
+    return lambda folder: (folder / name).write_bytes(data) and None
+
+
+def half_a_file(folder: Path) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def link_to_nothing(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("/no/such/file")
+
+
+def shards_of_deepspeed(folder: Path) -> None:
+    (folder / "global_step500").mkdir()
+    (folder / WEIGHTS).rename(folder / "global_step500" / "mp_rank_00_model_states.pt")
+
+
+def saved_modules(folder: Path) -> None:
+    rename(folder, lambda name: name.replace("lm_head.", "lm_head.modules_to_save.default."))
+
+
 def pipeline(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / WEIGHTS).unlink()
@@ -204,6 +255,28 @@ def other_names(folder: Path) -> None:
         (move_weights("tf_model.h5"), "TensorFlow weights", "save the model with transformers"),
         (move_weights("flax_model.msgpack"), "Flax weights", "save the model with transformers"),
         (move_weights("model.onnx"), "an ONNX model", "save the model with transformers"),
+        (checkpoints_of_a_trainer, "found a model in checkpoint-500", "give that folder"),
+        (
+            only_the_index("pytorch_model.bin.index.json"),
+            "bin.index.json, which is pickled",
+            "save_pretrained",
+        ),
+        (only_the_index("latest"), "found config.json, latest", "get the weights"),
+        (move_weights("model_state.pdparams"), "found config.json, model_state.pdparams", "get the weights"),
+        (move_weights("model.safetensors.partial"), "model.safetensors.partial", "get the weights"),
+        (move_weights("model-rank-0-part-0.safetensors"), "save_sharded_state", "the model that was served"),
+        (move_weights("model.pt"), "a checkpoint in pickle", "save the model with transformers"),
+        (shards_of_deepspeed, "expected model.safetensors or .*, found config.json", "get the weights"),
+        (link_to_nothing, "expected model.safetensors or .*, found config.json", "get the weights"),
+        (half_a_file, "", "download or convert it again"),
+        (content(WEIGHTS, b""), "", "download or convert it again"),
+        (
+            content(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\n"),
+            "",
+            "download or convert it again",
+        ),
+        (content(INDEX_FILE, b"{"), "", "get it again"),
+        (saved_modules, r"an adapter beside them \(lm_head.modules_to_save", "merge_and_unload"),
         (no_index, "expected model.safetensors.index.json beside", "get it from the model's repository"),
         (subfolder, "found one in snapshots/0123", "give that folder"),
         (pipeline, "a diffusers pipeline", "cannot be converted"),
@@ -221,7 +294,7 @@ def test_names_of_something_else_are_refused_in_one_line(
         if path.name not in ("config.json", WEIGHTS):
             path.unlink()
     change(folder)
-    with pytest.raises(SourceError, match=rf"^{folder}: .*{found}.*{advice}") as error:
+    with pytest.raises(SourceError, match=rf"^{folder}[^:]*: .*{found}.*{advice}") as error:
         open_source(str(folder))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 600

@@ -10,6 +10,9 @@ from bwla_kernels.format.files import INDEX_FILE, SINGLE_FILE, read_json
 ADAPTER_FILE = "adapter_config.json"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
+TRAINING_STATE = ("training_args.", "optimizer.", "scheduler.", "rng_state", "scaler.")
+"""How files are called that a trainer writes beside the weights."""
+
 OTHER_WEIGHTS = {
     ".h5": "TensorFlow weights",
     ".msgpack": "Flax weights",
@@ -50,6 +53,30 @@ def _has_weights(names: Collection[str]) -> bool:
     return SINGLE_FILE in names or INDEX_FILE in names
 
 
+def missing_weights(names: Collection[str], where: str) -> str | None:
+    """Return a sentence about a folder with a config.json and no weights; None if it has weights.
+
+    Args:
+        names: paths of the files, with slashes.
+        where: the folder, for the message.
+    """
+    if _has_weights(names):
+        return None
+    inner = [str(PurePosixPath(name).parent) for name in names if name.endswith("/config.json")]
+    top = sorted(name for name in names if "/" not in name)
+    found = f"a model in {', '.join(inner[:3])}" if inner else _shown(top)
+    advice = (
+        "give that folder"
+        if inner
+        else "get the weights from the model's repository, or save it with transformers"
+    )
+    return f"{where}: expected {SINGLE_FILE} or {INDEX_FILE}, found {found}: {advice}"
+
+
+def _shown(top: list[str]) -> str:
+    return ", ".join(top[:5]) + (f" and {len(top) - 5} more" if len(top) > 5 else "")
+
+
 def _descriptions(where: str, top: list[str], names: Collection[str], base_model: str) -> Iterator[str]:
     """Yield sentences about what the files are, the most specific first."""
     has_weights = _has_weights(top)
@@ -74,12 +101,12 @@ def _descriptions(where: str, top: list[str], names: Collection[str], base_model
         yield f"expected a config.json beside {weights}, found none: get it from the model's repository"
     if not top:
         yield "expected a model, found no files: check the path"
-    shown = ", ".join(top[:5]) + (f" and {len(top) - 5} more" if len(top) > 5 else "")
-    yield f"expected config.json and {SINGLE_FILE}, found {shown}: give the folder of a model"
+    yield f"expected config.json and {SINGLE_FILE}, found {_shown(top)}: give the folder of a model"
 
 
 def _other_weights(where: str, top: list[str]) -> Iterator[str]:
     """Yield sentences about weights that are not read."""
+    top = [name for name in top if not name.startswith(TRAINING_STATE)]
     gguf = [name for name in top if name.endswith(".gguf")]
     if gguf:
         missing = SINGLE_FILE if "config.json" in top else "config.json"
@@ -95,14 +122,20 @@ def _other_weights(where: str, top: list[str]) -> Iterator[str]:
         )
     shards = [name for name in top if _SHARD.fullmatch(name)]
     safetensors = [name for name in top if name.endswith(".safetensors")]
-    if shards:
+    saved_by_vllm = [name for name in safetensors if name.startswith("model-rank-")]
+    if saved_by_vllm:
+        yield (
+            f"expected {SINGLE_FILE}, found the files of vLLM's save_sharded_state ({saved_by_vllm[0]}): convert the "
+            "model that was served"
+        )
+    elif shards:
         yield f"expected {INDEX_FILE} beside {shards[0]}, found none: get it from the model's repository"
     elif safetensors:
         yield (
             f"expected {SINGLE_FILE}, found {', '.join(safetensors[:3])}: if it is the whole model, rename it to "
             f"{SINGLE_FILE}"
         )
-    pickled = [name for name in top if name.endswith((".bin", ".pth"))]
+    pickled = [name for name in top if name.endswith((".bin", ".pth", ".bin.index.json"))]
     if pickled:
         yield (
             f"expected {SINGLE_FILE}, found {pickled[0]}, which is pickled and not opened: save the model as "

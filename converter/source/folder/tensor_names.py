@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 from bwla_kernels.format.files import Entry, Scan
 
-WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
+WRAPPERS = {
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "base_layer",
+}
 """Names of wrapped modules, which may stand anywhere in a tensor's name."""
 
 LEADING_WRAPPERS = ("base_model.model.", "module.")

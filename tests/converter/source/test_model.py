@@ -61,7 +61,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 def test_a_folder_without_weights(make_model) -> None:
     folder = make_model()
     (folder / "model.safetensors").unlink()
-    refused(folder, "expected model.safetensors or model.safetensors.index.json, found neither")
+    refused(folder, "expected model.safetensors or model.safetensors.index.json, found config.json")
 
 
 def test_a_missing_shard(make_model) -> None:
