@@ -14,6 +14,7 @@ from bwla_converter.common.bits import (
 )
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
+from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
