@@ -17,6 +17,7 @@ from bwla_converter.checkpoint.layout import Parts, int8_tensors, output_config,
 from bwla_converter.checkpoint.writer import (
     CheckpointWriter,
     OutputError,
+    check_name,
     check_output,
     existing_parent,
     parents_created,
