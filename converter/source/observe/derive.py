@@ -32,6 +32,12 @@ def observe_structure(
         SourceError: the model has no decoder of linears, or its code cannot be run without weights.
     """
     decoder, layers, layers_path = find_layers(model, source)
+    shared = next((name for name in tied_names(model) if name.startswith(f"{layers_path}.")), None)
+    if shared is not None:
+        raise SourceError(
+            f"{source}: expected decoder layers with weights of their own, found that {type(model).__name__} shares "
+            f"{shared} between layers: this model is not supported"
+        )
     try:
         model.to(torch.bfloat16)  # the only dtype that torch has fused experts for
         record = observe_run(decoder, layers)
@@ -47,12 +53,12 @@ def observe_structure(
     facts = serving_facts(architecture)
     deriving = _Deriving(model, layers, layers_path, modules, parameters, facts.plain)
     blocks, kept, renamed = [], _Kept(), {}
-    shared: dict[Any, tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]] = {}
+    known: dict[Any, tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]] = {}
     for index, block in enumerate(record.blocks):
         key = (id(block), frozenset(path for path in deriving.paths(index) if deriving.stored(index, path)))
-        if key not in shared:
-            shared[key] = deriving.block(index, block)
-        groups, reasons, members = shared[key]
+        if key not in known:
+            known[key] = deriving.block(index, block)
+        groups, reasons, members = known[key]
         blocks.append(groups)
         kept.add(index, reasons)
         renamed.update(members)

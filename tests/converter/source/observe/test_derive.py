@@ -214,6 +214,27 @@ def test_linears_that_are_conv1d_are_refused(tmp_path: Path) -> None:
         observed(tmp_path, NO_LINEARS)
 
 
+def test_layers_that_share_weights_are_refused(tmp_path: Path) -> None:
+    transformers.Zamba2Config(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        mamba_headdim=32,
+        n_mamba_heads=4,
+        mamba_d_state=16,
+        mamba_ngroups=1,
+        num_mem_blocks=1,
+        adapter_rank=32,
+        vocab_size=64,
+        architectures=["Zamba2ForCausalLM"],
+    ).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="Zamba2ForCausalLM shares model.layers.3.* between layers"):
+        config_source(tmp_path)
+
+
 def test_a_model_with_an_encoder_is_refused(tmp_path: Path) -> None:
     transformers.T5Config(
         d_model=64, d_kv=32, d_ff=64, num_layers=1, num_heads=2, architectures=["T5ForConditionalGeneration"]
