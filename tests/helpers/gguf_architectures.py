@@ -1,7 +1,8 @@
 """Tiny models of the architectures that are read from GGUF files, written as llama.cpp's converter writes them.
 
 `gguf_models` has the families that most tests use. Names, values and settings follow llama.cpp's converter; files of
-the same models that it wrote itself (the version in llama-cpp-python 0.3.36) were read with the same result.
+the same models that it wrote itself (the version in llama-cpp-python 0.3.36) were read with the same result, apart from
+StableLM with norms of heads, which that version fails to write.
 """
 
 import re
