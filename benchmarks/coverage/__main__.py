@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
             continue
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
-        answers = workers.run(steps_of(arguments.recipes), name, place, arguments.seconds)
+        steps = steps_of(arguments.recipes, CASES[name].dtype)
+        answers = workers.run(steps, name, place, arguments.seconds)
         row = make_row(CASES[name], arguments.recipes, answers, place)
         print(summary_of(row, arguments.recipes), flush=True)
         if arguments.out is not None:

@@ -40,6 +40,12 @@ def make_row(case: Case, recipes: Sequence[str], answers: Mapping[str, Answer], 
     for recipe in recipes:
         reference, found = (answers[f"serve {form}"] for form in (f"{recipe}-dequantized", recipe))
         row[recipe] |= compare(reference, found)
+        scores = answers.get(f"score {recipe}-dequantized", {}).get("logprobs")
+        if scores is not None and "logprobs" in reference and "logprobs" in found:
+            row[recipe]["from_float32"] = {
+                "quantized": largest_difference(scores, found["logprobs"]),
+                "dequantized": largest_difference(scores, reference["logprobs"]),
+            }
         error = answers[f"dequantize {recipe}"].get("error") or reference.get("error")
         if error is not None:
             row[recipe]["reference_error"] = _without(folder, error)
@@ -76,13 +82,23 @@ def compare(reference: Answer, found: Answer) -> Row:
     tokens, others = reference["tokens"], found["tokens"]
     same = next((i for i, pair in enumerate(zip(tokens, others, strict=True)) if pair[0] != pair[1]), None)
     scored = len(reference["logprobs"]) - (0 if same is None else len(tokens) - same - 1)
+    difference = largest_difference(reference["logprobs"][:scored], found["logprobs"][:scored])
+    return {"same_tokens": same is None, "largest_difference": difference}
+
+
+def largest_difference(
+    tables: Sequence[Mapping[str, float]], others: Sequence[Mapping[str, float]]
+) -> float | None:
+    """Return the largest difference of the log probabilities that both have, over the positions that both have.
+
+    Returns None if one is not finite.
+    """
     differences = [
         abs(table[token] - other[token])
-        for table, other in zip(reference["logprobs"][:scored], found["logprobs"][:scored], strict=True)
+        for table, other in zip(tables, others, strict=False)
         for token in table.keys() & other.keys()
     ]
-    finite = all(math.isfinite(difference) for difference in differences)
-    return {"same_tokens": same is None, "largest_difference": max(differences) if finite else None}
+    return max(differences) if all(map(math.isfinite, differences)) else None
 
 
 def _embedding_difference(reference: Sequence[float], found: Sequence[float]) -> float:

@@ -21,8 +21,11 @@ ORIGINAL, DEFAULTS = "original", "defaults"
 WITHOUT_TEXT = ("data-free",)
 """Recipes that use no calibration text."""
 
-PROMPT_LENGTH, NEW_TOKENS, SCORED = 14, 5, 20
-"""Tokens of the prompt, longer than the sliding windows; of the answer; and scored at each position."""
+PROMPT = [1 + 17 * i % (ORDINARY_TOKENS - 1) for i in range(14)]
+"""Token ids of the prompt, which is longer than the sliding windows."""
+
+NEW_TOKENS, SCORED = 5, 20
+"""Tokens of the answer, and tokens scored at each position."""
 
 EXACT_BITS = 16
 """Bits of activations, head and embedding where a converted model must equal its dequantized form."""
@@ -38,7 +41,7 @@ class Step:
     """A step of a case.
 
     Attributes:
-        action: "build", "convert", "dequantize" or "serve".
+        action: "build", "convert", "dequantize", "score" (by transformers, in float32) or "serve".
         form: `ORIGINAL`, `DEFAULTS`, a recipe, or a recipe with "-dequantized".
         needs: steps that must have succeeded.
     """
@@ -53,8 +56,16 @@ class Step:
         return f"{self.action} {self.form}"
 
 
-def steps_of(recipes: Sequence[str]) -> list[Step]:
-    """Return the steps of every case, in the order in which they run."""
+def steps_of(recipes: Sequence[str], dtype: str = "float32") -> list[Step]:
+    """Return the steps of a case, in the order in which they run.
+
+    Where vLLM does not compute in float32, transformers does: how far the log probabilities of the dequantized weights
+    are from that is how much rounding alone changes.
+
+    Args:
+        recipes: the recipes to try.
+        dtype: dtype of the case.
+    """
     build = Step("build", ORIGINAL)
     steps = [build]
     for recipe in recipes:
@@ -62,6 +73,8 @@ def steps_of(recipes: Sequence[str]) -> list[Step]:
             Step("convert", recipe, (build.name,)),
             Step("dequantize", recipe, (f"convert {recipe}",)),
         ]
+        if dtype != "float32":
+            steps.append(Step("score", f"{recipe}-dequantized", (f"dequantize {recipe}",)))
     converted = (f"convert {recipe}" for recipe in recipes)
     steps += [Step("convert", DEFAULTS, (build.name,)), Step("serve", ORIGINAL, (build.name,))]
     for step in converted:
@@ -79,6 +92,7 @@ def run_step(step: Step, case: Case, folder: Path) -> Answer:
         "build": _build,
         "convert": _convert,
         "dequantize": _dequantize,
+        "score": _score,
         "serve": _serve,
     }
     start = time.monotonic()
@@ -131,6 +145,19 @@ def _dequantize(step: Step, case: Case, folder: Path) -> Answer:
     return {"dequantized": write_dequantized(folder / step.form, out, case.dtype).linears}
 
 
+def _score(step: Step, case: Case, folder: Path) -> Answer:
+    """Return the log probabilities that transformers computes in float32 after each prompt token but the last."""
+    import torch
+    import transformers
+
+    model_class = getattr(transformers, case.architecture)
+    model = model_class.from_pretrained(folder / step.form, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0, :-1]
+    rows = torch.log_softmax(logits.float(), dim=-1).tolist()
+    return {"logprobs": [{str(token): value for token, value in enumerate(row)} for row in rows]}
+
+
 def _serve(step: Step, case: Case, folder: Path) -> Answer:
     """Start vLLM on a form of the model in this process; return tokens and log probabilities, or an embedding."""
     from vllm import LLM, ModelRegistry, SamplingParams
@@ -153,7 +180,7 @@ def _serve(step: Step, case: Case, folder: Path) -> Answer:
         disable_log_stats=True,
         **({"limit_mm_per_prompt": {"image": 0, "video": 0}} if case.group == "multimodal" else {}),
     )
-    prompt = {"prompt_token_ids": [1 + 17 * i % (ORDINARY_TOKENS - 1) for i in range(PROMPT_LENGTH)]}
+    prompt = {"prompt_token_ids": PROMPT}
     try:
         if embeds:
             (result,) = engine.embed(prompt, use_tqdm=False)

@@ -48,7 +48,7 @@ def write_method(folder: Path, shape: str, method: str) -> dict[str, Any]:
         from bwla_converter.options import Options
 
         source, plan = plan_dummy(Options(str(folder), folder / "out", head_bits=8))
-        config = output_config(source, plan)
+        config = output_config(source, plan, None)
     elif method == "int4":
         config["quantization_config"] = INT4
     path.write_text(json.dumps(config))

@@ -66,18 +66,21 @@ def int8_tensors(plan: ConversionPlan, name: str, read: Callable[[str], Tensor])
     }
 
 
-def output_config(source: Source, plan: ConversionPlan, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def output_config(
+    source: Source, plan: ConversionPlan, entries: Mapping[str, Entry] | None
+) -> dict[str, Any]:
     """Return the output's config.json; with an 8-bit head of its own, a model is no longer tied.
 
     Args:
         source: the model that was converted.
         plan: what was written.
-        entries: the output's tensors, which the config lists for loaders.
+        entries: the output's tensors, which the config lists for loaders; None if none are written, because a loader
+            is to make them up (vLLM's `--load-format dummy`).
     """
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     config = {**source.config, **untied}
     described = {
-        "tensors": describe_tensors(entries, source.tied),
+        "tensors": None if entries is None else describe_tensors(entries, source.tied),
         "config": config_values(config, source.defaults),
     }
     return {**config, "quantization_config": plan.format.model_copy(update=described).to_json()}

@@ -48,11 +48,20 @@ def _line(row: dict[str, Any], reasons: dict[str, int]) -> list[str]:
     if shares and min(shares) < MOSTLY:
         notes.append(f"{min(shares):.0%} of the weights")
     if row["dtype"] != "float32":
-        notes.append(row["dtype"])
+        notes.append(row["dtype"] + _rounding(forms))
     if reason := next((form["error"] for form in (*forms, row["defaults"]) if "error" in form), None):
         notes.append(f"note {reasons.setdefault(reason, len(reasons) + 1)}")
     cells = [f"`{row['architecture']}`", row["models"], *converted, served]
     return [*cells, _yes(all(tokens)) if tokens else "", difference, ", ".join(notes)]
+
+
+def _rounding(forms: list[dict[str, Any]]) -> str:
+    """Return how far one-bit and dequantized weights are from transformers in float32, of forms that were compared."""
+    found = [form["from_float32"] for form in forms if "from_float32" in form]
+    if not found:
+        return ""
+    quantized, dequantized = (max(form[key] for form in found) for key in ("quantized", "dequantized"))
+    return f" (from float32: {quantized:.1e}, dequantized {dequantized:.1e})"
 
 
 def is_served(row: dict[str, Any]) -> bool:

@@ -22,7 +22,7 @@ from benchmarks.coverage.build import TEXT_FILE, build, write_case
 from benchmarks.coverage.case import ORDINARY_TOKENS, Case
 from benchmarks.coverage.cases import CASES
 from benchmarks.coverage.rows import compare, make_row, merge
-from benchmarks.coverage.steps import Answer, Step, run_step, steps_of
+from benchmarks.coverage.steps import PROMPT, Answer, Step, run_step, steps_of
 from scripts.tables import coverage as table
 from scripts.tables import results
 
@@ -81,6 +81,31 @@ def test_a_form_is_served_after_it_was_converted_or_dequantized() -> None:
     needs = {step.name: step.needs for step in steps}
     assert needs["serve fast-dequantized"] == ("dequantize fast",)
     assert needs["serve defaults"] == ("convert defaults",)
+
+
+def test_a_case_that_is_not_served_in_float32_is_scored_in_float32_as_well(tmp_path: Path) -> None:
+    added = [step for step in steps_of(RECIPES, "bfloat16") if step not in steps_of(RECIPES)]
+    assert [(step.name, step.needs) for step in added] == [
+        (f"score {recipe}-dequantized", (f"dequantize {recipe}",)) for recipe in RECIPES
+    ]
+    write_case(LLAMA, tmp_path / "original")
+    scores = run_step(Step("score", "original"), LLAMA, tmp_path)["logprobs"]
+    assert len(scores) == len(PROMPT) - 1
+    for scored in scores:
+        assert sum(map(math.exp, scored.values())) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_row_says_how_far_both_are_from_float32(tmp_path: Path) -> None:
+    answers = answers_of(
+        **{
+            "serve_fast": {"tokens": [5, 6], "logprobs": [{"1": -1.5, "2": -2.0}] * 3},
+            "score_fast-dequantized": {"logprobs": [{"1": -1.25, "2": -2.0, "3": -9.0}] * 2},
+        }
+    )
+    row = make_row(LLAMA, RECIPES, answers, tmp_path)
+    assert row["fast"]["from_float32"] == {"quantized": 0.25, "dequantized": 0.25}
+    assert row["fast"]["largest_difference"] == 0.5
+    assert "from_float32" not in row["paper"]
 
 
 def test_an_unfinished_conversion_of_an_earlier_run_is_discarded(
