@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 import transformers
-from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, PLAIN, TIED_ONLY
+from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, PLAIN, TIED_ONLY, UNNAMED
+
+NOT_IN_TRANSFORMERS = {"DeepseekAttention"}
+"""Classes of vLLM's modules that only models use which transformers does not have (DeepSeek 1)."""
 
 SHARED = {"interfaces", "interfaces_base", "utils"}
 """Modules beside the models."""
@@ -87,6 +90,28 @@ def test_the_mixers_that_take_no_config() -> None:
     ]
     assert linears
     assert not any(keyword.arg == "quant_config" for node in linears for keyword in node.keywords)
+
+
+def test_the_linears_without_a_name() -> None:
+    found = {name: set(unnamed(CASES[name])) for name in CASES}
+    expected = {
+        name: {path.rpartition(".")[2] for path in UNNAMED[name]} if name in UNNAMED else set()
+        for name in CASES
+    }
+    assert found == expected
+    assert UNNAMED.keys() <= CASES.keys()
+
+
+def unnamed(module: str) -> Iterator[str]:
+    """Yield the quantized linears of a model that get no `prefix`, from which vLLM's plugins take their name."""
+    classes = (node for tree in trees(module) for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    for class_ in classes:
+        for node in ast.walk(class_):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                given = {keyword.arg for keyword in node.value.keywords}
+                is_linear = ast.unparse(node.value.func).endswith("Linear") and "quant_config" in given
+                if is_linear and "prefix" not in given and class_.name not in NOT_IN_TRANSFORMERS:
+                    yield ast.unparse(node.targets[0]).removeprefix("self.")
 
 
 def _source(module: str) -> str:

@@ -96,6 +96,11 @@ RESHAPED: Mapping[str, Mapping[str, str]] = {
 }
 """Linears whose tensors vLLM's class takes for ordinary weights while it loads them, with the reason."""
 
+UNNAMED: Mapping[str, Mapping[str, str]] = {
+    "MiniCPM3ForCausalLM": {"self_attn.q_a_proj": "vLLM's class does not tell this linear its name"},
+}
+"""Linears that cannot look up their settings in vLLM, with the reason."""
+
 
 @dataclass(frozen=True)
 class ServingFacts:
@@ -121,5 +126,9 @@ def serving_facts(architecture: str) -> ServingFacts:
         own_head=architecture not in TIED_ONLY,
         int8_head=both or architecture in INT8_HEAD,
         int8_embedding=both,
-        plain={**PLAIN.get(architecture, {}), **RESHAPED.get(architecture, {})},
+        plain={
+            part: reason
+            for table in (PLAIN, RESHAPED, UNNAMED)
+            for part, reason in table.get(architecture, {}).items()
+        },
     )
