@@ -40,7 +40,7 @@ def make_row(case: Case, recipes: Sequence[str], answers: Mapping[str, Answer], 
     for recipe in recipes:
         reference, found = (answers[f"serve {form}"] for form in (f"{recipe}-dequantized", recipe))
         row[recipe] |= compare(reference, found)
-        scores = answers.get(f"score {recipe}-dequantized", {}).get("logprobs")
+        scores = answers.get(f"score {recipe}", {}).get("logprobs")
         if scores is not None and "logprobs" in reference and "logprobs" in found:
             row[recipe]["from_float32"] = {
                 "quantized": largest_difference(scores, found["logprobs"]),

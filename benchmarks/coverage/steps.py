@@ -59,8 +59,9 @@ class Step:
 def steps_of(recipes: Sequence[str], dtype: str = "float32") -> list[Step]:
     """Return the steps of a case, in the order in which they run.
 
-    Where vLLM does not compute in float32, transformers does: how far the log probabilities of the dequantized weights
-    are from that is how much rounding alone changes.
+    Where vLLM does not compute in float32, transformers does, with weights that are dequantized to float32: how far
+    vLLM's log probabilities are from that, with dequantized weights that are rounded to the case's dtype, is how much
+    rounding alone changes.
 
     Args:
         recipes: the recipes to try.
@@ -74,7 +75,7 @@ def steps_of(recipes: Sequence[str], dtype: str = "float32") -> list[Step]:
             Step("dequantize", recipe, (f"convert {recipe}",)),
         ]
         if dtype != "float32":
-            steps.append(Step("score", f"{recipe}-dequantized", (f"dequantize {recipe}",)))
+            steps.append(Step("score", recipe, (f"convert {recipe}",)))
     converted = (f"convert {recipe}" for recipe in recipes)
     steps += [Step("convert", DEFAULTS, (build.name,)), Step("serve", ORIGINAL, (build.name,))]
     for step in converted:
@@ -149,9 +150,13 @@ def _score(step: Step, case: Case, folder: Path) -> Answer:
     """Return the log probabilities that transformers computes in float32 after each prompt token but the last."""
     import torch
     import transformers
+    from bwla_converter.checkpoint.dequantize import write_dequantized
 
+    exact = folder / f"{step.form}-float32"
+    shutil.rmtree(exact, ignore_errors=True)
+    write_dequantized(folder / step.form, exact, "float32")
     model_class = getattr(transformers, case.architecture)
-    model = model_class.from_pretrained(folder / step.form, dtype=torch.float32).eval()
+    model = model_class.from_pretrained(exact, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([PROMPT]), use_cache=False).logits[0, :-1]
     rows = torch.log_softmax(logits.float(), dim=-1).tolist()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -83,13 +84,15 @@ def test_a_form_is_served_after_it_was_converted_or_dequantized() -> None:
     assert needs["serve defaults"] == ("convert defaults",)
 
 
-def test_a_case_that_is_not_served_in_float32_is_scored_in_float32_as_well(tmp_path: Path) -> None:
+def test_a_case_that_is_not_served_in_float32_is_scored_in_float32_as_well(
+    tmp_path: Path, example_bwla: Path
+) -> None:
     added = [step for step in steps_of(RECIPES, "bfloat16") if step not in steps_of(RECIPES)]
     assert [(step.name, step.needs) for step in added] == [
-        (f"score {recipe}-dequantized", (f"dequantize {recipe}",)) for recipe in RECIPES
+        (f"score {recipe}", (f"convert {recipe}",)) for recipe in RECIPES
     ]
-    write_case(LLAMA, tmp_path / "original")
-    scores = run_step(Step("score", "original"), LLAMA, tmp_path)["logprobs"]
+    shutil.copytree(example_bwla, tmp_path / "fast")
+    scores = run_step(Step("score", "fast"), CASES["qwen3"], tmp_path)["logprobs"]
     assert len(scores) == len(PROMPT) - 1
     for scored in scores:
         assert sum(map(math.exp, scored.values())) == pytest.approx(1.0, abs=1e-5)
@@ -99,7 +102,7 @@ def test_a_row_says_how_far_both_are_from_float32(tmp_path: Path) -> None:
     answers = answers_of(
         **{
             "serve_fast": {"tokens": [5, 6], "logprobs": [{"1": -1.5, "2": -2.0}] * 3},
-            "score_fast-dequantized": {"logprobs": [{"1": -1.25, "2": -2.0, "3": -9.0}] * 2},
+            "score_fast": {"logprobs": [{"1": -1.25, "2": -2.0, "3": -9.0}] * 2},
         }
     )
     row = make_row(LLAMA, RECIPES, answers, tmp_path)
