@@ -100,10 +100,8 @@ def test_a_case_that_is_not_served_in_float32_is_scored_in_float32_as_well(
 
 def test_a_row_says_how_far_both_are_from_float32(tmp_path: Path) -> None:
     answers = answers_of(
-        **{
-            "serve_fast": {"tokens": [5, 6], "logprobs": [{"1": -1.5, "2": -2.0}] * 3},
-            "score_fast": {"logprobs": [{"1": -1.25, "2": -2.0, "3": -9.0}] * 2},
-        }
+        serve_fast={"tokens": [5, 6], "logprobs": [{"1": -1.5, "2": -2.0}] * 3},
+        score_fast={"logprobs": [{"1": -1.25, "2": -2.0, "3": -9.0}] * 2},
     )
     row = make_row(LLAMA, RECIPES, answers, tmp_path)
     assert row["fast"]["from_float32"] == {"quantized": 0.25, "dequantized": 0.25}
