@@ -66,6 +66,6 @@ def _case(config: ExpertsConfig, layout: ChunkLayout, what: str, arch: int, rank
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         tensor_core=INTEGER_MNEMONICS[arch],
-        loop_weights=config.block_n * layout.chunk,
-        planes=1,
+        loop_weights=config.block_n * layout.chunk * layout.planes,
+        planes=layout.planes,
     )
