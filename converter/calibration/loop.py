@@ -174,7 +174,8 @@ class CalibrationLoop:
                     assert original_inputs is not None
                     error = (original_inputs.float() - inputs.float()) @ pooled.mT
                     # The linear may read all tokens in one row.
-                    moments.add_error(inputs, error + (stream - stream_hat).reshape(error.shape))
+                    wanted, found = stream.reshape(error.shape), stream_hat.reshape(error.shape)
+                    moments.add_error(inputs, error + wanted - found)
                 sampled.append(sample_rows(inputs.reshape(-1, width), limit).clone())
         self.store.processes.sum_moments(moments)
         return moments, torch.cat(sampled)
