@@ -13,6 +13,7 @@ import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import EMBEDDING_MODULE
+from bwla_kernels.format.tensors import NOT_LISTED
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
@@ -40,11 +41,6 @@ USUAL_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "w13": (("w1", "w3"), ("gate_proj", "up_proj")),
 }
 """What vLLM's classes fuse, for those that do not say so in `packed_modules_mapping`."""
-
-OLDER_VERSION = (
-    "This checkpoint was written by an older version of BWLA, which did not list its tensors: the sizes of those that "
-    "are not quantized are checked while loading"
-)
 
 NO_CHECKPOINT = (
     "--quantization bwla needs a BWLA checkpoint, but the model's config.json has no quantization_config: "
@@ -153,7 +149,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             if hf_config is not None:
                 self.changed_sizes = checks.changed_sizes(Path(folder), hf_config, quantization.config)
         if quantization.tensors is None:
-            logger.info(OLDER_VERSION)
+            logger.info("This checkpoint was %s", NOT_LISTED)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""

@@ -14,6 +14,7 @@ from bwla_converter.planning.budget import predict, size, usable_memory
 from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan
 from bwla_converter.source.model import Source, locate
 from bwla_kernels.format.schema import Provenance
+from bwla_kernels.format.tensors import runs_of
 
 
 def describe_conversion(options: Options) -> str:
@@ -108,13 +109,7 @@ def _cost(source: Source, plan: ConversionPlan, options: Options) -> str:
 
 def ranges(indices: Sequence[int]) -> str:
     """Return ascending numbers as ranges: "0 to 2, 5" for 0, 1, 2, 5."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and index == runs[-1][-1] + 1:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    parts = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    parts = (str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs_of(indices))
     steps = {second - first for first, second in pairwise(indices)}
     if len(steps) == 1 and len(indices) > 2 and steps != {1}:
         return f"{indices[0]}, {indices[1]} to {indices[-1]} in steps of {steps.pop()}"

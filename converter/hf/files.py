@@ -12,7 +12,7 @@ from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import HEAD_MODULE, INT8_SUFFIX, validate_head
 from bwla_kernels.format.model import changed_size, config_values, not_finite
 from bwla_kernels.format.schema import BWLAFormat, parse_config
-from bwla_kernels.format.tensors import describe_tensors
+from bwla_kernels.format.tensors import NOT_LISTED, describe_tensors
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -36,11 +36,7 @@ def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
     specs = check_folder(folder)
     stored = parse_config(read_json(folder / "config.json")["quantization_config"])
     if stored.tensors is None:
-        logger.info(
-            "%s was written by an older version of BWLA, which did not list its tensors: the sizes of those that are "
-            "not quantized are checked while loading",
-            folder,
-        )
+        logger.info("%s was %s", folder, NOT_LISTED)
     changed = changed_size(stored.config or {}, getattr(model, "config", None))
     if changed is not None:
         key, wanted, found = changed

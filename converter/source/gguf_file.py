@@ -63,15 +63,13 @@ class GGUFFile:
     def read(
         self,
         name: str,
-        offset: float = 0.0,
         part: tuple[int, int] = (0, 1),
         dtype: torch.dtype = torch.bfloat16,
     ) -> Tensor:
-        """Dequantize one tensor, subtract `offset` from every value in float32, and round to `dtype`.
+        """Dequantize one tensor and round it to `dtype`.
 
         Args:
             name: name of the tensor.
-            offset: what to subtract.
             part: number of the part to read, and the number of parts into which the tensor's rows are divided.
             dtype: dtype of the result.
 
@@ -88,7 +86,7 @@ class GGUFFile:
             values = dequantize(
                 np.array(rows[index * size + start : index * size + stop]), tensor.tensor_type
             )
-            result[start:stop] = torch.from_numpy(values - np.float32(offset) if offset else values)
+            result[start:stop] = torch.from_numpy(values)
         return result.view(self.shape(name)) if count == 1 else result
 
 

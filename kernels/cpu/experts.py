@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from bwla_kernels import gradients
 from bwla_kernels.cpu.library import Isa, LayerStruct, load
-from bwla_kernels.cpu.linear import DTYPES, can_implement, empty_huge, expect
+from bwla_kernels.cpu.linear import (
+    DTYPES,
+    PACKED_TENSORS,
+    can_implement,
+    empty_huge,
+    expect,
+    layer_struct,
+)
 from bwla_kernels.cpu.linear import STATUS as LINEAR_STATUS
 from bwla_kernels.errors import BackendError
 from bwla_kernels.experts.spec import ACTIVATIONS, ExpertsSpec, expect_routing, stacked_specs
@@ -48,20 +55,9 @@ class _Projection:
 
 @functools.lru_cache(maxsize=64)
 def _projection(spec: LayerSpec, parts: int, isa: Isa | None) -> _Projection:
-    library = load()
-    struct = LayerStruct(
-        library.isa if isa is None else isa,
-        spec.bits,
-        spec.out_features,
-        spec.rotation_groups,
-        spec.n1,
-        spec.n2,
-        spec.rank,
-        spec.planes,
-        spec.clip,
-    )
+    struct = layer_struct(spec, isa)
     address = ctypes.addressof(struct)
-    return _Projection(struct, address, parts, library.handle.bwla_experts_bytes(address, parts))
+    return _Projection(struct, address, parts, load().handle.bwla_experts_bytes(address, parts))
 
 
 def _projections(spec: ExpertsSpec, isa: Isa | None) -> tuple[_Projection, _Projection]:
@@ -82,11 +78,7 @@ def _pack(
     for name, want in specs.items():
         expect(f"{which}.{name}", tensors[name], want.dtypes[0], want.shape)
     tensors = to_compute_dtype(tensors)
-    order = (
-        "weight_packed", "weight_scale", "low_rank_b",
-        "rotation_left", "rotation_right", "column_scale", "low_rank_a",
-    )  # fmt: skip
-    pointers = [tensors[name].data_ptr() if name in specs else None for name in order]
+    pointers = [tensors[name].data_ptr() if name in specs else None for name in PACKED_TENSORS]
     packed = empty_huge(projection.size)
     _check(
         load().handle.bwla_pack_experts(

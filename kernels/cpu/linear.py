@@ -23,6 +23,12 @@ PANEL_ROWS = 64
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 """The library's numbers for dtypes."""
 
+PACKED_TENSORS = (
+    "weight_packed", "weight_scale", "low_rank_b",
+    "rotation_left", "rotation_right", "column_scale", "low_rank_a",
+)  # fmt: skip
+"""Stored tensors in the order in which the library takes them to pack a layer."""
+
 STATUS = {1: "its sizes are invalid", 2: "out of memory", 3: "this processor lacks the instruction set"}
 
 
@@ -35,11 +41,10 @@ class _Layer:
     size: int
 
 
-@functools.lru_cache(maxsize=4096)
-def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
-    library = load()
-    struct = LayerStruct(
-        library.isa if isa is None else isa,
+def layer_struct(spec: LayerSpec, isa: Isa | None) -> LayerStruct:
+    """Return the sizes of a layer as the library reads them; `isa` None is the variant in use."""
+    return LayerStruct(
+        load().isa if isa is None else isa,
         spec.bits,
         spec.out_features,
         spec.rotation_groups,
@@ -49,8 +54,13 @@ def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
         spec.planes,
         spec.clip,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _layer(spec: LayerSpec, isa: Isa | None) -> _Layer:
+    struct = layer_struct(spec, isa)
     address = ctypes.addressof(struct)
-    return _Layer(struct, address, library.handle.bwla_packed_bytes(address))
+    return _Layer(struct, address, load().handle.bwla_packed_bytes(address))
 
 
 def _check(status: int, spec: LayerSpec) -> None:
@@ -107,11 +117,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     for name, want in specs.items():
         expect(name, tensors[name], want.dtypes[0], want.shape)
     tensors = to_compute_dtype(tensors)
-    order = (
-        "weight_packed", "weight_scale", "low_rank_b",
-        "rotation_left", "rotation_right", "column_scale", "low_rank_a",
-    )  # fmt: skip
-    pointers = [tensors[name].data_ptr() if name in specs else None for name in order]
+    pointers = [tensors[name].data_ptr() if name in specs else None for name in PACKED_TENSORS]
     layer = _layer(spec, isa)
     packed = empty_huge(layer.size)
     threads = torch.get_num_threads()

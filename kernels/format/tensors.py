@@ -18,6 +18,12 @@ from bwla_kernels.format.layer import LayerSpec, TensorSpec, shape_problem, tens
 PACKED_SUFFIX = ".weight_packed"
 """End of the name of a quantized linear's signs."""
 
+NOT_LISTED = (
+    "written by an older version of BWLA, which did not list its tensors: the sizes of those that are not quantized "
+    "are checked while loading"
+)
+"""What loaders say of a checkpoint without a list."""
+
 TIED = "= "
 """What stands before the name of the tensor to which another one is tied; it may be stored beside it, or not."""
 
@@ -171,6 +177,17 @@ class ListedTensors:
             yield ".".join(str(next(rest)) if part == "*" else part for part in self.template.split("."))
 
 
+def runs_of(numbers: Iterable[int]) -> list[list[int]]:
+    """Divide ascending numbers into runs of consecutive ones."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs
+
+
 def _describe(entry: Entry) -> str:
     return f"{str(entry.dtype).removeprefix('torch.')} {list(entry.shape)}"
 
@@ -189,13 +206,7 @@ def _pattern(template: str, numbers: Sequence[Sequence[int]]) -> str:
 
 def _join(numbers: Sequence[int]) -> str:
     """Return ascending numbers as text: `7`, or `[0-2,5]`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs_of(numbers)]
     return texts[0] if len(numbers) == 1 else f"[{','.join(texts)}]"
 
 

@@ -60,6 +60,13 @@ class CompileCase:
     planes: int = 1
 
 
+def signature_of(kernel: Any, constexprs: Mapping[str, Any], pointers: Mapping[str, str]) -> dict[str, str]:
+    """Return the Triton type of every argument: those of `pointers`, `constexpr`, and i32 for the others."""
+    return {
+        name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in kernel.arg_names
+    }
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A case compiled for one architecture.

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.compiling import CompileCase, signature_of
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.experts import FEW, MANY, ExpertsConfig, grouped_meta
 from bwla_kernels.triton.experts_kernel import experts_mma_kernel
@@ -53,8 +53,7 @@ def _case(config: ExpertsConfig, layout: ChunkLayout, what: str, arch: int, rank
         "PURE": False,
         **dict.fromkeys(absent),
     }
-    names = experts_mma_kernel.arg_names
-    signature = {name: "constexpr" if name in constexprs else POINTERS.get(name, "i32") for name in names}
+    signature = signature_of(experts_mma_kernel, constexprs, POINTERS)
     round_or_pointer = ("N", "rows", "K", "block_width", *POINTERS)
     return CompileCase(
         name=experts_mma_kernel.fn.__name__,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.compiling import CompileCase, signature_of
 from bwla_kernels.triton.head import HeadConfig, matmul_meta, quantize_step, quantize_warps, selectable
 from bwla_kernels.triton.head_kernel import head_matmul_kernel, head_quantize_kernel
 from bwla_kernels.triton.matmul_cases import INTEGER_MNEMONICS
@@ -43,9 +43,7 @@ def _case(
     loop_weights: int = 0,
 ) -> CompileCase:
     """Build a case with types and divisibility as at a launch: aligned tensors, sizes divisible by 16 (not tokens)."""
-    signature = {
-        name: "constexpr" if name in constexprs else _POINTERS.get(name, "i32") for name in kernel.arg_names
-    }
+    signature = signature_of(kernel, constexprs, _POINTERS)
     pdl = bool(constexprs["PDL"])
     return CompileCase(
         name=kernel.fn.__name__,

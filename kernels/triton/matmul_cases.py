@@ -10,7 +10,7 @@ from bwla_kernels.triton.binary_matmul import (
     integer_meta,
 )
 from bwla_kernels.triton.binary_mma import binary_mma_kernel
-from bwla_kernels.triton.compiling import CompileCase
+from bwla_kernels.triton.compiling import CompileCase, signature_of
 from bwla_kernels.triton.epilogue import RANK_STEP
 from bwla_kernels.triton.integer_mma import integer_mma_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
@@ -132,9 +132,7 @@ def _case(
         **{name: None for name in absent if name in kernel.arg_names},
     }
     pointers = {**_POINTERS, "weight": weight}
-    signature = {
-        name: "constexpr" if name in constexprs else pointers.get(name, "i32") for name in kernel.arg_names
-    }
+    signature = signature_of(kernel, constexprs, pointers)
     round_or_pointer = ("N", "rows", "K", "block_width", *pointers)
     return CompileCase(
         name=kernel.fn.__name__,

@@ -64,12 +64,17 @@ def table_of(file: GGUFFile, table: str) -> Mapping[str, str | None]:
         SourceError: the installed transformers does not have the architecture.
     """
     if table not in GGUF_CONFIG_MAPPING:
-        raise SourceError(
-            f"{file.path}: found the architecture {file.architecture}, which the installed transformers does not read "
-            "from GGUF files: update transformers"
-        )
+        raise too_old(file)
     found: Mapping[str, str | None] = GGUF_CONFIG_MAPPING[table]
     return found
+
+
+def too_old(file: GGUFFile) -> SourceError:
+    """Return the error for an architecture that a newer transformers reads."""
+    return SourceError(
+        f"{file.path}: found the architecture {file.architecture}, which the installed transformers does not read "
+        "from GGUF files: update transformers"
+    )
 
 
 def read_rest(file: GGUFFile) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from collections import Counter
 from typing import Any
 
 from bwla_converter.source.gguf_file import GGUFFile
-from bwla_converter.source.gguf_models.common import EMBEDDING, read_common, read_rest
+from bwla_converter.source.gguf_models.common import EMBEDDING, read_common, read_rest, too_old
+from bwla_converter.source.gguf_models.experts import expert_width
 from bwla_converter.source.gguf_models.keys import Keys, layers_of, read_floats
 from bwla_converter.source.gguf_models.rope import read_rope
 from bwla_kernels.errors import SourceError
@@ -38,10 +39,7 @@ def qwen35(file: GGUFFile, keys: Keys) -> dict[str, Any]:
     try:
         from transformers.integrations.gguf import get_gguf_config
     except ImportError:
-        raise SourceError(
-            f"{file.path}: found the architecture {file.architecture}, which the installed transformers does not read "
-            "from GGUF files: update transformers"
-        ) from None
+        raise too_old(file) from None
     # transformers takes the size of the vocabulary from the number of tokens.
     metadata = keys.whole({"tokenizer.ggml.tokens": file.shape(EMBEDDING)[0]})
     try:
@@ -102,7 +100,7 @@ def gemma4(file: GGUFFile, keys: Keys) -> dict[str, Any]:
             "enable_moe_block": True,
             "num_experts": keys.need("expert_count"),
             "top_k_experts": keys.need("expert_used_count"),
-            "moe_intermediate_size": file.shape("blk.0.ffn_down_exps.weight")[-1],
+            "moe_intermediate_size": expert_width(file),
         }
     return settings
 
