@@ -28,6 +28,7 @@ from scripts.tables.results import ROOT, markdown_table, read_result, read_rows
 from scripts.tables.speed import (
     conversion_table,
     cpu_table,
+    experts_table,
     gpu_table,
     phase_table,
     serving_table,
@@ -85,6 +86,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "embedding": embedding_table,
     "calibration_text": calibration_text_table,
     "cpu": cpu_table,
+    "experts": experts_table,
     "variants": variants_table,
     "serving": serving_table,
     "gpu": gpu_table,

@@ -26,6 +26,27 @@ def cpu_table(name: str) -> str:
     return markdown_table([*header, "M = 128: BWLA / bf16 (us)", "speedup", "GEMM alone"], lines)
 
 
+def experts_table(name: str) -> str:
+    """One line per number of tokens: the one-bit experts of a layer and vLLM's bf16 experts."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        ours, bf16, bound = (
+            f"{row[key] / 1e3:.2f}" for key in ("bwla_rank0_us", "vllm_bf16_us", "bwla_rank0_bound_us")
+        )
+        lines.append(
+            [
+                str(row["m"]),
+                f"{row['experts_used']:.0f}",
+                f"{ours} / {bf16}",
+                f"{row['bf16_to_bwla_rank0']:.1f}x",
+                f"{row['bf16_to_bwla_rank16']:.1f}x",
+                bound,
+            ]
+        )
+    header = ["tokens", "experts used", "BWLA / bf16 (ms)", "speedup", "speedup, rank 16"]
+    return markdown_table([*header, "reading the 1-bit weights once (ms)"], lines)
+
+
 def variants_table(name: str) -> str:
     """One line per linear and number of tokens: the CPU kernel with table lookup and with AMX, one and two threads."""
     rows = {(row["n"], row["k"], row["m"], row["threads"]): row for row in read_result(name)["rows"]}
