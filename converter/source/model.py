@@ -94,18 +94,40 @@ class Source:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
 
         Raises:
-            SourceError: `ignore` names some linears of a group and not the others.
+            SourceError: `ignore` names some linears of a group and not the others. All experts of a layer are ignored, or
+                none; without them, the other linears of the group may be quantized.
         """
+        without_experts = self._ignores_experts(index)
         for group in self.structure.blocks[index]:
             names = [f"{self.structure.layer_name(index)}.{member}" for member in group.members]
+            if without_experts:
+                names = [name for name in names if name not in without_experts]
             ignored = [name for name in names if is_ignored(name, self.ignore)]
             if ignored and len(ignored) < len(names):
-                others = ", ".join(name for name in names if name not in ignored)
+                others = ", ".join([name for name in names if name not in ignored][:MAX_NAMED])
                 raise SourceError(
                     f"{ignored[0]}: is ignored but shares its input with {others}: --ignore all of them or none"
                 )
-            if not ignored:
+            if names and not ignored:
                 yield group, names
+
+    def _ignores_experts(self, index: int) -> frozenset[str]:
+        """Return the names of all linears of a decoder layer's experts if `ignore` names them all; none if it does not.
+
+        Raises:
+            SourceError: `ignore` names some of them.
+        """
+        experts = self.structure.experts.get(index)
+        if experts is None or not self.ignore:
+            return frozenset()
+        names = [f"{self.structure.layer_name(index)}.{name}" for name in (*experts.gate_up, *experts.down)]
+        others = [name for name in names if not is_ignored(name, self.ignore)]
+        if others and len(others) < len(names):
+            raise SourceError(
+                f"{others[0]}: is not ignored, but other linears of the layer's experts are: --ignore experts leaves all "
+                "of them as they are"
+            )
+        return frozenset() if others else frozenset(names)
 
     def quantizable(self) -> list[str]:
         """Return the names of all linears in decoder layers, of the head and of the embedding."""
@@ -143,6 +165,8 @@ class Source:
             itself.
         """
         prefix = f"{self.structure.layer_path(index)}."
+        if index in self.structure.experts:
+            tensors = self.structure.experts[index].join(f"{self.structure.layer_name(index)}.", tensors)
         parameters = tensors if self.names is None else self.names.convert(tensors)
         return {
             name.removeprefix(prefix): tensor
@@ -170,7 +194,20 @@ class Source:
         return {parameter: stored[0] for parameter, stored in found.items() if len(stored) == 1}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory."""
+        """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory.
+
+        Experts that are stored joined are read as a whole and divided.
+        """
+        joined = {name: self._joined[name] for name in names if name in self._joined}
+        stored = self._read_stored(list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names)))
+        tensors: dict[str, Tensor] = {}
+        for tensor in dict.fromkeys(joined.values()):
+            name, index = tensor
+            prefix = f"{self.structure.layer_name(index)}."
+            tensors.update(self.structure.experts[index].split(prefix, {name: stored[name]}))
+        return {name: tensors[name] if name in joined else stored[name] for name in names}
+
+    def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
         scaled = [name for name in names if self.stored[name].dtype == torch.float8_e4m3fn]
         scales = {name: scale for name in scaled if (scale := fp8.scale_name(name, self.stored))}
         tensors = read_tensors(self.folder, self.stored, [*names, *scales.values()])
@@ -179,6 +216,16 @@ class Source:
             for name, scale in scales.items()
         }
         return {name: dequantized.get(name, tensors[name]) for name in names}
+
+    @cached_property
+    def _joined(self) -> dict[str, tuple[str, int]]:
+        """Names of the experts' weights that are stored joined -> the stored tensor and the decoder layer."""
+        found = {}
+        for index, experts in self.structure.experts.items():
+            prefix = f"{self.structure.layer_name(index)}."
+            for stacked, names in zip(experts.stacked, (experts.gate_up, experts.down), strict=bool(experts.stacked)):
+                found.update({f"{prefix}{name}.weight": (f"{prefix}{stacked}", index) for name in names})
+        return {name: stored for name, stored in found.items() if name in self.entries}
 
 
 def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path, str]:
@@ -294,6 +341,21 @@ def expected_names(
         return fitting
     usual = [name for name in stored_shapes(meta_model) if names.parameter(name)[0] not in {*found, *tied}]
     return [*fitting, *usual]
+
+
+def divided_experts(entries: Mapping[str, Entry], structure: Structure, ignore: Sequence[str]) -> dict[str, Entry]:
+    """Return `entries` with the experts that are stored joined and will be quantized as one tensor for each linear."""
+    divided = dict(entries)
+    for index, experts in structure.experts.items():
+        prefix = f"{structure.layer_name(index)}."
+        if not experts.stacked or is_ignored(f"{prefix}{experts.down[0]}", ignore):
+            continue
+        for stacked, names in zip(experts.stacked, (experts.gate_up, experts.down), strict=True):
+            entry = divided.pop(f"{prefix}{stacked}")
+            divided.update(
+                {f"{prefix}{name}.weight": Entry(entry.file, experts.shape_of(name), entry.dtype) for name in names}
+            )
+    return divided
 
 
 def stored_ties(names: StoredNames, tied: Mapping[str, str], stored: Iterable[str]) -> dict[str, str]:

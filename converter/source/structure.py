@@ -7,6 +7,7 @@ call the same modules differently; `Structure.module_path` translates.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from bwla_converter.source.observe.experts import Experts
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
 
 NATS, COSINE_DISTANCE = "nats per token", "cosine distance per token"
@@ -59,6 +60,7 @@ class Structure:
         module_layers: path of the list of decoder layers in transformers' model; empty if it is called `layers`.
         renamed_members: name inside a decoder layer -> path in transformers' module, of the linears that differ.
         renamed_modules: the same outside the decoder layers, for embedding, head and final norm, by their full names.
+        experts: index of a decoder layer -> its experts, whose linears are members of its groups.
     """
 
     architecture: str
@@ -75,6 +77,7 @@ class Structure:
     module_layers: str = ""
     renamed_members: Mapping[str, str] = field(default_factory=dict)
     renamed_modules: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[int, Experts] = field(default_factory=dict)
 
     def layer_name(self, index: int) -> str:
         """Return the name of decoder layer `index`."""

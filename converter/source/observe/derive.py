@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from bwla_converter.source.observe import rules
 from bwla_converter.source.observe.decoder import find_layers
+from bwla_converter.source.observe.experts import Experts, experts_modules, find_experts, unsupported
 from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
 from bwla_converter.source.observe.serving import serving_facts
@@ -51,17 +52,20 @@ def observe_structure(
     modules = stored_modules(names, parameters)
     architecture = type(model).__name__
     facts = serving_facts(architecture)
-    deriving = _Deriving(model, layers, layers_path, modules, parameters, facts.plain)
+    deriving = _Deriving(model, layers, layers_path, modules, parameters, facts.plain, names)
     blocks, kept, renamed = [], _Kept(), {}
-    known: dict[Any, tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]] = {}
+    experts: dict[int, Experts] = {}
+    known: dict[Any, _Block] = {}
     for index, block in enumerate(record.blocks):
         key = (id(block), frozenset(path for path in deriving.paths(index) if deriving.stored(index, path)))
         if key not in known:
             known[key] = deriving.block(index, block)
-        groups, reasons, members = known[key]
-        blocks.append(groups)
-        kept.add(index, reasons)
-        renamed.update(members)
+        derived = known[key]
+        blocks.append(derived.groups)
+        kept.add(index, derived.reasons)
+        renamed.update(derived.renamed)
+        if derived.experts is not None:
+            experts[index] = derived.experts
     if not any(blocks):
         raise SourceError(
             f"{source}: expected linears that can be quantized in the decoder layers of {architecture}, found none"
@@ -88,6 +92,7 @@ def observe_structure(
         module_layers="" if layers_path == deriving.layers_name else layers_path,
         renamed_members=renamed,
         renamed_modules={name: path for path, name in outside.items() if name != path},
+        experts=experts,
     )
     kept_names = kept.entries(structure) | dict(_outside(model, structure, modules, names, stored))
     return replace(structure, kept=kept_names)
@@ -100,6 +105,23 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 @dataclass(frozen=True)
+class _Block:
+    """What was derived of a decoder layer.
+
+    Attributes:
+        groups: its input groups.
+        reasons: what stays in 16 bits -> why.
+        renamed: stored name -> path, of the linears that differ.
+        experts: its experts, if their linears are members of the groups.
+    """
+
+    groups: tuple[InputGroup, ...]
+    reasons: dict[str, str]
+    renamed: dict[str, str]
+    experts: Experts | None
+
+
+@dataclass(frozen=True)
 class _Deriving:
     """Derives the groups of decoder layers.
 
@@ -108,6 +130,7 @@ class _Deriving:
         modules: module path -> stored name.
         parameters: parameter -> stored tensors.
         plain: paths in a decoder layer to which vLLM's class passes no quantization -> the reason.
+        names: how the tensors are stored.
     """
 
     model: PreTrainedModel
@@ -116,6 +139,7 @@ class _Deriving:
     modules: Mapping[str, str]
     parameters: Mapping[str, list[str]]
     plain: Mapping[str, str]
+    names: StoredNames
 
     @property
     def layers_name(self) -> str:
@@ -136,39 +160,74 @@ class _Deriving:
         prefix = f"{self.layers_name}.{index}."
         return name.removeprefix(prefix) if name is not None and name.startswith(prefix) else None
 
-    def block(
-        self, index: int, record: BlockRecord
-    ) -> tuple[tuple[InputGroup, ...], dict[str, str], dict[str, str]]:
-        """Return the groups of a decoder layer, what stays in 16 bits with the reason, and the renamed linears."""
+    def block(self, index: int, record: BlockRecord) -> _Block:
+        """Return what is derived of a decoder layer."""
         linears = {path: self.layers[index].get_submodule(path) for path in self.paths(index)}
+        experts, plain = self._experts(index, record)
+        members_of = {} if experts is None else {experts.path: tuple(map(experts.module_path, experts.gate_up))}
         by_input: dict[object, list[str]] = {}
         for path, key in record.inputs.items():
-            by_input.setdefault(key, []).append(path)
+            by_input.setdefault(key, []).extend(members_of.get(path, (path,) if path in linears else ()))
+            if path in members_of:
+                # The inputs of all experts' down projections are one group, although they are different tensors.
+                by_input[path] = list(map(experts.module_path, experts.down))
         unused = (path for path in linears if path not in record.inputs)
         reasons = {path: self._reason_by_name(path) or rules.UNUSED for path in unused}
         for paths in by_input.values():
             sharded = self._is_sharded(paths, linears)
             for path in paths:
-                reason = self._reason(index, path, linears[path], sharded)
+                reason = self._reason(index, path, linears[path], sharded) if path in linears else None
                 if reason is not None:
                     reasons[path] = reason
         for path, reason in list(reasons.items()):
             for other in rules.fused_with(path, list(record.inputs)):
                 reasons.setdefault(other, f"vLLM stores it in one with {path}, which {reason}")
         groups, renamed = [], {}
-        for paths in by_input.values():
+        for key, paths in by_input.items():
             members = [path for path in paths if path not in reasons]
             if not members:
                 continue
-            names = tuple(self.stored(index, path) or path for path in members)
+            names = tuple(self.stored(index, path) or self._expert(path, experts) for path in members)
             renamed.update({name: path for name, path in zip(names, members, strict=True) if name != path})
             streams: set[str | None] = {record.streams.get(path) for path in members}
             stream = streams.pop() if len(streams) == 1 else None
-            groups.append(InputGroup(names, stream, self._is_sharded(paths, linears)))
+            groups.append(InputGroup(names, stream, key in members_of or self._is_sharded(paths, linears)))
         named = {self.stored(index, path) or path: reason for path, reason in reasons.items()}
         for path, reason in rules.plain_modules(self.layers[index]):
-            named.setdefault(self.stored(index, path) or self._stored_matrices(index, path), reason)
-        return tuple(groups), named, renamed
+            if path not in members_of:
+                name = self.stored(index, path) or self._stored_matrices(index, path)
+                named.setdefault(name, plain.get(path, reason))
+        return _Block(tuple(groups), named, renamed, experts)
+
+    def _experts(self, index: int, record: BlockRecord) -> tuple[Experts | None, dict[str, str]]:
+        """Return the experts of a decoder layer that can be quantized, and why others stay in 16 bits, by path."""
+        found: list[Experts] = []
+        reasons: dict[str, str] = {}
+        for path, module in experts_modules(self.layers[index]).items():
+            if path not in record.inputs:
+                reasons[path] = rules.UNUSED
+                continue
+            start = f"{self.layers_path}.{index}.", f"{self.layers_name}.{index}."
+            architecture = type(self.model).__name__
+            reason = self._plain_reason(path) or unsupported(module)
+            if reason is not None:
+                reasons[path] = reason
+                continue
+            experts = find_experts(module, path, *start, self.names, self.parameters, architecture)
+            reason = rules.JOINED if experts is None else _shape_reason(experts)
+            if reason is not None:
+                reasons[path] = reason
+            elif experts is not None:
+                found.append(experts)
+        if len(found) > 1:
+            reasons.update({experts.path: "a layer with several sets of experts has no kernel" for experts in found})
+        return (found[0] if len(found) == 1 else None), reasons
+
+    @staticmethod
+    def _expert(path: str, experts: Experts | None) -> str:
+        """Return the stored name of an expert's linear; of any other linear, its path."""
+        is_part = experts is not None and path.startswith(f"{experts.path}.")
+        return f"{experts.stem}{path.removeprefix(experts.path)}" if experts is not None and is_part else path
 
     def _stored_matrices(self, index: int, path: str) -> str:
         """Return the stored name, inside its layer, of a module whose parameters are not stored as they are."""
@@ -177,9 +236,11 @@ class _Deriving:
         before, found, _ = stored.removeprefix(prefix).partition(f"{path.rpartition('.')[2]}.")
         return f"{before}{found}".rstrip(".") if found else path
 
+    def _plain_reason(self, path: str) -> str | None:
+        return next((reason for part, reason in self.plain.items() if f".{part}." in f".{path}."), None)
+
     def _reason_by_name(self, path: str) -> str | None:
-        plain = (reason for part, reason in self.plain.items() if f".{part}." in f".{path}.")
-        return next(plain, None) or rules.reason_by_name(path)
+        return self._plain_reason(path) or rules.reason_by_name(path)
 
     def _reason(self, index: int, path: str, linear: nn.Module, sharded: bool) -> str | None:
         assert isinstance(linear, nn.Linear)
@@ -204,6 +265,20 @@ class _Deriving:
             return False
         hidden = self.model.config.get_text_config().hidden_size
         return len(paths) == 1 and getattr(linears[paths[0]], "out_features", 0) == hidden
+
+
+def _shape_reason(experts: Experts) -> str | None:
+    """Return why experts of these sizes stay in 16 bits; None if they may be quantized."""
+    with torch.device("meta"):
+        linears = {
+            False: nn.Linear(experts.hidden, experts.inner, bias=False),
+            True: nn.Linear(experts.inner, experts.hidden, bias=False),
+        }
+    found = (
+        rules.reason_by_shape(linear, InputGroup((), None, sharded).preferred_rotation_groups)
+        for sharded, linear in linears.items()
+    )
+    return next(filter(None, found), None)
 
 
 @dataclass

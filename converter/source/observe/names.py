@@ -75,6 +75,15 @@ class StoredNames:
         targets = next(rule.target_patterns for rule in self._converters if pattern in rule.source_patterns)
         return [parameter.replace(targets[0], target, 1) for target in targets]
 
+    def position(self, name: str) -> int:
+        """Return the place of the stored tensor `name` among those that one parameter is made of; 0 if it is alone."""
+        pattern = self.parameter(name)[1]
+        if pattern is None:
+            return 0
+        patterns = next(rule.source_patterns for rule in self._converters if pattern in rule.source_patterns)
+        place: int = patterns.index(pattern)
+        return place
+
     def is_unused(self, name: str) -> bool:
         """Return whether transformers leaves out the stored tensor `name`."""
         return any(re.search(pattern, name) for pattern in self.unused)

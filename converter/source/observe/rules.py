@@ -15,7 +15,7 @@ MIN_ROWS = 32
 """Rows below which the row scales, the rotation and the kernels' padding cost more than the weights take."""
 
 UNUSED = "the model does not use it for text"
-EXPERTS = "experts are not quantized yet"
+EXPERTS = "experts that are not stored by transformers' rules have no kernel"
 OUTSIDE = "is outside the decoder layers"
 JOINED = "transformers joins or divides the stored tensors"
 NO_LINEAR = "is no nn.Linear in transformers"

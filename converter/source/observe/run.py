@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from bwla_converter.source.observe.experts import is_experts
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +27,7 @@ class BlockRecord:
     """What happened in a decoder layer.
 
     Attributes:
-        inputs: path of each linear that ran, in order of their first use -> what it read.
+        inputs: path of each linear that ran, and of a layer's experts, in order of their first use -> what it read.
         streams: path of a linear whose output was added to another tensor as it is -> path of the norm that read that
             other tensor.
     """
@@ -168,7 +169,7 @@ class _Recorder(TorchDispatchMode):
             if tensor is None:
                 return
             self._alive.append(tensor)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) or is_experts(module):
                 record.inputs.setdefault(path, _key(tensor))
             elif is_norm(module):
                 self._readers.setdefault(_key(tensor), path)
