@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from bwla_kernels.errors import FormatError
+from bwla_kernels.format.experts import is_setting, settings_name
 from bwla_kernels.format.layer import MAX_PLANES, LayerSpec
 from bwla_kernels.format.tensors import parse_tensors
 from compressed_tensors.quantization import QuantizationArgs
@@ -24,7 +25,7 @@ from pydantic import (
 
 QUANT_METHOD = "bwla"
 FORMAT_VERSIONS = (1, 2)
-"""Versions that can be read. Version 2 has `planes` and `embedding`; without them, version 1 is written."""
+"""Versions that can be read. Version 2 has `planes`, `embedding` and `experts`; without them, version 1 is written."""
 
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 """Fields of `QuantizationArgs` that are written to config.json."""
@@ -48,9 +49,17 @@ def activation_args(bits: int) -> QuantizationArgs:
 
 
 def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
-    """Look up a module by suffix: return the value of the longest key that equals `name` or ends it at a dot."""
-    hits = [key for key in table if name == key or name.endswith("." + key)]
-    return table[max(hits, key=len)] if hits else None
+    """Look up a module by suffix: return the value of the longest key that equals `name` or ends it at a dot.
+
+    In a key, `*` stands for the number of an expert: "experts.*.down_proj".
+    """
+    own, any_expert = name.split("."), settings_name(name).split(".")
+    for start in range(len(own)):
+        for parts in (own, any_expert):
+            key = ".".join(parts[start:])
+            if key in table:
+                return table[key]
+    return None
 
 
 def is_ignored(name: str, ignore: Iterable[str]) -> bool:
@@ -101,12 +110,24 @@ class LayerLinears(BaseModel):
         return [f"{self.layers}.{index}.{name}" for index in self.indices for name in self.names]
 
 
+class Experts(BaseModel):
+    """How the experts of a mixture of experts are stored in one bit.
+
+    Attributes:
+        input_transform: which experts of a layer store the input transform that all of them share: expert 0.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input_transform: Literal["first"]
+
+
 class BWLAFormat(BaseModel):
     """The `quantization_config`: everything that a loader must know before it reads a tensor.
 
     Attributes:
         rotation: module-name suffix -> (G, n1, n2); the longest match wins. A linear without a match
-            is not quantized.
+            is not quantized. Here and in the other settings by suffix, `*` stands for the number of an expert.
         planes: number of binary planes, one for all or by suffix; version 1 knows a single one.
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
@@ -116,6 +137,7 @@ class BWLAFormat(BaseModel):
         lm_head: 8-bit weights of a language-model head that is stored, or None where it is not quantized.
         embedding: 8-bit weights of the embedding, and of a head that is tied to it, or None where they are not
             quantized; version 1 does not know it.
+        experts: how experts are stored in one bit, or None where none are; version 1 does not know it.
         tensors: all stored tensors whose shape does not follow from another one's, see `bwla_kernels.format.tensors`;
             None in a checkpoint that was written by an older version.
         config: what the rest of config.json must say for these tensors to fit, see `model.config_values`.
@@ -135,6 +157,7 @@ class BWLAFormat(BaseModel):
     linears: list[LayerLinears] | None = None
     lm_head: QuantizationArgs | None = None
     embedding: QuantizationArgs | None = None
+    experts: Experts | None = None
     tensors: dict[str, str] | None = None
     config: dict[str, Any] | None = None
     provenance: Provenance = Provenance()
@@ -172,6 +195,16 @@ class BWLAFormat(BaseModel):
                 raise ValueError(f"rotation sizes must be positive, found {suffix}: {list(sizes)}")
         return table
 
+    @field_validator("rotation", "planes", "rank", "clip")
+    @classmethod
+    def _stars_are_experts(cls, setting: Any) -> Any:
+        for key in setting if isinstance(setting, dict) else ():
+            if not is_setting(key):
+                raise ValueError(
+                    f"'*' stands for the number of an expert, as in experts.*.down_proj, found {key!r}"
+                )
+        return setting
+
     @field_validator("tensors")
     @classmethod
     def _tensors_can_be_parsed(cls, tensors: dict[str, str] | None) -> dict[str, str] | None:
@@ -179,7 +212,7 @@ class BWLAFormat(BaseModel):
         return tensors
 
     @model_validator(mode="after")
-    def _planes_and_embedding_need_version_2(self) -> "BWLAFormat":
+    def _additions_need_version_2(self) -> "BWLAFormat":
         counts = self.planes.values() if isinstance(self.planes, dict) else [self.planes]
         if not all(1 <= count <= MAX_PLANES for count in counts):
             raise ValueError(f"planes must be 1..{MAX_PLANES}, found {self.planes}")
@@ -187,6 +220,8 @@ class BWLAFormat(BaseModel):
             raise ValueError(f"planes other than 1 need format_version 2, found {self.planes}")
         if self.format_version == 1 and self.embedding is not None:
             raise ValueError("an 8-bit embedding needs format_version 2, found 1")
+        if self.format_version == 1 and self.experts is not None:
+            raise ValueError("one-bit experts need format_version 2, found 1")
         return self
 
     @property
@@ -238,7 +273,7 @@ class BWLAFormat(BaseModel):
         data = self.model_dump(mode="json", exclude={"lm_head", "embedding"})
         if self.format_version == 1:
             del data["planes"]
-        for field in ("linears", "tensors", "config"):
+        for field in ("experts", "linears", "tensors", "config"):
             if data[field] is None:
                 del data[field]
         if not self.provenance.allocation:

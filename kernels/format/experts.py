@@ -1,0 +1,63 @@
+"""Stored linears of the experts of a mixture-of-experts layer: their names, and the tensors that each one stores.
+
+The linears of a layer's experts are called `<path>.experts.<number>.<leaf>`, where the leaves are those of a row of
+`EXPERT_LEAVES`. All gate and up projections share one input transform, all down projections another; only the linears
+of expert 0 store it.
+"""
+
+import re
+
+from bwla_kernels.format.layer import INPUT_TRANSFORM, LayerSpec, TensorSpec, tensor_specs
+
+EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""The two ways in which checkpoints call gate, up and down of an expert."""
+
+ANY_EXPERT = "*"
+"""What stands for the number of an expert in the keys of settings."""
+
+_EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
+_SETTING = re.compile(r"(?:[^*]+\.)?experts\.\*\.[^.*]+")
+
+
+def expert_of(name: str) -> int | None:
+    """Return the number of the expert that the linear called `name` belongs to, None for other linears."""
+    match = _EXPERT.fullmatch(name)
+    return int(match["number"]) if match else None
+
+
+def experts_module(name: str) -> str | None:
+    """Return the path of the experts (`model.layers.0.mlp.experts`) that the linear `name` belongs to, or None."""
+    match = _EXPERT.fullmatch(name)
+    return match["stem"] if match else None
+
+
+def settings_name(name: str) -> str:
+    """Return the name of a linear with `*` for the number of its expert; unchanged for other linears."""
+    return _EXPERT.sub(rf"\g<stem>.{ANY_EXPERT}.\g<leaf>", name) if expert_of(name) is not None else name
+
+
+def first_expert(name: str) -> str:
+    """Return the name of the same linear of expert 0; unchanged for other linears."""
+    return _EXPERT.sub(r"\g<stem>.0.\g<leaf>", name) if expert_of(name) is not None else name
+
+
+def is_setting(key: str) -> bool:
+    """Return whether a key of the settings is valid: a `*` stands for the number of an expert, and for nothing else."""
+    return ANY_EXPERT not in key or _SETTING.fullmatch(key) is not None
+
+
+def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors stored under the name of a linear: without the input transform for experts other than 0."""
+    specs = tensor_specs(spec)
+    if expert_of(name) in (None, 0):
+        return specs
+    return {key: want for key, want in specs.items() if key not in INPUT_TRANSFORM}
+
+
+def stored_names(name: str, spec: LayerSpec) -> dict[str, str]:
+    """Return the names under which the tensors of a linear are stored, by the tensors of `tensor_specs`.
+
+    The input transform of an expert is stored with expert 0.
+    """
+    own, first = stored_specs(name, spec), first_expert(name)
+    return {key: f"{name if key in own else first}.{key}" for key in tensor_specs(spec)}
