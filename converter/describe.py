@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 from bwla_converter.checkpoint.dummy import config_source
-from bwla_converter.common.bits import describe_rank, num_weights, stored_bits
+from bwla_converter.common.bits import bits_per_weight, describe_rank
 from bwla_converter.conversion import with_amounts, with_calibration
 from bwla_converter.options import Options
 from bwla_converter.planning.budget import predict, size, usable_memory
 from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan
-from bwla_converter.source.model import Source, locate
+from bwla_converter.source.folder.locate import locate
+from bwla_converter.source.model import Source
+from bwla_kernels.format.experts import settings_name
 from bwla_kernels.format.schema import Provenance
 from bwla_kernels.format.tensors import runs_of
 
@@ -66,10 +68,10 @@ def _layers(source: Source, plan: ConversionPlan) -> Iterator[str]:
         prefix = f"{source.structure.layer_name(index)}."
         groups = []
         for _, names in source.groups_of_layer(index):
-            specs = [plan.specs[name] for name in names]
-            rows, columns = sum(spec.out_features for spec in specs), specs[0].in_features
-            bits = sum(map(stored_bits, specs)) / sum(map(num_weights, specs))
-            members = tuple(name.removeprefix(prefix) for name in names)
+            specs = {name: plan.specs[name] for name in names}
+            rows = sum(spec.out_features for spec in specs.values())
+            columns, bits = plan.specs[names[0]].in_features, bits_per_weight(specs)
+            members = tuple(dict.fromkeys(settings_name(name).removeprefix(prefix) for name in names))
             groups.append((members, f"{rows} x {columns}, {bits:.3f} bits per weight"))
         kinds.setdefault(tuple(groups), []).append(index)
     for kind, indices in kinds.items():

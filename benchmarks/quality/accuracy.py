@@ -182,7 +182,7 @@ def distil(model: PreTrainedModel, recipe: BestRecipe) -> None:
 def method_bits(recipe: LoopedRecipe, specs: dict[str, LayerSpec]) -> float:
     """Return the bits per quantized weight that the method would store, everything counted."""
     if not isinstance(recipe, PeerRecipe):
-        return bits_per_weight(specs.values())
+        return bits_per_weight(specs)
     weights = {name: spec.in_features * spec.out_features for name, spec in specs.items()}
     bits = (
         recipe.true_bits if isinstance(recipe, DensePeer) else {n: recipe.bits(s) for n, s in specs.items()}

@@ -201,7 +201,7 @@ class GroupedGptq(DensePeer):
     ) -> Binarized:
         """Binarize with groups whose width gives the same bits as our format."""
         columns = weight.shape[1]
-        width = round(SCALE_BITS / (bits_per_weight(specs.values()) - 1.0))
+        width = round(SCALE_BITS / (bits_per_weight(specs) - 1.0))
         bits = 1.0 + SCALE_BITS * -(-columns // width) / columns
         return Binarized(grouped_one_bit(weight, hessian, factor, width), bits)
 

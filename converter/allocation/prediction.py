@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from bwla_converter.allocation.sensitivity import Sensitivity
-from bwla_converter.common.bits import stored_bits
+from bwla_converter.common.bits import total_bits
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 
@@ -45,7 +45,7 @@ class GroupCost:
     @property
     def bits(self) -> int:
         """The stored bits of its linears, everything counted."""
-        return sum(map(stored_bits, self.specs.values()))
+        return total_bits(self.specs)
 
     @property
     def loss(self) -> float:

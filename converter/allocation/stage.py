@@ -111,7 +111,7 @@ def allocate(
     if options.allocates:
         planes = {name: spec.planes for cost in chosen for name, spec in cost.specs.items()}
         if options.target_bits is not None and options.rank is None and set(planes.values()) == {MAX_PLANES}:
-            specs = [spec for cost in chosen for spec in cost.specs.values()]
+            specs = {name: spec for cost in chosen for name, spec in cost.specs.items()}
             rank = auto_rank(largest_fitting_rank(specs, options.target_bits))
         plan = with_planes(plan, planes, rank, bits)
     return Allocation(plan, predicted_loss(chosen, bits), dial, recommended_bits(chosen, bits))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from bwla_converter.calibration.outer_model import OuterModel, ReadTensor
 from bwla_converter.hf.calls import Call
+from bwla_converter.hf.expert_linears import divide_experts, experts_around
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
@@ -75,6 +76,7 @@ class LayerRunner:
         block = self.outer.block(index)
         block.load_state_dict(state, strict=False, assign=True)
         block.requires_grad_(False)
+        divide_experts(block, self.source.experts_of_layer(index))
         structure, axis = self.source.structure, self.outer.conventions.sample_axis
         return DecoderLayer(
             block.eval(),

@@ -3,6 +3,7 @@
 Only the source's config.json (and tokenizer files, if there are any) is needed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +13,12 @@ from bwla_converter.options import Options
 from bwla_converter.planning.disk import merging_bytes
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.meta_model import build_meta_model
-from bwla_converter.source.model import Source
+from bwla_converter.source.model import Source, divided_experts
 from bwla_converter.source.observe.derive import is_tied, observe_structure
 from bwla_converter.source.observe.names import StoredNames, stored_shapes
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
+from bwla_kernels.format.experts import stored_specs
 from bwla_kernels.format.folder import Entry, read_json
 from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import Provenance
@@ -44,13 +46,22 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
         if not (tied and name == f"{structure.head}.weight")
     }
     defaults = outline.config.to_dict()
-    return Source(folder, config, structure, entries, tied, ignore=ignore, names=names, defaults=defaults)
+    divided = divided_experts(entries, structure, ignore)
+    return Source(folder, config, structure, divided, tied, ignore=ignore, names=names, defaults=defaults)
 
 
-def random_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a valid quantized linear with random signs and rotations; its output has the variance of its input."""
+def random_layer(
+    spec: LayerSpec, generator: torch.Generator, specs: Mapping[str, TensorSpec] | None = None
+) -> dict[str, Tensor]:
+    """Return a valid quantized linear with random signs and rotations; its output has the variance of its input.
+
+    Args:
+        spec: its sizes.
+        generator: draws the values.
+        specs: the tensors to return; None for all.
+    """
     tensors = {}
-    for key, tensor_spec in tensor_specs(spec).items():
+    for key, tensor_spec in (tensor_specs(spec) if specs is None else specs).items():
         shape, dtype = tensor_spec.shape, tensor_spec.dtypes[0]
         if key == "weight_packed":
             tensors[key] = torch.randint(-(2**31), 2**31, shape, generator=generator).to(dtype)
@@ -121,7 +132,8 @@ def _random_decoder_layer(
     for _, members in source.groups_of_layer(index):
         shared: dict[str, Tensor] = {}
         for member in members:
-            layer = random_layer(plan.specs[member], generator)
+            spec = plan.specs[member]
+            layer = random_layer(spec, generator, stored_specs(member, spec))
             for key in INPUT_TRANSFORM:
                 if key in layer:
                     layer[key] = shared.setdefault(key, layer[key]).clone()

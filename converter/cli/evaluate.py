@@ -156,7 +156,7 @@ def evaluate(
 def _locate(console: Console, original: str) -> Path:
     """Return the folder of the original model; show how much of a GGUF file has been dequantized."""
     from bwla_converter.cli.progress import DequantizationBar, ProgressListener
-    from bwla_converter.source.model import locate
+    from bwla_converter.source.folder.locate import locate
     from rich.progress import Progress
 
     with Progress(*ProgressListener.columns(), console=console, transient=True) as progress:

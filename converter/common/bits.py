@@ -1,11 +1,12 @@
 """Bits per weight, everything counted: all that is stored for a quantized linear, divided by its weights."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_kernels.factorize import RANK_STEP
-from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
+from bwla_kernels.format import LayerSpec, TensorSpec
+from bwla_kernels.format.experts import stored_specs
 
 AUTO_RANK_BITS_PER_WEIGHT = 1.16
 """Bits per weight that `--rank auto` does not exceed, as in the paper."""
@@ -19,9 +20,14 @@ def tensor_bits(tensor: TensorSpec) -> int:
     return 8 * tensor_bytes(tensor.shape, tensor.dtypes[0])
 
 
-def stored_bits(spec: LayerSpec) -> int:
+def stored_bits(name: str, spec: LayerSpec) -> int:
     """Return the size of a linear's stored tensors in bits, without its bias, which the original model has too."""
-    return sum(map(tensor_bits, tensor_specs(replace(spec, bias=False)).values()))
+    return sum(map(tensor_bits, stored_specs(name, replace(spec, bias=False)).values()))
+
+
+def total_bits(specs: Mapping[str, LayerSpec]) -> int:
+    """Return `stored_bits` of all linears together, given by name."""
+    return sum(stored_bits(name, spec) for name, spec in specs.items())
 
 
 def num_weights(spec: LayerSpec) -> int:
@@ -29,10 +35,9 @@ def num_weights(spec: LayerSpec) -> int:
     return spec.out_features * spec.in_features
 
 
-def bits_per_weight(specs: Iterable[LayerSpec]) -> float:
-    """Return the stored bits per quantized weight of all these linears together."""
-    listed = list(specs)
-    return sum(map(stored_bits, listed)) / sum(map(num_weights, listed))
+def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
+    """Return the stored bits per quantized weight of all these linears together, given by name."""
+    return total_bits(specs) / sum(map(num_weights, specs.values()))
 
 
 def rank_budget(planes: int) -> float:
@@ -40,12 +45,16 @@ def rank_budget(planes: int) -> float:
     return AUTO_RANK_BITS_PER_WEIGHT if planes == 1 else planes + PLANES_MARGIN
 
 
-def largest_fitting_rank(specs: Iterable[LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT) -> int:
+def largest_fitting_rank(
+    specs: Mapping[str, LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT
+) -> int:
     """Return the largest rank with at most `budget` bits per weight over all linears; 0 if rank 1 exceeds it."""
-    listed = [replace(spec, rank=0) for spec in specs]
-    free_bits = budget * sum(map(num_weights, listed)) - sum(map(stored_bits, listed))
-    bits_per_rank = sum(stored_bits(replace(spec, rank=1)) - stored_bits(spec) for spec in listed)
-    max_rank = min(min(spec.out_features, spec.in_features) for spec in listed)
+    without, with_one = (
+        total_bits({name: replace(spec, rank=rank) for name, spec in specs.items()}) for rank in (0, 1)
+    )
+    free_bits = budget * sum(map(num_weights, specs.values())) - without
+    bits_per_rank = with_one - without
+    max_rank = min(min(spec.out_features, spec.in_features) for spec in specs.values())
     return max(0, min(int(free_bits // bits_per_rank), max_rank))
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from bwla_converter.common.bits import (
     auto_rank,
@@ -10,7 +11,7 @@ from bwla_converter.common.bits import (
     largest_fitting_rank,
     num_weights,
     rank_budget,
-    stored_bits,
+    total_bits,
 )
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.source.model import Source
@@ -18,15 +19,19 @@ from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_of, settings_name
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import (
     BWLAFormat,
+    Experts,
     Provenance,
     activation_args,
     head_args,
     is_ignored,
     longest_suffix,
 )
+
+Value = TypeVar("Value")
 
 DEFAULT_BITS = 6
 """Activation bits, as in the paper."""
@@ -66,7 +71,7 @@ class ConversionPlan:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, everything counted."""
-        return bits_per_weight(self.specs.values())
+        return bits_per_weight(self.specs)
 
     @property
     def weights_by_planes(self) -> dict[int, int]:
@@ -81,7 +86,7 @@ class ConversionPlan:
         kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
         int8_shapes = (source.entries[name].shape for name in self.int8_sources.values())
         int8_bytes = sum(rows * columns + 4 * rows for rows, columns in int8_shapes)
-        return sum(map(entry_bytes, kept)) + int8_bytes + sum(map(stored_bits, self.specs.values())) // 8
+        return sum(map(entry_bytes, kept)) + int8_bytes + total_bits(self.specs) // 8
 
     @property
     def int8_sources(self) -> dict[str, str]:
@@ -206,8 +211,15 @@ def namesakes(
             yield module
 
 
+def _short_name(name: str) -> str:
+    """Return the end of a linear's name that settings for all layers go by: `down_proj`, or `experts.*.down_proj`."""
+    parts = settings_name(name).split(".")
+    return ".".join(parts[-3:] if expert_of(name) is not None else parts[-1:])
+
+
 def _name_from_layers(structure: Structure, name: str) -> str:
     """Return the end of a linear's full name that starts at the list of decoder layers: `layers.1.mlp.down_proj`."""
+    name = settings_name(name)
     stem = structure.layers.rpartition(".")[0]
     return name.removeprefix(f"{stem}.") if stem else name
 
@@ -255,13 +267,13 @@ def make_plan(
                 )
                 # The entry by the linear's short name holds for all layers; one with another width gets its own. It
                 # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
-                if rotation.setdefault(name.rpartition(".")[2], sizes) != sizes:
+                if rotation.setdefault(_short_name(name), sizes) != sizes:
                     rotation[_name_from_layers(source.structure, name)] = sizes
     if not specs:
         raise SourceError(
             f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"
         )
-    fitting = largest_fitting_rank(specs.values(), rank_budget(planes)) if rank is None else rank
+    fitting = largest_fitting_rank(specs, rank_budget(planes)) if rank is None else rank
     if rank is None:
         rank = auto_rank(fitting)
     for name, spec in specs.items():
@@ -277,8 +289,9 @@ def make_plan(
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
     # A tied head is the 8-bit embedding.
     head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
+    experts = Experts(input_transform="first") if any(expert_of(name) is not None for name in specs) else None
     format_ = BWLAFormat(
-        format_version=1 if planes == 1 and embedding_source is None else 2,
+        format_version=1 if planes == 1 and embedding_source is None and experts is None else 2,
         planes=planes,
         input_activations=activation_args(bits),
         clip=clip,
@@ -287,6 +300,7 @@ def make_plan(
         ignore=list(dict.fromkeys([*ignore, *namesakes(source, specs, rotation, ignore)])),
         lm_head=head_args() if head_source else None,
         embedding=head_args() if embedding_source else None,
+        experts=experts,
         provenance=provenance,
     )
     return ConversionPlan(specs, rank, fitting, format_, head_source, embedding_source, source.tied_head)
@@ -302,7 +316,12 @@ def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPl
     if all(spec.clip == clips[name] for name, spec in plan.specs.items()):
         return plan
     specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.specs.items()}
-    return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": dict(clips)}))
+    return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": _settings(clips)}))
+
+
+def _settings(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Return the settings of linears by name with one entry for all experts of a layer, whose values are equal."""
+    return {settings_name(name): value for name, value in values.items()}
 
 
 def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits: int) -> ConversionPlan:
@@ -317,10 +336,10 @@ def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits
     specs = {
         name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
     }
-    counts = set(planes.values())
+    counts, has_experts = set(planes.values()), plan.format.experts is not None
     changes: dict[str, object] = {
-        "format_version": 1 if counts == {1} else 2,
-        "planes": dict(planes) if len(counts) > 1 else counts.pop(),
+        "format_version": 1 if counts == {1} and not has_experts else 2,
+        "planes": _settings(planes) if len(counts) > 1 else counts.pop(),
         "rank": rank,
         "input_activations": activation_args(bits),
     }

@@ -1,6 +1,5 @@
 """The model to convert: locate it, check it before the conversion starts, and read it one decoder layer at a time."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,25 +9,24 @@ from typing import Any
 import torch
 from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
-from bwla_converter.source.folder.download import download
 from bwla_converter.source.folder.files import describe_left_out, files_beside
-from bwla_converter.source.folder.kinds import adapter_base, missing_weights, other_kind, read_listing
+from bwla_converter.source.folder.kinds import missing_weights, read_listing
+from bwla_converter.source.folder.locate import locate
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.observe.derive import is_tied, observe_structure
+from bwla_converter.source.observe.experts import Experts
 from bwla_converter.source.observe.names import COMPUTED, StoredNames, stored_shapes, tied_names
 from bwla_converter.source.observe.tensors import tensor_problems
 from bwla_converter.source.problems import raise_if_any
-from bwla_converter.source.structure import InputGroup, Structure
+from bwla_converter.source.structure import MAX_NAMED, InputGroup, Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import Entry, read_json, read_tensors, scan_folder
 from bwla_kernels.format.model import not_finite, tied_conflict
 from bwla_kernels.format.schema import is_ignored
 from torch import Tensor
 from transformers import PreTrainedModel
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,8 @@ class Source:
         folder: the checkpoint folder.
         config: contents of config.json.
         structure: its decoder layers and input groups.
-        entries: file, shape and dtype of every tensor as `read` returns it, fp8 weights as bfloat16.
+        entries: file, shape and dtype of every tensor as `read` returns it: fp8 weights as bfloat16, and experts that are
+            stored joined one by one, if they are quantized.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
         ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
@@ -217,6 +216,10 @@ class Source:
         }
         return {name: dequantized.get(name, tensors[name]) for name in names}
 
+    def experts_of_layer(self, index: int) -> Experts | None:
+        """Return the experts of a decoder layer whose linears are to be quantized; None if there are none."""
+        return None if self._ignores_experts(index) else self.structure.experts.get(index)
+
     @cached_property
     def _joined(self) -> dict[str, tuple[str, int]]:
         """Names of the experts' weights that are stored joined -> the stored tensor and the decoder layer."""
@@ -226,41 +229,6 @@ class Source:
             for stacked, names in zip(experts.stacked, (experts.gate_up, experts.down), strict=bool(experts.stacked)):
                 found.update({f"{prefix}{name}.weight": (f"{prefix}{stacked}", index) for name in names})
         return {name: stored for name, stored in found.items() if name in self.entries}
-
-
-def locate(model: str, on_progress: OnProgress = ignore_progress) -> tuple[Path, str]:
-    """Find a model folder, prepare one from a GGUF file, or download a model from the Hub by its id.
-
-    Args:
-        model: a folder, a GGUF file, or a Hub id, of which the safetensors and what belongs to them are downloaded.
-        on_progress: called while a GGUF file is written as a folder, see `gguf_folder.prepare`.
-
-    Returns: the folder, and the commit for a Hub id or an empty string for anything else.
-
-    Raises:
-        SourceError: `model` is none of the three, it holds no model in safetensors, the GGUF file cannot be used, or
-            the download failed.
-    """
-    path = Path(model).expanduser()
-    if is_gguf(path):
-        from bwla_converter.source.gguf_folder import prepare  # imports gguf, which few models need
-
-        return prepare(path, on_progress), ""
-    if path.is_dir():
-        problem = other_kind(read_listing(path), str(path), adapter_base(path))
-        if problem is not None:
-            raise SourceError(problem)
-        return path, ""
-    if path.is_file():
-        raise SourceError(
-            f"{model}: expected a folder or a GGUF file, found another file: give {path.parent}"
-        )
-    if path.exists() or not HUB_ID.fullmatch(model):
-        raise SourceError(
-            f"{model}: expected a folder, a GGUF file or a Hub id like Qwen/Qwen3-8B, found neither: check the path"
-        )
-    snapshot = download(model)
-    return snapshot, snapshot.name
 
 
 def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress = ignore_progress) -> Source:
@@ -292,11 +260,12 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     if problem is not None:
         raise SourceError(f"{folder}: {problem}")
     structure = observe_structure(meta_model, names, {*scan.entries, *expected}, str(config_path))
+    entries = fp8.dequantized_entries(scan.entries) if quantization else scan.entries
     source = Source(
         folder,
         config,
         structure,
-        entries=fp8.dequantized_entries(scan.entries) if quantization else scan.entries,
+        entries=divided_experts(entries, structure, ignore),
         tied_head=is_tied(meta_model),
         revision=revision,
         ignore=tuple(ignore),
@@ -315,7 +284,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     problems = [
         *scan.problems,
         *fp8.scale_problems(scan.entries, source.scale_block),
-        *tensor_problems(source.entries, scan, names, tied, structure.architecture),
+        *tensor_problems(entries, scan, names, tied, structure.architecture),
     ]
     raise_if_any(folder, problems)
     return source
