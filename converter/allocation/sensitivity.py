@@ -33,6 +33,7 @@ from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
 from bwla_converter.training.divergence import sampled_direction_gradient, sampled_label_gradient
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_of
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 
@@ -110,7 +111,7 @@ def measure_sensitivities(
         with fast_products(store.device), watched(moments):
             found_parts = (_backward(layer, *part, of) for part, of in zip(parts, of_shared, strict=True))
             gradient = store.keep(gradient.shape, found_parts)
-        found |= {collected.names[0]: collected.sensitivity(seed) for collected in moments}
+        found |= {collected.names[0]: collected.sensitivity(seed, ids.numel()) for collected in moments}
         on_layer()
     return {name: found[name] for name in specs if name in found}
 
@@ -172,6 +173,8 @@ def _backward(layer: DecoderLayer, batch: Batch, gradient: Tensor, of_shared: Sh
 class GradientMoments:
     """Second moments of an input group's inputs, plain and weighted by the gradients of its outputs.
 
+    Of the linears of experts, each expert's see the tokens that the router sends to it.
+
     Args:
         layer: the decoder layer.
         names: full names of the group's linears.
@@ -180,35 +183,44 @@ class GradientMoments:
 
     def __init__(self, layer: DecoderLayer, names: Sequence[str], specs: Mapping[str, LayerSpec]) -> None:
         self.names, self.spec = names, specs[names[0]]
-        self.linears = [layer.linear(name) for name in names]
-        first = self.linears[0].weight
+        first = layer.linear(names[0]).weight
         assert isinstance(first, Tensor)
         columns = self.spec.in_features
         self.gram = torch.zeros(columns, columns, device=first.device)
         self.weighted_gram = torch.zeros_like(self.gram)
-        self.tokens = 0
+        self.inputs = 0
+        by_expert: dict[int | None, dict[str, nn.Module]] = {}
+        for name in names:
+            by_expert.setdefault(expert_of(name), {})[name] = layer.linear(name)
+        self._readers = list(by_expert.values())
 
     def hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
         """Register the hooks that collect the moments while the layer runs forwards and backwards."""
+        for linears in self._readers:
+            yield from self._hooks_of(linears)
+
+    def _hooks_of(self, linears: Mapping[str, nn.Module]) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Register the hooks of linears that read the same tokens."""
         pending: dict[str, Tensor] = {}
         inputs: list[Tensor] = []
+        names = list(linears)
 
         def hook_of(
             name: str, mean_squares: Tensor
         ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def gradient_known(gradient: Tensor) -> None:
                 pending[name] = gradient.flatten(0, -2).float().square() @ mean_squares
-                if len(pending) == len(self.names):
-                    self.add(inputs.pop(), torch.stack([pending.pop(other) for other in self.names]).sum(0))
+                if len(pending) == len(names):
+                    self.add(inputs.pop(), torch.stack([pending.pop(other) for other in names]).sum(0))
 
             def forward_done(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-                if name == self.names[0]:
+                if name == names[0]:
                     inputs[:] = [args[0].detach().flatten(0, -2).float()]
                 output.register_hook(gradient_known)
 
             return forward_done
 
-        for name, linear in zip(self.names, self.linears, strict=True):
+        for name, linear in linears.items():
             assert isinstance(linear.weight, Tensor)
             yield linear.register_forward_hook(hook_of(name, linear.weight.square().mean(1)))
 
@@ -221,10 +233,14 @@ class GradientMoments:
         """
         self.gram.addmm_(inputs.mT, inputs)
         self.weighted_gram.addmm_(inputs.mT, inputs * token_weights.unsqueeze(1))
-        self.tokens += len(inputs)
+        self.inputs += len(inputs)
 
-    def sensitivity(self, seed: int) -> Sensitivity:
+    def sensitivity(self, seed: int, tokens: int) -> Sensitivity:
         """Return the group's sensitivity, with a random rotation of the sizes of its spec.
+
+        Args:
+            seed: seed of the rotation.
+            tokens: number of tokens that ran through the model.
 
         Inputs that are always zero, or whose outputs have no effect, have none: their errors change nothing.
         """
@@ -235,8 +251,8 @@ class GradientMoments:
             random_orthogonal(groups, order, generator).to(self.gram.device)
             for order in (self.spec.n1, self.spec.n2)
         )
-        gram = rotate_hessian(self.gram / max(self.tokens, 1), left, right)
-        weighted = rotate_hessian(self.weighted_gram / max(self.tokens, 1), left, right)
+        gram = rotate_hessian(self.gram / max(self.inputs, 1), left, right)
+        weighted = rotate_hessian(self.weighted_gram / max(tokens, 1), left, right)
         gram.diagonal().add_(DAMPING * gram.diagonal().mean())
         # As in `quantize.fast`, only the factorization needs float64.
         lower = torch.linalg.cholesky(gram.double()).float()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bwla_converter.calibration.outer_model import OuterModel, ReadTensor
 from bwla_converter.hf.calls import Call
-from bwla_converter.hf.expert_linears import divide_experts, experts_around
+from bwla_converter.hf.expert_linears import ExpertLinears, divide_experts, experts_around
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
@@ -140,6 +140,32 @@ class DecoderLayer:
         """Return the linear with the given full name."""
         return self.layer.get_submodule(self._path_of(name))
 
+    def experts_of(self, name: str) -> ExpertLinears | None:
+        """Return the experts that the linear with the given full name belongs to; None for any other linear."""
+        return experts_around(self.layer, self._path_of(name))
+
+    def routing(self, name: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what the experts that hold the linear `name` read [M, H], and their numbers for each token [M, top-k].
+
+        Args:
+            name: full name of a linear of the experts.
+            batch: inputs of the layer.
+        """
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(*inputs)
+
+        experts = self.experts_of(name)
+        assert experts is not None
+        handle = experts.register_forward_pre_hook(stop)
+        try:
+            self.run(batch)
+        except _ReachedError as reached:
+            return reached.inputs[0], reached.inputs[1]
+        finally:
+            handle.remove()
+        raise _unused(name)
+
     def replace(self, name: str, module: nn.Module) -> None:
         """Replace the linear with the given full name by another module."""
         parent, _, child = self._path_of(name).rpartition(".")
@@ -225,27 +251,33 @@ class DecoderLayer:
         streams: list[Tensor] = []
 
         def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _ReachedError(inputs[0])
+            raise _ReachedError(*inputs)
 
-        handles = [self.linear(name).register_forward_pre_hook(stop)]
+        # Gate and up of all experts read what the experts as a whole read, and few tokens reach a single one.
+        reader = self.experts_of(name) or self.linear(name)
+        handles = [reader.register_forward_pre_hook(stop)]
         if stream is not None:
             watched = self.layer.get_submodule(stream)
             handles.append(watched.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])))
         try:
             self.run(batch)
         except _ReachedError as reached:
-            return reached.inputs, streams[-1] if streams else None
+            return reached.inputs[0], streams[-1] if streams else None
         finally:
             for handle in handles:
                 handle.remove()
-        raise SourceError(
-            f"{name}: expected the model to use this linear, found that it does not: please report this model"
-        )
+        raise _unused(name)
+
+
+def _unused(name: str) -> SourceError:
+    return SourceError(
+        f"{name}: expected the model to use this linear, found that it does not: please report this model"
+    )
 
 
 class _ReachedError(Exception):
-    """Stops a layer at the linear whose inputs were requested."""
+    """Stops a layer at the module whose inputs were requested."""
 
-    def __init__(self, inputs: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self.inputs = inputs

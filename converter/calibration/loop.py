@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
+from bwla_converter.calibration.expert_inputs import collect_expert_moments, is_down
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH, StepwiseLayer, find_output_projections
@@ -141,7 +142,7 @@ class CalibrationLoop:
         moments, inputs = self.collect_moments(weights)
         processes = self.store.processes
         own = self._quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
-        result = replace(processes.broadcast_group(own, specs, self.store.device), inputs=inputs)
+        result = replace(processes.broadcast_group(own, specs, self.store.device), inputs=inputs, starved=moments.starved)
         specs = clipped_specs(specs, result.clip)
         quantized = self.quantized.layer
         for name, tensors in result.tensors.items():
@@ -160,6 +161,9 @@ class CalibrationLoop:
         """
         name, first = next(iter(weights.items()))
         width = first.shape[1]
+        if is_down(self.quantized.layer, name):
+            original = self._original if self._run_original else None
+            return collect_expert_moments(weights, self.quantized, original, self.store)
         limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.samples)
         follow = self._follow_stream and self._run_original
         reader = self.runner.source.structure.group_of(name).stream if follow else None

@@ -69,6 +69,13 @@ class StepwiseLayer:
                 yield inputs, stream_inputs
         self._kept[name] = writer.activations
 
+    def routing(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each batch of samples, `DecoderLayer.routing` of the experts that hold the linear `name`.
+
+        The linears before the experts must be in their final state.
+        """
+        yield from (self.layer.routing(name, batch) for batch in self._batches())
+
     def outputs(self) -> Samples:
         """Return the samples after the layer, and release the kept inputs. The linears must be in their final state."""
         outputs = self.samples.run(self.layer, self._store, self._batches())

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Protocol
 
-from bwla_converter.source.model import HUB_ID
+from bwla_converter.source.folder.locate import HUB_ID
 from bwla_kernels.errors import BWLAError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled

@@ -282,6 +282,20 @@ def low_rank_step(state: State, rank: int, generator: torch.Generator) -> State:
     return replace(state, low_rank_a=unrotated_a.bfloat16(), low_rank_b=b.bfloat16())
 
 
+def row_factor_step(state: State) -> State:
+    """Refit B of the low-rank correction to what the current signs and scales leave of the target; A stays as it is.
+
+    Least squares in B: B = E H A^T (A H A^T)^-1 with the error E of the binary weight. ARB-LLM refits the means of
+    rows on calibration inputs, which is the same with A = (1, ..., 1).
+    """
+    a = rotate(state.low_rank_a, state.rotation.left, state.rotation.right) / state.column_scale
+    hessian_product = state.metric.hessian @ a.mT
+    error = state.target.weight if state.binary is None else state.target.weight - state.binary.dequantize()
+    gram = (a @ hessian_product).double()
+    b = torch.linalg.solve(gram, (error @ hessian_product).double().mT).mT
+    return replace(state, low_rank_b=b.bfloat16())
+
+
 def binarization_step(state: State, effort: Effort, planes: int) -> State:
     """Choose signs and row scales for the residual."""
     return replace(state, binary=gptq_binarize(state.residual, state.metric, effort, planes))
@@ -307,13 +321,13 @@ def group_result(
     parts = zip(weights, signs.error.split(rows), target_norm.split(rows), strict=True)
     spec = next(iter(specs.values()))
     return GroupResult(
-        store_group(weights, specs, {}, _input_transform(state), signs.sign, signs.scale, state.low_rank_b),
+        store_group(weights, specs, {}, input_transform(state), signs.sign, signs.scale, state.low_rank_b),
         {name: relative_norm(error, norm) for name, error, norm in parts},
-        clip=None if inputs is None else _choose_clip(state, inputs, spec),
+        clip=None if inputs is None else clip_of(state, inputs, spec),
     )
 
 
-def _input_transform(state: State) -> dict[str, Tensor]:
+def input_transform(state: State) -> dict[str, Tensor]:
     """Return the tensors that all linears of the group store."""
     tensors = {
         "rotation_left": state.rotation.left,
@@ -323,7 +337,7 @@ def _input_transform(state: State) -> dict[str, Tensor]:
     return {**tensors, "low_rank_a": state.low_rank_a} if len(state.low_rank_a) else tensors
 
 
-def _choose_clip(state: State, inputs: Tensor, spec: LayerSpec) -> float:
+def clip_of(state: State, inputs: Tensor, spec: LayerSpec) -> float:
     """Choose the activation clip on a sample of the group's inputs."""
     x_hat = rotate(inputs.float(), state.rotation.left, state.rotation.right) * state.column_scale
     return choose_clip(x_hat, state.signs.dequantize(), spec)

@@ -35,6 +35,7 @@ class GroupResult:
             units of the row scale (that of the first plane); empty unless requested.
         clip: the activation clip chosen for the group; None keeps that of the spec.
         inputs: a sample of the group's inputs [M, K] for the report; None if the recipe uses no calibration data.
+        starved: names of experts' linears that few calibration tokens reached, see `Moments.starved`.
     """
 
     tensors: dict[str, dict[str, Tensor]]
@@ -43,6 +44,7 @@ class GroupResult:
     latents: dict[str, Tensor] = field(default_factory=dict)
     clip: float | None = None
     inputs: Tensor | None = None
+    starved: tuple[str, ...] = ()
 
 
 def group_generator(seed: int, names: Iterable[str]) -> torch.Generator:

@@ -4,7 +4,8 @@ For an output y = W x, E||dW x||^2 = tr(dW H dW^T) with H = E[x x^T]: up to a fa
 (arXiv 2210.17323).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from bwla_kernels.errors import SourceError
@@ -24,12 +25,17 @@ class Moments:
         cross_gram: sum of x x_hat^T [K, K] with the inputs x in the original model; None if they are not recorded.
         error_cross_gram: sum of e x_hat^T [N, K], where e is the wanted output minus W x_hat; None if not recorded.
         count: number of tokens.
+        parts: where each linear of the group has inputs of its own (the down projections of experts), its moments by
+            its full name; the others are their sums.
+        starved: those linears that few tokens reached, so that `parts` also has other tokens for them.
     """
 
     gram: Tensor
     cross_gram: Tensor | None
     error_cross_gram: Tensor | None = None
     count: int = 0
+    parts: Mapping[str, "Moments"] = field(default_factory=dict)
+    starved: tuple[str, ...] = ()
 
     @classmethod
     def zeros(cls, width: int, device: torch.device, cross_gram: bool) -> "Moments":
@@ -44,6 +50,13 @@ class Moments:
         if self.cross_gram is not None and x is not None:
             self.cross_gram.addmm_(x.flatten(0, -2).float().mT, x_hat)
         self.count += len(x_hat)
+
+    def include(self, other: "Moments") -> None:
+        """Add the moments of further tokens; both record the same."""
+        self.gram += other.gram
+        if self.cross_gram is not None and other.cross_gram is not None:
+            self.cross_gram += other.cross_gram
+        self.count += other.count
 
     def add_error(self, x_hat: Tensor, error: Tensor) -> None:
         """Add the wanted outputs minus W x_hat, [..., N], for the tokens of the last `add`."""

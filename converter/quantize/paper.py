@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.quantize.fast import (
+    row_factor_step,
     SCALE_FACTORS,
     State,
     binarization_step,
@@ -138,17 +139,3 @@ def start_state(
         low_rank_b=low_rank.b.bfloat16(),
     )
     return state, low_rank.trace
-
-
-def row_factor_step(state: State) -> State:
-    """Refit B of the low-rank correction to the current signs and scales; A stays that of PSP.
-
-    Least squares in B: B = E H A^T (A H A^T)^-1 with the error E of the binary weight. ARB-LLM refits the means of
-    rows on calibration inputs, which is the same with A = (1, ..., 1).
-    """
-    a = rotate(state.low_rank_a, state.rotation.left, state.rotation.right) / state.column_scale
-    hessian_product = state.metric.hessian @ a.mT
-    error = state.target.weight - state.signs.dequantize()
-    gram = (a @ hessian_product).double()
-    b = torch.linalg.solve(gram, (error @ hessian_product).double().mT).mT
-    return replace(state, low_rank_b=b.bfloat16())

@@ -11,7 +11,7 @@ from bwla_converter.checkpoint.integrity import update_hash
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.report.data import PAGE_FILE, calibration_warning
 from bwla_converter.report.templating import environment
-from bwla_converter.source.model import HUB_ID
+from bwla_converter.source.folder.locate import HUB_ID
 from bwla_kernels.errors import FormatError, SourceError
 from bwla_kernels.format.folder import read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData

@@ -226,7 +226,7 @@ class Source:
         found = {}
         for index, experts in self.structure.experts.items():
             prefix = f"{self.structure.layer_name(index)}."
-            for stacked, names in zip(experts.stacked, (experts.gate_up, experts.down), strict=bool(experts.stacked)):
+            for stacked, names in experts.divisions():
                 found.update({f"{prefix}{name}.weight": (f"{prefix}{stacked}", index) for name in names})
         return {name: stored for name, stored in found.items() if name in self.entries}
 
@@ -319,7 +319,7 @@ def divided_experts(entries: Mapping[str, Entry], structure: Structure, ignore: 
         prefix = f"{structure.layer_name(index)}."
         if not experts.stacked or is_ignored(f"{prefix}{experts.down[0]}", ignore):
             continue
-        for stacked, names in zip(experts.stacked, (experts.gate_up, experts.down), strict=True):
+        for stacked, names in experts.divisions():
             entry = divided.pop(f"{prefix}{stacked}")
             divided.update(
                 {f"{prefix}{name}.weight": Entry(entry.file, experts.shape_of(name), entry.dtype) for name in names}

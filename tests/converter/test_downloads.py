@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from bwla_converter.source.folder import download as module
 from bwla_converter.source.folder.download import download, needed_files
-from bwla_converter.source.model import locate
+from bwla_converter.source.folder.locate import locate
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import INDEX_FILE
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled

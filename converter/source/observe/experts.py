@@ -5,7 +5,7 @@ hold gate and up in `gate_up_proj` [E, 2 I, H] and down in `down_proj` [E, H, I]
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -70,6 +70,11 @@ class Experts:
         """Stored names of down of all experts, inside the decoder layer."""
         return tuple(f"{self.stem}.{e}.{self.leaves[2]}" for e in range(self.count))
 
+    def divisions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Yield each joined tensor with the names of the linears that it holds; nothing where none are joined."""
+        if self.stacked:
+            yield from zip(self.stacked, (self.gate_up, self.down), strict=True)
+
     def module_path(self, name: str) -> str:
         """Return the path in the decoder layer, see `hf.expert_linears`, of the linear stored as `name`."""
         return f"{self.path}{name.removeprefix(self.stem)}"
@@ -87,7 +92,7 @@ class Experts:
             tensors: tensors by their full names.
         """
         weights: dict[str, Tensor] = {}
-        for stacked, names in zip(self.stacked, (self.gate_up, self.down), strict=True):
+        for stacked, names in self.divisions():
             if f"{prefix}{stacked}" in tensors:
                 rows = tensors[f"{prefix}{stacked}"].reshape(len(names), -1, self.shape_of(names[0])[1])
                 weights.update({f"{prefix}{name}.weight": part for name, part in zip(names, rows, strict=True)})
@@ -101,7 +106,7 @@ class Experts:
             tensors: tensors by their full names, those of all experts among them.
         """
         joined = dict(tensors)
-        for stacked, names in zip(self.stacked, (self.gate_up, self.down), strict=True):
+        for stacked, names in self.divisions():
             if f"{prefix}{names[0]}.weight" in joined:
                 parts = torch.stack([joined.pop(f"{prefix}{name}.weight") for name in names])
                 joined[f"{prefix}{stacked}"] = parts.reshape(self.count, -1, parts.shape[-1])
