@@ -15,30 +15,43 @@ EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 ANY_EXPERT = "*"
 """What stands for the number of an expert in the keys of settings."""
 
-_EXPERT = re.compile(r"(?P<stem>(?:.+\.)?experts)\.(?P<number>\d+)\.(?P<leaf>[^.]+)")
 _SETTING = re.compile(r"(?:[^*]+\.)?experts\.\*\.[^.*]+")
+
+
+def _parts(name: str) -> tuple[str, str, str] | None:
+    """Divide the name of an expert's linear into path, number and leaf; return None for other linears.
+
+    A checkpoint of a large mixture of experts has tens of thousands of such names, so no regular expression is used.
+    """
+    stem, _, leaf = name.rpartition(".")
+    module, _, number = stem.rpartition(".")
+    is_number = number.isdecimal() and number.isascii() and (number[0] != "0" or number == "0")
+    in_experts = module == "experts" or module.endswith(".experts")
+    return (module, number, leaf) if is_number and in_experts and leaf else None
 
 
 def expert_of(name: str) -> int | None:
     """Return the number of the expert that the linear called `name` belongs to, None for other linears."""
-    match = _EXPERT.fullmatch(name)
-    return int(match["number"]) if match else None
+    parts = _parts(name)
+    return int(parts[1]) if parts else None
 
 
 def experts_module(name: str) -> str | None:
     """Return the path of the experts (`model.layers.0.mlp.experts`) that the linear `name` belongs to, or None."""
-    match = _EXPERT.fullmatch(name)
-    return match["stem"] if match else None
+    parts = _parts(name)
+    return parts[0] if parts else None
 
 
 def settings_name(name: str) -> str:
     """Return the name of a linear with `*` for the number of its expert; unchanged for other linears."""
-    return _EXPERT.sub(rf"\g<stem>.{ANY_EXPERT}.\g<leaf>", name) if expert_of(name) is not None else name
+    parts = _parts(name)
+    return f"{parts[0]}.{ANY_EXPERT}.{parts[2]}" if parts else name
 
 
 def first_expert(name: str) -> str:
     """Return the name of the same linear of expert 0; unchanged for other linears."""
-    return _EXPERT.sub(r"\g<stem>.0.\g<leaf>", name) if expert_of(name) is not None else name
+    parts = _parts(name)
+    return f"{parts[0]}.0.{parts[2]}" if parts else name
 
 
 def is_setting(key: str) -> bool:

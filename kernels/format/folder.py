@@ -11,6 +11,8 @@ from typing import Any
 
 from bwla_kernels.errors import FormatError
 from bwla_kernels.factorize import PACK_FACTOR
+from bwla_kernels.format.expert_checks import expert_problems
+from bwla_kernels.format.experts import expert_of, stored_specs
 from bwla_kernels.format.files import (
     DTYPES,
     INDEX_FILE,
@@ -23,7 +25,7 @@ from bwla_kernels.format.files import (
     scan_folder,
 )
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, INT8_SUFFIX, HeadSpec, head_tensor_specs
-from bwla_kernels.format.layer import FLOAT_DTYPES, LayerSpec, TensorSpec, shape_problem, tensor_specs
+from bwla_kernels.format.layer import FLOAT_DTYPES, INPUT_TRANSFORM, LayerSpec, TensorSpec, shape_problem
 from bwla_kernels.format.model import config_problem, tied_conflict
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from bwla_kernels.format.tensors import PACKED_SUFFIX, listed_problems, tied_tensors
@@ -91,8 +93,10 @@ def _folder_problems(
     raw_config: Mapping[str, Any],
 ) -> Iterator[str]:
     """Yield one sentence for each problem of a checkpoint, in a fixed order; of tied tensors, values are compared."""
+    yield from expert_problems(entries, specs, config, folder)
+    by_linear = _tensors_by_linear(entries, specs)
     for name, spec in specs.items():
-        yield from _layer_problems(name, entries, spec, folder)
+        yield from _layer_problems(name, by_linear[name], spec, folder)
     if not specs:
         yield f"{folder}: expected quantized layers (*{PACKED_SUFFIX}), found none"
     int8 = int8_modules(config, entries)
@@ -145,20 +149,34 @@ def _missing_linears(
             yield f"{folder}: {name}{PACKED_SUFFIX} is missing, although other layers have it"
 
 
-def _layer_problems(name: str, entries: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> Iterator[str]:
+def _tensors_by_linear(
+    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec]
+) -> dict[str, dict[str, Entry]]:
+    """Return everything that is stored below the name of each quantized linear, by the rest of its name."""
+    tensors: dict[str, dict[str, Entry]] = {name: {} for name in specs}
+    for name, entry in entries.items():
+        end = name.find(".")
+        while end >= 0:
+            if name[:end] in tensors:
+                tensors[name[:end]][name[end + 1 :]] = entry
+            end = name.find(".", end + 1)
+    return tensors
+
+
+def _layer_problems(name: str, stored: Mapping[str, Entry], spec: LayerSpec, folder: Path) -> Iterator[str]:
     """Yield the differences between a linear's stored tensors and those of its spec."""
-    prefix = name + "."
-    stored = {key.removeprefix(prefix): entry for key, entry in entries.items() if key.startswith(prefix)}
-    expected = tensor_specs(spec)
+    expected = stored_specs(name, spec)
     for missing in sorted(expected.keys() - stored.keys()):
-        yield f"{folder}: {prefix}{missing} is missing, expected shape {list(expected[missing].shape)}"
+        yield f"{folder}: {name}.{missing} is missing, expected shape {list(expected[missing].shape)}"
     for extra in sorted(stored.keys() - expected.keys()):
-        yield f"{folder / stored[extra].file}: {prefix}{extra} is not part of the format (rank {spec.rank})"
+        shared = extra in INPUT_TRANSFORM and expert_of(name)
+        reason = "only expert 0 stores the input transform" if shared else f"rank {spec.rank}"
+        yield f"{folder / stored[extra].file}: {name}.{extra} is not part of the format ({reason})"
     for key, want in expected.items():
         if key in stored:
             problem = shape_problem(want, stored[key].shape, stored[key].dtype)
             if problem:
-                yield f"{folder / stored[key].file}: {prefix}{key}: {problem}"
+                yield f"{folder / stored[key].file}: {name}.{key}: {problem}"
 
 
 def int8_modules(config: BWLAFormat, names: Iterable[str] = ()) -> list[str]:

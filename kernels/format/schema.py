@@ -4,6 +4,7 @@ compressed-tensors' `CompressionFormat` is a closed enum, so its compressor regi
 `QuantizationArgs` and its name matching are reused.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -48,18 +49,23 @@ def activation_args(bits: int) -> QuantizationArgs:
     return QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="token", dynamic=True)
 
 
+@functools.lru_cache(maxsize=64)  # one linear has several settings
+def _suffixes(name: str) -> tuple[str, ...]:
+    """Return a name and its ends after each dot, longest first; each is followed by its form for any expert."""
+    suffixes = []
+    forms = list(dict.fromkeys((name, settings_name(name))))
+    while forms[0]:
+        suffixes += forms
+        forms = [form.partition(".")[2] for form in forms]
+    return tuple(suffixes)
+
+
 def longest_suffix(table: Mapping[str, Value], name: str) -> Value | None:
     """Look up a module by suffix: return the value of the longest key that equals `name` or ends it at a dot.
 
     In a key, `*` stands for the number of an expert: "experts.*.down_proj".
     """
-    own, any_expert = name.split("."), settings_name(name).split(".")
-    for start in range(len(own)):
-        for parts in (own, any_expert):
-            key = ".".join(parts[start:])
-            if key in table:
-                return table[key]
-    return None
+    return next((table[suffix] for suffix in _suffixes(name) if suffix in table), None)
 
 
 def is_ignored(name: str, ignore: Iterable[str]) -> bool:

@@ -98,7 +98,8 @@ def listed_problems(tensors: Mapping[str, str], entries: Mapping[str, Entry], fo
     found: dict[str, int] = dict.fromkeys(tensors, 0)
     unknown = []
     for name in listed_names(entries):
-        fitting = [item for item in by_template.get(_split(name)[0], ()) if item.covers(name)]
+        template, numbers = _split(name)
+        fitting = [item for item in by_template.get(template, ()) if item.covers_numbers(numbers)]
         for item in fitting:
             found[item.pattern] += 1
             problem = item.spec and shape_problem(item.spec, entries[name].shape, entries[name].dtype)
@@ -165,8 +166,10 @@ class ListedTensors:
     def covers(self, name: str) -> bool:
         """Return whether the tensor called `name` is one of them."""
         template, numbers = _split(name)
-        if template != self.template or len(numbers) != len(self.numbers):
-            return False
+        return template == self.template and self.covers_numbers(numbers)
+
+    def covers_numbers(self, numbers: Sequence[int]) -> bool:
+        """Return whether the tensor with these numbers in the name, and the same template, is one of them."""
         pairs = zip(numbers, self.numbers, strict=True)
         return all(any(number in part for part in ranges) for number, ranges in pairs)
 
@@ -194,9 +197,12 @@ def _describe(entry: Entry) -> str:
 
 def _split(name: str) -> tuple[str, tuple[int, ...]]:
     """Return a name with `*` for each part that is a number, and the numbers."""
-    parts = name.split(".")
-    numbers = tuple(int(part) for part in parts if _NUMBER.fullmatch(part))
-    return ".".join("*" if _NUMBER.fullmatch(part) else part for part in parts), numbers
+    parts, numbers = name.split("."), []
+    for index, part in enumerate(parts):
+        if _NUMBER.fullmatch(part):
+            numbers.append(int(part))
+            parts[index] = "*"
+    return ".".join(parts), tuple(numbers)
 
 
 def _pattern(template: str, numbers: Sequence[Sequence[int]]) -> str:
