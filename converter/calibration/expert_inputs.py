@@ -88,7 +88,10 @@ def _feed(
     store: ActivationStore,
 ) -> None:
     """Add the hidden values for all tokens, up to STARVED_TOKENS per column, to the moments of the starved experts."""
-    added = {name: Moments.zeros(len(total.gram), store.device, total.cross_gram is not None) for name in total.starved}
+    added = {
+        name: Moments.zeros(len(total.gram), store.device, total.cross_gram is not None)
+        for name in total.starved
+    }
     wanted = STARVED_TOKENS * len(total.gram)
     for batch in batches:
         tokens = torch.arange(len(batch.hidden), device=batch.hidden.device)

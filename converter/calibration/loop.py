@@ -142,7 +142,9 @@ class CalibrationLoop:
         moments, inputs = self.collect_moments(weights)
         processes = self.store.processes
         own = self._quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
-        result = replace(processes.broadcast_group(own, specs, self.store.device), inputs=inputs, starved=moments.starved)
+        result = replace(
+            processes.broadcast_group(own, specs, self.store.device), inputs=inputs, starved=moments.starved
+        )
         specs = clipped_specs(specs, result.clip)
         quantized = self.quantized.layer
         for name, tensors in result.tensors.items():

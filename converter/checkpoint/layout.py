@@ -11,7 +11,8 @@ from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.planning.disk import PART_BYTES
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
-from bwla_kernels.format import tensor_specs, validate_layer
+from bwla_kernels.format import validate_layer
+from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_tensors
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.model import config_values
@@ -28,8 +29,9 @@ def verify(folder: Path) -> None:
     """
     entries = read_folder(folder)
     for name, spec in check_folder(folder, entries).items():
-        stored = read_tensors(folder, entries, [f"{name}.{key}" for key in tensor_specs(spec)])
-        validate_layer(name, {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items()}, spec)
+        names = stored_names(name, spec)
+        stored = read_tensors(folder, entries, list(names.values()))
+        validate_layer(name, {key: stored[tensor] for key, tensor in names.items()}, spec)
     for module in (HEAD_MODULE, EMBEDDING_MODULE):
         if f"{module}.weight_int8" in entries:
             read_int8(folder, entries, module)

@@ -45,9 +45,7 @@ def rank_budget(planes: int) -> float:
     return AUTO_RANK_BITS_PER_WEIGHT if planes == 1 else planes + PLANES_MARGIN
 
 
-def largest_fitting_rank(
-    specs: Mapping[str, LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT
-) -> int:
+def largest_fitting_rank(specs: Mapping[str, LayerSpec], budget: float = AUTO_RANK_BITS_PER_WEIGHT) -> int:
     """Return the largest rank with at most `budget` bits per weight over all linears; 0 if rank 1 exceeds it."""
     without, with_one = (
         total_bits({name: replace(spec, rank=rank) for name, spec in specs.items()}) for rank in (0, 1)

@@ -73,7 +73,7 @@ class ExpertLinears(nn.Module):
 
 
 def divide_experts(layer: nn.Module, experts: Experts | None) -> None:
-    """Replace transformers' experts in a decoder layer by `ExpertLinears`; do nothing where there are none to divide."""
+    """Replace transformers' experts in a decoder layer by `ExpertLinears`, unless there are none to divide."""
     if experts is not None:
         layer.set_submodule(experts.path, ExpertLinears(layer.get_submodule(experts.path), experts))
 

@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from bwla_converter.hf.modules import BWLAEmbedding, BWLAHead, BWLALinear, BWLATiedHead, module_paths
+from bwla_converter.hf.modules import BWLAEmbedding, BWLAHead, BWLALinear, BWLATiedHead
+from bwla_converter.hf.replace import module_paths
 from bwla_converter.source.observe.names import stored_tensors, tied_names
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, validate_layer
+from bwla_kernels.format.experts import expert_of
 from bwla_kernels.format.files import Entry, read_json
 from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.head import HEAD_MODULE, INT8_SUFFIX, validate_head
@@ -45,7 +47,14 @@ def check_files(model: nn.Module, folder: Path) -> Mapping[str, LayerSpec]:
             "restore this value, and do not pass another one to from_pretrained"
         )
     named, paths = dict(model.named_modules()), module_paths(model, specs)
-    missing = next((name for name, path in paths.items() if not isinstance(named.get(path), nn.Linear)), None)
+    missing = next(
+        (
+            name
+            for name, path in paths.items()
+            if expert_of(name) is None and not isinstance(named.get(path), nn.Linear)
+        ),
+        None,
+    )
     if missing is not None:
         raise FormatError(
             f"{folder}: expected {type(model).__name__} to have the linears of the checkpoint, found none called "

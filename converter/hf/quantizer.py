@@ -66,7 +66,7 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: "PreTrainedModel", checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         from bwla_converter.hf.files import check_files
-        from bwla_converter.hf.modules import replace_linears
+        from bwla_converter.hf.replace import replace_linears
 
         specs = check_files(model, Path(checkpoint_files[0]).parent) if checkpoint_files else None
         replace_linears(model, self.quantization_config.format, os.environ.get(BACKEND_VARIABLE), specs)
@@ -76,6 +76,13 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
         check_loaded(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        """Return the conversions of stored tensors, without those that join experts where these are in one bit."""
+        from bwla_converter.hf.expert_modules import without_merging
+
+        quantizes = self.quantization_config.format.experts is not None
+        return without_merging(super().update_weight_conversions(weight_conversions), quantizes)
 
     def get_state_dict_and_metadata(self, model: "PreTrainedModel") -> tuple[None, dict[str, str]]:
         """Describe the model as it is now in its `quantization_config`, which transformers saves with it.

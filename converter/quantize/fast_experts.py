@@ -147,7 +147,7 @@ def _learn(
 
 
 def _chunks(weights: Mapping[str, Tensor], moments: Moments) -> Iterator[Sequence[str]]:
-    """Yield the linears that are quantized together: one where it has moments of its own, else up to CHUNK_ROWS rows."""
+    """Yield the linears to quantize together: one that has moments of its own, or several of up to CHUNK_ROWS rows."""
     names: list[str] = []
     rows = 0
     for name, weight in weights.items():

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from bwla_converter.quantize.fast import (
-    row_factor_step,
     SCALE_FACTORS,
     State,
     binarization_step,
     column_scale_step,
     group_result,
     relative_norm,
+    row_factor_step,
 )
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
 from bwla_converter.quantize.moments import Moments, rotate_hessian

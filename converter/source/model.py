@@ -37,8 +37,8 @@ class Source:
         folder: the checkpoint folder.
         config: contents of config.json.
         structure: its decoder layers and input groups.
-        entries: file, shape and dtype of every tensor as `read` returns it: fp8 weights as bfloat16, and experts that are
-            stored joined one by one, if they are quantized.
+        entries: file, shape and dtype of every tensor as `read` returns it: fp8 weights as bfloat16, and one
+            tensor for each linear of experts that are stored joined and will be quantized.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
         ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
@@ -93,8 +93,8 @@ class Source:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
 
         Raises:
-            SourceError: `ignore` names some linears of a group and not the others. All experts of a layer are ignored, or
-                none; without them, the other linears of the group may be quantized.
+            SourceError: `ignore` names some linears of a group and not the others. It names all of a layer's experts, or
+                none; the other linears of their group may be quantized without them.
         """
         without_experts = self._ignores_experts(index)
         for group in self.structure.blocks[index]:
@@ -123,8 +123,8 @@ class Source:
         others = [name for name in names if not is_ignored(name, self.ignore)]
         if others and len(others) < len(names):
             raise SourceError(
-                f"{others[0]}: is not ignored, but other linears of the layer's experts are: --ignore experts leaves all "
-                "of them as they are"
+                f"{others[0]}: is not ignored, but other linears of the layer's experts are: --ignore experts "
+                "leaves all of them as they are"
             )
         return frozenset() if others else frozenset(names)
 
@@ -198,7 +198,9 @@ class Source:
         Experts that are stored joined are read as a whole and divided.
         """
         joined = {name: self._joined[name] for name in names if name in self._joined}
-        stored = self._read_stored(list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names)))
+        stored = self._read_stored(
+            list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names))
+        )
         tensors: dict[str, Tensor] = {}
         for tensor in dict.fromkeys(joined.values()):
             name, index = tensor
@@ -312,7 +314,9 @@ def expected_names(
     return [*fitting, *usual]
 
 
-def divided_experts(entries: Mapping[str, Entry], structure: Structure, ignore: Sequence[str]) -> dict[str, Entry]:
+def divided_experts(
+    entries: Mapping[str, Entry], structure: Structure, ignore: Sequence[str]
+) -> dict[str, Entry]:
     """Return `entries` with the experts that are stored joined and will be quantized as one tensor for each linear."""
     divided = dict(entries)
     for index, experts in structure.experts.items():
@@ -322,7 +326,10 @@ def divided_experts(entries: Mapping[str, Entry], structure: Structure, ignore: 
         for stacked, names in experts.divisions():
             entry = divided.pop(f"{prefix}{stacked}")
             divided.update(
-                {f"{prefix}{name}.weight": Entry(entry.file, experts.shape_of(name), entry.dtype) for name in names}
+                {
+                    f"{prefix}{name}.weight": Entry(entry.file, experts.shape_of(name), entry.dtype)
+                    for name in names
+                }
             )
     return divided
 

@@ -164,7 +164,9 @@ class _Deriving:
         """Return what is derived of a decoder layer."""
         linears = {path: self.layers[index].get_submodule(path) for path in self.paths(index)}
         experts, plain = self._experts(index, record)
-        members_of = {} if experts is None else {experts.path: tuple(map(experts.module_path, experts.gate_up))}
+        members_of = (
+            {} if experts is None else {experts.path: tuple(map(experts.module_path, experts.gate_up))}
+        )
         by_input: dict[object, list[str]] = {}
         for path, key in record.inputs.items():
             by_input.setdefault(key, []).extend(members_of.get(path, (path,) if path in linears else ()))
@@ -220,7 +222,9 @@ class _Deriving:
             elif experts is not None:
                 found.append(experts)
         if len(found) > 1:
-            reasons.update({experts.path: "a layer with several sets of experts has no kernel" for experts in found})
+            reasons.update(
+                {experts.path: "a layer with several sets of experts has no kernel" for experts in found}
+            )
         return (found[0] if len(found) == 1 else None), reasons
 
     @staticmethod

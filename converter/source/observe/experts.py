@@ -95,7 +95,9 @@ class Experts:
         for stacked, names in self.divisions():
             if f"{prefix}{stacked}" in tensors:
                 rows = tensors[f"{prefix}{stacked}"].reshape(len(names), -1, self.shape_of(names[0])[1])
-                weights.update({f"{prefix}{name}.weight": part for name, part in zip(names, rows, strict=True)})
+                weights.update(
+                    {f"{prefix}{name}.weight": part for name, part in zip(names, rows, strict=True)}
+                )
         return weights
 
     def join(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -142,7 +144,13 @@ def unsupported(module: nn.Module) -> str | None:
 
 
 def find_experts(
-    module: nn.Module, path: str, prefix: str, stored_prefix: str, names: StoredNames, parameters: Mapping[str, Sequence[str]], architecture: str
+    module: nn.Module,
+    path: str,
+    prefix: str,
+    stored_prefix: str,
+    names: StoredNames,
+    parameters: Mapping[str, Sequence[str]],
+    architecture: str,
 ) -> Experts | None:
     """Return how the experts `module` are stored; None where the rules of transformers do not tell.
 

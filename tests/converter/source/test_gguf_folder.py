@@ -16,9 +16,9 @@ from bwla_converter.pipeline import convert
 from bwla_converter.report.model_card import source_metadata
 from bwla_converter.source import gguf_folder
 from bwla_converter.source.folder import download
+from bwla_converter.source.folder.locate import locate
 from bwla_converter.source.gguf_folder import prepare, write_folder
 from bwla_converter.source.gguf_path import cache_folder
-from bwla_converter.source.folder.locate import locate
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import read_json
