@@ -44,7 +44,8 @@ class ExpertLinears(nn.Module):
     def hidden_values(self, number: int, x: Tensor) -> Tensor:
         """Return what the down projection of expert `number` reads, [M, I], for its inputs x [M, H]."""
         gate, up = (self.linear(number, leaf)(x) for leaf in self.leaves[:2])
-        return self.act_fn(gate) * up
+        values: Tensor = self.act_fn(gate) * up
+        return values
 
     def routed(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each expert that is chosen, with the tokens that chose it and the places it has among their choices.

@@ -170,7 +170,7 @@ class _Deriving:
         by_input: dict[object, list[str]] = {}
         for path, key in record.inputs.items():
             by_input.setdefault(key, []).extend(members_of.get(path, (path,) if path in linears else ()))
-            if path in members_of:
+            if experts is not None and path == experts.path:
                 # The inputs of all experts' down projections are one group, although they are different tensors.
                 by_input[path] = list(map(experts.module_path, experts.down))
         unused = (path for path in linears if path not in record.inputs)
@@ -185,7 +185,7 @@ class _Deriving:
             for other in rules.fused_with(path, list(record.inputs)):
                 reasons.setdefault(other, f"vLLM stores it in one with {path}, which {reason}")
         groups, renamed = [], {}
-        for key, paths in by_input.items():
+        for read, paths in by_input.items():
             members = [path for path in paths if path not in reasons]
             if not members:
                 continue
@@ -193,7 +193,8 @@ class _Deriving:
             renamed.update({name: path for name, path in zip(names, members, strict=True) if name != path})
             streams: set[str | None] = {record.streams.get(path) for path in members}
             stream = streams.pop() if len(streams) == 1 else None
-            groups.append(InputGroup(names, stream, key in members_of or self._is_sharded(paths, linears)))
+            sharded = experts is not None and read == experts.path
+            groups.append(InputGroup(names, stream, sharded or self._is_sharded(paths, linears)))
         named = {self.stored(index, path) or path: reason for path, reason in reasons.items()}
         for path, reason in rules.plain_modules(self.layers[index]):
             if path not in members_of:
