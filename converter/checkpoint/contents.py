@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bwla_converter.common.bits import bits_per_weight, num_weights, stored_bits, tensor_bits
+from bwla_converter.common.bits import linear_bits, num_weights, tensor_bits
 from bwla_converter.common.tensors import entry_bytes
-from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_of, settings_name, stored_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, parse_config
@@ -49,7 +50,7 @@ class Contents:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, everything counted."""
-        return bits_per_weight(self.specs.values())
+        return sum(self.bits.values())
 
     @property
     def embedding_bits(self) -> int:
@@ -76,17 +77,17 @@ class Contents:
 
 
 def kind_of(name: str) -> str:
-    """Return the last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
-    return name.rpartition(".")[2]
+    """Return the last part of a linear's name (`q_proj`), and of an expert's the last three: `experts.*.w1`."""
+    parts = settings_name(name).split(".")
+    return ".".join(parts[-1:] if expert_of(name) is None else parts[-3:])
 
 
-def split_bits(specs: Iterable[LayerSpec]) -> dict[str, float]:
-    """Return the bits per quantized weight by purpose; their sum is `bits.bits_per_weight`."""
-    listed = list(specs)
-    weights = sum(map(num_weights, listed))
+def split_bits(specs: Mapping[str, LayerSpec]) -> dict[str, float]:
+    """Return the bits per quantized weight by purpose; their sum is that of everything."""
+    weights = sum(map(num_weights, specs.values()))
     bits = dict.fromkeys(PARTS.values(), 0.0)
-    for spec in listed:
-        for key, tensor in tensor_specs(replace(spec, bias=False)).items():
+    for name, spec in specs.items():
+        for key, tensor in stored_specs(name, replace(spec, bias=False)).items():
             bits[PARTS[key]] += tensor_bits(tensor) / weights
     return bits
 
@@ -123,7 +124,7 @@ def read_contents(folder: Path) -> Contents:
     specs = check_folder(folder, entries)
     config = read_json(folder / "config.json")
     format_ = parse_config(config["quantization_config"], str(folder / "config.json"))
-    bits, sizes = split_bits(specs.values()), split_bytes(entries, specs)
+    bits, sizes = split_bits(specs), split_bytes(entries, specs)
     return Contents(folder, format_, dict(sorted(specs.items(), key=_place)), entries, bits, sizes)
 
 
@@ -150,8 +151,8 @@ def layer_row(name: str, spec: LayerSpec) -> dict[str, object]:
         "planes": spec.planes,
         "rank": spec.rank,
         "activation_bits": spec.bits,
-        "bits_per_weight": round(stored_bits(spec) / num_weights(spec), 4),
-        "bytes": stored_bits(spec) // 8,
+        "bits_per_weight": round(linear_bits(name, spec) / num_weights(spec), 4),
+        "bytes": linear_bits(name, spec) // 8,
     }
 
 

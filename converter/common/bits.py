@@ -6,6 +6,7 @@ from dataclasses import replace
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_kernels.factorize import RANK_STEP
 from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
+from bwla_kernels.format.experts import stored_specs
 
 AUTO_RANK_BITS_PER_WEIGHT = 1.16
 """Bits per weight that `--rank auto` does not exceed, as in the paper."""
@@ -22,6 +23,14 @@ def tensor_bits(tensor: TensorSpec) -> int:
 def stored_bits(spec: LayerSpec) -> int:
     """Return the size of a linear's stored tensors in bits, without its bias, which the original model has too."""
     return sum(map(tensor_bits, tensor_specs(replace(spec, bias=False)).values()))
+
+
+def linear_bits(name: str, spec: LayerSpec) -> int:
+    """Return the size in bits of what is stored under the name of a linear, without its bias.
+
+    That is less than `stored_bits` for experts other than 0, which do not store the input transform.
+    """
+    return sum(map(tensor_bits, stored_specs(name, replace(spec, bias=False)).values()))
 
 
 def num_weights(spec: LayerSpec) -> int:

@@ -12,6 +12,7 @@ from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.source.model import Source
 from bwla_converter.training.divergence import chunk_logits
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.files import read_tensors
 from bwla_kernels.precision import fast_products
 from torch import Tensor
@@ -51,9 +52,8 @@ class StoredModel:
         for name, spec in self.specs.items():
             if name.startswith(prefix):
                 own = {
-                    key.rpartition(".")[2]: value.to(self.runner.device)
-                    for key, value in tensors.items()
-                    if key.startswith(f"{name}.")
+                    key: tensors[stored].to(self.runner.device)
+                    for key, stored in stored_names(name, spec).items()
                 }
                 layer.replace(name, BWLALinear.from_stored(name, spec, own, own.get("bias")))
         return layer
