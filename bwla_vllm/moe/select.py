@@ -37,24 +37,36 @@ def experts_spec(
     """
     # In some releases vLLM's layer is a part of the module that the checkpoint names: `experts.routed_experts`.
     stem = prefix.removesuffix(".routed_experts")
-    moe = layer.moe_config
     if stored is None:
-        found = _described(quantization, stem, moe)
-        number = moe.num_logical_experts
+        found = _described(quantization, stem, layer)
     else:
         module = _stored_module(quantization, stored, stem)
-        experts = {} if module is None else stored[module]
-        leaves = next((leaves for leaves in EXPERT_LEAVES if module and {*leaves} == experts[0].keys()), None)
-        found = None if leaves is None else (experts[0][leaves[0]], experts[0][leaves[2]])
-        number = len(experts)
+        found = None if module is None else _linears(module, stored[module])
     if found is None:
         return None
-    gate, down = found
-    activation = getattr(moe.activation, "value", moe.activation)
+    number, gate, down = found
+    activation = layer.moe_config.activation
     try:
-        return ExpertsSpec(number, replace(gate, out_features=2 * gate.out_features), down, str(activation))
+        return ExpertsSpec(
+            number,
+            replace(gate, out_features=2 * gate.out_features),
+            down,
+            str(getattr(activation, "value", activation)),
+        )
     except FormatError as error:
         raise FormatError(f"{stem}: {error}") from None
+
+
+def _linears(module: str, experts: Experts) -> tuple[int, LayerSpec, LayerSpec]:
+    """Return the number of stored experts, and the sizes of gate and down of the first."""
+    first = experts.get(0, {})
+    for gate, up, down in EXPERT_LEAVES:
+        if first.keys() == {gate, up, down}:
+            return len(experts), first[gate], first[down]
+    wanted = " or ".join(", ".join(leaves) for leaves in EXPERT_LEAVES)
+    raise FormatError(
+        f"{module}.0: expected the one-bit linears {wanted}, found {', '.join(first) or 'none'}; {ADVICE}"
+    )
 
 
 def _stored_module(quantization: "BWLAFormat", stored: Mapping[str, Experts], stem: str) -> str | None:
@@ -76,14 +88,15 @@ def _stored_module(quantization: "BWLAFormat", stored: Mapping[str, Experts], st
     return others[0] if others else None
 
 
-def _described(quantization: "BWLAFormat", stem: str, moe: Any) -> tuple[LayerSpec, LayerSpec] | None:
-    """Return gate and down as config.json describes them, with the sizes of the model."""
+def _described(quantization: "BWLAFormat", stem: str, layer: Any) -> tuple[int, LayerSpec, LayerSpec] | None:
+    """Return the number of experts, gate and down as config.json describes them, with the sizes of the model."""
     if quantization.experts is None:
         return None
+    moe = layer.moe_config
     inner = moe.intermediate_size_per_partition * moe.moe_parallel_config.tp_size
     for leaves in EXPERT_LEAVES:
         gate = quantization.layer_spec(f"{stem}.0.{leaves[0]}", inner, moe.hidden_dim)
         down = quantization.layer_spec(f"{stem}.0.{leaves[2]}", moe.hidden_dim, inner)
         if gate is not None and down is not None:
-            return gate, down
+            return int(moe.num_logical_experts), gate, down
     return None
