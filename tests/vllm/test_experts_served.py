@@ -1,5 +1,6 @@
 """Checkpoints with one-bit experts are served: the same answer as vLLM's own on the dequantized weights."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from bwla_converter.checkpoint.dequantize import write_dequantized
 
 from benchmarks.coverage.build import make_config
 from benchmarks.coverage.cases import CASES
+from bwla_vllm import observe
 from bwla_vllm.errors import StartError
 
 PROMPT = [3, 17, 99, 45, 200, 31, 8, 120, 77]
@@ -77,18 +79,25 @@ def six_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_kernel_agrees_with_the_reference(
     six_bits: Path,
     start: Callable[..., Any],
-    plugin_log: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plugin_log.set_level("INFO", "vllm.bwla")
+    # An engine sets up vLLM's loggers anew.
+    monkeypatch.setattr(observe, "logger", logging.getLogger("observed"))
+    caplog.set_level(logging.INFO, "observed")
     monkeypatch.setenv("BWLA_CHECK_LAYERS", "2")
     answer(start(six_bits, skip_tokenizer_init=True))
-    (row,) = [line for line in plugin_log.text.splitlines() if line.startswith("experts ")]
+    messages = [record.getMessage() for record in caplog.records if record.name == "observed"]
+    (row,) = [line for message in messages for line in message.splitlines() if line.startswith("experts ")]
     assert row.split()[1] == "cpu"
     assert "W1A6 rank 1/2" in row
     assert "4 x (128 x 64 + 64 x 64)" in row
-    assert "call 2 of 2, 2 groups of experts" in plugin_log.text
-    assert "differ from the reference" not in plugin_log.text
+    reports = [message for message in messages if "2 groups of experts" in message]
+    assert [report.partition(",")[0] for report in reports] == [
+        "BWLA_CHECK_LAYERS: call 1 of 2",
+        "BWLA_CHECK_LAYERS: call 2 of 2",
+    ]
+    assert all(float(report.rpartition(" ")[2]) < 1e-5 for report in reports)
 
 
 def test_compiled_reloaded_and_read_from_one_file(six_bits: Path, start: Callable[..., Any]) -> None:
