@@ -31,6 +31,11 @@ class ErrorRecorder(Protocol):
         """Record the largest relative error of that call over `rows` rows."""
 
 
+def stored_name(name: str) -> str:
+    """Return the name under which a stored tensor is kept for the comparison."""
+    return _PREFIX + name
+
+
 def stored_copy(name: str) -> bool:
     """Return whether a tensor of this name is kept only for the comparison."""
     return name.startswith(_PREFIX)
@@ -93,7 +98,7 @@ class CheckedBackend:
     def prepare(self, tensors: Mapping[str, Tensor], spec: Any) -> dict[str, Tensor]:
         """Return the tensors of the wrapped backend, and the stored ones under prefixed names."""
         prepared = self.backend.prepare(tensors, spec)
-        return {**prepared, **{_PREFIX + name: tensor for name, tensor in tensors.items()}}
+        return {**prepared, **{stored_name(name): tensor for name, tensor in tensors.items()}}
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: Any) -> Tensor:
         """Compute x [..., K] -> [..., N] with the wrapped backend, and check some rows if the recorder wants them."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import EXPERT_LEAVES, expert_of
 from bwla_kernels.format.files import INDEX_FILE, SINGLE_FILE, read_folder, read_json
 from bwla_kernels.format.folder import check_folder
 from bwla_kernels.format.model import changed_size, check_plain_values, config_values
@@ -20,6 +21,9 @@ INPUT_SHARDED = ("o_proj", "down_proj")
 
 OUTPUT_SHARDED = {"gate_proj": 1, "up_proj": 1, "gate_up_proj": 2}
 """Linears sharded along their output, and how many of them a stored tensor fuses; vLLM checks q, k and v itself."""
+
+EXPERT_NAMES = dict(zip(EXPERT_LEAVES[1], EXPERT_LEAVES[0], strict=True))
+"""Other names of an expert's linears -> the usual ones."""
 
 
 KV_B_PROJ = "kv_b_proj"
@@ -108,16 +112,27 @@ def changed_sizes(folder: Path, asked: Any, values: Mapping[str, Any] | None = N
     )
 
 
-def check_tensor_parallel(specs: Mapping[str, LayerSpec], tp_size: int) -> None:
+def check_tensor_parallel(
+    specs: Mapping[str, LayerSpec], tp_size: int, expert_parallel: bool = False
+) -> None:
     """Check that every layer that is known to be sharded can be cut into `tp_size` equal parts.
 
     Other layers are checked one by one while vLLM builds the model (`BWLALinearMethod.create_weights`).
+
+    Args:
+        specs: the quantized linears.
+        tp_size: number of tensor-parallel ranks.
+        expert_parallel: whether each rank has whole experts instead of a part of each.
 
     Raises:
         FormatError: a layer whose rows or rotation groups `tp_size` does not divide.
     """
     for name, spec in specs.items():
+        in_expert = expert_of(name) is not None
+        if in_expert and expert_parallel:
+            continue
         leaf = name.rpartition(".")[2]
+        leaf = EXPERT_NAMES.get(leaf, leaf) if in_expert else leaf
         rows = spec.out_features // OUTPUT_SHARDED.get(leaf, 1)
         if leaf in OUTPUT_SHARDED and rows % tp_size:
             raise FormatError(

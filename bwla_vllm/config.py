@@ -21,6 +21,7 @@ from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.observe import Observer, calls_to_check
 
 if TYPE_CHECKING:
+    from bwla_kernels.format.expert_checks import Experts
     from bwla_kernels.format.schema import BWLAFormat
 
 # vLLM attaches its log handlers to the logger "vllm"; loggers below it are formatted like vLLM's own.
@@ -28,9 +29,6 @@ logger = init_logger("vllm.bwla")
 
 BACKEND_VARIABLE = "BWLA_BACKEND"
 """Environment variable that forces a backend by name; read once, when the config is created."""
-
-EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-"""Names of the linears of an expert."""
 
 USUAL_PARTS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "qkv_proj": (("q_proj", "k_proj", "v_proj"),),
@@ -69,6 +67,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         self.backend = os.environ.get(BACKEND_VARIABLE) or None
         self.observer = Observer(calls_to_check())
         self._start_checked = False
+        self._experts: dict[str, Experts] | None = None
 
     def __repr__(self) -> str:
         return f"BWLAConfig({self.format!r})"
@@ -167,6 +166,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
                 changes[key] = {**hf_to_vllm_mapper.apply_dict(dict(setting)), **setting}
         self.format = quantization.model_copy(update=changes)
         self.specs = {**hf_to_vllm_mapper.apply_dict(dict(self.specs)), **self.specs}
+        self._experts = None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
         """Choose the quantization method of a layer.
@@ -176,11 +176,13 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             prefix: its name inside the model.
 
         Returns: `BWLALinearMethod` for a quantized linear, a method of `bwla_vllm.head` for a head or an embedding in
-            8 bits, vLLM's unquantized method for another linear, None (vLLM's default) for everything else.
+            8 bits, `BWLAExpertsMethod` for one-bit experts, vLLM's unquantized method for another linear, None (vLLM's
+            default) for everything else.
 
         Raises:
             StartError: a load format or an override that cannot work; a fused layer whose parts are quantized
-                differently; one-bit experts or head; sizes that the tensor-parallel size does not divide.
+                differently; a one-bit head; experts that no kernel computes; sizes that the tensor-parallel size does
+                not divide.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -207,10 +209,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             return method
         if isinstance(layer, ParallelLMHead) and quantization.is_quantized(prefix):
             raise _not_served(prefix)
-        if is_moe_layer(layer):
-            for name in self._experts(prefix):
-                raise _not_served(name)
-        return None
+        return self._experts_method(layer, prefix) if is_moe_layer(layer) else None
 
     def known_format(self) -> "BWLAFormat":
         """Return the parsed config.
@@ -249,9 +248,12 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from bwla_vllm.loading import check_request
 
         if not self._start_checked:
-            check_request(get_current_vllm_config_or_none(), self.known_format(), self.changed_sizes)
+            config = get_current_vllm_config_or_none()
+            check_request(config, self.known_format(), self.changed_sizes)
+            parallel = None if config is None else config.parallel_config
+            whole_experts = bool(getattr(parallel, "enable_expert_parallel", False))
             with one_sentence():
-                check_tensor_parallel(self.specs, get_tensor_model_parallel_world_size())
+                check_tensor_parallel(self.specs, get_tensor_model_parallel_world_size(), whole_experts)
             watch_vocabulary(self.known_format(), ties_head())
             self._start_checked = True
 
@@ -284,21 +286,26 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         yield (leaf,)
         yield from USUAL_PARTS.get(leaf, ())
 
-    def _experts(self, prefix: str) -> Iterator[str]:
-        """Yield the linears of the experts below `prefix` that are stored in one bit."""
-        # vLLM's layer is a part of the module that the checkpoint names: `experts.routed_experts`.
-        stem = prefix.removesuffix(".routed_experts")
-        if self.specs:
-            yield from (name for name in self.specs if name.startswith(f"{stem}."))
-        else:
-            names = (f"{stem}.0.{leaf}" for leaf in EXPERT_LEAVES)
-            yield from filter(self.known_format().is_quantized, names)
+    def _experts_method(self, layer: Any, prefix: str) -> Any:
+        """Return the method of a mixture-of-experts layer, or None where its experts are in 16 bits."""
+        from bwla_kernels.format.expert_checks import experts_of
+
+        from bwla_vllm.moe.method import BWLAExpertsMethod
+        from bwla_vllm.moe.select import experts_spec
+
+        if self._experts is None:
+            self._experts = experts_of(self.specs)
+        with one_sentence():
+            spec = experts_spec(self.known_format(), self._experts if self.specs else None, prefix, layer)
+        if spec is None:
+            return None
+        return BWLAExpertsMethod(layer.moe_config, spec, prefix, self.backend, self.observer)
 
 
 def _not_served(name: str) -> StartError:
     return StartError(
-        f"{name}: this release of the plugin does not serve one-bit experts or a one-bit language-model "
-        f"head: convert the model again with --ignore {name.rpartition('.')[2]}"
+        f"{name}: this release of the plugin does not serve a one-bit language-model head: convert the model again "
+        f"with --ignore {name.rpartition('.')[2]}"
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format.layer import ROW_TENSORS
 from torch import Tensor
 
 SEED = 0
@@ -43,3 +44,11 @@ def dummy_tensors(spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
             tensor = torch.zeros(want.shape, dtype=dtype, device="cpu")
         tensors[name] = tensor.to(device)
     return tensors
+
+
+def dummy_experts(experts: int, spec: LayerSpec, device: torch.device) -> dict[str, Tensor]:
+    """Return the stacked tensors of one projection of a layer's experts, which are all the same (`dummy_tensors`)."""
+    return {
+        name: tensor.repeat(experts, *[1] * tensor.dim()) if name in ROW_TENSORS else tensor
+        for name, tensor in dummy_tensors(spec, device).items()
+    }

@@ -133,10 +133,10 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             backend, reason = select_backend(spec, layer.weight_packed.device, self.backend_name)
         logger.info_once("BWLA layers: %s", reason)
         if backend.name == "triton":
-            _warn_of_untested_triton()
+            warn_of_untested_triton()
         backend = self.observer.watch_layer(backend, self.name)
         self.observer.expect(self.name)
-        layer.bwla = LocalLinear(spec, tuple(output_partition_sizes), backend, _note_backend(backend.name))
+        layer.bwla = LocalLinear(spec, tuple(output_partition_sizes), backend, note_backend(backend.name))
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -264,7 +264,7 @@ def _merged(parameter: Parameter) -> Tensor:
     return data[0].clone() if len(data) > 1 else data[0]
 
 
-def _warn_of_untested_triton() -> None:
+def warn_of_untested_triton() -> None:
     """Warn, once per process, if the kernels are about to be compiled by an untested Triton release."""
     import triton  # only where a layer needs it, as in the backend
 
@@ -281,7 +281,7 @@ def _switch_dependent_launch(additional: Any) -> None:
         logger.info_once("BWLA layers: kernels do not overlap, as requested by %s", DEPENDENT_SWITCH)
 
 
-def _note_backend(name: str) -> bool:
+def note_backend(name: str) -> bool:
     """Make the backend part of vLLM's compile-cache key; return whether vLLM loads dummy weights.
 
     The key covers the model's config and the plugin's traced files, but not the choice of a backend (or a changed op):

@@ -91,11 +91,34 @@ def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) 
     if config is None or config.model_config is None:
         return
     check_load_format(str(config.load_config.load_format))
+    if quantization.experts is not None:
+        check_expert_parallel(config.parallel_config)
     if loads_dummy_weights(config):
         return
     if changed is not None:
         raise StartError(changed)
     check_derived_head(config.model_config.hf_config, quantization)
+
+
+def check_expert_parallel(parallel: Any) -> None:
+    """Check that vLLM's options of expert parallelism work with one-bit experts.
+
+    Args:
+        parallel: vLLM's parallel config.
+
+    Raises:
+        StartError: an option under which a rank would not read expert 0, or would move experts between ranks.
+    """
+    if getattr(parallel, "enable_ep_weight_filter", False):
+        raise StartError(
+            "--enable-ep-weight-filter: expected every rank to read expert 0, which stores the input transform of all "
+            "one-bit experts of a layer, found that ranks skip it: start vLLM without this option"
+        )
+    if getattr(parallel, "enable_eplb", False):
+        raise StartError(
+            "--enable-eplb: expected one-bit experts to stay on their rank, because their repacked tensors cannot be "
+            "exchanged one expert at a time, found load balancing: start vLLM without this option"
+        )
 
 
 def derives_classifier(hf_config: Any) -> bool:

@@ -12,6 +12,7 @@ from io import StringIO
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HeadSpec
 from torch import Tensor
@@ -20,7 +21,7 @@ from vllm.logger import init_logger
 from bwla_vllm.errors import StartError
 
 if TYPE_CHECKING:  # imported by every vLLM process, so nothing that brings the kernels
-    from bwla_kernels.ops import HeadBackend, LinearBackend
+    from bwla_kernels.ops import ExpertsBackend, HeadBackend, LinearBackend
 
 logger = init_logger("vllm.bwla")
 
@@ -38,7 +39,7 @@ class LoadedLayer:
 
     Attributes:
         kind: last part of its name.
-        size: "N x K" in this process.
+        size: "N x K" in this process; for E experts, "E x (2 I x H + H x I)".
         backend, variant: name of the backend, and its instruction set or compute capability.
         numbers: bits of weights and activations.
         weights: N K.
@@ -63,8 +64,8 @@ class LoadedLayer:
 
 def describe(
     name: str,
-    backend: "LinearBackend | HeadBackend",
-    spec: LayerSpec | HeadSpec,
+    backend: "LinearBackend | HeadBackend | ExpertsBackend",
+    spec: LayerSpec | HeadSpec | ExpertsSpec,
     tensors: Mapping[str, Tensor],
     seconds: float,
 ) -> LoadedLayer:
@@ -72,17 +73,31 @@ def describe(
     from bwla_vllm.checked import stored_copy
 
     device = next(iter(tensors.values())).device
-    numbers = "W8A16" if isinstance(spec, HeadSpec) else f"W1A{spec.bits} rank {spec.rank}"
+    size, numbers, weights = _sizes(spec)
     return LoadedLayer(
-        name.rpartition(".")[2],
-        f"{spec.out_features} x {spec.in_features}",
+        name.removesuffix(".routed_experts").rpartition(".")[2],
+        size,
         backend.name,
         backend.can_implement(spec, device)[1],  # type: ignore[arg-type]
         numbers,
-        spec.out_features * spec.in_features,
+        weights,
         sum(tensor.nbytes for key, tensor in tensors.items() if not stored_copy(key)),
         seconds,
     )
+
+
+def _sizes(spec: LayerSpec | HeadSpec | ExpertsSpec) -> tuple[str, str, int]:
+    """Return the size of a layer, its bits, and its number of weights; of experts, gate and up are one linear."""
+    if isinstance(spec, ExpertsSpec):
+        parts = (spec.gate_up, spec.down)
+        ranks = "/".join(str(rank) for rank in dict.fromkeys(part.rank for part in parts))
+        return (
+            f"{spec.experts} x ({' + '.join(_sizes(part)[0] for part in parts)})",
+            f"W1A{spec.gate_up.bits} rank {ranks}",
+            spec.experts * sum(_sizes(part)[2] for part in parts),
+        )
+    numbers = "W8A16" if isinstance(spec, HeadSpec) else f"W1A{spec.bits} rank {spec.rank}"
+    return f"{spec.out_features} x {spec.in_features}", numbers, spec.out_features * spec.in_features
 
 
 def load_table(layers: list[LoadedLayer]) -> str:
@@ -172,6 +187,15 @@ class Observer:
     def watch_head(self, backend: "HeadBackend", name: str) -> "HeadBackend":
         """Do the same for the head, see `watch_layer`."""
         return self._checked(backend, name) if self._watches(name, "heads") else backend
+
+    def watch_experts(self, backend: "ExpertsBackend", name: str) -> "ExpertsBackend":
+        """Do the same for the experts of a layer, see `watch_layer`."""
+        if not self._watches(name, "groups of experts"):
+            return backend
+        from bwla_vllm.moe.checked import CheckedExperts
+
+        checked: Any = CheckedExperts(backend, name, self)
+        return checked  # type: ignore[no-any-return]
 
     def wants(self, name: str) -> bool:
         """Return whether to check the next call of the layer called `name`."""

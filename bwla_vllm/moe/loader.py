@@ -4,10 +4,11 @@ vLLM hands over one tensor of one expert at a time (`experts.3.gate_proj.weight_
 that collects it for all experts (`w13_weight_scale`): w1 is the gate, w3 up, w2 down.
 """
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.format import LayerSpec
@@ -15,10 +16,11 @@ from bwla_kernels.format.layer import INPUT_TRANSFORM, TensorSpec, shape_problem
 from bwla_kernels.ops import ExpertsBackend
 from torch import Tensor
 from torch.nn import Parameter
+from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE
 from bwla_vllm.errors import one_sentence
-from bwla_vllm.parameter import is_unset
+from bwla_vllm.parameter import unset
 
 DOWN_SHARD_DIM = {
     "weight_packed": -1,
@@ -39,28 +41,51 @@ class LocalExperts:
         rank: this tensor-parallel rank.
         size: number of tensor-parallel ranks.
         backend: backend that computes them.
+        dummy: whether to replace the first load by placeholder tensors.
     """
 
     spec: ExpertsSpec
     rank: int
     size: int
     backend: ExpertsBackend
+    dummy: bool = False
 
     def projection(self, prefix: str) -> LayerSpec:
         """Return the sizes of this rank's shard of gate and up (w13), or of down (w2)."""
         return self.spec.gate_up if prefix == "w13" else self.spec.down
 
 
-class ExpertLoader:
-    """Copies one expert's tensor into the parameter of all experts; vLLM calls it with the arguments named below."""
+def make_parameter(layer: Any, label: str, prefix: str, name: str, want: TensorSpec) -> Parameter:
+    """Return the parameter that collects a tensor of all experts, filled with values that validation refuses.
 
-    def __init__(self, layer: Any, label: str, tensor: str) -> None:
-        self.layer = layer
-        self.label = label
-        self.tensor = tensor
+    The input transform, which experts share, has a slot for each linear of expert 0 that stores a copy, [2, ...] for
+    gate and up: if copies were loaded over each other, vLLM's weight reloading would count the layer as complete too
+    early.
 
-    def __call__(
-        self,
+    Args:
+        layer: vLLM's layer of routed experts; `layer.bwla` describes what it loads.
+        label: its name, for messages.
+        prefix: w13 for gate and up, w2 for down.
+        name: the tensor's name in the format.
+        want: its shape for this rank's experts, from `stacked_specs`.
+    """
+    shape = want.shape
+    if name in INPUT_TRANSFORM:
+        shape = (2 if prefix == "w13" else 1, *shape)
+    parameter = Parameter(unset(shape, want.dtypes[0]), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": expert_loader(layer, label, name)})
+    return parameter
+
+
+def expert_loader(layer: Any, label: str, tensor: str) -> Callable[..., bool | None]:
+    """Return the function that copies one expert's tensor into the parameter of all experts.
+
+    It does not keep the layer alive: vLLM's weight reloading stores it for longer.
+    """
+    local: LocalExperts = layer.bwla
+    owner = weakref.ref(layer)
+
+    def load(
         param: Parameter,
         loaded_weight: Tensor,
         weight_name: str,
@@ -73,49 +98,49 @@ class ExpertLoader:
         Returns: whether this rank keeps it, if `return_success`.
 
         Raises:
-            StartError: another shape or dtype, or a copy of the input transform that differs from another expert's.
+            StartError: another shape or dtype, or an input transform that is not stored with expert 0.
         """
-        local: LocalExperts = self.layer.bwla
-        slot = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
-        where = f"{self.label}.{expert_id}.{shard_id}.{self.tensor}"
+        current = owner()
+        assert current is not None  # vLLM loads into the layer that has the parameter
+        slot = current._map_global_expert_id_to_local_expert_id(expert_id)
+        where = f"{label}.{expert_id}.{shard_id}.{tensor}"
+        shared = tensor in INPUT_TRANSFORM
         with one_sentence():
-            piece = self._own_piece(where, param.data, loaded_weight, shard_id, local)
-            if self.tensor in INPUT_TRANSFORM:
-                self._load_shared(where, param.data, piece)
-            elif slot >= 0:
-                rows = param.data[slot]
-                if shard_id != "w2":
-                    rows = rows.chunk(2)[0 if shard_id == "w1" else 1]
-                rows.copy_(piece)
-        kept = slot >= 0 or self.tensor in INPUT_TRANSFORM
-        return kept if return_success else None
+            if shared and expert_id != 0:
+                raise FormatError(
+                    f"{where}: expected the input transform with expert 0 only, which stores it for all experts of a "
+                    f"layer, found it with another one; {ADVICE}"
+                )
+            dim = _shard_dim(tensor, shard_id)
+            own = param.data[0]
+            if not shared and shard_id != "w2":
+                own = own.chunk(2)[0]
+            piece = _own_piece(where, own, loaded_weight, dim, local)
+        if shared:
+            param.data[1 if shard_id == "w3" else 0].copy_(piece)
+        elif slot >= 0:
+            rows = param.data[slot]
+            if shard_id != "w2":
+                rows = rows.chunk(2)[0 if shard_id == "w1" else 1]
+            rows.copy_(piece)
+        return (shared or slot >= 0) if return_success else None
 
-    def _own_piece(
-        self, where: str, data: Tensor, loaded: Tensor, shard_id: str, local: LocalExperts
-    ) -> Tensor:
-        """Check dtype and full size of a tensor, and return this rank's shard of it."""
-        shape = list(data.shape if self.tensor in INPUT_TRANSFORM else data.shape[1:])
-        dim: int | None
-        if shard_id == "w2":
-            dim = DOWN_SHARD_DIM.get(self.tensor)
-        else:
-            dim = None if self.tensor in INPUT_TRANSFORM else 0
-            if dim == 0:
-                shape[0] //= 2
-        own = shape[dim] if dim is not None else 0
-        if dim is not None:
-            shape[dim] = own * local.size
-        problem = shape_problem(TensorSpec(tuple(shape), (data.dtype,)), tuple(loaded.shape), loaded.dtype)
-        if problem:
-            raise FormatError(f"{where}: {problem}; {ADVICE}")
-        return loaded if dim is None else loaded.narrow(dim, local.rank * own, own)
+    return load
 
-    def _load_shared(self, where: str, data: Tensor, piece: Tensor) -> None:
-        """Keep the first copy of the input transform, and compare the others with it."""
-        if is_unset(data):
-            data.copy_(piece)
-        elif not torch.equal(data, piece.to(data.device)):
-            raise FormatError(
-                f"{where}: expected the values of the layer's other experts, which share the input transform, found "
-                "different ones; convert the model again with one rotation for all experts"
-            )
+
+def _shard_dim(tensor: str, shard_id: str) -> int | None:
+    """Return the dimension of one expert's tensor that tensor parallelism shards, or None."""
+    if shard_id == "w2":
+        return DOWN_SHARD_DIM.get(tensor)
+    return None if tensor in INPUT_TRANSFORM else 0
+
+
+def _own_piece(where: str, own: Tensor, loaded: Tensor, dim: int | None, local: LocalExperts) -> Tensor:
+    """Check dtype and full size of a tensor, and return this rank's shard of it, which has the shape of `own`."""
+    shape = list(own.shape)
+    if dim is not None:
+        shape[dim] *= local.size
+    problem = shape_problem(TensorSpec(tuple(shape), (own.dtype,)), tuple(loaded.shape), loaded.dtype)
+    if problem:
+        raise FormatError(f"{where}: {problem}; {ADVICE}")
+    return loaded if dim is None else loaded.narrow(dim, local.rank * own.shape[dim], own.shape[dim])

@@ -1,5 +1,6 @@
 """`BWLAExpertsMethod`: allocate, load and compute the one-bit experts of a mixture-of-experts layer in vLLM."""
 
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +14,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.utils import set_weight_attrs
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
+from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
-from bwla_vllm.moe.loader import ExpertLoader, LocalExperts
-from bwla_vllm.parameter import is_unset, mark_device, unset
+from bwla_vllm.linear import note_backend, warn_of_untested_triton
+from bwla_vllm.moe.loader import LocalExperts, make_parameter
+from bwla_vllm.observe import Observer
+from bwla_vllm.parameter import is_unset, mark_device
 
 logger = init_logger("vllm.bwla")
 
@@ -27,21 +30,25 @@ logger = init_logger("vllm.bwla")
 class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """Quantization method of the experts of one layer.
 
-    The input transform of gate and up is one for all experts, and so is that of down. A checkpoint may store it with
-    every expert or with some: copies must be identical.
+    The input transform of gate and up is one for all experts, and so is that of down. A checkpoint stores it with
+    expert 0, whose gate and up have identical copies.
 
     Args:
         moe: vLLM's config of the layer.
         spec: sizes of all experts of the layer, not sharded.
         name: the layer's name inside vLLM, for messages.
         backend_name: requested backend, or None for the fastest.
+        observer: collects the summary of the layer.
     """
 
-    def __init__(self, moe: Any, spec: ExpertsSpec, name: str, backend_name: str | None) -> None:
+    def __init__(
+        self, moe: Any, spec: ExpertsSpec, name: str, backend_name: str | None, observer: Observer
+    ) -> None:
         super().__init__(moe)
         self.spec = spec
-        self.name = name
+        self.name = name.removesuffix(".routed_experts")
         self.backend_name = backend_name
+        self.observer = observer
 
     def create_weights(
         self,
@@ -63,13 +70,18 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             spec = self._local_spec(num_experts, hidden_size, intermediate_size_per_partition)
             backend, reason = select_experts_backend(spec, torch.get_default_device(), self.backend_name)
         logger.info_once("BWLA experts: %s", reason)
+        if backend.name == "triton":
+            warn_of_untested_triton()
+        backend = self.observer.watch_experts(backend, self.name)
+        self.observer.expect(self.name)
         parallel = self.moe.moe_parallel_config
-        layer.bwla = LocalExperts(spec, parallel.tp_rank, parallel.tp_size, backend)
+        dummy = note_backend(backend.name)
+        layer.bwla = LocalExperts(spec, parallel.tp_rank, parallel.tp_size, backend, dummy)
         for prefix in ("w13", "w2"):
             for name, want in stacked_specs(num_experts, layer.bwla.projection(prefix)).items():
-                parameter = Parameter(unset(want.shape, want.dtypes[0]), requires_grad=False)
-                set_weight_attrs(parameter, {"weight_loader": ExpertLoader(layer, self.name, name)})
-                layer.register_parameter(f"{prefix}_{name}", parameter)
+                layer.register_parameter(
+                    f"{prefix}_{name}", make_parameter(layer, self.name, prefix, name, want)
+                )
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -79,12 +91,21 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             StartError: missing or invalid tensors.
         """
         local: LocalExperts = layer.bwla
-        if layer.bwla_tensors:
-            return  # Already repacked.
+        if not hasattr(layer, "w13_weight_packed"):
+            return  # Already repacked; a reload brings the stacked parameters back first.
         stop_watching()
-        with one_sentence():
-            gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
-            prepared = local.backend.prepare(gate_up, down, local.spec)
+        started = time.perf_counter()
+        if local.dummy:
+            device = layer.w2_weight_scale.device
+            gate_up, down = (
+                dummy_experts(local.spec.experts, spec, device)
+                for spec in (local.spec.gate_up, local.spec.down)
+            )
+            layer.bwla = replace(local, dummy=False)  # A later reload brings real weights.
+        else:
+            with one_sentence():
+                gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
+        prepared = local.backend.prepare(gate_up, down, local.spec)
         for prefix, tensors in (("w13", gate_up), ("w2", down)):
             for name in tensors:
                 delattr(layer, f"{prefix}_{name}")
@@ -92,6 +113,7 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
             layer.register_parameter(name, Parameter(tensor, requires_grad=False))
         mark_device(layer, "weight_packed", torch.int32)
         layer.bwla_tensors = tuple(prepared)
+        self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Return None: vLLM's own kernels compute nothing here."""
@@ -149,22 +171,26 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         Raises:
             FormatError: a tensor is missing or invalid; names the expert by its number in the checkpoint.
         """
-        names = stacked_specs(local.spec.experts, local.projection(prefix))
-        tensors: dict[str, Tensor] = {name: getattr(layer, f"{prefix}_{name}").data for name in names}
+        tensors: dict[str, Tensor] = {}
         parts = ("w1", "w3") if prefix == "w13" else ("w2",)
-        for name, tensor in tensors.items():
-            if name in INPUT_TRANSFORM:
-                if is_unset(tensor):
-                    raise FormatError(f"{self.name}.{prefix}.{name}: not found in the checkpoint; {ADVICE}")
-            else:
-                for slot, one in enumerate(tensor):
-                    for part, piece in zip(parts, one.chunk(len(parts)), strict=True):
-                        if is_unset(piece):
-                            expert = _global_number(layer, slot)
-                            raise FormatError(
-                                f"{self.name}.{expert}.{part}.{name}: not found in the checkpoint; {ADVICE}"
-                            )
-            problem = value_problem(name, tensor)
+        for name in stacked_specs(local.spec.experts, local.projection(prefix)):
+            data = layer.get_parameter(f"{prefix}_{name}").data
+            shared = name in INPUT_TRANSFORM
+            for slot, one in enumerate(data):
+                expert = 0 if shared else _global_number(layer, slot)
+                found = {parts[slot]: one} if shared else dict(zip(parts, one.chunk(len(parts)), strict=True))
+                for part, piece in found.items():
+                    if is_unset(piece):
+                        raise FormatError(
+                            f"{self.name}.{expert}.{part}.{name}: not found in the checkpoint; {ADVICE}"
+                        )
+            if shared and not torch.equal(data[0], data[-1]):
+                raise FormatError(
+                    f"{self.name}.0.w3.{name}: expected the values of w1, which reads the same input, found different "
+                    "ones; convert the model again with one rotation for all experts"
+                )
+            tensors[name] = data[0].clone() if shared and len(data) > 1 else data[0] if shared else data
+            problem = value_problem(name, tensors[name])
             if problem:
                 raise FormatError(f"{self.name}.{prefix}.{name}: {problem}; {ADVICE}")
         return tensors

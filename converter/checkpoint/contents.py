@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from bwla_converter.common.bits import bits_per_weight, num_weights, stored_bits, tensor_bits
+from bwla_converter.common.bits import num_weights, stored_bits, tensor_bits
 from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import stored_specs
+from bwla_kernels.format.experts import expert_of, settings_name, stored_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, parse_config
@@ -50,7 +50,7 @@ class Contents:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per quantized weight, everything counted."""
-        return bits_per_weight(self.specs)
+        return sum(self.bits.values())
 
     @property
     def embedding_bits(self) -> int:
@@ -77,12 +77,13 @@ class Contents:
 
 
 def kind_of(name: str) -> str:
-    """Return the last part of a linear's name: `q_proj` of `model.layers.3.self_attn.q_proj`."""
-    return name.rpartition(".")[2]
+    """Return the last part of a linear's name (`q_proj`), and of an expert's the last three: `experts.*.w1`."""
+    parts = settings_name(name).split(".")
+    return ".".join(parts[-1:] if expert_of(name) is None else parts[-3:])
 
 
 def split_bits(specs: Mapping[str, LayerSpec]) -> dict[str, float]:
-    """Return the bits per quantized weight by purpose; their sum is `bits.bits_per_weight`."""
+    """Return the bits per quantized weight by purpose; their sum is that of everything."""
     weights = sum(map(num_weights, specs.values()))
     bits = dict.fromkeys(PARTS.values(), 0.0)
     for name, spec in specs.items():

@@ -4,7 +4,7 @@ The weights are exactly those that the quantized linears represent, but the plai
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,8 @@ from bwla_converter.checkpoint.writer import OutputError, atomic_output
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_converter.planning.disk import merging_bytes
 from bwla_kernels.errors import BWLAError
-from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
+from bwla_kernels.format import LayerSpec, validate_layer
+from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.folder import int8_modules, read_json, read_tensors
 from bwla_kernels.format.layer import ROW_TENSORS
 from bwla_kernels.head import dequantize_rows
@@ -112,21 +113,20 @@ def _parts(contents: Contents) -> list[list[str]]:
 
 
 def _dequantized(
-    contents: Contents, names: Iterable[str], dtype: torch.dtype, on_linear: Callable[[str], None]
+    contents: Contents, names: Sequence[str], dtype: torch.dtype, on_linear: Callable[[str], None]
 ) -> dict[str, Tensor]:
     """Return the dequantized model's tensors that are made from the stored tensors `names`."""
 
-    def read(names: list[str]) -> dict[str, Tensor]:
-        return read_tensors(contents.folder, contents.entries, names)
-
+    int8 = int8_modules(contents.format, contents.entries)
+    own = [name for name in names if name.rpartition(".")[0] not in int8]
+    stored = read_tensors(contents.folder, contents.entries, own)
     tensors: dict[str, Tensor] = {}
     for name in names:
         module, _, key = name.rpartition(".")
         if module in contents.specs:
             if key == "weight_packed":
                 spec = contents.specs[module]
-                stored = read([f"{module}.{key}" for key in tensor_specs(spec)])
-                layer = {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
+                layer = {key: stored[source] for key, source in stored_names(module, spec).items()}
                 validate_layer(module, layer, spec)
                 tensors[f"{module}.weight"] = _finite(
                     f"{module}.weight", dequantized_weight(layer, spec, dtype)
@@ -134,12 +134,12 @@ def _dequantized(
                 if spec.bias:
                     tensors[f"{module}.bias"] = _finite(f"{module}.bias", layer["bias"].to(dtype))
                 on_linear(module)
-        elif module in int8_modules(contents.format, contents.entries):
+        elif module in int8:
             if key == "weight_int8":
-                stored = read_int8(contents.folder, contents.entries, module)
-                tensors[f"{module}.weight"] = _finite(f"{module}.weight", _dequantized_int8(stored, dtype))
+                codes = read_int8(contents.folder, contents.entries, module)
+                tensors[f"{module}.weight"] = _finite(f"{module}.weight", _dequantized_int8(codes, dtype))
         else:
-            tensor = read([name])[name]
+            tensor = stored[name]
             tensors[name] = _finite(name, tensor.to(dtype)) if tensor.is_floating_point() else tensor
     return tensors
 

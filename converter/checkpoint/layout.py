@@ -11,8 +11,8 @@ from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.planning.disk import PART_BYTES
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.source.model import Source
-from bwla_kernels.format import validate_layer
-from bwla_kernels.format.experts import stored_names
+from bwla_kernels.format import LayerSpec, validate_layer
+from bwla_kernels.format.experts import experts_module, stored_names
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_tensors
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.model import config_values
@@ -28,10 +28,16 @@ def verify(folder: Path) -> None:
         FormatError: a tensor is missing or invalid; the message names file and tensor.
     """
     entries = read_folder(folder)
+    together: dict[str, dict[str, LayerSpec]] = {}
     for name, spec in check_folder(folder, entries).items():
-        names = stored_names(name, spec)
-        stored = read_tensors(folder, entries, list(names.values()))
-        validate_layer(name, {key: stored[tensor] for key, tensor in names.items()}, spec)
+        together.setdefault(experts_module(name) or name, {})[name] = spec
+    for specs in together.values():
+        # The experts of a layer are read at once: they share tensors, and reading opens a file.
+        sources = {name: stored_names(name, spec) for name, spec in specs.items()}
+        needed = dict.fromkeys(name for source in sources.values() for name in source.values())
+        stored = read_tensors(folder, entries, list(needed))
+        for name, spec in specs.items():
+            validate_layer(name, {key: stored[source] for key, source in sources[name].items()}, spec)
     for module in (HEAD_MODULE, EMBEDDING_MODULE):
         if f"{module}.weight_int8" in entries:
             read_int8(folder, entries, module)

@@ -224,7 +224,7 @@ def _layer_table(rows: list[dict[str, Any]], every: bool) -> Table:
             f"{rotation_groups} x ({n1} x {n2})",
             str(planes),
             str(rank),
-            f"{members[0]['bits_per_weight']:.3f}",
+            f"{8 * sum(row['bytes'] for row in members) / (len(members) * n * k):.3f}",
             f"{sum(row['bytes'] for row in members):,}",
         )
     return table

@@ -1,4 +1,4 @@
-"""Load one-bit experts into transformers' models: linears take the place of its experts, whose tensors are not joined."""
+"""Load one-bit experts into transformers' models: linears take the place of its experts, whose weights are joined."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

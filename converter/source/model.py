@@ -93,7 +93,7 @@ class Source:
         """Yield the input groups of a decoder layer that are to be quantized, with the names of their linears.
 
         Raises:
-            SourceError: `ignore` names some linears of a group and not the others. It names all of a layer's experts, or
+            SourceError: `ignore` names some linears of a group and not the others. It names all experts of a layer, or
                 none; the other linears of their group may be quantized without them.
         """
         without_experts = self._ignores_experts(index)

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bwla_kernels.format.experts import EXPERT_LEAVES, expert_of, experts_module
 from bwla_kernels.format.files import Entry
 from bwla_kernels.format.layer import LayerSpec
-from bwla_kernels.format.schema import BWLAFormat
+
+if TYPE_CHECKING:  # imports compressed-tensors, which takes seconds
+    from bwla_kernels.format.schema import BWLAFormat
 
 Experts = dict[int, dict[str, LayerSpec]]
 """The one-bit linears of a layer's experts: number -> leaf of the name -> spec."""
@@ -23,7 +26,7 @@ def experts_of(specs: Mapping[str, LayerSpec]) -> dict[str, Experts]:
 
 
 def expert_problems(
-    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], config: BWLAFormat, folder: Path
+    entries: Mapping[str, Entry], specs: Mapping[str, LayerSpec], config: "BWLAFormat", folder: Path
 ) -> Iterator[str]:
     """Yield one sentence for each contradiction between a layer's experts, or between them and config.json.
 
@@ -94,7 +97,7 @@ def _mixed_layers(
             continue
         # Models may store the experts of a layer in one tensor: `mlp.experts.gate_up_proj`.
         module = experts_module(owner) or (owner if len(entry.shape) == 3 else None)
-        if module in layers and module not in seen:
+        if module is not None and module in layers and module not in seen:
             seen.add(module)
             yield (
                 f"{folder / entry.file}: {name}: expected all experts of a layer in one bit or none, found an "

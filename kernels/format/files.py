@@ -5,7 +5,7 @@ The safetensors library checks that a header's offsets tile the file; it does no
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,27 @@ def read_folder(folder: Path, error: type[BWLAError] = FormatError) -> dict[str,
     return scan.entries
 
 
+def each_tensor(
+    folder: Path, entries: Mapping[str, Entry], names: Iterable[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Read tensors by name, one at a time, file by file; open each file once.
+
+    Opening a file parses its header, which takes as long as reading many of the small tensors of experts.
+
+    Args:
+        folder: the checkpoint.
+        entries: where its tensors are, from `read_folder`.
+        names: the tensors to read.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name in names:
+        by_file.setdefault(entries[name].file, []).append(name)
+    for file, own in sorted(by_file.items()):
+        with safe_open(folder / file, framework="pt") as handle:
+            for name in own:
+                yield name, handle.get_tensor(entries[name].key or name)
+
+
 def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str]) -> dict[str, Tensor]:
     """Read tensors by name, and nothing else; open each file once.
 
@@ -225,10 +246,5 @@ def read_tensors(folder: Path, entries: Mapping[str, Entry], names: Sequence[str
         entries: where its tensors are, from `read_folder`.
         names: the tensors to read; the result keeps their order.
     """
-    tensors = {}
-    for file in sorted({entries[name].file for name in names}):
-        with safe_open(folder / file, framework="pt") as handle:
-            for name in names:
-                if entries[name].file == file:
-                    tensors[name] = handle.get_tensor(entries[name].key or name)
+    tensors = dict(each_tensor(folder, entries, names))
     return {name: tensors[name] for name in names}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from bwla_kernels.errors import FormatError
-from bwla_kernels.format.files import Entry, read_tensors
+from bwla_kernels.format.files import Entry, each_tensor, read_tensors
 from bwla_kernels.format.layer import LayerSpec
 
 EXPERTS = ".experts."
@@ -106,15 +106,17 @@ def check_plain_values(folder: Path, entries: Mapping[str, Entry], specs: Mappin
     Raises:
         FormatError: the first tensor that is not finite.
     """
-    for name, entry in entries.items():
-        is_plain = name.rpartition(".")[0] not in specs and EXPERTS not in name
-        if is_plain and entry.dtype.is_floating_point:
-            tensor = read_tensors(folder, entries, [name])[name]
-            if not_finite(tensor):
-                raise FormatError(
-                    f"{folder / entry.file}: {name}: expected finite values, found NaN or infinity; convert or "
-                    "download the model again"
-                )
+    plain = [
+        name
+        for name, entry in entries.items()
+        if name.rpartition(".")[0] not in specs and EXPERTS not in name and entry.dtype.is_floating_point
+    ]
+    for name, tensor in each_tensor(folder, entries, plain):
+        if not_finite(tensor):
+            raise FormatError(
+                f"{folder / entries[name].file}: {name}: expected finite values, found NaN or infinity; convert or "
+                "download the model again"
+            )
 
 
 def tied_conflict(folder: Path, entries: Mapping[str, Entry], tied: Mapping[str, str]) -> str | None:

@@ -24,6 +24,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from bwla_vllm.errors import StartError
 from bwla_vllm.moe.method import BWLAExpertsMethod
+from bwla_vllm.observe import Observer
 
 pytestmark = pytest.mark.usefixtures("vllm_config")
 
@@ -43,7 +44,9 @@ class Rank:
     expert: int = 1
 
 
-def make_layer(rank: Rank = Rank(), spec: ExpertsSpec = SPEC, **changes: Any) -> Any:
+def make_layer(
+    rank: Rank = Rank(), spec: ExpertsSpec = SPEC, observer: Observer | None = None, **changes: Any
+) -> Any:
     """vLLM's layer of routed experts, as its model classes build it, with our method."""
     experts_parallel = rank.expert > 1
     parallel = FusedMoEParallelConfig(
@@ -86,25 +89,27 @@ def make_layer(rank: Rank = Rank(), spec: ExpertsSpec = SPEC, **changes: Any) ->
         enable_eplb=False,
     )
     quantization = SimpleNamespace(
-        get_quant_method=lambda layer, prefix: BWLAExpertsMethod(config, SPEC, prefix, None),
+        get_quant_method=lambda layer, prefix: BWLAExpertsMethod(
+            config, SPEC, prefix, None, observer or Observer()
+        ),
         online_quantization_config=None,
     )
     return RoutedExperts(NAME, torch.float32, config, quantization, manager)
 
 
-def stored(case: Case, copies: bool = True) -> Stored:
-    """The tensors of a checkpoint by their names below the layer; without copies, expert 0 has the input transform."""
+def stored(case: Case) -> Stored:
+    """The tensors of a checkpoint by their names below the layer; expert 0 has the input transform."""
     inner, tensors = case.spec.intermediate_size, {}
     for expert in range(case.spec.experts):
         gate_up, down = expert_tensors(case.gate_up, expert), expert_tensors(case.down, expert)
         for name in gate_up:
             for i, leaf in enumerate(("gate_proj", "up_proj")):
                 whole = name in INPUT_TRANSFORM
-                if copies or not whole or (expert == 0 and i == 0):
+                if expert == 0 or not whole:
                     rows = gate_up[name] if whole else gate_up[name][i * inner : (i + 1) * inner]
                     tensors[f"{expert}.{leaf}.{name}"] = rows
         for name, tensor in down.items():
-            if copies or expert == 0 or name not in INPUT_TRANSFORM:
+            if expert == 0 or name not in INPUT_TRANSFORM:
                 tensors[f"{expert}.down_proj.{name}"] = tensor
     return tensors
 
@@ -131,9 +136,8 @@ def assert_close(y: Tensor, want: Tensor) -> None:
     assert (y - want).norm() <= 2e-3 * want.norm()
 
 
-@pytest.mark.parametrize("copies", [True, False])
-def test_vllms_layer_loads_and_computes_them(case: Case, copies: bool) -> None:
-    layer = load(make_layer(), stored(case, copies))
+def test_vllms_layer_loads_and_computes_them(case: Case) -> None:
+    layer = load(make_layer(), stored(case))
     assert_close(apply(layer, case), case.reference())
     assert {name for name, _ in layer.named_parameters()} == set(layer.bwla_tensors)
 
@@ -146,7 +150,7 @@ def test_two_tensor_parallel_ranks_add_up(case: Case) -> None:
 
 def test_two_expert_parallel_ranks_add_up(case: Case) -> None:
     """The second rank has no expert that stores the input transform, and gets it all the same."""
-    layers = [load(make_layer(Rank(i, expert=2)), stored(case, copies=False)) for i in range(2)]
+    layers = [load(make_layer(Rank(i, expert=2)), stored(case)) for i in range(2)]
     assert [layer.bwla.spec.experts for layer in layers] == [3, 3]
     assert_close(apply(layers[0], case) + apply(layers[1], case), case.reference())
 
@@ -162,7 +166,7 @@ def test_missing_tensors_are_named_with_their_expert(case: Case) -> None:
         with pytest.raises(StartError, match=found):
             load(make_layer(), rest)
     rest = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotation_left")}
-    with pytest.raises(StartError, match=r"experts.w13.rotation_left: not found"):
+    with pytest.raises(StartError, match=r"experts.0.w1.rotation_left: not found"):
         load(make_layer(), rest)
     rest = {name: tensor for name, tensor in tensors.items() if name != "4.up_proj.weight_scale"}
     with pytest.raises(StartError, match=r"experts.4.w3.weight_scale: not found"):
@@ -186,9 +190,9 @@ Change = Callable[[Tensor], Tensor]
             r"experts.1.w2.weight_scale: expected dtype bfloat16",
         ),
         (
-            "3.up_proj.column_scale",
+            "0.up_proj.column_scale",
             lambda t: t * 2,
-            r"experts.3.w3.column_scale: expected the values of the layer's",
+            r"experts.0.w3.column_scale: expected the values of w1, which reads the same input",
         ),
         ("3.up_proj.weight_scale", lambda t: -t, r"experts.w13.weight_scale: expected positive scales"),
     ],
@@ -198,6 +202,66 @@ def test_wrong_tensors_are_refused(case: Case, name: str, change: Change, found:
     tensors[name] = change(tensors[name])
     with pytest.raises(StartError, match=found):
         load(make_layer(), tensors)
+
+
+def test_another_expert_with_an_input_transform_is_refused(case: Case) -> None:
+    tensors = stored(case)
+    tensors["3.up_proj.column_scale"] = tensors["0.up_proj.column_scale"]
+    with pytest.raises(
+        StartError, match=r"experts.3.w3.column_scale: expected the input transform with expert 0 only"
+    ):
+        load(make_layer(), tensors)
+
+
+@pytest.mark.parametrize("rank", [Rank(), Rank(1, expert=2), Rank(1, tensor=2)])
+def test_reloaded_weights_are_complete(case: Case, rank: Rank) -> None:
+    """vLLM counts what is loaded again, and repacks the layer once it has as many numbers as there are."""
+    from vllm.model_executor.model_loader.reload.layerwise import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+        record_metadata_for_reloading,
+    )
+
+    layer = make_layer(rank)
+    record_metadata_for_reloading(layer)
+    load(layer, stored(case))
+    wanted = apply(layer, case)
+    for parameter in layer.parameters():
+        parameter.data.zero_()
+    initialize_layerwise_reload(layer)
+    list(layer.load_weights(stored(case).items()))
+    finalize_layerwise_reload(layer, None)
+    assert {name for name, _ in layer.named_parameters()} == set(layer.bwla_tensors)
+    assert torch.equal(apply(layer, case), wanted)
+
+
+def test_dummy_weights_are_valid_experts(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bwla_vllm.moe.method.note_backend", lambda name: True)
+    layer = make_layer()
+    layer.quant_method.process_weights_after_loading(layer)
+    y = apply(layer, case)
+    assert bool(torch.isfinite(y).all())
+    assert y.norm() > 0
+    assert not layer.bwla.dummy
+
+
+def test_the_table_and_the_comparison_know_them(
+    case: Case, plugin_log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin_log.set_level("INFO", "vllm.bwla")
+    observer = Observer(calls=1)
+    layer = load(make_layer(observer=observer), stored(case))
+    table = plugin_log.text
+    assert "6 x (256 x 64 + 64 x 128)" in table
+    assert "W1A6 rank 2/1" in table
+    assert_close(apply(layer, case), case.reference())
+    assert "call 1 of 1, 1 groups of experts, 9 rows: worst model.layers.0.mlp.experts" in plugin_log.text
+    assert "differ from the reference" not in plugin_log.text
+    wrong = load(make_layer(observer=Observer(calls=1)), stored(case))
+    backend = wrong.bwla.backend.backend
+    monkeypatch.setattr(type(backend), "apply", lambda self, x, *rest: -x)
+    apply(wrong, case)
+    assert "differ from the reference implementation: model.layers.0.mlp.experts" in plugin_log.text
 
 
 def test_what_no_kernel_computes_is_refused() -> None:
