@@ -19,7 +19,7 @@ from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import expert_of, settings_name
+from bwla_kernels.format.experts import expert_of, has_experts, settings_name
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import (
     BWLAFormat,
@@ -289,7 +289,7 @@ def make_plan(
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
     # A tied head is the 8-bit embedding.
     head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
-    experts = Experts(input_transform="first") if any(expert_of(name) is not None for name in specs) else None
+    experts = Experts(input_transform="first") if has_experts(specs) else None
     format_ = BWLAFormat(
         format_version=1 if planes == 1 and embedding_source is None and experts is None else 2,
         planes=planes,

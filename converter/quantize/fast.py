@@ -11,7 +11,7 @@ factorized once and the products of the target with it are computed once; the st
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -158,27 +158,45 @@ def quantize_group(
     """
     options = options or FastOptions()
     spec = check_group(weights, {}, specs)
-    generator = group_generator(seed, weights)
+    efforts = options.efforts if spec.rank or options.column_scales else options.efforts[-1:]
+    state, norm, traces = alternate(weights, spec, moments, group_generator(seed, weights), options, efforts)
+    result = group_result(state, weights, specs, norm, inputs=inputs if options.choose_clip else None)
+    return replace(result, traces=traces, latents=latents_of(state, weights) if options.keep_latents else {})
+
+
+def alternate(
+    weights: Mapping[str, Tensor],
+    spec: LayerSpec,
+    moments: Moments,
+    generator: torch.Generator,
+    options: FastOptions,
+    efforts: Sequence[Effort],
+) -> tuple[State, Tensor, dict[str, list[float]]]:
+    """Alternate between column scales, low-rank correction and signs, once for each of `efforts`.
+
+    The arguments are as in `quantize_group`, `spec` is that of `check_group`.
+
+    Returns: the last state, `Target.norms` of the target, and the traces.
+    """
     state = start_state(weights, spec, moments, generator, options)
     target_norm = state.target.norms()
-    rounds = options.rounds if spec.rank or options.column_scales else 1
-    trace = []
-    for round_number in range(1, rounds + 1):
+    trace: list[float] = []
+    for effort in efforts:
         # Rebind `state` after every step, so that at most two states are alive.
-        if options.column_scales and round_number > 1:
+        if options.column_scales and trace:
             state = column_scale_step(state)
         if spec.rank:
             state = low_rank_step(state, spec.rank, generator)
-        state = binarization_step(state, options.effort(round_number == rounds), spec.planes)
+        state = binarization_step(state, effort, spec.planes)
         trace.append(relative_norm(state.signs.error, target_norm))
-    result = group_result(state, weights, specs, target_norm, inputs=inputs if options.choose_clip else None)
-    latents = {}
-    if options.keep_latents:
-        rows = [len(weight) for weight in weights.values()]
-        latents = dict(
-            zip(weights, (state.residual.weight / state.signs.scale[:, :1]).split(rows), strict=True)
-        )
-    return replace(result, traces={"okt": state.rotation.trace, "output": trace}, latents=latents)
+    return state, target_norm, {"okt": state.rotation.trace, "output": trace}
+
+
+def latents_of(state: State, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `GroupResult.latents` of the last state."""
+    rows = [len(weight) for weight in weights.values()]
+    parts = (state.residual.weight / state.signs.scale[:, :1]).split(rows)
+    return dict(zip(weights, parts, strict=True))
 
 
 def start_state(

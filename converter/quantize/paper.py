@@ -10,7 +10,7 @@ preceding layers are quantized, and the target is the original weight.
 The steps of the binarization are those of `quantize.fast`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,18 +98,36 @@ def quantize_group(
     options = options or PaperOptions()
     spec = check_group(weights, {}, specs)
     generator = group_generator(seed, weights)
+    state, norm, traces = alternate(weights, spec, moments, generator, options, options.efforts)
+    result = group_result(state, weights, specs, norm, inputs=inputs if options.choose_clip else None)
+    return replace(result, traces=traces)
+
+
+def alternate(
+    weights: Mapping[str, Tensor],
+    spec: LayerSpec,
+    moments: Moments,
+    generator: torch.Generator,
+    options: PaperOptions,
+    efforts: Sequence[Effort],
+) -> tuple[State, Tensor, dict[str, list[float]]]:
+    """Fit the low-rank correction, then choose the signs once for each of `efforts`, with refits in between.
+
+    Returns: the last state, `Target.norms` of the target, and the traces; `spec` is that of `check_group`, the other
+        arguments are as in `quantize_group`.
+    """
     state, psp_trace = start_state(weights, spec, moments, generator, options)
-    target_norm, trace = state.target.norms(), []
-    for round_number, effort in enumerate(options.efforts):
+    target_norm = state.target.norms()
+    trace: list[float] = []
+    for effort in efforts:
         # Rebind `state` after every step, so that at most two states are alive.
-        if round_number:
+        if trace:
             state = column_scale_step(state)
             if spec.rank:
                 state = row_factor_step(state)
         state = binarization_step(state, effort, planes=1)
         trace.append(relative_norm(state.signs.error, target_norm))
-    result = group_result(state, weights, specs, target_norm, inputs=inputs if options.choose_clip else None)
-    return replace(result, traces={"okt": state.rotation.trace, "psp": psp_trace, "output": trace})
+    return state, target_norm, {"okt": state.rotation.trace, "psp": psp_trace, "output": trace}
 
 
 def start_state(

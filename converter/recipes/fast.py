@@ -8,7 +8,7 @@ from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.calibration.loop import CalibrationLoop, QuantizeGroup
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
 from bwla_converter.options import Calibration
-from bwla_converter.quantize import fast, fast_experts
+from bwla_converter.quantize import experts, fast
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.recipes.workload import (
@@ -24,7 +24,7 @@ from bwla_converter.recipes.workload import (
 from bwla_converter.source.model import Source
 from bwla_kernels.cpu.library import available
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import expert_of
+from bwla_kernels.format.experts import has_experts
 from bwla_kernels.sign_search import Effort, row_chunk_elements
 from torch import Tensor
 
@@ -35,9 +35,10 @@ def closed_form(seed: int, options: fast.FastOptions) -> QuantizeGroup:
     def quantize_group(
         weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
-        of_experts = any(expert_of(name) is not None for name in weights)
-        quantize = fast_experts.quantize_group if of_experts else fast.quantize_group
-        return quantize(weights, specs, moments, inputs=inputs, seed=seed, options=options)
+        if has_experts(weights):
+            method = experts.fast_method(options, next(iter(specs.values())).planes)
+            return experts.quantize_group(weights, specs, moments, method, inputs=inputs, seed=seed)
+        return fast.quantize_group(weights, specs, moments, inputs=inputs, seed=seed, options=options)
 
     return quantize_group
 

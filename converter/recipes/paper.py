@@ -10,7 +10,7 @@ from typing import ClassVar
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
 from bwla_converter.calibration.loop import CalibrationLoop
 from bwla_converter.options import Calibration
-from bwla_converter.quantize import paper
+from bwla_converter.quantize import experts, paper
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_converter.recipes.fast import (
@@ -32,6 +32,7 @@ from bwla_converter.recipes.workload import (
 )
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import has_experts
 from torch import Tensor
 
 
@@ -67,6 +68,9 @@ class PaperRecipe:
     def _quantize_group(
         self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec], moments: Moments, inputs: Tensor
     ) -> GroupResult:
+        if has_experts(weights):
+            method = experts.paper_method(self.options)
+            return experts.quantize_group(weights, specs, moments, method, inputs=inputs, seed=self.seed)
         return paper.quantize_group(
             weights, specs, moments, inputs=inputs, seed=self.seed, options=self.options
         )

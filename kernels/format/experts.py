@@ -6,6 +6,7 @@ of expert 0 store it.
 """
 
 import re
+from collections.abc import Iterable
 
 from bwla_kernels.format.layer import INPUT_TRANSFORM, LayerSpec, TensorSpec, tensor_specs
 
@@ -34,6 +35,11 @@ def expert_of(name: str) -> int | None:
     """Return the number of the expert that the linear called `name` belongs to, None for other linears."""
     parts = _parts(name)
     return int(parts[1]) if parts else None
+
+
+def has_experts(names: Iterable[str]) -> bool:
+    """Return whether any of the linears `names` belongs to an expert."""
+    return any(expert_of(name) is not None for name in names)
 
 
 def experts_module(name: str) -> str | None:
