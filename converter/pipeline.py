@@ -44,7 +44,7 @@ from bwla_converter.resume.fingerprint import changed_file, code_version, machin
 from bwla_converter.resume.manifest import Inputs, LayerReport, WorkError, arguments_of
 from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
 from bwla_converter.source.model import Source, check_values, open_source
-from bwla_kernels.format.experts import stored_specs
+from bwla_kernels.format.experts import stores
 from bwla_kernels.format.layer import MAX_PLANES
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
@@ -350,9 +350,8 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
         weights = {name: tensors.pop(f"{name}.weight").to(conversion.device) for name in names}
         result = recipe.quantize(weights, {name: plan.specs[name] for name in names})
         for name in names:
-            own = stored_specs(name, plan.specs[name])
             tensors.update(
-                {f"{name}.{key}": value for key, value in result.tensors[name].items() if key in own}
+                {f"{name}.{key}": value for key, value in result.tensors[name].items() if stores(name, key)}
             )
             clip = plan.specs[name].clip if result.clip is None else result.clip
             linears.append(LinearReport(name, stored[f"{name}.weight"].numel(), result.errors[name], clip))

@@ -38,6 +38,7 @@ from bwla_converter.training.stages import make_stages
 from bwla_converter.training.ste_linear import STELinear, clear_input_caches, norm_weights, ste_group
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import stores
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -230,7 +231,7 @@ class BestRecipe:
                 after = linears[name].stored()
                 quantized = BWLALinear.from_stored(name, specs[name], {**before, **after}, linears[name].bias)
                 layer.replace(name, quantized)
-                changed |= {f"{name}.{key}": tensor for key, tensor in after.items()}
+                changed |= {f"{name}.{key}": tensor for key, tensor in after.items() if stores(name, key)}
         for name, parameter in norms.items():
             full_name = f"{layer.prefix}{name}"
             dtype = entries[full_name].dtype

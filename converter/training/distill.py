@@ -26,6 +26,7 @@ from bwla_converter.training.divergence import kl_divergence
 from bwla_converter.training.optimize import TuneOptions, parameter_groups, tune
 from bwla_converter.training.stages import Stage, make_stages, split_budget
 from bwla_converter.training.ste_linear import InputTransform, STELinear, clear_input_caches, norm_weights
+from bwla_kernels.format.experts import stores
 from bwla_kernels.precision import fast_products
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -151,6 +152,7 @@ class Distiller:
             f"{name}.{key}": value
             for name, linear in self.linears.items()
             for key, value in linear.stored().items()
+            if stores(name, key)
         }
         for name, parameter in self.norms.items():
             changed[name] = parameter.detach().to(self.runner.source.entries[name].dtype, copy=True)

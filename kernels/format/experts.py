@@ -65,12 +65,14 @@ def is_setting(key: str) -> bool:
     return ANY_EXPERT not in key or _SETTING.fullmatch(key) is not None
 
 
+def stores(name: str, key: str) -> bool:
+    """Return whether a tensor called `key` may be stored under the name of a linear."""
+    return key not in INPUT_TRANSFORM or expert_of(name) in (None, 0)
+
+
 def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
     """Return the tensors stored under the name of a linear: without the input transform for experts other than 0."""
-    specs = tensor_specs(spec)
-    if expert_of(name) in (None, 0):
-        return specs
-    return {key: want for key, want in specs.items() if key not in INPUT_TRANSFORM}
+    return {key: want for key, want in tensor_specs(spec).items() if stores(name, key)}
 
 
 def stored_names(name: str, spec: LayerSpec) -> dict[str, str]:
