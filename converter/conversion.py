@@ -1,5 +1,6 @@
 """What the steps of a conversion share, and the two steps that predict and measure its loss."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bwla_converter.options import SELF, Calibration, Options
 from bwla_converter.planning.budget import usable_memory
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES, Recipe
+from bwla_converter.resume.manifest import LayerReport
 from bwla_converter.resume.work_folder import WorkFolder
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
@@ -167,3 +169,16 @@ def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
         else measure_loss(source, folder, samples, conversion.device),
         "predicted_losses": dict(allocation.predicted_losses),
     }
+
+
+def starved_note(reports: Iterable[LayerReport]) -> list[str]:
+    """Return a sentence about experts that few calibration tokens reached; nothing where there are none."""
+    starved = [name for report in reports for name in report.starved]
+    if not starved:
+        return []
+    named = f"{starved[0].rpartition('.')[0]}{' and others' if len(starved) > 1 else ''}"
+    return [
+        f"{len(starved)} expert{'s' if len(starved) > 1 else ''} ({named}) got fewer calibration tokens from the router "
+        "than the down projection has columns and were also fitted to tokens of other experts: more text helps "
+        "(--num-calibration-samples)"
+    ]

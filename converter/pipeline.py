@@ -30,6 +30,7 @@ from bwla_converter.conversion import (
     Conversion,
     allocated,
     losses,
+    starved_note,
     with_amounts,
     with_calibration,
     with_written_text,
@@ -255,7 +256,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         linears=[linear for report in reports for linear in report.linears],
         activation_bits=plan.format.bits,
         planes=plan.weights_by_planes,
-        notes=list(source.notes),
+        notes=[*source.notes, *starved_note(reports)],
         **losses(conversion, work.writer.folder),
     )
     if not published:
@@ -345,6 +346,7 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
     stored = source.read(source.names_of_layer(index))
     tensors, linears, traces = dict(stored), [], {}
     statistics: dict[str, dict[str, Any]] = {}
+    starved: list[str] = []
     recipe.begin_layer(index, stored)
     for _, names in source.groups_of_layer(index):
         weights = {name: tensors.pop(f"{name}.weight").to(conversion.device) for name in names}
@@ -357,12 +359,13 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
             linears.append(LinearReport(name, stored[f"{name}.weight"].numel(), result.errors[name], clip))
             conversion.listener.linear_quantized(linears[-1])
         traces[names[0]] = result.traces
+        starved += result.starved
         if conversion.options.report:
             for kind, table in group_statistics(weights, result).items():
                 statistics.setdefault(kind, {}).update(table)
     tensors.update(recipe.end_layer())
     traces.update(recipe.layer_traces)
-    return tensors, LayerReport(linears=linears, traces=traces, statistics=statistics)
+    return tensors, LayerReport(linears=linears, traces=traces, statistics=statistics, starved=starved)
 
 
 def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:

@@ -124,7 +124,7 @@ class FastRecipe:
         for group in workload.groups():
             total += okt_compute(group, options.okt_rounds)
             total += binarization_compute(group, options.efforts, workload.device)
-            total += ComputeEstimate(flops=FACTORIZATIONS * group.columns**3)
+            total += ComputeEstimate(flops=FACTORIZATIONS * group.factorizations * group.columns**3)
             total += text_compute(group, workload.tokens)
         saved = FastRecipe.models * workload.hidden_bytes * workload.source.num_layers
         return total + ComputeEstimate(bytes_moved=SAVING * saved)
@@ -136,6 +136,9 @@ FACTORIZATIONS = 2.5
 SAVING = 36
 """Bytes moved that take as long as saving and hashing a byte of the hidden states of a model after a layer."""
 
+STORED_BESIDE_SIGNS = 0.03
+"""Bytes per weight of scales, B and each linear's copy of the input transform while experts are quantized."""
+
 _SEARCH_BYTES = 1300
 """Bytes per weight that the sign search moves around its products and sweeps: transposed copies, candidates, sums."""
 
@@ -143,10 +146,11 @@ _SEARCH_BYTES = 1300
 def text_compute(group: GroupShape, tokens: int, models: int = 2) -> ComputeEstimate:
     """Estimate the moments, and the products and element-wise work of each model, on `tokens` tokens."""
     # About 0.6 of the Gram matrix is computed; with two models, also E[x x_hat^T] or, from two products, E[e x_hat^T].
+    used = group.used_rows * group.columns
     cross = min(group.square, 2 * group.weights) if models > 1 else 0
     moments = 2 * tokens * (0.6 * group.square + cross)
-    products = models * 2 * tokens * group.weights
-    elements = 6 * models * tokens * (group.rows + 2 * group.columns)
+    products = models * 2 * tokens * used
+    elements = 6 * models * tokens * (group.used_rows + 2 * group.columns)
     return ComputeEstimate(bytes_moved=FLOAT_BYTES * elements, fast_flops=moments + products)
 
 
@@ -166,17 +170,25 @@ def binarization_compute(group: GroupShape, efforts: Sequence[Effort], device: s
 
 
 def quantize_group_bytes(group: GroupShape, device: str) -> float:
-    """Return the memory of the largest step of `fast.quantize_group`, the moments included."""
-    target = 5 * group.weights + 9 * group.square  # with a factorization in float64
-    factors = 4 * group.weights + 12 * group.square  # also in float64
-    column_scales = 10 * group.weights + 7 * group.square
-    at_once = min(group.weights, row_chunk_elements(device))
-    signs = (7 + group.planes) * group.weights + 18 * at_once + 5 * group.square
-    return float(FLOAT_BYTES * max(target, factors, column_scales, signs))
+    """Return the memory of the largest step of quantizing a group, the moments included.
+
+    Of experts, some rows are quantized at a time; what is stored of the others is added.
+    """
+    weights, beside = group.weights, 0.0
+    if group.experts:
+        weights = min(weights, max(experts.SAMPLE_ROWS, experts.CHUNK_ROWS) * group.columns)
+        moments = 2 * group.square * group.experts * group.own_moments
+        beside = FLOAT_BYTES * moments + group.weights * (group.planes / 8 + STORED_BESIDE_SIGNS)
+    target = 5 * weights + 9 * group.square  # with a factorization in float64
+    factors = 4 * weights + 12 * group.square  # also in float64
+    column_scales = 10 * weights + 7 * group.square
+    at_once = min(weights, row_chunk_elements(device))
+    signs = (7 + group.planes) * weights + 18 * at_once + 5 * group.square
+    return FLOAT_BYTES * max(target, factors, column_scales, signs) + beside
 
 
 def moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> float:
     """Return the memory of the activations of one batch in a layer, and of the moments of a group's inputs."""
     tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
-    widths = sum(other.rows for _, other in layer.groups) + 4 * layer.groups[0][1].columns
+    widths = sum(other.used_rows for _, other in layer.groups) + 4 * layer.groups[0][1].columns
     return float(FLOAT_BYTES * (tokens * (widths + 2 * group.columns) + 2 * group.square))

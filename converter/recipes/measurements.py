@@ -49,7 +49,7 @@ def measurement_memory(workload: Workload) -> MemoryEstimate:
         matrices = 2 * FLOAT_BYTES * sum(squares) + 6 * FLOAT_BYTES * max(squares, default=0)
         held = layer.stored_bytes + FLOAT_BYTES * layer.weights + matrices
         # What a backward pass keeps of a batch: inputs and outputs of every linear, and as much between them.
-        rows = sum(group.rows + group.columns for _, group in layer.groups)
+        rows = sum(group.used_rows + group.columns for _, group in layer.groups)
         largest = max(largest, held + 2 * FLOAT_BYTES * workload.batch_tokens(2) * rows)
     return MemoryEstimate(largest + WORKSPACE_BYTES, "measuring sensitivities")
 
@@ -59,8 +59,9 @@ def measurement_compute(workload: Workload) -> ComputeEstimate:
     tokens = measured_tokens(workload)
     head = math.prod(workload.source.entries[workload.source.embedding_weight].shape)
     squares = sum(group.square for group in workload.groups())
-    flops = 2 * tokens * (PASSES * (workload.weights + head) + 2 * squares)
-    loss = 2 * 2 * HELD_OUT_TOKENS * (workload.weights + head)
-    elements = sum(8 * tokens * (group.rows + 2 * group.columns) for group in workload.groups())
+    used = sum(group.used_rows * group.columns for group in workload.groups())
+    flops = 2 * tokens * (PASSES * (used + head) + 2 * squares)
+    loss = 2 * 2 * HELD_OUT_TOKENS * (used + head)
+    elements = sum(8 * tokens * (group.used_rows + 2 * group.columns) for group in workload.groups())
     factorizations = sum(2.5 * group.columns**3 for group in workload.groups())
     return ComputeEstimate(factorizations, FLOAT_BYTES * elements, flops + loss)

@@ -122,7 +122,7 @@ class PaperRecipe:
             total += okt_compute(group, options.okt_rounds)
             total += psp_compute(group, workload.rank, options.psp_rounds)
             total += binarization_compute(group, options.efforts, workload.device)
-            total += ComputeEstimate(flops=FACTORIZATIONS * group.columns**3)
+            total += ComputeEstimate(flops=FACTORIZATIONS * group.factorizations * group.columns**3)
             total += text_compute(group, workload.tokens, PaperRecipe.models)
         saved = workload.hidden_bytes * workload.source.num_layers
         return total + ComputeEstimate(bytes_moved=SAVING * saved)

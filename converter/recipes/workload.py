@@ -1,8 +1,10 @@
 """The shapes that a recipe's memory and compute estimates depend on, and the form that the estimates have."""
 
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from bwla_converter.common.bits import num_weights
@@ -11,9 +13,21 @@ from bwla_converter.options import Calibration
 from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_of
+from bwla_kernels.format.folder import text_settings
 from bwla_kernels.precision import product_dtype
 
 FLOAT_BYTES = 4
+
+CHOSEN_EXPERTS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_k",
+    "moe_topk",
+    "top_k_experts",
+    "experts_top_k",
+)
+"""Names that models' configs have for the number of experts that a token is sent to."""
 
 WORKSPACE_BYTES = 160e6
 """Memory for what is processed in pieces: chunks of rows, statistics, files being written."""
@@ -21,11 +35,20 @@ WORKSPACE_BYTES = 160e6
 
 @dataclass(frozen=True)
 class GroupShape:
-    """An input group's pooled weight: rows N of all its linears, columns K, and P planes to approximate it with."""
+    """An input group's pooled weight: rows N of all its linears, columns K, and P planes to approximate it with.
+
+    Attributes:
+        experts: number of experts among its linears.
+        own_moments: whether each of them has moments of its own.
+        used: share of the rows that a token is multiplied with.
+    """
 
     rows: int
     columns: int
     planes: int = 1
+    experts: int = 0
+    own_moments: bool = False
+    used: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -36,6 +59,16 @@ class GroupShape:
     def square(self) -> int:
         """K * K, the elements of a Hessian."""
         return self.columns**2
+
+    @property
+    def used_rows(self) -> float:
+        """Rows that a token is multiplied with."""
+        return self.rows * self.used
+
+    @property
+    def factorizations(self) -> int:
+        """Number of Hessians that are factorized."""
+        return 1 + self.experts * self.own_moments
 
 
 @dataclass(frozen=True)
@@ -143,17 +176,34 @@ class Workload:
         """Return the shape of decoder layer `index`."""
         groups, kept_columns = [], 0
         for group, names in self.source.groups_of_layer(index):
-            specs = [self.specs[name] for name in names]
-            shape = GroupShape(
-                sum(spec.out_features for spec in specs), specs[0].in_features, specs[0].planes
-            )
-            label = names[0].rpartition(".")[2]
+            shape = self._shape(names)
+            label = _short_name(names[0])
             groups.append((label, shape))
-            # A guess, because no layer has run yet.
-            kept_columns += shape.columns * group.input_sharded
+            # A guess, because no layer has run yet. Those of experts are not kept.
+            kept_columns += shape.columns * (group.input_sharded and not shape.experts)
         entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
         weights = sum(math.prod(entry.shape) for entry in entries)
         return LayerShape(index, sum(map(entry_bytes, entries)), weights, tuple(groups), kept_columns)
+
+    def _shape(self, names: Sequence[str]) -> GroupShape:
+        specs = {name: self.specs[name] for name in names}
+        rows, first = sum(spec.out_features for spec in specs.values()), specs[names[0]]
+        of_experts = [spec.out_features for name, spec in specs.items() if expert_of(name) is not None]
+        if not of_experts:
+            return GroupShape(rows, first.in_features, first.planes)
+        count = len({expert_of(name) for name in specs} - {None})
+        used = (rows - sum(of_experts) * (1 - self.chosen_experts / count)) / rows
+        # Gate and up of an expert read the same, its down projection stands alone.
+        return GroupShape(
+            rows, first.in_features, first.planes, count, len(of_experts) == count, min(used, 1.0)
+        )
+
+    @cached_property
+    def chosen_experts(self) -> int:
+        """Number of experts that a token is sent to, by the model's config; all of them where it does not say."""
+        settings = text_settings(self.source.config)
+        found = (settings.get(key) for key in CHOSEN_EXPERTS)
+        return next((count for count in found if isinstance(count, int)), sys.maxsize)
 
     def distinct_layers(self) -> Iterator[LayerShape]:
         """Yield the first layer of each shape; others with the same shape need the same memory."""
@@ -169,6 +219,11 @@ class Workload:
         for index in range(self.source.num_layers):
             for _, group in self.layer(index).groups:
                 yield group
+
+
+def _short_name(name: str) -> str:
+    leaf = name.rpartition(".")[2]
+    return leaf if expert_of(name) is None else f"experts' {leaf}"
 
 
 def okt_compute(group: GroupShape, rounds: int) -> ComputeEstimate:

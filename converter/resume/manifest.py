@@ -93,11 +93,13 @@ class LayerReport(_Record):
         linears: its quantized linears, in execution order.
         traces: first linear of an input group -> name of an objective -> its value after each round.
         statistics: "weights" or "activations" -> linear -> `report.statistics.Change`, as plain data.
+        starved: linears of experts that few calibration tokens reached, see `quantize.moments.Moments.starved`.
     """
 
     linears: list[LinearReport]
     traces: dict[str, dict[str, list[float]]]
     statistics: dict[str, dict[str, Any]] = {}
+    starved: list[str] = []
 
 
 class LayerRecord(_Record):
