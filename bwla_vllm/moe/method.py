@@ -20,7 +20,7 @@ from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
-from bwla_vllm.moe.loader import LocalExperts, make_parameter
+from bwla_vllm.moe.loader import LocalExperts, load_by_name, make_parameter
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import is_unset, mark_device
 
@@ -82,6 +82,7 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 layer.register_parameter(
                     f"{prefix}_{name}", make_parameter(layer, self.name, prefix, name, want)
                 )
+        load_by_name(layer)
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -105,7 +106,8 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         else:
             with one_sentence():
                 gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
-        prepared = local.backend.prepare(gate_up, down, local.spec)
+        with one_sentence():
+            prepared = local.backend.prepare(gate_up, down, local.spec)
         for prefix, tensors in (("w13", gate_up), ("w2", down)):
             for name in tensors:
                 delattr(layer, f"{prefix}_{name}")
