@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
+from bwla_vllm.compat import routing_problem
 from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
@@ -66,6 +67,9 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 kernel computes; no such backend.
         """
         with one_sentence():
+            problem = routing_problem()
+            if problem is not None:
+                raise FormatError(f"{self.name}: {problem}")
             self._check_options(layer)
             spec = self._local_spec(num_experts, hidden_size, intermediate_size_per_partition)
             backend, reason = select_experts_backend(spec, torch.get_default_device(), self.backend_name)
