@@ -4,6 +4,8 @@ scripts/check_vllm_hooks.py checks the sources of each release for everything th
 scripts/try_vllm_versions.py serves the example with the releases that run on this machine.
 """
 
+from importlib.util import find_spec
+
 from bwla_kernels.triton.versions import TESTED as TESTED_TRITONS
 from packaging.version import InvalidVersion, Version
 from torch import nn
@@ -44,6 +46,19 @@ def untested_triton(release: str) -> str | None:
         f"Triton {release} is outside the releases that the kernels of this bwla were tested with "
         f"({oldest} to {newest}): if it fails, install one of those, or another bwla"
     )
+
+
+def routing_problem() -> str | None:
+    """Describe why this vLLM cannot route tokens to one-bit experts on its device; return None if it can.
+
+    Before 0.30, vLLM chooses experts on the CPU inside its own kernels.
+    """
+    from vllm.platforms import current_platform
+
+    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
+    if not current_platform.is_cpu() or find_spec(router) is not None:
+        return None
+    return "one-bit experts on the CPU need vLLM 0.30 or newer: install it, or serve the model on a GPU"
 
 
 def is_moe_layer(layer: nn.Module) -> bool:

@@ -40,6 +40,10 @@ PACKAGES: Mapping[str, str] = {
 }
 """Load formats that read a checkpoint as it is, and the module of the package that each needs."""
 
+LISTED_EXPERTS = ("GraniteMoeHybridForCausalLM",)
+"""Classes of vLLM that load experts by a list of their parameters' names
+(`weight_utils.maybe_remap_moe_expert_param_name`)."""
+
 GPU_ONLY = ("fastsafetensors", "instanttensor")
 """Those of them that vLLM implements for the memory of a GPU only."""
 
@@ -93,11 +97,26 @@ def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) 
     check_load_format(str(config.load_config.load_format))
     if quantization.experts is not None:
         check_expert_parallel(config.parallel_config)
+        check_experts_class(config.model_config.hf_config)
     if loads_dummy_weights(config):
         return
     if changed is not None:
         raise StartError(changed)
     check_derived_head(config.model_config.hf_config, quantization)
+
+
+def check_experts_class(hf_config: Any) -> None:
+    """Check that vLLM's class of the model loads all tensors of one-bit experts.
+
+    Raises:
+        StartError: it looks their parameters up by a list of names, which has no rotations.
+    """
+    for name in getattr(hf_config, "architectures", None) or ():
+        if name in LISTED_EXPERTS:
+            raise StartError(
+                f"experts: expected 16 bits, because vLLM's class {name} loads only weights and scales of experts, "
+                "found one bit: convert the model again with --ignore experts"
+            )
 
 
 def check_expert_parallel(parallel: Any) -> None:

@@ -27,6 +27,7 @@ PLUGIN = ROOT / "bwla_vllm"
 
 LINEAR, PARAMETER = "vllm.model_executor.layers.linear", "vllm.model_executor.parameter"
 HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"
+MOE = "vllm.model_executor.layers.fused_moe"
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,7 @@ class CallSite:
             node
             for node in (ast.walk(parsed[0]) if parsed else ())
             if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == self.function
+            and self.function == getattr(node.func, "attr", getattr(node.func, "id", None))
         ]
         if any({*self.keywords} <= {keyword.arg for keyword in call.keywords} for call in calls):
             return None
@@ -109,6 +109,8 @@ class Text:
 
 
 BASE_ARGUMENTS = ("data", "weight_loader")
+CREATE_EXPERTS = ("num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype")
+LOAD_EXPERT = ("param", "loaded_weight", "weight_name", "shard_id", "expert_id", "return_success")
 FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
     Text("vllm.plugins", "vllm.general_plugins"),
     Members(LINEAR, "LinearBase", ("input_size", "quant_method")),
@@ -118,7 +120,44 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
         "QuantizationConfig",
         ("packed_modules_mapping",),
     ),
-    Members("vllm.model_executor.layers.fused_moe", "RoutedExperts|FusedMoE", ()),
+    Members(
+        MOE,
+        "RoutedExperts",
+        (
+            "expert_map",
+            "load_weights",
+            "moe_config",
+            "quant_method",
+            "apply_router_weight_on_input",
+            "_map_global_expert_id_to_local_expert_id",
+        ),
+    ),
+    *(Text(f"{MOE}.routed_experts", name) for name in CREATE_EXPERTS),
+    CallSite(f"{MOE}.routed_experts", "create_weights", ("layer",)),
+    CallSite(f"{MOE}.routed_experts", "weight_loader", LOAD_EXPERT),
+    CallSite(f"{MOE}.routed_experts", "apply", ("layer", "x", "topk_weights", "topk_ids")),
+    # Some classes load experts themselves.
+    CallSite("vllm.model_executor.models.deepseek_v2", "weight_loader", LOAD_EXPERT[-3:]),
+    Members(f"{MOE}.fused_moe_method_base", "FusedMoEMethodBase", ("moe", "is_monolithic", "moe_kernel")),
+    Members(
+        f"{MOE}.config",
+        "FusedMoEConfig",
+        (
+            "activation",
+            "has_bias",
+            "hidden_dim",
+            "intermediate_size_per_partition",
+            "moe_parallel_config",
+            "num_logical_experts",
+            "swiglu_limit",
+        ),
+    ),
+    Members(f"{MOE}.config", "FusedMoEParallelConfig", ("tp_rank", "tp_size")),
+    Members(
+        "vllm.config",
+        "ParallelConfig",
+        ("enable_ep_weight_filter", "enable_eplb", "enable_expert_parallel"),
+    ),
     Members(HEAD, "VocabParallelEmbedding", ("shard_indices", "quant_method")),
     Members(HEAD, "ParallelLMHead", ("shard_indices", "quant_method", "tie_weights")),
     Members(HEAD, "UnquantizedEmbeddingMethod", ("embedding", "tie_weights")),
@@ -204,7 +243,10 @@ def plugin_problems(library: Library, sources: dict[str, ast.Module]) -> Iterato
 
 def problems(library: Library, plugin: Path = PLUGIN) -> list[str]:
     """Return everything that `plugin` needs and `library` does not have."""
-    sources = {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(plugin.glob("*.py"))}
+    sources = {
+        path.relative_to(plugin).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+        for path in sorted(plugin.rglob("*.py"))
+    }
     own = [*plugin_problems(library, sources)]
     return own + [problem for fact in FACTS if (problem := fact.problem(library))]
 

@@ -16,11 +16,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
+from bwla_vllm.compat import routing_problem
 from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
-from bwla_vllm.moe.loader import LocalExperts, make_parameter
+from bwla_vllm.moe.loader import LocalExperts, load_by_name, make_parameter
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import is_unset, mark_device
 
@@ -66,6 +67,9 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 kernel computes; no such backend.
         """
         with one_sentence():
+            problem = routing_problem()
+            if problem is not None:
+                raise FormatError(f"{self.name}: {problem}")
             self._check_options(layer)
             spec = self._local_spec(num_experts, hidden_size, intermediate_size_per_partition)
             backend, reason = select_experts_backend(spec, torch.get_default_device(), self.backend_name)
@@ -82,6 +86,7 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 layer.register_parameter(
                     f"{prefix}_{name}", make_parameter(layer, self.name, prefix, name, want)
                 )
+        load_by_name(layer)
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -105,7 +110,8 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         else:
             with one_sentence():
                 gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
-        prepared = local.backend.prepare(gate_up, down, local.spec)
+        with one_sentence():
+            prepared = local.backend.prepare(gate_up, down, local.spec)
         for prefix, tensors in (("w13", gate_up), ("w2", down)):
             for name in tensors:
                 delattr(layer, f"{prefix}_{name}")

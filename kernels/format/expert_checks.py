@@ -45,9 +45,9 @@ def expert_problems(
         )
     if config.experts is not None and not layers:
         yield f"{path}: expected one-bit experts, because quantization_config has the key experts, found none"
+    yield from _mixed_layers(entries, layers, specs, folder)
     for module, experts in layers.items():
         yield from _layer_problems(f"{folder}: {module}", experts)
-    yield from _mixed_layers(entries, layers, specs, folder)
 
 
 def _layer_problems(where: str, experts: Experts) -> Iterator[str]:
@@ -61,7 +61,7 @@ def _layer_problems(where: str, experts: Experts) -> Iterator[str]:
     for number in sorted(experts):
         if leaves is None or experts[number].keys() != {*leaves}:
             wanted = " or ".join(", ".join(names) for names in ((leaves,) if leaves else EXPERT_LEAVES))
-            found = ", ".join(experts[number])
+            found = ", ".join(sorted(experts[number]))
             yield f"{where}.{number}: expected the one-bit linears {wanted}, found {found}"
             return
         for leaf, spec in experts[number].items():

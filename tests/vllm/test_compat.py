@@ -10,6 +10,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from paths import ROOT
 
+from bwla_vllm import compat
 from bwla_vllm.compat import NEWEST, OLDEST, TESTED_TRITONS, outside_tested_range, untested_triton
 
 LINEAR = "vllm/model_executor/layers/linear.py"
@@ -155,3 +156,13 @@ def test_a_changed_release_is_found_out(file: str, old: str, new: str, said: str
 
     found = hooks.problems(hooks.Library(changed))
     assert any(said in problem for problem in found), found
+
+
+def test_experts_on_the_cpu_need_a_release_that_routes_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.routing_problem() is None
+    monkeypatch.setattr("bwla_vllm.compat.find_spec", lambda name: None)
+    assert compat.routing_problem() == (
+        "one-bit experts on the CPU need vLLM 0.30 or newer: install it, or serve the model on a GPU"
+    )
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
+    assert compat.routing_problem() is None

@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from bwla_vllm.checks import check_tensor_parallel
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
-from bwla_vllm.loading import check_expert_parallel
+from bwla_vllm.loading import check_expert_parallel, check_experts_class
 from bwla_vllm.moe.select import experts_spec
 
 GATE, DOWN = LayerSpec(128, 64, 1, 8, 8, rank=2), LayerSpec(64, 128, 2, 8, 8, planes=2)
@@ -135,3 +135,12 @@ def test_options_of_expert_parallelism_that_cannot_work() -> None:
         check_expert_parallel(SimpleNamespace(enable_ep_weight_filter=True, enable_eplb=False))
     with pytest.raises(StartError, match=r"--enable-eplb: expected one-bit experts to stay on their rank"):
         check_expert_parallel(SimpleNamespace(enable_ep_weight_filter=False, enable_eplb=True))
+
+
+def test_a_class_that_cannot_load_them_is_named() -> None:
+    check_experts_class(SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]))
+    check_experts_class(SimpleNamespace(architectures=None))
+    with pytest.raises(
+        StartError, match=r"vLLM's class GraniteMoeHybridForCausalLM loads only .* --ignore experts"
+    ):
+        check_experts_class(SimpleNamespace(architectures=["GraniteMoeHybridForCausalLM"]))
