@@ -178,7 +178,7 @@ def starved_note(reports: Iterable[LayerReport]) -> list[str]:
         return []
     named = f"{starved[0].rpartition('.')[0]}{' and others' if len(starved) > 1 else ''}"
     return [
-        f"{len(starved)} expert{'s' if len(starved) > 1 else ''} ({named}) got fewer calibration tokens from the router "
-        "than the down projection has columns and were also fitted to tokens of other experts: more text helps "
+        f"{len(starved)} expert{'s' if len(starved) > 1 else ''} ({named}) got fewer calibration tokens from the "
+        "router than the down projection has columns and were also fitted to tokens of other experts: more text helps "
         "(--num-calibration-samples)"
     ]

@@ -211,12 +211,11 @@ class _Deriving:
                 reasons[path] = rules.UNUSED
                 continue
             start = f"{self.layers_path}.{index}.", f"{self.layers_name}.{index}."
-            architecture = type(self.model).__name__
             reason = self._plain_reason(path) or unsupported(module)
             if reason is not None:
                 reasons[path] = reason
                 continue
-            experts = find_experts(module, path, *start, self.names, self.parameters, architecture)
+            experts = find_experts(module, path, *start, self.names, self.parameters)
             reason = rules.JOINED if experts is None else _shape_reason(experts)
             if reason is not None:
                 reasons[path] = reason

@@ -17,15 +17,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of the parameters of transformers' experts."""
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-"""Names of an expert's linears where its tensors are stored joined."""
-
-STACKED_NAMES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
-    "GraniteMoeForCausalLM": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
-    "GraniteMoeSharedForCausalLM": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
-    "GraniteMoeHybridForCausalLM": ("block_sparse_moe.experts", ("w1", "w3", "w2")),
-}
-"""Under which names vLLM's classes read the experts one by one, where the files hold them joined: stem, and names of
-gate, up and down. Other classes read `LEAVES` below the path of transformers' module."""
+"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for if its class names none."""
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
@@ -150,7 +142,6 @@ def find_experts(
     stored_prefix: str,
     names: StoredNames,
     parameters: Mapping[str, Sequence[str]],
-    architecture: str,
 ) -> Experts | None:
     """Return how the experts `module` are stored; None where the rules of transformers do not tell.
 
@@ -161,16 +152,14 @@ def find_experts(
         stored_prefix: the same of its stored name.
         names: how the model's tensors are stored.
         parameters: parameter -> stored tensors.
-        architecture: the model's class.
     """
     count, rows, hidden = getattr(module, GATE_UP).shape
     found = [parameters.get(f"{prefix}{path}.{key}", ()) for key in (GATE_UP, DOWN)]
     if not all(name.startswith(stored_prefix) for stored in found for name in stored):
         return None
     if all(len(stored) == 1 for stored in found):
-        stem, leaves = STACKED_NAMES.get(architecture, (path, LEAVES))
         stacked = tuple(stored[0].removeprefix(stored_prefix) for stored in found)
-        return Experts(path, stem, leaves, count, hidden, rows // 2, stacked)
+        return Experts(path, path, LEAVES, count, hidden, rows // 2, stacked)
     gate_up, down = (_leaves(stored, names) for stored in found)
     stems = {stem for stem, _ in (*gate_up, *down)}
     complete = len(found[0]) == 2 * count and len(found[1]) == count
