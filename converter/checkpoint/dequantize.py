@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from bwla_converter.checkpoint.contents import Contents, dtype_name, read_contents
+from bwla_converter.checkpoint.dummy import config_source
 from bwla_converter.checkpoint.layout import check_space, read_int8
 from bwla_converter.checkpoint.merge import part_name
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_converter.planning.disk import merging_bytes
+from bwla_converter.source.observe.experts import Experts
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import LayerSpec, validate_layer
 from bwla_kernels.format.experts import stored_names
@@ -75,18 +77,33 @@ def write_dequantized(
     if out.resolve() == checkpoint.resolve():
         raise OutputError(f"{out}: is the checkpoint itself and would be overwritten: choose another output")
     contents = read_contents(checkpoint)
+    experts = _joined_experts(checkpoint) if contents.format.experts is not None else {}
     size = dequantized_bytes(contents, DTYPES[dtype])
     needed = size + merging_bytes(size, 0)
     check_space(out, needed)
     with atomic_output(out, overwrite, needed) as writer:
         for index, names in enumerate(_parts(contents)):
-            writer.write_shard(part_name(index), _dequantized(contents, names, DTYPES[dtype], on_linear))
+            tensors = _dequantized(contents, names, DTYPES[dtype], on_linear)
+            layer = _LAYER.match(names[0])
+            if layer is not None and layer[0] in experts:
+                tensors = experts[layer[0]].join(layer[0], tensors)
+            writer.write_shard(part_name(index), tensors)
         config = read_json(checkpoint / "config.json")
         del config["quantization_config"]
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         writer.finish(checkpoint, config)
         writer.merge_parts()
         return DequantizedModel(writer.total_size, len(contents.specs))
+
+
+def _joined_experts(checkpoint: Path) -> dict[str, Experts]:
+    """Return the experts whose tensors the plain model stores joined, by the prefix of their decoder layer."""
+    source = config_source(checkpoint)
+    return {
+        f"{source.structure.layer_name(index)}.": experts
+        for index, experts in source.structure.experts.items()
+        if experts.stacked
+    }
 
 
 def dequantized_bytes(contents: Contents, dtype: torch.dtype) -> int:

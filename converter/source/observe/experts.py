@@ -17,7 +17,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of the parameters of transformers' experts."""
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for if its class names none."""
+"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for unless told others."""
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
