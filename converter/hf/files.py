@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from bwla_converter.hf.modules import BWLAEmbedding, BWLAHead, BWLALinear, BWLATiedHead
 from bwla_converter.hf.replace import module_paths
 from bwla_converter.source.observe.names import stored_tensors, tied_names
@@ -84,6 +85,21 @@ def describe_saved(model: PreTrainedModel, stored: BWLAFormat) -> BWLAFormat:
     if f"{HEAD_MODULE}{INT8_SUFFIX}" not in entries:
         described["lm_head"] = None  # a model with another head does not have it
     return stored.model_copy(update=described)
+
+
+def cast_renamed(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast the parameters that a loaded model has in another dtype than the one that was asked for.
+
+    transformers keeps the stored dtype of a tensor that it renames, because it takes it for part of the quantization.
+
+    Args:
+        model: the model.
+        dtype: the dtype that was asked for. Modules that the class keeps in float32 stay as they are.
+    """
+    kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != dtype and not kept & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_loaded(model: nn.Module) -> None:

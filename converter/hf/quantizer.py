@@ -72,9 +72,10 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
         replace_linears(model, self.quantization_config.format, os.environ.get(BACKEND_VARIABLE), specs)
 
     def _process_model_after_weight_loading(self, model: "PreTrainedModel", **_: Any) -> "PreTrainedModel":
-        from bwla_converter.hf.files import check_loaded
+        from bwla_converter.hf.files import cast_renamed, check_loaded
 
         check_loaded(model)
+        cast_renamed(model, model.dtype if model.config.dtype is None else model.config.dtype)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:

@@ -121,6 +121,27 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "model_type": "gemma4_text",
         **SHARED_KV,
     },
+    "experts": {
+        "architecture": "Qwen3MoeForCausalLM",
+        "model_type": "qwen3_moe",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "experts stored joined, and a shared one": {
+        "architecture": "GraniteMoeSharedForCausalLM",
+        "model_type": "granitemoeshared",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+        "drop": ("head_dim",),
+    },
+    "experts under other names": {
+        "architecture": "MixtralForCausalLM",
+        "model_type": "mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "learned positions, and a head that reads the inner model": {
         "architecture": "OPTForCausalLM",
         "model_type": "opt",
