@@ -23,6 +23,9 @@ SERVED = ("qwen3_moe", "mixtral", "deepseek_v3", "olmoe")
 """One linear for each expert; another name around them; shared experts and a dense layer before; no head width."""
 
 
+TRANSFORMERS = {"model_impl": "transformers"}
+"""vLLM's own layer of experts in a class of transformers."""
+
 RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
@@ -58,13 +61,13 @@ def assert_same(found: Any, wanted: Any) -> None:
         assert all(table[token] == pytest.approx(expected[token], abs=1e-3) for token in shared)
 
 
-@pytest.mark.parametrize("case", SERVED)
+@pytest.mark.parametrize(("case", "options"), [*((case, {}) for case in SERVED), ("qwen3_moe", TRANSFORMERS)])
 def test_the_answer_is_that_of_the_dequantized_weights(
-    case: str, start: Callable[..., Any], tmp_path: Path
+    case: str, options: dict[str, Any], start: Callable[..., Any], tmp_path: Path
 ) -> None:
     folder = write_case(case, tmp_path, Experts(planes=2))
     write_dequantized(folder, tmp_path / "dequantized", "float32")
-    found = answer(start(folder, skip_tokenizer_init=True))
+    found = answer(start(folder, skip_tokenizer_init=True, **options))
     assert_same(found, answer(start(tmp_path / "dequantized", skip_tokenizer_init=True)))
     assert len(set(found[0])) > 2
 
