@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import transformers
-from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, PLAIN, TIED_ONLY, UNNAMED
+from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, LISTED, PLAIN, TIED_ONLY, UNNAMED
+
+from bwla_vllm.loading import LISTED_EXPERTS
 
 NOT_IN_TRANSFORMERS = {"DeepseekAttention"}
 """Classes of vLLM's modules that only models use which transformers does not have (DeepSeek 1)."""
@@ -116,3 +118,13 @@ def unnamed(module: str) -> Iterator[str]:
 
 def _source(module: str) -> str:
     return (models_folder() / f"{module}.py").read_text()
+
+
+def test_classes_that_look_up_the_parameters_of_experts_in_a_list() -> None:
+    listed = "maybe_remap_moe_expert_param_name"
+    found = {
+        name for name, module in CASES.items() if listed in (models_folder() / f"{module}.py").read_text()
+    }
+    # Llama 4's experts multiply their inputs by the router's weights, so they stay in 16 bits anyway.
+    assert found - {"Llama4ForCausalLM"} == set(LISTED)
+    assert set(LISTED) == set(LISTED_EXPERTS)

@@ -101,6 +101,13 @@ UNNAMED: Mapping[str, Mapping[str, str]] = {
 }
 """Linears that cannot look up their settings in vLLM, with the reason."""
 
+LISTED: Mapping[str, Mapping[str, str]] = {
+    "GraniteMoeHybridForCausalLM": {
+        "block_sparse_moe.experts": "vLLM's class loads only weights and scales of experts"
+    },
+}
+"""Experts whose parameters vLLM's class looks up in a list of names, which has no rotations, with the reason."""
+
 
 @dataclass(frozen=True)
 class ServingFacts:
@@ -128,7 +135,7 @@ def serving_facts(architecture: str) -> ServingFacts:
         int8_embedding=both,
         plain={
             part: reason
-            for table in (PLAIN, RESHAPED, UNNAMED)
+            for table in (PLAIN, RESHAPED, UNNAMED, LISTED)
             for part, reason in table.get(architecture, {}).items()
         },
     )
