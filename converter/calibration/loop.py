@@ -91,7 +91,7 @@ class CalibrationLoop:
                 "--gpus: expected decoder layers that pass on hidden states alone, found layers that share keys and "
                 "values with later ones, which the processes do not exchange: use --gpus 1"
             )
-        self._quantize_group, self._follow_stream = quantize_group, follow_stream
+        self.quantize_group, self._follow_stream = quantize_group, follow_stream
         self._run_original = run_original
         self._original: StepwiseLayer | None = None
         self._quantized: StepwiseLayer | None = None
@@ -141,7 +141,7 @@ class CalibrationLoop:
         """Quantize an input group and put its quantized linears into the quantized layer."""
         moments, inputs = self.collect_moments(weights)
         processes = self.store.processes
-        own = self._quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
+        own = self.quantize_group(weights, specs, moments, inputs) if processes.process_rank == 0 else None
         result = replace(
             processes.broadcast_group(own, specs, self.store.device), inputs=inputs, starved=moments.starved
         )
