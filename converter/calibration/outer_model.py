@@ -17,6 +17,7 @@ import torch
 from bwla_converter.hf.calls import Call, Conventions, as_returned, head_logits
 from bwla_converter.hf.whole_model import (
     base_of,
+    bases_of,
     build_without_weights,
     choose_attention,
     compute_buffers,
@@ -67,11 +68,13 @@ class OuterModel:
         self._table_names: list[str] = []
         self._skipped: frozenset[str] = frozenset()
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._stand_ins: set[int] = set()
         self._calls: dict[torch.Size, list[Call]] = {}
         self._known: Conventions | None = None
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self.blocks_name}."):
                 self._load_when_run(name, module)
+        self._tell_device()
 
     @property
     def conventions(self) -> Conventions:
@@ -198,9 +201,23 @@ class OuterModel:
         elif any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda *_: self._load(name, module))
 
+    def _tell_device(self) -> None:
+        """Put a zero on the device in place of each base model's first parameter, which it takes its own device from.
+
+        Idefics 3 moves what its decoder layers read to the device of its vision tower.
+        """
+        for base in bases_of(self.model):
+            name, parameter = next(base.named_parameters())
+            if parameter.is_meta:
+                zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(parameter.shape)
+                stand_in = nn.Parameter(zero, requires_grad=False)
+                path, _, key = name.rpartition(".")
+                setattr(base.get_submodule(path), key, stand_in)
+                self._stand_ins.add(id(stand_in))
+
     def _load(self, name: str, module: nn.Module) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
+            if parameter.is_meta or id(parameter) in self._stand_ins:
                 tensor = self._read(self.source.stored_name(f"{name}.{key}" if name else key))
                 value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
                 setattr(module, key, value)
@@ -309,8 +326,8 @@ class OuterModel:
             if outputs.last_hidden_state.shape[:-1] == ids.shape and len(set(shapes)) == 1:
                 return length, outputs
         raise SourceError(
-            f"{self.source.folder}: expected decoder layers of {type(self.model).__name__} that return their hidden "
-            f"states, found others ({problem}): please report this model"
+            f"{self.source.folder}: expected {type(self.model).__name__} to run on token ids alone, with decoder layers "
+            f"that return their hidden states, found another ({problem}): this model is not supported"
         )
 
 

@@ -51,6 +51,12 @@ def bases_of(model: PreTrainedModel) -> list[PreTrainedModel]:
     return [inner for inner in around if inner.get_output_embeddings() is None] or around[-1:]
 
 
+def language_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the innermost model inside a model that has its head: some of the outer ones need images (BLIP-2)."""
+    around = _around_layers(model)
+    return next((inner for inner in reversed(around) if inner.get_output_embeddings() is not None), model)
+
+
 def _around_layers(model: PreTrainedModel) -> list[PreTrainedModel]:
     return models_around(model, find_layers(model, model.name_or_path or type(model).__name__)[1])
 
