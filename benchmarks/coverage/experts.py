@@ -98,16 +98,6 @@ EXPERTS = (
         dtype="bfloat16",
     ),
     Case(
-        "qwen3_next_all",
-        "Qwen3-Next, all experts chosen",
-        "Qwen3NextForCausalLM",
-        "qwen3_next",
-        "linear attention + experts | attention + experts",
-        wide(**{**_QWEN, **LINEAR_ATTENTION, **_SHARED, "num_experts_per_tok": 4}),
-        group="experts",
-        dtype="bfloat16",
-    ),
-    Case(
         "qwen3_5_moe_text",
         "Qwen3.5, 3.6 35B-A3B, text",
         "Qwen3_5MoeForCausalLM",

@@ -261,6 +261,7 @@ _MODELS = (
                 num_experts=4,
                 num_experts_per_tok=2,
                 moe_intermediate_size=64,
+                norm_topk_prob=True,  # as published; vLLM's class asks for it
                 model_type="qwen3_vl_moe_text",
             ),
             {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
@@ -280,6 +281,7 @@ _MODELS = (
 
 _GROUP: Group = "multimodal"
 _BFLOAT16 = ("qwen3_5",)
+_TRANSPOSED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
 
 MULTIMODAL = tuple(
     Case(
@@ -291,6 +293,7 @@ MULTIMODAL = tuple(
         settings,
         group=_GROUP,
         dtype="bfloat16" if name in _BFLOAT16 else "float32",
+        transposed=_TRANSPOSED.get(name, ()),
     )
     for name, models, architecture, blocks, settings in _MODELS
 )
@@ -329,7 +332,7 @@ EMBEDDING = (
                 **_SLIDING,
                 hidden_size_per_layer_input=32,
                 embedding_dim=64,
-                num_global_key_value_heads=1,
+                num_global_key_value_heads=2,  # published models have others, which vLLM's CPU runner does not take
                 global_head_dim=32,
                 model_type="embedding_gemma2_text",
             ),

@@ -23,6 +23,7 @@ from bwla_converter.hf.whole_model import (
     compute_buffers,
 )
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.decoder import output_embeddings
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -177,7 +178,7 @@ class OuterModel:
         self._tables.clear()
 
     def _head(self) -> nn.Module:
-        head: nn.Module | None = self.model.get_output_embeddings()
+        head: nn.Module | None = output_embeddings(self.model)
         if head is None:
             raise SourceError(
                 f"{self.source.folder}: expected a model with a language-model head, found "
@@ -286,7 +287,7 @@ class OuterModel:
                 return calls
         raise SourceError(
             f"{self.source.folder}: expected {type(self.model).__name__} to run its {len(self.blocks)} decoder layers "
-            f"one after another, found that it runs {len(calls)}: please report this model"
+            f"one after another, found that it runs {len(calls)}: this model is not supported"
         )
 
     @torch.no_grad()
@@ -326,8 +327,8 @@ class OuterModel:
             if outputs.last_hidden_state.shape[:-1] == ids.shape and len(set(shapes)) == 1:
                 return length, outputs
         raise SourceError(
-            f"{self.source.folder}: expected {type(self.model).__name__} to run on token ids alone, with decoder layers "
-            f"that return their hidden states, found another ({problem}): this model is not supported"
+            f"{self.source.folder}: expected {type(self.model).__name__} to run on token ids alone, with decoder "
+            f"layers that return their hidden states, found another ({problem}): this model is not supported"
         )
 
 

@@ -18,11 +18,11 @@ from bwla_converter.calibration.text import HELD_OUT_TOKENS, load_tokenizer, wri
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.bars import no_bars
 from bwla_converter.common.tensors import entry_bytes
-from bwla_converter.hf.whole_model import language_model_of
 from bwla_converter.options import Calibration
 from bwla_converter.source.gguf_path import cache_folder
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.decoder import language_model_of
 from bwla_kernels.errors import SourceError
 from filelock import FileLock
 from rich.filesize import decimal
@@ -147,7 +147,9 @@ def _write(source: Source, writing: Writing, on_step: OnStep) -> Tensor:
         def on_token(step: int, done: int = number * length) -> None:
             on_step(done + step, len(batches) * length)
 
-        parts.append(sample_sequences(language_model_of(model), some, length, (ends, vocabulary), generator, on_token))
+        parts.append(
+            sample_sequences(language_model_of(model), some, length, (ends, vocabulary), generator, on_token)
+        )
     return torch.cat(parts).view(writing.samples, -1)[:, : writing.calibration.max_seq_length]
 
 

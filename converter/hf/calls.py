@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from bwla_converter.hf.whole_model import bases_of, language_model_of
+from bwla_converter.hf.whole_model import bases_of
+from bwla_converter.source.observe.decoder import language_model_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

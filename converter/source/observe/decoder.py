@@ -82,6 +82,21 @@ def _outermost(model: PreTrainedModel) -> PreTrainedModel:
     return inner if isinstance(inner, PreTrainedModel) else base
 
 
+def language_model_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the innermost model inside `model` that has its head, or `model` if there is none.
+
+    Some of the outer ones need images (BLIP-2), or do not say that they have a head (Nemotron-H Omni).
+    """
+    around = models_around(model, find_layers(model, type(model).__name__)[1])
+    return next((inner for inner in reversed(around) if inner.get_output_embeddings() is not None), model)
+
+
+def output_embeddings(model: PreTrainedModel) -> nn.Module | None:
+    """Return the head of `model`, or None if it has none."""
+    head: nn.Module | None = language_model_of(model).get_output_embeddings()
+    return head
+
+
 def ties_embeddings(model: PreTrainedModel) -> bool:
     """Return whether config.json ties the head that a model lacks; False where it does not say (EmbeddingGemma 2)."""
     configs = (model.config, model.config.get_text_config())

@@ -6,7 +6,12 @@ from typing import Any
 
 import torch
 from bwla_converter.source.observe import rules
-from bwla_converter.source.observe.decoder import find_layers, ties_embeddings, why_it_does_not_run
+from bwla_converter.source.observe.decoder import (
+    find_layers,
+    output_embeddings,
+    ties_embeddings,
+    why_it_does_not_run,
+)
 from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
 from bwla_converter.source.observe.serving import serving_facts
@@ -68,7 +73,7 @@ def observe_structure(
         )
     embedding, head = (
         _path_of(model, model.get_input_embeddings()),
-        _path_of(model, model.get_output_embeddings()),
+        _path_of(model, output_embeddings(model)),
     )
     norm = _join(_path_of(model, decoder), record.final_norm) if record.final_norm is not None else ""
     outside = {path: modules.get(path, path) for path in (embedding, head, norm) if path}
@@ -94,7 +99,7 @@ def observe_structure(
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether the head has the embedding's weight; of a model without a head, whether it would have."""
-    head = _path_of(model, model.get_output_embeddings())
+    head = _path_of(model, output_embeddings(model))
     return f"{head}.weight" in tied_names(model) if head else ties_embeddings(model)
 
 

@@ -102,6 +102,16 @@ UNNAMED: Mapping[str, Mapping[str, str]] = {
 """Linears that cannot look up their settings in vLLM, with the reason."""
 
 
+_WEIGHT_ONLY = "vLLM's class fuses it by the name of its weight alone"
+
+UNMAPPED: Mapping[str, Mapping[str, str]] = {
+    "EmbeddingGemma2Model": dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _WEIGHT_ONLY
+    ),
+}
+"""Parts of fused linears whose other tensors vLLM's class does not load, with the reason."""
+
+
 @dataclass(frozen=True)
 class ServingFacts:
     """What vLLM's class of an architecture can store quantized.
@@ -128,7 +138,7 @@ def serving_facts(architecture: str) -> ServingFacts:
         int8_embedding=both,
         plain={
             part: reason
-            for table in (PLAIN, RESHAPED, UNNAMED)
+            for table in (PLAIN, RESHAPED, UNNAMED, UNMAPPED)
             for part, reason in table.get(architecture, {}).items()
         },
     )
