@@ -260,7 +260,7 @@ _MODELS = (
                 **_MROPE,
                 num_experts=4,
                 num_experts_per_tok=2,
-                moe_intermediate_size=64,
+                moe_intermediate_size=96,  # not 64, since transformers tells by the shape what is transposed
                 norm_topk_prob=True,  # as published; vLLM's class asks for it
                 model_type="qwen3_vl_moe_text",
             ),

@@ -23,7 +23,7 @@ from bwla_converter.hf.whole_model import (
     compute_buffers,
 )
 from bwla_converter.source.model import Source
-from bwla_converter.source.observe.decoder import output_embeddings
+from bwla_converter.source.observe.decoder import language_model_of, output_embeddings
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -55,6 +55,7 @@ class OuterModel:
         self.source, self.device, self.dtype, self._read = source, device, dtype, read
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         self.model = build_without_weights(source.structure.architecture, config)
+        self._language_model = language_model_of(self.model)
         self.attention = choose_attention(self.model, device)
         self.blocks_name = source.structure.layer_path(0).rpartition(".")[0]
         self.blocks = list(self.model.get_submodule(self.blocks_name).children())
@@ -281,8 +282,8 @@ class OuterModel:
             return as_returned(call.hidden, tuple_length)
 
         with self._stubs(note):
-            try:
-                self._base(ids)
+            try:  # not the base model alone: BLIP's decoder tells it that it is a decoder
+                self._language_model(input_ids=ids.to(self.device), use_cache=False)
             except _ReachedError:
                 return calls
         raise SourceError(

@@ -1,5 +1,8 @@
 """Find the decoder in a model of any class: the list of decoder layers, and the modules around it."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from bwla_kernels.errors import SourceError
@@ -101,6 +104,17 @@ def ties_embeddings(model: PreTrainedModel) -> bool:
     """Return whether config.json ties the head that a model lacks; False where it does not say (EmbeddingGemma 2)."""
     configs = (model.config, model.config.get_text_config())
     return bool(next((c.tie_word_embeddings for c in configs if hasattr(c, "tie_word_embeddings")), False))
+
+
+@contextmanager
+def without_tracebacks() -> Iterator[None]:
+    """Have torch not log the traceback of what a model's code raises on fake tensors, which is reported in words."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def why_it_does_not_run(cause: Exception) -> str:

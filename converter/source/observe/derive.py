@@ -11,6 +11,7 @@ from bwla_converter.source.observe.decoder import (
     output_embeddings,
     ties_embeddings,
     why_it_does_not_run,
+    without_tracebacks,
 )
 from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
@@ -45,7 +46,8 @@ def observe_structure(
         )
     try:
         model.to(torch.bfloat16)  # the only dtype that torch has fused experts for
-        record = observe_run(decoder, layers)
+        with without_tracebacks():
+            record = observe_run(decoder, layers)
     except Exception as cause:  # whatever the model's code raises
         raise SourceError(
             f"{source}: expected {type(model).__name__} to run on token ids without its weights, so that its input "
