@@ -323,7 +323,7 @@ EMBEDDING = (
     ),
     Case(
         "embedding_gemma2",
-        "EmbeddingGemma 2",
+        "EmbeddingGemma 2, heads of one width",
         "EmbeddingGemma2Model",
         "embedding_gemma2",
         "attention + MLP + per-layer input",
@@ -332,7 +332,7 @@ EMBEDDING = (
                 **_SLIDING,
                 hidden_size_per_layer_input=32,
                 embedding_dim=64,
-                num_global_key_value_heads=2,  # published models have others, which vLLM's CPU runner does not take
+                num_global_key_value_heads=2,  # vLLM's runner takes no second width, which the class has by default
                 global_head_dim=32,
                 model_type="embedding_gemma2_text",
             ),
