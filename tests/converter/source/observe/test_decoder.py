@@ -9,6 +9,7 @@ from bwla_converter.checkpoint.dummy import config_source
 from bwla_kernels.errors import SourceError
 from decoder_configs import write_config
 from transformers import PretrainedConfig
+from transformers.utils import is_timm_available
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
 
@@ -96,3 +97,11 @@ def test_several_models_in_one_are_refused(tmp_path: Path) -> None:
         SourceError, match="one embedding of token ids in Qwen2_5OmniForConditionalGeneration"
     ):
         config_source(written(tmp_path, omni, "Qwen2_5OmniForConditionalGeneration"))
+
+
+@pytest.mark.skipif(is_timm_available(), reason="timm is installed")
+def test_a_missing_package_is_named(tmp_path: Path) -> None:
+    """Gemma 3n's vision tower is timm's."""
+    folder = written(tmp_path, transformers.Gemma3nConfig(), "Gemma3nForConditionalGeneration")
+    with pytest.raises(SourceError, match=r"Gemma3nForConditionalGeneration needs, .*timm.*: install it"):
+        config_source(folder)
