@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from bwla_converter.source.observe.decoder import find_layers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -73,10 +74,19 @@ def write_words(folder: Path) -> None:
     (folder / TEXT_FILE).write_text(" ".join(words), encoding="utf-8")
 
 
+def _transpose(file: Path, ends: tuple[str, ...]) -> None:
+    """Exchange the last two axes of the tensors in `file` whose names end in one of `ends`."""
+    tensors = load_file(file)
+    chosen = {name: tensor.mT.contiguous() for name, tensor in tensors.items() if name.endswith(ends)}
+    save_file({**tensors, **chosen}, file, {"format": "pt"})
+
+
 def write_case(case: Case, folder: Path) -> int:
     """Write the model of a case to `folder`; return the number of weights in its decoder's layers."""
     model = build(case)
     model.save_pretrained(folder)
+    if case.transposed:
+        _transpose(folder / "model.safetensors", case.transposed)
     write_words(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))

@@ -38,6 +38,8 @@ class Case:
         group: section of the table.
         dtype: dtype of the weights and of the computation in vLLM; float32 unless vLLM's CPU kernels need another.
         bare: whether the tensors are stored without the prefix of the base model, and without a head.
+        transposed: ends of the names of tensors that published files hold transposed, which transformers reads, but
+            does not write.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Case:
     group: Group = "dense"
     dtype: str = "float32"
     bare: bool = False
+    transposed: tuple[str, ...] = ()
 
 
 def wide(**settings: Any) -> dict[str, Any]:

@@ -217,6 +217,58 @@ _MODELS = (
         ),
     ),
     (
+        "idefics3",
+        "Idefics 3",
+        "Idefics3ForConditionalGeneration",
+        _LAYER,
+        _model(
+            wide(model_type="llama"),
+            {**_VISION, "model_type": "idefics3_vision"},
+            image_token_id=250,
+            pad_token_id=0,
+            scale_factor=2,
+        ),
+    ),
+    (
+        "blip-2",
+        "BLIP-2 with OPT",
+        "Blip2ForConditionalGeneration",
+        _LAYER,
+        _model(
+            {**derived(ffn_dim=128, word_embed_proj_dim=64), "model_type": "opt"},
+            {**_VISION, "model_type": "blip_2_vision_model"},
+            qformer_config={
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "encoder_hidden_size": 64,
+                "vocab_size": 256,
+                "model_type": "blip_2_qformer",
+            },
+            num_query_tokens=4,
+            image_token_index=250,
+        ),
+    ),
+    (
+        "qwen3_vl_moe",
+        "Qwen3-VL 30B-A3B, 235B",
+        "Qwen3VLMoeForConditionalGeneration",
+        "attention + experts",
+        _model(
+            wide(
+                **_MROPE,
+                num_experts=4,
+                num_experts_per_tok=2,
+                moe_intermediate_size=96,  # not 64, since transformers tells by the shape what is transposed
+                norm_topk_prob=True,  # as published; vLLM's class asks for it
+                model_type="qwen3_vl_moe_text",
+            ),
+            {**_QWEN_VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            **_QWEN_TOKENS,
+        ),
+    ),
+    (
         "llava",
         "LLaVA 1.5",
         "LlavaForConditionalGeneration",
@@ -229,6 +281,7 @@ _MODELS = (
 
 _GROUP: Group = "multimodal"
 _BFLOAT16 = ("qwen3_5",)
+_TRANSPOSED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
 
 MULTIMODAL = tuple(
     Case(
@@ -240,6 +293,7 @@ MULTIMODAL = tuple(
         settings,
         group=_GROUP,
         dtype="bfloat16" if name in _BFLOAT16 else "float32",
+        transposed=_TRANSPOSED.get(name, ()),
     )
     for name, models, architecture, blocks, settings in _MODELS
 )
@@ -264,6 +318,28 @@ EMBEDDING = (
         "gemma3_text",
         _LAYER,
         wide(**_SLIDING, query_pre_attn_scalar=32),
+        group="embedding",
+        bare=True,
+    ),
+    Case(
+        "embedding_gemma2",
+        "EmbeddingGemma 2, heads of one width",
+        "EmbeddingGemma2Model",
+        "embedding_gemma2",
+        "attention + MLP + per-layer input",
+        {
+            "text_config": wide(
+                **_SLIDING,
+                hidden_size_per_layer_input=32,
+                embedding_dim=64,
+                num_global_key_value_heads=2,  # vLLM's runner takes no second width, which the class has by default
+                global_head_dim=32,
+                model_type="embedding_gemma2_text",
+            ),
+            "vision_config": _GEMMA4_VISION,
+            "audio_config": None,
+            **_GEMMA4_TOKENS,
+        },
         group="embedding",
         bare=True,
     ),

@@ -30,6 +30,9 @@ NEW_TOKENS, SCORED = 5, 20
 EXACT_BITS = 16
 """Bits of activations, head and embedding where a converted model must equal its dequantized form."""
 
+NO_MEDIA = {"image": 0, "video": 0, "audio": 0}
+"""Images, videos and sounds in a prompt."""
+
 KV_CACHE_BYTES = 16 * 2**20
 MAX_MODEL_LEN = 64
 
@@ -183,7 +186,7 @@ def _serve(step: Step, case: Case, folder: Path) -> Answer:
         kv_cache_memory_bytes=KV_CACHE_BYTES,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **({"limit_mm_per_prompt": {"image": 0, "video": 0}} if case.group == "multimodal" else {}),
+        **({"limit_mm_per_prompt": NO_MEDIA} if "vision_config" in case.settings else {}),
     )
     prompt = {"prompt_token_ids": PROMPT}
     try:

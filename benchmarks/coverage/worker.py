@@ -6,6 +6,7 @@ The processes are forked from a server that has imported everything already, whi
 import json
 import multiprocessing
 import os
+import re
 import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from bwla_kernels.errors import BWLAError
+from pydantic import ValidationError
 
 from benchmarks.coverage.cases import CASES
 from benchmarks.coverage.steps import Answer, Step, run_step
@@ -144,7 +146,13 @@ def run_steps(steps: Sequence[Step], case: str, folder: Path, failed: set[str], 
 
 
 def sentence_of(error: BaseException) -> str:
-    """Return the message of an error in one line; its type comes first unless it is one of ours."""
+    """Return the message of an error in one line; its type comes first unless it is one of ours.
+
+    Of what pydantic raises, which repeats the whole input, it is the first sentence of the first problem.
+    """
+    if isinstance(error, ValidationError):
+        problem = error.errors(include_input=False, include_url=False)[0]["msg"].removeprefix("Value error, ")
+        return f"{type(error).__name__}: {re.split(r'(?<=[.]) ', problem)[0]}"
     message = " ".join(str(error).split()) or _place_of(error)
     if not isinstance(error, BWLAError):
         message = f"{type(error).__name__}: {message}"

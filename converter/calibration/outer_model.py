@@ -17,11 +17,13 @@ import torch
 from bwla_converter.hf.calls import Call, Conventions, as_returned, head_logits
 from bwla_converter.hf.whole_model import (
     base_of,
+    bases_of,
     build_without_weights,
     choose_attention,
     compute_buffers,
 )
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.decoder import language_model_of, output_embeddings
 from bwla_kernels.errors import SourceError
 from torch import Tensor, nn
 from transformers import AutoConfig
@@ -53,6 +55,7 @@ class OuterModel:
         self.source, self.device, self.dtype, self._read = source, device, dtype, read
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
         self.model = build_without_weights(source.structure.architecture, config)
+        self._language_model = language_model_of(self.model)
         self.attention = choose_attention(self.model, device)
         self.blocks_name = source.structure.layer_path(0).rpartition(".")[0]
         self.blocks = list(self.model.get_submodule(self.blocks_name).children())
@@ -67,11 +70,13 @@ class OuterModel:
         self._table_names: list[str] = []
         self._skipped: frozenset[str] = frozenset()
         self._loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
+        self._stand_ins: set[int] = set()
         self._calls: dict[torch.Size, list[Call]] = {}
         self._known: Conventions | None = None
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self.blocks_name}."):
                 self._load_when_run(name, module)
+        self._tell_device()
 
     @property
     def conventions(self) -> Conventions:
@@ -174,7 +179,7 @@ class OuterModel:
         self._tables.clear()
 
     def _head(self) -> nn.Module:
-        head: nn.Module | None = self.model.get_output_embeddings()
+        head: nn.Module | None = output_embeddings(self.model)
         if head is None:
             raise SourceError(
                 f"{self.source.folder}: expected a model with a language-model head, found "
@@ -198,9 +203,23 @@ class OuterModel:
         elif any(True for _ in module.parameters(recurse=False)):
             module.register_forward_pre_hook(lambda *_: self._load(name, module))
 
+    def _tell_device(self) -> None:
+        """Put a zero on the device in place of each base model's first parameter, which it takes its own device from.
+
+        Idefics 3 moves what its decoder layers read to the device of its vision tower.
+        """
+        for base in bases_of(self.model):
+            name, parameter = next(base.named_parameters())
+            if parameter.is_meta:
+                zero = torch.zeros((), dtype=self.dtype, device=self.device).expand(parameter.shape)
+                stand_in = nn.Parameter(zero, requires_grad=False)
+                path, _, key = name.rpartition(".")
+                setattr(base.get_submodule(path), key, stand_in)
+                self._stand_ins.add(id(stand_in))
+
     def _load(self, name: str, module: nn.Module) -> None:
         for key, parameter in list(module.named_parameters(recurse=False)):
-            if parameter.is_meta:
+            if parameter.is_meta or id(parameter) in self._stand_ins:
                 tensor = self._read(self.source.stored_name(f"{name}.{key}" if name else key))
                 value = nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
                 setattr(module, key, value)
@@ -263,13 +282,13 @@ class OuterModel:
             return as_returned(call.hidden, tuple_length)
 
         with self._stubs(note):
-            try:
-                self._base(ids)
+            try:  # not the base model alone: BLIP's decoder tells it that it is a decoder
+                self._language_model(input_ids=ids.to(self.device), use_cache=False)
             except _ReachedError:
                 return calls
         raise SourceError(
             f"{self.source.folder}: expected {type(self.model).__name__} to run its {len(self.blocks)} decoder layers "
-            f"one after another, found that it runs {len(calls)}: please report this model"
+            f"one after another, found that it runs {len(calls)}: this model is not supported"
         )
 
     @torch.no_grad()
@@ -309,8 +328,8 @@ class OuterModel:
             if outputs.last_hidden_state.shape[:-1] == ids.shape and len(set(shapes)) == 1:
                 return length, outputs
         raise SourceError(
-            f"{self.source.folder}: expected decoder layers of {type(self.model).__name__} that return their hidden "
-            f"states, found others ({problem}): please report this model"
+            f"{self.source.folder}: expected {type(self.model).__name__} to run on token ids alone, with decoder "
+            f"layers that return their hidden states, found another ({problem}): this model is not supported"
         )
 
 

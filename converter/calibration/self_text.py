@@ -22,6 +22,7 @@ from bwla_converter.options import Calibration
 from bwla_converter.source.gguf_path import cache_folder
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.decoder import language_model_of
 from bwla_kernels.errors import SourceError
 from filelock import FileLock
 from rich.filesize import decimal
@@ -146,7 +147,9 @@ def _write(source: Source, writing: Writing, on_step: OnStep) -> Tensor:
         def on_token(step: int, done: int = number * length) -> None:
             on_step(done + step, len(batches) * length)
 
-        parts.append(sample_sequences(model, some, length, (ends, vocabulary), generator, on_token))
+        parts.append(
+            sample_sequences(language_model_of(model), some, length, (ends, vocabulary), generator, on_token)
+        )
     return torch.cat(parts).view(writing.samples, -1)[:, : writing.calibration.max_seq_length]
 
 
@@ -187,7 +190,8 @@ def _load(source: Source, model: PreTrainedModel) -> PreTrainedModel:
 def end_tokens(tokenizer: Any, model: PreTrainedModel) -> set[int]:
     """Return the ids of the tokens that end a text or a turn of a conversation."""
     ends: set[int] = set()
-    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+    config = model.config if hasattr(model.config, "eos_token_id") else model.config.get_text_config()
+    for ids in (tokenizer.eos_token_id, model.generation_config.eos_token_id, config.eos_token_id):
         ends.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
     return ends
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from bwla_converter.hf.whole_model import bases_of
+from bwla_converter.source.observe.decoder import language_model_of
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -103,7 +104,7 @@ def head_logits(model: PreTrainedModel, outputs: Any, rows: Tensor) -> Tensor:
         base.forward = lambda *_, **__: replace(outputs, last_hidden_state=rows.unsqueeze(1))
     try:
         ids = torch.zeros(len(rows), 1, dtype=torch.long, device=rows.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: Tensor = language_model_of(model)(input_ids=ids, use_cache=False).logits
     finally:
         for base in bases:
             del base.forward  # the class's own method again

@@ -45,10 +45,11 @@ def base_of(model: PreTrainedModel) -> PreTrainedModel:
 def bases_of(model: PreTrainedModel) -> list[PreTrainedModel]:
     """Return the models inside a model whose outputs the head can read; the outermost first, the decoder last.
 
-    They are those without a head, since a multimodal model may contain a whole language model.
+    They are those inside the innermost one with a head, since a multimodal model may contain a whole language model.
     """
     around = _around_layers(model)
-    return [inner for inner in around if inner.get_output_embeddings() is None] or around[-1:]
+    heads = [index for index, inner in enumerate(around) if inner.get_output_embeddings() is not None]
+    return (around[heads[-1] + 1 :] if heads else around) or around[-1:]
 
 
 def _around_layers(model: PreTrainedModel) -> list[PreTrainedModel]:

@@ -28,7 +28,7 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-LAYOUT = 1
+LAYOUT = 2
 """Increased when a folder in the cache would be written differently."""
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.\d+\.")

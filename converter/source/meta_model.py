@@ -46,6 +46,12 @@ def build_meta_model(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel
             model: PreTrainedModel = model_class(hf_config)
     except SourceError:
         raise
+    except ImportError as cause:
+        reason = " ".join(str(cause).split())
+        raise SourceError(
+            f"{path}: expected the packages that {model_class.__name__} needs, found one missing ({reason:.100}): "
+            "install it"
+        ) from None
     except Exception as cause:  # transformers raises many types of exceptions for an inconsistent config
         reason = " ".join(str(cause).split())
         raise SourceError(

@@ -15,6 +15,7 @@ import torch
 from bwla_converter import pipeline
 from bwla_converter.options import Options, Summary
 from bwla_kernels.errors import SourceError
+from pydantic import BaseModel, ValidationError, field_validator
 
 from benchmarks.common.tiny_models import FAMILIES
 from benchmarks.coverage import __main__ as coverage
@@ -178,6 +179,20 @@ def test_the_message_of_a_foreign_error_names_its_type_and_is_short() -> None:
     long = worker.sentence_of(ValueError("x" * 1000))
     assert len(long) == worker.LONGEST_MESSAGE
     assert long.endswith("x...")
+
+
+def test_the_message_of_a_validation_error_is_its_first_sentence() -> None:
+    class Asked(BaseModel):
+        name: str
+
+        @field_validator("name")
+        @classmethod
+        def check(cls, name: str) -> str:
+            raise ValueError(f"{name} was supported until v0.28.0. Use an older version.")
+
+    with pytest.raises(ValidationError) as caught:
+        Asked(name="Mpt")
+    assert worker.sentence_of(caught.value) == "ValidationError: Mpt was supported until v0.28.0."
 
 
 def test_a_row_of_a_case_that_works(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ GGUF_CASES: Mapping[str, GGUFCase] = {
         lfm2,
         lfm2_keys,
         # Settings of older versions, which transformers' class does not read.
-        frozenset({"conv_dim", "conv_dim_out", "block_dim", "block_mlp_init_scale", "block_norm_eps"}),
+        frozenset({"conv_dim_out", "block_mlp_init_scale", "block_norm_eps"}),
     ),
     "stablelm": GGUFCase(
         "stablelm",

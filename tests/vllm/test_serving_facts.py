@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import transformers
-from bwla_converter.source.observe.serving import INT8_BOTH, INT8_HEAD, LISTED, PLAIN, TIED_ONLY, UNNAMED
+from bwla_converter.source.observe.serving import (
+    INT8_BOTH,
+    INT8_HEAD,
+    LISTED,
+    PLAIN,
+    TIED_ONLY,
+    UNMAPPED,
+    UNNAMED,
+)
 
 from bwla_vllm.loading import LISTED_EXPERTS
 
@@ -102,6 +110,27 @@ def test_the_linears_without_a_name() -> None:
     }
     assert found == expected
     assert UNNAMED.keys() <= CASES.keys()
+
+
+def test_the_linears_that_are_fused_by_their_weights_alone() -> None:
+    registry = (models_folder() / "registry.py").read_text()
+    found: dict[str, set[str]] = {}
+    for path in models_folder().glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "orig_to_new_stacked":
+                keys = (
+                    ast.literal_eval(key)
+                    for key in getattr(node.value, "keys", ())
+                    if isinstance(key, ast.Constant)
+                )
+                parts = {
+                    key.removesuffix(".weight").rpartition(".")[2] for key in keys if key.endswith(".weight")
+                }
+                if parts:
+                    found.setdefault(path.stem, set()).update(parts)
+    assert {module: parts for module, parts in found.items() if f'("{module}", ' in registry} == {
+        "embedding_gemma2": set(UNMAPPED["EmbeddingGemma2Model"])
+    }
 
 
 def unnamed(module: str) -> Iterator[str]:

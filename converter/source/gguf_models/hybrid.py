@@ -30,6 +30,9 @@ def lfm2(file: GGUFFile, keys: Keys) -> dict[str, Any]:
         "rope_parameters": read_rope(file, keys, 1_000_000.0),
         # The file has the adjusted width.
         "block_auto_adjust_ff_dim": False,
+        # vLLM's class asks for these; llama.cpp has no other width than the hidden size.
+        "conv_dim": common["hidden_size"],
+        "block_dim": common["hidden_size"],
         "conv_bias": any(name.endswith("shortconv.conv.bias") for name in file.tensors),
     }
 

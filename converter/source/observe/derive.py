@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from bwla_converter.source.observe import rules
-from bwla_converter.source.observe.decoder import find_layers
+from bwla_converter.source.observe.decoder import (
+    find_layers,
+    output_embeddings,
+    ties_embeddings,
+    why_it_does_not_run,
+    without_tracebacks,
+)
 from bwla_converter.source.observe.experts import Experts, experts_modules, find_experts, unsupported
 from bwla_converter.source.observe.names import StoredNames, stored_modules, tied_names
 from bwla_converter.source.observe.run import BlockRecord, observe_run
@@ -41,12 +47,12 @@ def observe_structure(
         )
     try:
         model.to(torch.bfloat16)  # the only dtype that torch has fused experts for
-        record = observe_run(decoder, layers)
+        with without_tracebacks():
+            record = observe_run(decoder, layers)
     except Exception as cause:  # whatever the model's code raises
-        reason = " ".join(str(cause).split())
         raise SourceError(
-            f"{source}: expected {type(model).__name__} to run without its weights, so that its input groups can be "
-            f"observed, found {type(cause).__name__} ({reason:.200}): please report this model"
+            f"{source}: expected {type(model).__name__} to run on token ids without its weights, so that its input "
+            f"groups can be observed, found {why_it_does_not_run(cause)}: this model is not supported"
         ) from None
     parameters = names.by_parameter(stored)
     modules = stored_modules(names, parameters)
@@ -73,7 +79,7 @@ def observe_structure(
         )
     embedding, head = (
         _path_of(model, model.get_input_embeddings()),
-        _path_of(model, model.get_output_embeddings()),
+        _path_of(model, output_embeddings(model)),
     )
     norm = _join(_path_of(model, decoder), record.final_norm) if record.final_norm is not None else ""
     outside = {path: modules.get(path, path) for path in (embedding, head, norm) if path}
@@ -100,8 +106,8 @@ def observe_structure(
 
 def is_tied(model: PreTrainedModel) -> bool:
     """Return whether the head has the embedding's weight; of a model without a head, whether it would have."""
-    head = _path_of(model, model.get_output_embeddings())
-    return f"{head}.weight" in tied_names(model) if head else bool(model.config.tie_word_embeddings)
+    head = _path_of(model, output_embeddings(model))
+    return f"{head}.weight" in tied_names(model) if head else ties_embeddings(model)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class StoredNames:
         self._renamings = [rule for rule in transforms if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in transforms if isinstance(rule, WeightConverter)]
         self.parameters = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        self._model = model  # some conversions ask it for the shape of a parameter, or its configuration
         self.unused = tuple(sorted(model._keys_to_ignore_on_load_unexpected or ()))
 
     @property
@@ -108,7 +109,7 @@ class StoredNames:
                 conversions[parameter] = deepcopy(by_pattern[pattern])
             conversions[parameter].add_tensor(parameter, name, pattern, tensors[name])
         for parameter, conversion in conversions.items():
-            for name, tensor in conversion.convert(parameter).items():
+            for name, tensor in conversion.convert(parameter, self._model, self._model.config).items():
                 parameters[name] = tensor[0] if isinstance(tensor, list) else tensor
         return parameters
 

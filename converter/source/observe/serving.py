@@ -109,6 +109,16 @@ LISTED: Mapping[str, Mapping[str, str]] = {
 """Experts whose parameters vLLM's class looks up in a list of names, which has no rotations, with the reason."""
 
 
+_WEIGHT_ONLY = "vLLM's class fuses it by the name of its weight alone"
+
+UNMAPPED: Mapping[str, Mapping[str, str]] = {
+    "EmbeddingGemma2Model": dict.fromkeys(
+        ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), _WEIGHT_ONLY
+    ),
+}
+"""Parts of fused linears whose other tensors vLLM's class does not load, with the reason."""
+
+
 @dataclass(frozen=True)
 class ServingFacts:
     """What vLLM's class of an architecture can store quantized.
@@ -135,7 +145,7 @@ def serving_facts(architecture: str) -> ServingFacts:
         int8_embedding=both,
         plain={
             part: reason
-            for table in (PLAIN, RESHAPED, UNNAMED, LISTED)
+            for table in (PLAIN, RESHAPED, UNNAMED, UNMAPPED, LISTED)
             for part, reason in table.get(architecture, {}).items()
         },
     )

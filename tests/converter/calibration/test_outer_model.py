@@ -11,11 +11,37 @@ from bwla_converter.calibration.layer_runner import LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.hf.whole_model import choose_attention
 from bwla_converter.source.model import Source
+from bwla_converter.source.observe.decoder import language_model_of
 from bwla_kernels.errors import SourceError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    Kosmos2Config,
+    Kosmos2Model,
+    PreTrainedModel,
+)
+
+from benchmarks.coverage.build import build
+from benchmarks.coverage.cases import CASES
 
 CPU = torch.device("cpu")
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+BLIP = BlipConfig(
+    text_config={**TEXT, "encoder_hidden_size": 32, "vocab_size": 96, "max_position_embeddings": 32},
+    vision_config={**VISION, "num_attention_heads": 2},
+)
+KOSMOS = Kosmos2Config(
+    text_config={"embed_dim": 64, "layers": 2, "ffn_dim": 64, "attention_heads": 2, "vocab_size": 96},
+    vision_config={**VISION, "num_attention_heads": 2},
+)
 
 
 def token_ids() -> Tensor:
@@ -62,6 +88,30 @@ def test_layer_after_layer_is_the_model_to_the_last_bit(kind: str, tmp_path: Pat
     normed = runner.outer.normed(whole(samples))
     assert torch.equal(runner.outer.logits(normed.flatten(0, 1)).view_as(logits), logits)
     assert runner.outer.vocabulary == logits.shape[-1] == 96
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["idefics3", "blip-2", "blip"])
+def test_the_decoder_of_a_multimodal_model_runs_alone(name: str, tmp_path: Path) -> None:
+    """Idefics 3 asks its vision tower for the device, BLIP-2 wants images, and BLIP does not show its head."""
+    model = BlipForConditionalGeneration(BLIP) if name == "blip" else build(CASES[name])
+    source = write_any_model(model.eval(), tmp_path / "model")
+    assert source.structure.has_head
+    runner, store = LayerRunner(source, CPU), ActivationStore()
+    samples = Samples.embedded(runner, store, token_ids(), 3)
+    for index in range(source.num_layers):
+        samples = samples.run(runner.layer(index, source.read(source.names_of_layer(index))), store, 3)
+    logits = runner.outer.logits(runner.outer.normed(whole(samples)).flatten(0, 1))
+    expected = language_model_of(model)(input_ids=token_ids(), use_cache=False).logits
+    torch.testing.assert_close(logits.view_as(expected), expected)
+
+
+def test_a_model_that_needs_images_is_refused(tmp_path: Path) -> None:
+    source = write_any_model(Kosmos2Model(KOSMOS), tmp_path / "model")
+    with pytest.raises(
+        SourceError, match=r"Kosmos2Model to run on token ids alone.*pixel_values.*not supported"
+    ):
+        _ = LayerRunner(source, CPU).outer.conventions
 
 
 def test_a_model_without_a_plain_final_norm(tmp_path: Path) -> None:

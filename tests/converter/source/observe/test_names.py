@@ -13,7 +13,17 @@ from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.coverage.cases import CASES
 
-RENAMED = ["mixtral", "gpt_neox", "deepseek_v3", "qwen3_5", "gemma3", "qwen2_5_vl", "nemotron_h", "gpt_oss"]
+RENAMED = [
+    "mixtral",
+    "gpt_neox",
+    "deepseek_v3",
+    "qwen3_5",
+    "gemma3",
+    "qwen2_5_vl",
+    "nemotron_h",
+    "gpt_oss",
+    "qwen3_vl_moe",
+]
 
 
 @pytest.fixture
@@ -85,3 +95,16 @@ def test_tensors_that_transformers_leaves_out_are_copied(saved: tuple[Path, PreT
     assert extra.keys() <= set(source.names_outside_layers())
     assert "mtp" in source.structure.kept
     assert "visual" in source.structure.kept
+
+
+@pytest.mark.parametrize("saved", ["qwen3_vl_moe"], indirect=True)
+def test_tensors_that_are_stored_transposed(saved: tuple[Path, PreTrainedModel]) -> None:
+    """Transformers decides by the shape of the parameter whether it transposes Qwen3-VL's experts."""
+    folder, model = saved
+    file = folder / "model.safetensors"
+    turned = {
+        name: tensor.mT.contiguous() if ".experts." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(turned, file, {"format": "pt"})
+    assert_layers_load(open_source(str(folder)), model)
