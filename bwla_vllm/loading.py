@@ -98,6 +98,7 @@ def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) 
     if quantization.experts is not None:
         check_expert_parallel(config.parallel_config)
         check_experts_class(config.model_config.hf_config)
+        check_experts_adapters(config.lora_config)
     if loads_dummy_weights(config):
         return
     if changed is not None:
@@ -117,6 +118,23 @@ def check_experts_class(hf_config: Any) -> None:
                 f"experts: expected 16 bits, because vLLM's class {name} loads only weights and scales of experts, "
                 "found one bit: convert the model again with --ignore experts"
             )
+
+
+def check_experts_adapters(lora: Any) -> None:
+    """Check that vLLM is not asked to put adapters on one-bit experts, which it does inside its own kernels.
+
+    Args:
+        lora: vLLM's config of adapters; None without them.
+
+    Raises:
+        StartError: it is.
+    """
+    targets = None if lora is None else getattr(lora, "target_modules", None)
+    if lora is not None and (targets is None or any("experts" in name for name in targets)):
+        raise StartError(
+            "--enable-lora: expected adapters that leave one-bit experts alone, which vLLM cannot wrap, found that "
+            "they may change every module: name the others, as in --lora-target-modules q_proj k_proj v_proj o_proj"
+        )
 
 
 def check_expert_parallel(parallel: Any) -> None:

@@ -163,7 +163,16 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
     Members(HEAD, "UnquantizedEmbeddingMethod", ("embedding", "tie_weights")),
     Members(HEAD, "VocabParallelEmbeddingShardIndices", ("org_vocab_start_index", "org_vocab_end_index")),
     Members(
-        "vllm.config", "VllmConfig", ("additional_config", "load_config", "model_config", "quant_config")
+        "vllm.config",
+        "VllmConfig",
+        (
+            "additional_config",
+            "load_config",
+            "lora_config",
+            "model_config",
+            "parallel_config",
+            "quant_config",
+        ),
     ),
     Members("vllm.config", "ModelConfig", ("enforce_eager", "hf_config")),
     Members("vllm.config", "CompilationConfig", ("inductor_compile_config", "mode")),

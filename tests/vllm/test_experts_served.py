@@ -131,6 +131,17 @@ def test_a_rank_that_would_skip_expert_0_is_refused(six_bits: Path, start: Calla
         start(six_bits, skip_tokenizer_init=True, enable_expert_parallel=True, enable_ep_weight_filter=True)
 
 
+def test_adapters_beside_experts(six_bits: Path, start: Callable[..., Any]) -> None:
+    wanted = answer(start(six_bits, skip_tokenizer_init=True))
+    with pytest.raises(
+        StartError, match=r"--enable-lora: expected adapters that leave one-bit experts alone"
+    ):
+        start(six_bits, skip_tokenizer_init=True, enable_lora=True)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    engine = start(six_bits, skip_tokenizer_init=True, enable_lora=True, lora_target_modules=targets)
+    assert_same(answer(engine), wanted)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
 def test_two_ranks_say_the_same(

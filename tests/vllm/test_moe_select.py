@@ -15,7 +15,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from bwla_vllm.checks import check_tensor_parallel
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
-from bwla_vllm.loading import check_expert_parallel, check_experts_class
+from bwla_vllm.loading import check_expert_parallel, check_experts_adapters, check_experts_class
 from bwla_vllm.moe.select import experts_spec
 
 GATE, DOWN = LayerSpec(128, 64, 1, 8, 8, rank=2), LayerSpec(64, 128, 2, 8, 8, planes=2)
@@ -144,3 +144,13 @@ def test_a_class_that_cannot_load_them_is_named() -> None:
         StartError, match=r"vLLM's class GraniteMoeHybridForCausalLM loads only .* --ignore experts"
     ):
         check_experts_class(SimpleNamespace(architectures=["GraniteMoeHybridForCausalLM"]))
+
+
+def test_adapters_leave_experts_alone() -> None:
+    check_experts_adapters(None)
+    check_experts_adapters(SimpleNamespace(target_modules=["q_proj", "o_proj"]))
+    for targets in (None, ["q_proj", "experts"]):
+        with pytest.raises(
+            StartError, match=r"--enable-lora: expected adapters that leave .* --lora-target-modules"
+        ):
+            check_experts_adapters(SimpleNamespace(target_modules=targets))
