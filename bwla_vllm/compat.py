@@ -4,14 +4,15 @@ scripts/check_vllm_hooks.py checks the sources of each release for everything th
 scripts/try_vllm_versions.py serves the example with the releases that run on this machine.
 """
 
-from importlib.util import find_spec
-
 from bwla_kernels.triton.versions import TESTED as TESTED_TRITONS
 from packaging.version import InvalidVersion, Version
 from torch import nn
 
 OLDEST, NEWEST = "0.26", "0.33"
 """First and last tested minor release, both included."""
+
+OLDEST_EXPERTS = "0.32"
+"""First release that loads all tensors of one-bit experts."""
 
 
 def outside_tested_range(release: str) -> str | None:
@@ -48,17 +49,21 @@ def untested_triton(release: str) -> str | None:
     )
 
 
-def routing_problem() -> str | None:
-    """Describe why this vLLM cannot route tokens to one-bit experts on its device; return None if it can.
+def experts_problem(release: str) -> str | None:
+    """Return why vLLM `release` cannot serve one-bit experts; None if it can.
 
-    Before 0.30, vLLM chooses experts on the CPU inside its own kernels.
+    Releases before 0.32 take every tensor of three dimensions, as rotations have, for one that stacks all experts. A
+    release without a version number is taken for a new one.
     """
-    from vllm.platforms import current_platform
-
-    router = "vllm.model_executor.layers.fused_moe.router.cpu_router"
-    if not current_platform.is_cpu() or find_spec(router) is not None:
+    try:
+        if Version(release).release >= Version(OLDEST_EXPERTS).release:
+            return None
+    except InvalidVersion:
         return None
-    return "one-bit experts on the CPU need vLLM 0.30 or newer: install it, or serve the model on a GPU"
+    return (
+        f"one-bit experts need vLLM {OLDEST_EXPERTS} or newer, found {release}: install it, or convert the model again "
+        "with --ignore experts"
+    )
 
 
 def is_moe_layer(layer: nn.Module) -> bool:

@@ -5,7 +5,7 @@ that collects it for all experts (`w13_weight_scale`): w1 is the gate, w3 up, w2
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,20 +77,6 @@ def make_parameter(layer: Any, label: str, prefix: str, name: str, want: TensorS
     return parameter
 
 
-def load_by_name(layer: Any) -> None:
-    """Have vLLM find every tensor of an expert by its name, whatever the number of its dimensions.
-
-    Releases before 0.32 take any tensor of three dimensions, as rotations have, for one that stacks all experts. One
-    more dimension, which the loader drops, keeps them from it.
-    """
-    load_weights = layer.load_weights
-
-    def load(weights: Iterable[tuple[str, Tensor]]) -> Any:
-        return load_weights((name, one.unsqueeze(0) if one.dim() == 3 else one) for name, one in weights)
-
-    layer.load_weights = load
-
-
 def expert_loader(layer: Any, label: str, tensor: str) -> Callable[..., bool | None]:
     """Return the function that copies one expert's tensor into the parameter of all experts.
 
@@ -116,8 +102,6 @@ def expert_loader(layer: Any, label: str, tensor: str) -> Callable[..., bool | N
         """
         current = owner()
         assert current is not None  # vLLM loads into the layer that has the parameter
-        if loaded_weight.dim() == 4:  # from `load_by_name`
-            loaded_weight = loaded_weight.squeeze(0)
         slot = current._map_global_expert_id_to_local_expert_id(expert_id)
         where = f"{label}.{expert_id}.{shard_id}.{tensor}"
         shared = tensor in INPUT_TRANSFORM

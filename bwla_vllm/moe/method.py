@@ -12,16 +12,17 @@ from bwla_kernels.format.layer import INPUT_TRANSFORM, value_problem
 from bwla_kernels.ops import select_experts_backend
 from torch import Tensor
 from torch.nn import Parameter
+from vllm import __version__ as release
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
-from bwla_vllm.compat import routing_problem
+from bwla_vllm.compat import experts_problem
 from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
-from bwla_vllm.moe.loader import LocalExperts, load_by_name, make_parameter
+from bwla_vllm.moe.loader import LocalExperts, make_parameter
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import is_unset, mark_device
 
@@ -67,7 +68,7 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 kernel computes; no such backend.
         """
         with one_sentence():
-            problem = routing_problem()
+            problem = experts_problem(release)
             if problem is not None:
                 raise FormatError(f"{self.name}: {problem}")
             self._check_options(layer)
@@ -86,7 +87,6 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 layer.register_parameter(
                     f"{prefix}_{name}", make_parameter(layer, self.name, prefix, name, want)
                 )
-        load_by_name(layer)
         layer.bwla_tensors = ()
 
     def process_weights_after_loading(self, layer: Any) -> None:

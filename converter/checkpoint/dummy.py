@@ -13,7 +13,7 @@ from bwla_converter.options import Options
 from bwla_converter.planning.disk import merging_bytes
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.meta_model import build_meta_model
-from bwla_converter.source.model import Source, divided_experts
+from bwla_converter.source.model import Source
 from bwla_converter.source.observe.derive import is_tied, observe_structure
 from bwla_converter.source.observe.names import StoredNames, stored_shapes
 from bwla_kernels.errors import SourceError
@@ -46,7 +46,7 @@ def config_source(folder: Path, ignore: tuple[str, ...] = ()) -> Source:
         if not (tied and name == f"{structure.head}.weight")
     }
     defaults = outline.config.to_dict()
-    divided = divided_experts(entries, structure, ignore)
+    divided = structure.with_divided_experts(entries, ignore)
     return Source(folder, config, structure, divided, tied, ignore=ignore, names=names, defaults=defaults)
 
 

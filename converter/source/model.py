@@ -267,7 +267,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         folder,
         config,
         structure,
-        entries=divided_experts(entries, structure, ignore),
+        entries=structure.with_divided_experts(entries, ignore),
         tied_head=is_tied(meta_model),
         revision=revision,
         ignore=tuple(ignore),
@@ -312,26 +312,6 @@ def expected_names(
         return fitting
     usual = [name for name in stored_shapes(meta_model) if names.parameter(name)[0] not in {*found, *tied}]
     return [*fitting, *usual]
-
-
-def divided_experts(
-    entries: Mapping[str, Entry], structure: Structure, ignore: Sequence[str]
-) -> dict[str, Entry]:
-    """Return `entries` with the experts that are stored joined and will be quantized as one tensor for each linear."""
-    divided = dict(entries)
-    for index, experts in structure.experts.items():
-        prefix = f"{structure.layer_name(index)}."
-        if not experts.stacked or is_ignored(f"{prefix}{experts.down[0]}", ignore):
-            continue
-        for stacked, names in experts.divisions():
-            entry = divided.pop(f"{prefix}{stacked}")
-            divided.update(
-                {
-                    f"{prefix}{name}.weight": Entry(entry.file, experts.shape_of(name), entry.dtype)
-                    for name in names
-                }
-            )
-    return divided
 
 
 def stored_ties(names: StoredNames, tied: Mapping[str, str], stored: Iterable[str]) -> dict[str, str]:

@@ -4,11 +4,13 @@ All names are those of the stored tensors, which the output keeps, unless an att
 call the same modules differently; `Structure.module_path` translates.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from bwla_converter.source.observe.experts import Experts
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
+from bwla_kernels.format.files import Entry
+from bwla_kernels.format.schema import is_ignored
 
 NATS, COSINE_DISTANCE = "nats per token", "cosine distance per token"
 """Units of losses, see `Structure.loss_unit`."""
@@ -132,6 +134,24 @@ class Structure:
             for group in groups:
                 for member in group.members:
                     yield group, f"{self.layer_name(index)}.{member}"
+
+    def with_divided_experts(self, entries: Mapping[str, Entry], ignore: Sequence[str]) -> dict[str, Entry]:
+        """Return the stored tensors with one for each linear of the experts that are stored joined.
+
+        Args:
+            entries: all stored tensors.
+            ignore: what is left as it is.
+        """
+        divided = dict(entries)
+        for index, experts in self.experts.items():
+            prefix = f"{self.layer_name(index)}."
+            if is_ignored(f"{prefix}{experts.down[0]}", ignore):
+                continue
+            for stacked, names in experts.divisions():
+                joined = divided.pop(f"{prefix}{stacked}")
+                for name in names:
+                    divided[f"{prefix}{name}.weight"] = replace(joined, shape=experts.shape_of(name))
+        return divided
 
     def group_of(self, name: str) -> InputGroup:
         """Return the input group of the linear whose full name is `name`."""

@@ -158,11 +158,13 @@ def test_a_changed_release_is_found_out(file: str, old: str, new: str, said: str
     assert any(said in problem for problem in found), found
 
 
-def test_experts_on_the_cpu_need_a_release_that_routes_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert compat.routing_problem() is None
-    monkeypatch.setattr("bwla_vllm.compat.find_spec", lambda name: None)
-    assert compat.routing_problem() == (
-        "one-bit experts on the CPU need vLLM 0.30 or newer: install it, or serve the model on a GPU"
+@pytest.mark.parametrize("release", ["0.32.0", "0.33.1+cpu", "1.0", "dev"])
+def test_newer_releases_load_one_bit_experts(release: str) -> None:
+    assert compat.experts_problem(release) is None
+
+
+def test_older_releases_are_refused_for_one_bit_experts() -> None:
+    assert compat.experts_problem("0.31.2") == (
+        "one-bit experts need vLLM 0.32 or newer, found 0.31.2: install it, or convert the model again with "
+        "--ignore experts"
     )
-    monkeypatch.setattr("vllm.platforms.current_platform.is_cpu", lambda: False)
-    assert compat.routing_problem() is None

@@ -17,7 +17,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of the parameters of transformers' experts."""
 
 LEAVES = ("gate_proj", "up_proj", "down_proj")
-"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for unless told others."""
+"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for by default."""
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
@@ -86,9 +86,14 @@ class Experts:
         weights: dict[str, Tensor] = {}
         for stacked, names in self.divisions():
             if f"{prefix}{stacked}" in tensors:
-                rows = tensors[f"{prefix}{stacked}"].reshape(len(names), -1, self.shape_of(names[0])[1])
+                tensor = tensors[f"{prefix}{stacked}"]
+                rows, columns = self.shape_of(names[0])
+                # Some files store them transposed (Qwen3-VL); as transformers does, the shapes decide.
+                if tensor.shape[1:] != (rows * len(names) // self.count, columns):
+                    tensor = tensor.mT
+                parts = tensor.reshape(len(names), rows, columns)
                 weights.update(
-                    {f"{prefix}{name}.weight": part for name, part in zip(names, rows, strict=True)}
+                    {f"{prefix}{name}.weight": part for name, part in zip(names, parts, strict=True)}
                 )
         return weights
 

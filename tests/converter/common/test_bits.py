@@ -1,5 +1,8 @@
 """Bits per weight: everything stored is counted, and the automatic rank stays within its budget."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 from bwla_converter.common.bits import (
     AUTO_RANK_BITS_PER_WEIGHT,
@@ -8,17 +11,32 @@ from bwla_converter.common.bits import (
     describe_rank,
     largest_fitting_rank,
     stored_bits,
+    total_bits,
 )
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
+
+
+def named(specs: Sequence[LayerSpec]) -> dict[str, LayerSpec]:
+    return {f"layer.{index}": spec for index, spec in enumerate(specs)}
 
 
 def test_every_stored_bit_is_counted(make_layer) -> None:
     spec = LayerSpec(40, 192, 2, 8, 12, rank=3, bias=True)
     stored = make_layer(spec, 0)
     by_hand = sum(8 * t.numel() * t.element_size() for name, t in stored.items() if name != "bias")
-    assert stored_bits(spec) == by_hand
-    assert bits_per_weight([spec, spec]) == pytest.approx(by_hand / (40 * 192))
+    assert stored_bits("q_proj", spec) == by_hand
+    assert bits_per_weight({"q_proj": spec, "k_proj": spec}) == pytest.approx(by_hand / (40 * 192))
+
+
+def test_the_input_transform_of_experts_counts_once() -> None:
+    spec = LayerSpec(40, 192, 2, 8, 12, rank=3)
+    names = [f"mlp.experts.{number}.down_proj" for number in range(3)]
+    first, *others = (stored_bits(name, spec) for name in names)
+    assert first == stored_bits("down_proj", spec)
+    row_bits = 40 * (192 + 16 + 3 * 16)
+    assert others == [row_bits] * 2
+    assert total_bits(dict.fromkeys(names, spec)) == first + 2 * row_bits
 
 
 def test_the_fitting_rank_is_the_largest_that_fits() -> None:
@@ -27,22 +45,22 @@ def test_the_fitting_rank_is_the_largest_that_fits() -> None:
         LayerSpec(5632, 2048, 1, 32, 64),
         LayerSpec(2048, 5632, 8, 22, 32),
     ]
-    rank = largest_fitting_rank(specs)
+    rank = largest_fitting_rank(named(specs))
     assert rank > 0
 
     def total(r: int) -> float:
-        return bits_per_weight([LayerSpec(**{**spec.__dict__, "rank": r}) for spec in specs])
+        return bits_per_weight(named([replace(spec, rank=r) for spec in specs]))
 
     assert total(rank) <= AUTO_RANK_BITS_PER_WEIGHT < total(rank + 1)
 
 
 def test_no_rank_where_even_rank_one_does_not_fit() -> None:
-    assert largest_fitting_rank([LayerSpec(64, 64, 1, 8, 8)]) == 0
+    assert largest_fitting_rank(named([LayerSpec(64, 64, 1, 8, 8)])) == 0
 
 
 def test_the_fitting_rank_never_exceeds_a_layer() -> None:
     specs = [LayerSpec(8, 8192, 1, 64, 128), LayerSpec(8192, 8192, 1, 64, 128)]
-    assert largest_fitting_rank(specs, budget=9.0) == 8
+    assert largest_fitting_rank(named(specs), budget=9.0) == 8
 
 
 @pytest.mark.parametrize(
@@ -61,7 +79,7 @@ def test_auto_rank_of_qwen3_32b() -> None:
     sizes = [(8192, 5120, 1), (1024, 5120, 1), (1024, 5120, 1), (5120, 8192, 8)]
     sizes += [(25600, 5120, 1), (25600, 5120, 1), (5120, 25600, 8)]
     specs = [LayerSpec(n, k, *choose_rotation(k, groups)) for n, k, groups in sizes]
-    assert largest_fitting_rank(specs) == 35
+    assert largest_fitting_rank(named(specs)) == 35
     assert auto_rank(35) == 32
 
 

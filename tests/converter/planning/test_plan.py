@@ -73,7 +73,7 @@ def test_the_automatic_rank_stays_within_the_bits(source: Source) -> None:
     assert (plan(source, rank=None).rank, plan(source, rank=3).fitting_rank) == (0, 3)
     wide = scaled_up(source, 32)
     made = plan(wide, rank=None)
-    assert made.fitting_rank == largest_fitting_rank(made.specs.values())
+    assert made.fitting_rank == largest_fitting_rank(made.specs)
     assert made.rank == auto_rank(made.fitting_rank) > 0
     assert made.bits_per_weight <= AUTO_RANK_BITS_PER_WEIGHT
     assert plan(wide, rank=made.fitting_rank + 1).bits_per_weight > AUTO_RANK_BITS_PER_WEIGHT

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from bwla_converter.checkpoint.dummy import config_source
-from bwla_converter.source.observe.rules import EXPERTS
+from bwla_converter.hf.expert_linears import divide_experts
 from bwla_converter.source.structure import InputGroup, Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.schema import is_ignored
@@ -81,6 +81,8 @@ def test_every_architecture_is_observed(tmp_path: Path, name: str) -> None:
     with torch.device("meta"):
         config = transformers.AutoConfig.from_pretrained(tmp_path)
         model = getattr(transformers, structure.architecture)(config)
+        for index, experts in structure.experts.items():
+            divide_experts(model.get_submodule(structure.layer_path(index)), experts)
     for group, linear in structure.linears():
         module = model.get_submodule(structure.module_path(linear))
         assert isinstance(module, torch.nn.Linear)
@@ -92,6 +94,10 @@ def test_every_architecture_is_observed(tmp_path: Path, name: str) -> None:
             assert not list(block.get_submodule(group.stream).children())
     for name_outside in filter(None, [structure.embedding, structure.final_norm]):
         model.get_submodule(structure.module_path(name_outside))
+
+
+def experts_of(stem: str, *leaves: str) -> tuple[str, ...]:
+    return tuple(f"{stem}.{number}.{leaf}" for number in range(4) for leaf in leaves)
 
 
 def test_one_norm_for_attention_and_mlp_makes_one_group(tmp_path: Path) -> None:
@@ -157,11 +163,17 @@ def test_latent_attention_and_experts(tmp_path: Path) -> None:
     assert structure.blocks[0] == (*attention, GATE_UP, DOWN)
     assert structure.blocks[1] == (
         *attention,
-        InputGroup(("mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj")),
+        InputGroup(
+            (
+                *experts_of("mlp.experts", "gate_proj", "up_proj"),
+                "mlp.shared_experts.gate_proj",
+                "mlp.shared_experts.up_proj",
+            )
+        ),
+        InputGroup(experts_of("mlp.experts", "down_proj"), None, input_sharded=True),
         InputGroup(("mlp.shared_experts.down_proj",), None, input_sharded=True),
     )
-    assert set(structure.kept) == {"self_attn.kv_b_proj", "mlp.experts", "mlp.gate"}
-    assert structure.kept["mlp.experts"] == EXPERTS
+    assert set(structure.kept) == {"self_attn.kv_b_proj", "mlp.gate"}
 
 
 def test_layers_that_share_keys_have_smaller_groups(tmp_path: Path) -> None:
@@ -176,10 +188,21 @@ def test_layers_that_share_keys_have_smaller_groups(tmp_path: Path) -> None:
     )
 
 
-def test_experts_are_kept_under_their_stored_name(tmp_path: Path) -> None:
+def test_experts_have_their_stored_names(tmp_path: Path) -> None:
     structure = observed(tmp_path, "mixtral")
-    assert structure.blocks == (ATTENTION, ATTENTION)
-    assert set(structure.kept) == {"block_sparse_moe.gate", "block_sparse_moe.experts"}
+    stem = "block_sparse_moe.experts"
+    block = (
+        *ATTENTION,
+        InputGroup(experts_of(stem, "w1", "w3")),
+        InputGroup(experts_of(stem, "w2"), None, input_sharded=True),
+    )
+    assert structure.blocks == (block, block)
+    assert set(structure.kept) == {"block_sparse_moe.gate"}
+
+
+def test_experts_that_no_kernel_computes_are_kept_under_their_stored_name(tmp_path: Path) -> None:
+    structure = observed(tmp_path, "gpt_oss")
+    assert structure.kept["mlp.experts"] == "experts with biases have no kernel"
 
 
 def test_a_multimodal_model_is_quantized_in_its_decoder_only(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from bwla_converter.hf.expert_linears import divide_experts
 from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.errors import SourceError
 from decoder_configs import write_config
@@ -56,10 +57,19 @@ def test_layers_load_from_stored_tensors(saved: tuple[Path, PreTrainedModel]) ->
     stored = load_file(folder / "model.safetensors")
     source = open_source(str(folder))
     check_values(source)
+    for index, experts in source.structure.experts.items():
+        prefix = f"{source.structure.layer_name(index)}."
+        divided = experts.split(prefix, stored)
+        stored = {
+            name: stored[name] for name in stored.keys() - {f"{prefix}{name}" for name in experts.stacked}
+        }
+        stored |= divided
     assert source.entries.keys() == stored.keys()
     assert_layers_load(source, model)
     linears = [linear for _, linear in source.structure.linears()]
     assert linears
+    for index, experts in source.structure.experts.items():
+        divide_experts(model.get_submodule(source.structure.layer_path(index)), experts)
     for linear in linears:
         module = model.get_submodule(source.structure.module_path(linear))
         assert torch.equal(module.weight, stored[f"{linear}.weight"])
