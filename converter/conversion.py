@@ -176,9 +176,10 @@ def starved_note(reports: Iterable[LayerReport]) -> list[str]:
     starved = [name for report in reports for name in report.starved]
     if not starved:
         return []
-    named = f"{starved[0].rpartition('.')[0]}{' and others' if len(starved) > 1 else ''}"
+    several = len(starved) > 1
+    named = f"{starved[0].rpartition('.')[0]}{' and others' if several else ''}"
     return [
-        f"{len(starved)} expert{'s' if len(starved) > 1 else ''} ({named}) got fewer calibration tokens from the "
-        "router than the down projection has columns and were also fitted to tokens of other experts: more text helps "
-        "(--num-calibration-samples)"
+        f"{len(starved)} expert{'s' if several else ''} ({named}) got fewer calibration tokens from the router than "
+        f"the down projection has columns and {'were' if several else 'was'} also fitted to tokens of other experts: "
+        "more text helps (--num-calibration-samples)"
     ]

@@ -15,6 +15,7 @@ from benchmarks.coverage.steps import ORIGINAL, Step, run_step
 
 _ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
 _MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+_EXPERTS = {f"mlp.experts.{number}.{name}_proj" for number in range(4) for name in ("gate", "up", "down")}
 
 QUANTIZED: Mapping[str, tuple[set[str], set[str]]] = {
     "phi3": (
@@ -41,12 +42,13 @@ QUANTIZED: Mapping[str, tuple[set[str], set[str]]] = {
         {
             *(f"self_attn.{name}" for name in ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj")),
             *(name.replace("mlp", "mlp.shared_experts") for name in _MLP),
+            *_EXPERTS,
         },
     ),
-    "qwen3_moe": (_ATTENTION, _ATTENTION),
+    "qwen3_moe": (_ATTENTION | _EXPERTS, _ATTENTION | _EXPERTS),
     "gemma3": (_ATTENTION | _MLP, _ATTENTION | _MLP),
 }
-"""The linears that are quantized in the first and in the second decoder layer. Experts, routers, convolutions and the
+"""The linears that are quantized in the first and in the second decoder layer. Routers, convolutions and the
 projections of decay and latent keys and values are not."""
 
 
