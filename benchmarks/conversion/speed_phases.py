@@ -58,7 +58,7 @@ PHASES: Mapping[str, Phase] = {
     "quantize.fast:binarization_step": "sign search",
     "quantize.binarize:fit_scales": "row and column scales",
     "quantize.binarize:unbiased": "row and column scales",
-    "quantize.fast:_choose_clip": "activation clip",
+    "quantize.fast:clip_of": "activation clip",
     "allocation.sensitivity:measure_sensitivities": "sensitivities",
     "evaluation.loss:measure_loss": "measured loss",
     "recipes.best:BestRecipe._tune": "tuning",
