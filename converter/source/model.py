@@ -208,6 +208,13 @@ class Source:
             tensors.update(self.structure.experts[index].split(prefix, {name: stored[name]}))
         return {name: tensors[name] if name in joined else stored[name] for name in names}
 
+    def read_together(self) -> Iterable[list[str]]:
+        """Return the names of all tensors, those together that are stored as one."""
+        together: dict[str, list[str]] = {}
+        for name in self.entries:
+            together.setdefault(self._joined.get(name, (name, 0))[0], []).append(name)
+        return together.values()
+
     def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
         scaled = [name for name in names if self.stored[name].dtype == torch.float8_e4m3fn]
         scales = {name: scale for name in scaled if (scale := fp8.scale_name(name, self.stored))}
@@ -366,11 +373,13 @@ def check_values(
     """
     quantized = {*_linear_weights(source), *int8}
     problems = []
-    for name, entry in source.entries.items():
-        if not_finite(source.read([name])[name]):
-            problems.append(f"{entry.file}: {name}: expected finite values, found NaN or infinity")
-        if name in quantized:
-            on_tensor(name)
+    for names in source.read_together():
+        for name, tensor in source.read(names).items():
+            if not_finite(tensor):
+                file = source.entries[name].file
+                problems.append(f"{file}: {name}: expected finite values, found NaN or infinity")
+            if name in quantized:
+                on_tensor(name)
     problems += filter(None, [tied_conflict(source.folder, source.stored, source.tied)])
     raise_if_any(source.folder, problems)
 

@@ -23,6 +23,8 @@ MAX_NAMED = 4
 class InputGroup:
     """Linears of a decoder layer that read the same input and share one input transform.
 
+    The down projections of a layer's experts share one too, although each reads the hidden values of its expert.
+
     Attributes:
         members: names inside the decoder layer.
         stream: path, in transformers' module of the decoder layer, of the module (normally a norm) that reads the
