@@ -42,6 +42,7 @@ class Experts:
         inner: I, the rows of a gate.
         stacked: stored names of the joined tensors of gate and up and of down, inside the decoder layer; empty where
             each expert's are stored on their own.
+        transposed: whether published files hold these as [E, columns, rows].
     """
 
     path: str
@@ -51,6 +52,7 @@ class Experts:
     hidden: int
     inner: int
     stacked: tuple[str, ...] = ()
+    transposed: bool = False
 
     @cached_property
     def gate_up(self) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ class Experts:
             if f"{prefix}{stacked}" in tensors:
                 tensor = tensors[f"{prefix}{stacked}"]
                 rows, columns = self.shape_of(names[0])
-                # Some files store them transposed (Qwen3-VL); as transformers does, the shapes decide.
+                # Files may hold them either way (Qwen3-VL); as transformers does, the shapes decide.
                 if tensor.shape[1:] != (rows * len(names) // self.count, columns):
                     tensor = tensor.mT
                 parts = tensor.reshape(len(names), rows, columns)
@@ -108,7 +110,8 @@ class Experts:
         for stacked, names in self.divisions():
             if f"{prefix}{names[0]}.weight" in joined:
                 parts = torch.stack([joined.pop(f"{prefix}{name}.weight") for name in names])
-                joined[f"{prefix}{stacked}"] = parts.reshape(self.count, -1, parts.shape[-1])
+                tensor = parts.reshape(self.count, -1, parts.shape[-1])
+                joined[f"{prefix}{stacked}"] = tensor.mT.contiguous() if self.transposed else tensor
         return joined
 
 
@@ -164,7 +167,8 @@ def find_experts(
         return None
     if all(len(stored) == 1 for stored in found):
         stacked = tuple(stored[0].removeprefix(stored_prefix) for stored in found)
-        return Experts(path, path, LEAVES, count, hidden, rows // 2, stacked)
+        transposed = _is_transposed(found[0][0], names, (count, hidden, rows))
+        return Experts(path, path, LEAVES, count, hidden, rows // 2, stacked, transposed)
     gate_up, down = (_leaves(stored, names) for stored in found)
     stems = {stem for stem, _ in (*gate_up, *down)}
     complete = len(found[0]) == 2 * count and len(found[1]) == count
@@ -172,6 +176,14 @@ def find_experts(
         return None
     leaves = (gate_up[0][1], gate_up[1][1], down[0][1])
     return Experts(path, stems.pop().removeprefix(stored_prefix), leaves, count, hidden, rows // 2)
+
+
+def _is_transposed(name: str, names: StoredNames, shape: tuple[int, ...]) -> bool:
+    """Return whether transformers transposes the stored tensor `name` if it has this shape."""
+    if names.parameter(name)[1] is None:
+        return False
+    [parameter] = names.convert({name: torch.empty(shape, device="meta")}).values()
+    return tuple(parameter.shape) != shape
 
 
 def _leaves(stored: Sequence[str], names: StoredNames) -> list[tuple[str, str]]:
