@@ -14,6 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+_EXPERTS = {
+    "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
+    "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+    "norm_topk_prob": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
 SHAPES: dict[str, dict[str, Any]] = {
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
              "tie_word_embeddings": True},
@@ -23,10 +29,20 @@ SHAPES: dict[str, dict[str, Any]] = {
            "tie_word_embeddings": False},
     "32b": {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64,
             "tie_word_embeddings": False},
+    "30b-a3b": {**_EXPERTS, "num_hidden_layers": 48},
+    "30b-a3b-4-layers": {**_EXPERTS, "num_hidden_layers": 4},
 }  # fmt: skip
-"""Qwen3's published sizes."""
+"""Qwen3's published sizes, and those of the mixture of experts with fewer layers, which fits into memory in bf16."""
 
-COMMON = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 8192}
+ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+
+COMMON = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 8192,
+}
 SLOW_SECONDS = 15.0
 """A prompt that takes longer than this is timed only once."""
 
@@ -60,9 +76,9 @@ def write_config(folder: Path, shape: str) -> None:
     """Write a folder that contains only the config.json of one of `SHAPES`."""
     from transformers import AutoConfig
 
-    config = AutoConfig.for_model(
-        "qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16", **COMMON, **SHAPES[shape]
-    )
+    settings = {**COMMON, **SHAPES[shape]}
+    architecture = ARCHITECTURES[settings["model_type"]]
+    config = AutoConfig.for_model(**settings, architectures=[architecture], dtype="bfloat16")
     config.save_pretrained(folder)
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.serving.serve --models 0.6b,1.7b,8b --out benchmarks/results/serve.json
     python -m benchmarks.serving.serve --models 32b --no-bf16 --batches 1 --out benchmarks/results/serve_32b.json
+    python -m benchmarks.serving.serve --models 30b-a3b --no-bf16 --eager --out benchmarks/results/serve_experts.json
 
 The weights are random, since speed does not depend on them: vLLM's dummy loader for bf16, a checkpoint written by
 `bwla-convert --dummy` for BWLA. Each engine runs in a separate process. Decode is the slope between two answer
@@ -28,9 +29,10 @@ KV_BYTES = 320 << 20
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def job(folder: Path, load_format: str, batches: list[int]) -> Job:
+def job(folder: Path, load_format: str, batches: list[int], eager: bool = False) -> Job:
     """Return the job of an engine, with the same settings for bf16 and BWLA."""
     engine = {
+        "enforce_eager": eager,
         "load_format": load_format,
         "max_model_len": 1024,
         "kv_cache_memory_bytes": KV_BYTES * max(batches),
@@ -41,7 +43,12 @@ def job(folder: Path, load_format: str, batches: list[int]) -> Job:
 def weight_bytes(folder: Path) -> int:
     """Return the bytes of a config's bfloat16 weights: decoder, embedding and head."""
     config = json.loads((folder / "config.json").read_text())
-    hidden, wide, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    hidden, heads, experts = (
+        config["hidden_size"],
+        config["num_attention_heads"],
+        config.get("num_local_experts", 0),
+    )
+    wide = experts * config["moe_intermediate_size"] if experts else config["intermediate_size"]
     attention = config["head_dim"] * 2 * (heads + config["num_key_value_heads"])
     vocabulary = config["vocab_size"] * (1 if config["tie_word_embeddings"] else 2)
     total: int = 2 * hidden * (config["num_hidden_layers"] * (attention + 3 * wide) + vocabulary)
@@ -54,7 +61,7 @@ def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int
     return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
 
 
-def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, Any]]:
+def compare(shape: str, batches: list[int], with_bf16: bool, eager: bool = False) -> list[dict[str, Any]]:
     """Measure one model shape; return its rows."""
     with tempfile.TemporaryDirectory() as work:
         plain, bwla = Path(work) / "plain", Path(work) / "bwla"
@@ -62,8 +69,8 @@ def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, A
         convert = Path(sys.executable).with_name("bwla-convert")
         subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", "8"], check=True)
         size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
-        ours = run_job(job(bwla, "auto", batches))
-        theirs = run_job(job(plain, "dummy", batches)) if with_bf16 else None
+        ours = run_job(job(bwla, "auto", batches, eager))
+        theirs = run_job(job(plain, "dummy", batches, eager)) if with_bf16 else None
         memory = {}
         if theirs is not None:
             kv = KV_BYTES * max(batches)
@@ -75,6 +82,7 @@ def compare(shape: str, batches: list[int], with_bf16: bool) -> list[dict[str, A
         row: dict[str, Any] = {
             "model": f"qwen3-{shape}",
             "batch": batch,
+            "eager": eager,
             "bwla_checkpoint_bytes": size,
             **memory,
         }
@@ -106,12 +114,13 @@ def main() -> int:
         action="store_true",
         help="measure BWLA only, for shapes that do not fit into memory in bf16",
     )
+    parser.add_argument("--eager", action="store_true", help="do not compile the models (--enforce-eager)")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     rows = []
     for shape in arguments.models.split(","):
-        rows += compare(shape, batches, not arguments.no_bf16)
+        rows += compare(shape, batches, not arguments.no_bf16, arguments.eager)
         if arguments.out:
             write_result(arguments.out, rows)
     return 0
