@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving.serve --models 0.6b,1.7b,8b --out benchmarks/results/serve.json
     python -m benchmarks.serving.serve --models 32b --no-bf16 --batches 1 --out benchmarks/results/serve_32b.json
-    python -m benchmarks.serving.serve --models 30b-a3b --no-bf16 --eager --out benchmarks/results/serve_experts.json
+    python -m benchmarks.serving.serve --models 30b-a3b --no-bf16 --eager --out benchmarks/results/experts_serve.json
 
 The weights are random, since speed does not depend on them: vLLM's dummy loader for bf16, a checkpoint written by
 `bwla-convert --dummy` for BWLA. Each engine runs in a separate process. Decode is the slope between two answer
