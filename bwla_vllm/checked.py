@@ -72,8 +72,8 @@ def reference_output(
 
 
 @dataclass(frozen=True)
-class CheckedBackend:
-    """Wrap a backend (`ops.LinearBackend` or `ops.HeadBackend`) and compare its output with the reference.
+class Checked:
+    """A backend whose output is compared with the reference.
 
     Attributes:
         backend: the backend that computes the layer.
@@ -94,6 +94,10 @@ class CheckedBackend:
         """Return the answer of the wrapped backend."""
         answer: tuple[bool, str] = self.backend.can_implement(spec, device)
         return answer
+
+
+class CheckedBackend(Checked):
+    """Wrap a backend (`ops.LinearBackend` or `ops.HeadBackend`) and compare its output with the reference."""
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: Any) -> dict[str, Tensor]:
         """Return the tensors of the wrapped backend, and the stored ones under prefixed names."""

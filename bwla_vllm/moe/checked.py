@@ -1,40 +1,16 @@
 """A backend wrapper that compares another backend's experts with the reference implementation (for `observe.py`)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.experts.reference import binary_experts
 from torch import Tensor
 
-from bwla_vllm.checked import ErrorRecorder, largest_error, sample_rows, stored_copy, stored_name
+from bwla_vllm.checked import Checked, largest_error, sample_rows, stored_copy, stored_name
 
 
-@dataclass(frozen=True)
-class CheckedExperts:
-    """Wrap an `ops.ExpertsBackend` and compare its output with the reference, as `checked.CheckedBackend` does.
-
-    Attributes:
-        backend: the backend that computes the experts.
-        layer: the layer's name.
-        recorder: receives the errors.
-    """
-
-    backend: Any
-    layer: str
-    recorder: ErrorRecorder
-
-    @property
-    def name(self) -> str:
-        """The name of the wrapped backend."""
-        return str(self.backend.name)
-
-    def can_implement(self, spec: ExpertsSpec, device: torch.device) -> tuple[bool, str]:
-        """Return the answer of the wrapped backend."""
-        answer: tuple[bool, str] = self.backend.can_implement(spec, device)
-        return answer
+class CheckedExperts(Checked):
+    """Wrap an `ops.ExpertsBackend` and compare its output with the reference."""
 
     def prepare(
         self, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor], spec: ExpertsSpec
