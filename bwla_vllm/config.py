@@ -21,7 +21,7 @@ from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.observe import Observer, calls_to_check
 
 if TYPE_CHECKING:
-    from bwla_kernels.format.expert_checks import Experts
+    from bwla_kernels.format.expert_checks import LayerExperts
     from bwla_kernels.format.schema import BWLAFormat
 
 # vLLM attaches its log handlers to the logger "vllm"; loggers below it are formatted like vLLM's own.
@@ -67,7 +67,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         self.backend = os.environ.get(BACKEND_VARIABLE) or None
         self.observer = Observer(calls_to_check())
         self._start_checked = False
-        self._experts: dict[str, Experts] | None = None
+        self._experts: dict[str, LayerExperts] | None = None
 
     def __repr__(self) -> str:
         return f"BWLAConfig({self.format!r})"

@@ -5,8 +5,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bwla_kernels.format.head import HEAD_MODULE
+from vllm import __version__ as release
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from bwla_vllm.compat import experts_problem
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError
 
@@ -96,6 +98,9 @@ def check_request(config: Any, quantization: "BWLAFormat", changed: str | None) 
         return
     check_load_format(str(config.load_config.load_format))
     if quantization.experts is not None:
+        problem = experts_problem(release)
+        if problem is not None:
+            raise StartError(f"experts: {problem}")
         check_expert_parallel(config.parallel_config)
         check_experts_class(config.model_config.hf_config)
         check_experts_adapters(config.lora_config)

@@ -12,12 +12,10 @@ from bwla_kernels.format.layer import INPUT_TRANSFORM, value_problem
 from bwla_kernels.ops import select_experts_backend
 from torch import Tensor
 from torch.nn import Parameter
-from vllm import __version__ as release
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
-from bwla_vllm.compat import experts_problem
 from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
@@ -68,9 +66,6 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 kernel computes; no such backend.
         """
         with one_sentence():
-            problem = experts_problem(release)
-            if problem is not None:
-                raise FormatError(f"{self.name}: {problem}")
             self._check_options(layer)
             spec = self._local_spec(num_experts, hidden_size, intermediate_size_per_partition)
             backend, reason = select_experts_backend(spec, torch.get_default_device(), self.backend_name)

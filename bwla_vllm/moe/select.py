@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bwla_kernels.errors import FormatError
 from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.expert_checks import Experts
+from bwla_kernels.format.expert_checks import LayerExperts
 from bwla_kernels.format.experts import EXPERT_LEAVES
 
 from bwla_vllm.checks import ADVICE
@@ -21,7 +21,7 @@ _LAYER = re.compile(r".*?\.\d+\.")
 
 
 def experts_spec(
-    quantization: "BWLAFormat", stored: Mapping[str, Experts] | None, prefix: str, layer: Any
+    quantization: "BWLAFormat", stored: Mapping[str, LayerExperts] | None, prefix: str, layer: Any
 ) -> ExpertsSpec | None:
     """Return the sizes of all experts of a layer, not sharded, or None where they are in 16 bits.
 
@@ -57,7 +57,7 @@ def experts_spec(
         raise FormatError(f"{stem}: {error}") from None
 
 
-def _linears(module: str, experts: Experts) -> tuple[int, LayerSpec, LayerSpec]:
+def _linears(module: str, experts: LayerExperts) -> tuple[int, LayerSpec, LayerSpec]:
     """Return the number of stored experts, and the sizes of gate and down of the first."""
     first = experts.get(0, {})
     for gate, up, down in EXPERT_LEAVES:
@@ -69,7 +69,7 @@ def _linears(module: str, experts: Experts) -> tuple[int, LayerSpec, LayerSpec]:
     )
 
 
-def _stored_module(quantization: "BWLAFormat", stored: Mapping[str, Experts], stem: str) -> str | None:
+def _stored_module(quantization: "BWLAFormat", stored: Mapping[str, LayerExperts], stem: str) -> str | None:
     """Return the path of the experts in the checkpoint; None where the layer's experts are in 16 bits.
 
     Classes of vLLM may call the module around the experts differently than the files, and rename it while they load.

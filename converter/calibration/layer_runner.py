@@ -151,20 +151,10 @@ class DecoderLayer:
             name: full name of a linear of the experts.
             batch: inputs of the layer.
         """
-
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _ReachedError(*inputs)
-
         experts = self.experts_of(name)
         assert experts is not None
-        handle = experts.register_forward_pre_hook(stop)
-        try:
-            self.run(batch)
-        except _ReachedError as reached:
-            return reached.inputs[0], reached.inputs[1]
-        finally:
-            handle.remove()
-        raise _unused(name)
+        hidden, chosen, *_ = self._inputs_until(experts, name, batch)
+        return hidden, chosen
 
     def replace(self, name: str, module: nn.Module) -> None:
         """Replace the linear with the given full name by another module."""
@@ -249,35 +239,48 @@ class DecoderLayer:
     def inputs_and_stream(self, name: str, stream: str | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Return the inputs of a linear, and of the module at path `stream` in the layer, which runs before it."""
         streams: list[Tensor] = []
-
-        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            raise _ReachedError(*inputs)
-
-        # Gate and up of all experts read what the experts as a whole read, and few tokens reach a single one.
-        reader = self.experts_of(name) or self.linear(name)
-        handles = [reader.register_forward_pre_hook(stop)]
+        handles = []
         if stream is not None:
             watched = self.layer.get_submodule(stream)
             handles.append(watched.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0])))
+        # Gate and up of all experts read what the experts as a whole read, and few tokens reach a single one.
+        reader = self.experts_of(name) or self.linear(name)
         try:
-            self.run(batch)
-        except _ReachedError as reached:
-            return reached.inputs[0], streams[-1] if streams else None
+            return self._inputs_until(reader, name, batch)[0], streams[-1] if streams else None
         finally:
             for handle in handles:
                 handle.remove()
-        raise _unused(name)
 
+    def _inputs_until(self, module: nn.Module, name: str, batch: Batch) -> tuple[Tensor, ...]:
+        """Return the inputs of a module when the layer runs; what follows it is not computed.
 
-def _unused(name: str) -> SourceError:
-    return SourceError(
-        f"{name}: expected the model to use this linear, found that it does not: please report this model"
-    )
+        Args:
+            module: the module.
+            name: full name of the linear that is asked about, for the message.
+            batch: inputs of the layer.
+
+        Raises:
+            SourceError: the layer does not use the module.
+        """
+
+        def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            raise _ReachedError(inputs)
+
+        handle = module.register_forward_pre_hook(stop)
+        try:
+            self.run(batch)
+        except _ReachedError as reached:
+            return reached.inputs
+        finally:
+            handle.remove()
+        raise SourceError(
+            f"{name}: expected the model to use this linear, found that it does not: please report this model"
+        )
 
 
 class _ReachedError(Exception):
     """Stops a layer at the module whose inputs were requested."""
 
-    def __init__(self, *inputs: Tensor) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.inputs = inputs

@@ -8,7 +8,7 @@ import torch
 from bwla_converter.common.bits import num_weights, stored_bits, tensor_bits
 from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import expert_of, settings_name, stored_specs
+from bwla_kernels.format.experts import stored_specs
 from bwla_kernels.format.folder import Entry, check_folder, read_folder, read_json
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import BWLAFormat, parse_config
@@ -74,12 +74,6 @@ class Contents:
         provenance = self.format.provenance
         renamed = provenance.recipe == "paper" and not provenance.calibration
         return "data-free" if renamed else provenance.recipe
-
-
-def kind_of(name: str) -> str:
-    """Return the last part of a linear's name (`q_proj`), and of an expert's the last three: `experts.*.w1`."""
-    parts = settings_name(name).split(".")
-    return ".".join(parts[-1:] if expert_of(name) is None else parts[-3:])
 
 
 def split_bits(specs: Mapping[str, LayerSpec]) -> dict[str, float]:

@@ -205,7 +205,7 @@ def show(
 
 
 def _layer_table(rows: list[dict[str, Any]], every: bool) -> Table:
-    from bwla_converter.checkpoint.contents import kind_of
+    from bwla_kernels.format.experts import kind_of
 
     table = Table(title="quantized linears")
     table.add_column("linear", no_wrap=True)

@@ -19,11 +19,11 @@ from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import expert_of, has_experts, settings_name
+from bwla_kernels.format.experts import has_experts, kind_of, settings_name
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.schema import (
     BWLAFormat,
-    Experts,
+    ExpertsFormat,
     Provenance,
     activation_args,
     head_args,
@@ -211,12 +211,6 @@ def namesakes(
             yield module
 
 
-def _short_name(name: str) -> str:
-    """Return the end of a linear's name that settings for all layers go by: `down_proj`, or `experts.*.down_proj`."""
-    parts = settings_name(name).split(".")
-    return ".".join(parts[-3:] if expert_of(name) is not None else parts[-1:])
-
-
 def _name_from_layers(structure: Structure, name: str) -> str:
     """Return the end of a linear's full name that starts at the list of decoder layers: `layers.1.mlp.down_proj`."""
     name = settings_name(name)
@@ -267,7 +261,7 @@ def make_plan(
                 )
                 # The entry by the linear's short name holds for all layers; one with another width gets its own. It
                 # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
-                if rotation.setdefault(_short_name(name), sizes) != sizes:
+                if rotation.setdefault(kind_of(name), sizes) != sizes:
                     rotation[_name_from_layers(source.structure, name)] = sizes
     if not specs:
         raise SourceError(
@@ -289,7 +283,7 @@ def make_plan(
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
     # A tied head is the 8-bit embedding.
     head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
-    experts = Experts(input_transform="first") if has_experts(specs) else None
+    experts = ExpertsFormat(input_transform="first") if has_experts(specs) else None
     format_ = BWLAFormat(
         format_version=1 if planes == 1 and embedding_source is None and experts is None else 2,
         planes=planes,
@@ -336,9 +330,9 @@ def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits
     specs = {
         name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
     }
-    counts, has_experts = set(planes.values()), plan.format.experts is not None
+    counts = set(planes.values())
     changes: dict[str, object] = {
-        "format_version": 1 if counts == {1} and not has_experts else 2,
+        "format_version": 1 if counts == {1} and plan.format.experts is None else 2,
         "planes": _settings(planes) if len(counts) > 1 else counts.pop(),
         "rank": rank,
         "input_activations": activation_args(bits),

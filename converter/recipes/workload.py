@@ -13,7 +13,7 @@ from bwla_converter.options import Calibration
 from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.experts import expert_of
+from bwla_kernels.format.experts import expert_of, kind_of
 from bwla_kernels.format.folder import text_settings
 from bwla_kernels.precision import product_dtype
 
@@ -177,8 +177,7 @@ class Workload:
         groups, kept_columns = [], 0
         for group, names in self.source.groups_of_layer(index):
             shape = self._shape(names)
-            label = _short_name(names[0])
-            groups.append((label, shape))
+            groups.append((kind_of(names[0]), shape))
             # A guess, because no layer has run yet. Those of experts are not kept.
             kept_columns += shape.columns * (group.input_sharded and not shape.experts)
         entries = [self.source.entries[name] for name in self.source.names_of_layer(index)]
@@ -219,11 +218,6 @@ class Workload:
         for index in range(self.source.num_layers):
             for _, group in self.layer(index).groups:
                 yield group
-
-
-def _short_name(name: str) -> str:
-    leaf = name.rpartition(".")[2]
-    return leaf if expert_of(name) is None else f"experts' {leaf}"
 
 
 def okt_compute(group: GroupShape, rounds: int) -> ComputeEstimate:

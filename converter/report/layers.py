@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bwla_converter.checkpoint.contents import kind_of
+from bwla_kernels.format.experts import kind_of
 
 _LAYER = re.compile(r"\.(\d+)\.")
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bwla_converter.checkpoint.contents import Contents, describe_weights, kind_of
+from bwla_converter.checkpoint.contents import Contents, describe_weights
 from bwla_converter.checkpoint.integrity import update_hash
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.report.data import PAGE_FILE, calibration_warning
 from bwla_converter.report.templating import environment
 from bwla_converter.source.folder.locate import HUB_ID
 from bwla_kernels.errors import FormatError, SourceError
+from bwla_kernels.format.experts import kind_of
 from bwla_kernels.format.folder import read_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import metadata_load

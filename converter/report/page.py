@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bwla_converter.checkpoint.contents import describe_weights, kind_of
+from bwla_converter.checkpoint.contents import describe_weights
 from bwla_converter.common.durations import duration
 from bwla_converter.report.charts import COLOURS, Series, line_chart
 from bwla_converter.report.layers import (
@@ -15,6 +15,7 @@ from bwla_converter.report.layers import (
     weight_panel,
 )
 from bwla_converter.report.templating import environment
+from bwla_kernels.format.experts import kind_of
 from markupsafe import Markup
 from rich.filesize import decimal
 

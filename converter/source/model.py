@@ -96,11 +96,11 @@ class Source:
             SourceError: `ignore` names some linears of a group and not the others. It names all experts of a layer, or
                 none; the other linears of their group may be quantized without them.
         """
-        without_experts = self._ignores_experts(index)
+        ignored_experts = self._ignored_experts.get(index, ())
         for group in self.structure.blocks[index]:
             names = [f"{self.structure.layer_name(index)}.{member}" for member in group.members]
-            if without_experts:
-                names = [name for name in names if name not in without_experts]
+            if ignored_experts:
+                names = [name for name in names if name not in ignored_experts]
             ignored = [name for name in names if is_ignored(name, self.ignore)]
             if ignored and len(ignored) < len(names):
                 others = ", ".join([name for name in names if name not in ignored][:MAX_NAMED])
@@ -110,23 +110,27 @@ class Source:
             if names and not ignored:
                 yield group, names
 
-    def _ignores_experts(self, index: int) -> frozenset[str]:
-        """Return the names of all linears of a decoder layer's experts if `ignore` names them all; none if it does not.
+    @cached_property
+    def _ignored_experts(self) -> dict[int, frozenset[str]]:
+        """The names of all linears of the experts that `ignore` names, by their decoder layer.
 
         Raises:
-            SourceError: `ignore` names some of them.
+            SourceError: `ignore` names some of a layer's experts and not the others.
         """
-        experts = self.structure.experts.get(index)
-        if experts is None or not self.ignore:
-            return frozenset()
-        names = [f"{self.structure.layer_name(index)}.{name}" for name in (*experts.gate_up, *experts.down)]
-        others = [name for name in names if not is_ignored(name, self.ignore)]
-        if others and len(others) < len(names):
-            raise SourceError(
-                f"{others[0]}: is not ignored, but other linears of the layer's experts are: --ignore experts "
-                "leaves all of them as they are"
-            )
-        return frozenset() if others else frozenset(names)
+        ignored: dict[int, frozenset[str]] = {}
+        for index, experts in self.structure.experts.items() if self.ignore else ():
+            names = [
+                f"{self.structure.layer_name(index)}.{name}" for name in (*experts.gate_up, *experts.down)
+            ]
+            others = [name for name in names if not is_ignored(name, self.ignore)]
+            if others and len(others) < len(names):
+                raise SourceError(
+                    f"{others[0]}: is not ignored, but other linears of the layer's experts are: --ignore experts "
+                    "leaves all of them as they are"
+                )
+            if not others:
+                ignored[index] = frozenset(names)
+        return ignored
 
     def quantizable(self) -> list[str]:
         """Return the names of all linears in decoder layers, of the head and of the embedding."""
@@ -227,7 +231,7 @@ class Source:
 
     def experts_of_layer(self, index: int) -> Experts | None:
         """Return the experts of a decoder layer whose linears are to be quantized; None if there are none."""
-        return None if self._ignores_experts(index) else self.structure.experts.get(index)
+        return None if index in self._ignored_experts else self.structure.experts.get(index)
 
     @cached_property
     def _joined(self) -> dict[str, tuple[str, int]]:

@@ -11,13 +11,13 @@ from bwla_kernels.format.layer import LayerSpec
 if TYPE_CHECKING:  # imports compressed-tensors, which takes seconds
     from bwla_kernels.format.schema import BWLAFormat
 
-Experts = dict[int, dict[str, LayerSpec]]
+LayerExperts = dict[int, dict[str, LayerSpec]]
 """The one-bit linears of a layer's experts: number -> leaf of the name -> spec."""
 
 
-def experts_of(specs: Mapping[str, LayerSpec]) -> dict[str, Experts]:
+def experts_of(specs: Mapping[str, LayerSpec]) -> dict[str, LayerExperts]:
     """Return the experts among the quantized linears `specs`, by the path that their names share."""
-    layers: dict[str, Experts] = {}
+    layers: dict[str, LayerExperts] = {}
     for name, spec in specs.items():
         module, number = experts_module(name), expert_of(name)
         if module is not None and number is not None:
@@ -50,7 +50,7 @@ def expert_problems(
         yield from _layer_problems(f"{folder}: {module}", experts)
 
 
-def _layer_problems(where: str, experts: Experts) -> Iterator[str]:
+def _layer_problems(where: str, experts: LayerExperts) -> Iterator[str]:
     """Yield the contradictions between the experts of one layer; of equal experts, the first says it for all."""
     missing = next((number for number in range(len(experts)) if number not in experts), None)
     if missing is not None:
@@ -87,7 +87,10 @@ def _layer_problems(where: str, experts: Experts) -> Iterator[str]:
 
 
 def _mixed_layers(
-    entries: Mapping[str, Entry], layers: Mapping[str, Experts], specs: Mapping[str, LayerSpec], folder: Path
+    entries: Mapping[str, Entry],
+    layers: Mapping[str, LayerExperts],
+    specs: Mapping[str, LayerSpec],
+    folder: Path,
 ) -> Iterator[str]:
     """Yield the unquantized weights of experts that stand beside one-bit ones of the same layer, one for each layer."""
     seen: set[str] = set()

@@ -54,6 +54,12 @@ def settings_name(name: str) -> str:
     return f"{parts[0]}.{ANY_EXPERT}.{parts[2]}" if parts else name
 
 
+def kind_of(name: str) -> str:
+    """Return the last part of a linear's name (`q_proj`), and of an expert's the last three: `experts.*.w1`."""
+    parts = settings_name(name).split(".")
+    return ".".join(parts[-1:] if expert_of(name) is None else parts[-3:])
+
+
 def first_expert(name: str) -> str:
     """Return the name of the same linear of expert 0; unchanged for other linears."""
     parts = _parts(name)

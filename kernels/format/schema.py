@@ -116,7 +116,7 @@ class LayerLinears(BaseModel):
         return [f"{self.layers}.{index}.{name}" for index in self.indices for name in self.names]
 
 
-class Experts(BaseModel):
+class ExpertsFormat(BaseModel):
     """How the experts of a mixture of experts are stored in one bit.
 
     Attributes:
@@ -163,7 +163,7 @@ class BWLAFormat(BaseModel):
     linears: list[LayerLinears] | None = None
     lm_head: QuantizationArgs | None = None
     embedding: QuantizationArgs | None = None
-    experts: Experts | None = None
+    experts: ExpertsFormat | None = None
     tensors: dict[str, str] | None = None
     config: dict[str, Any] | None = None
     provenance: Provenance = Provenance()

@@ -14,13 +14,12 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.schema import head_args
 from bwla_kernels.head import quantize_head
+from greedy import answer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bwla_vllm.checks import changed_sizes, check_checkpoint
 from bwla_vllm.errors import StartError
-
-PROMPT = [3, 17, 99, 45, 200, 31, 8, 120, 77]
 
 SIZES = {
     "hidden_size": 64,
@@ -219,20 +218,6 @@ def test_a_weight_that_config_json_describes_as_quantized(
         FormatError, match=r"mtp.*o_proj.weight: expected one-bit tensors.*does not ignore it"
     ):
         check(folder)
-
-
-def answer(engine: Any) -> tuple[list[int], list[dict[int, float]]]:
-    """Return five greedy tokens, and the log probabilities of the likeliest tokens of the prompt."""
-    from vllm import SamplingParams
-
-    options = SamplingParams(
-        temperature=0.0, max_tokens=5, ignore_eos=True, prompt_logprobs=5, detokenize=False
-    )
-    (result,) = engine.generate({"prompt_token_ids": PROMPT}, options, use_tqdm=False)
-    tables = result.prompt_logprobs[1:]
-    return list(result.outputs[0].token_ids), [
-        {token: value.logprob for token, value in table.items()} for table in tables
-    ]
 
 
 @pytest.mark.parametrize("case", ["GLM-4", "StableLM", "Mixtral", "LFM2"])

@@ -11,13 +11,12 @@ import torch
 import transformers
 from any_decoder import Experts, write_checkpoint, write_source
 from bwla_converter.checkpoint.dequantize import write_dequantized
+from greedy import answer
 
 from benchmarks.coverage.build import make_config
 from benchmarks.coverage.cases import CASES
 from bwla_vllm import observe
 from bwla_vllm.errors import StartError
-
-PROMPT = [3, 17, 99, 45, 200, 31, 8, 120, 77]
 
 SERVED = ("qwen3_moe", "mixtral", "deepseek_v3", "olmoe")
 """One linear for each expert; another name around them; shared experts and a dense layer before; no head width."""
@@ -32,20 +31,6 @@ def write_case(case: str, folder: Path, experts: Experts | None = None, **option
     write_source(folder / "source", getattr(transformers, CASES[case].architecture), config)
     write_checkpoint(folder / "source", folder / "out", experts=experts or Experts(), **options)
     return folder / "out"
-
-
-def answer(engine: Any) -> tuple[list[int], list[dict[int, float]]]:
-    """Return eight greedy tokens, and the log probabilities of the likeliest tokens of the prompt."""
-    from vllm import SamplingParams
-
-    options = SamplingParams(
-        temperature=0.0, max_tokens=8, ignore_eos=True, prompt_logprobs=5, detokenize=False
-    )
-    (result,) = engine.generate({"prompt_token_ids": PROMPT}, options, use_tqdm=False)
-    tables = result.prompt_logprobs[1:]
-    return list(result.outputs[0].token_ids), [
-        {token: value.logprob for token, value in table.items()} for table in tables
-    ]
 
 
 def assert_same(found: Any, wanted: Any) -> None:
@@ -69,8 +54,8 @@ def compare_with_dequantized(case: str, start: Callable[..., Any], folder: Path,
     """Compare the answers of a checkpoint and of its dequantized weights; `options` are those of the first engine."""
     checkpoint = write_case(case, folder, Experts(planes=2))
     write_dequantized(checkpoint, folder / "dequantized", "float32")
-    found = answer(start(checkpoint, skip_tokenizer_init=True, **options))
-    assert_same(found, answer(start(folder / "dequantized", skip_tokenizer_init=True)))
+    found = answer(start(checkpoint, skip_tokenizer_init=True, **options), 8)
+    assert_same(found, answer(start(folder / "dequantized", skip_tokenizer_init=True), 8))
     assert len(set(found[0])) > 2
 
 
@@ -91,7 +76,7 @@ def test_the_kernel_agrees_with_the_reference(
     monkeypatch.setattr(observe, "logger", logging.getLogger("observed"))
     caplog.set_level(logging.INFO, "observed")
     monkeypatch.setenv("BWLA_CHECK_LAYERS", "2")
-    answer(start(six_bits, skip_tokenizer_init=True))
+    answer(start(six_bits, skip_tokenizer_init=True), 8)
     messages = [record.getMessage() for record in caplog.records if record.name == "observed"]
     (row,) = [line for message in messages for line in message.splitlines() if line.startswith("experts ")]
     assert row.split()[1] == "cpu"
@@ -107,9 +92,9 @@ def test_the_kernel_agrees_with_the_reference(
 
 def test_compiled_reloaded_and_read_from_one_file(six_bits: Path, start: Callable[..., Any]) -> None:
     """vLLM compiles the whole model as one graph, and restores what is registered when weights are loaded again."""
-    wanted = answer(start(six_bits, skip_tokenizer_init=True))
+    wanted = answer(start(six_bits, skip_tokenizer_init=True), 8)
     engine = start(six_bits, skip_tokenizer_init=True, enforce_eager=False)
-    assert_same(answer(engine), wanted)
+    assert_same(answer(engine, 8), wanted)
 
     def spoil(model: torch.nn.Module) -> None:
         for parameter in model.parameters():
@@ -117,13 +102,13 @@ def test_compiled_reloaded_and_read_from_one_file(six_bits: Path, start: Callabl
 
     engine.apply_model(spoil)
     engine.collective_rpc("reload_weights")
-    assert_same(answer(engine), wanted)
+    assert_same(answer(engine, 8), wanted)
 
 
 def test_dummy_weights_need_no_weights(six_bits: Path, start: Callable[..., Any], tmp_path: Path) -> None:
     """vLLM's random values are no rotations; the sizes come from config.json."""
     shutil.copy(six_bits / "config.json", tmp_path)
-    tokens, tables = answer(start(tmp_path, skip_tokenizer_init=True, load_format="dummy"))
+    tokens, tables = answer(start(tmp_path, skip_tokenizer_init=True, load_format="dummy"), 8)
     assert len(tokens) == 8
     assert all(value <= 0 for table in tables for value in table.values())  # no NaN either
 
@@ -134,14 +119,14 @@ def test_a_rank_that_would_skip_expert_0_is_refused(six_bits: Path, start: Calla
 
 
 def test_adapters_beside_experts(six_bits: Path, start: Callable[..., Any]) -> None:
-    wanted = answer(start(six_bits, skip_tokenizer_init=True))
+    wanted = answer(start(six_bits, skip_tokenizer_init=True), 8)
     with pytest.raises(
         StartError, match=r"--enable-lora: expected adapters that leave one-bit experts alone"
     ):
         start(six_bits, skip_tokenizer_init=True, enable_lora=True)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
     engine = start(six_bits, skip_tokenizer_init=True, enable_lora=True, lora_target_modules=targets)
-    assert_same(answer(engine), wanted)
+    assert_same(answer(engine, 8), wanted)
 
 
 @pytest.mark.slow
@@ -150,10 +135,10 @@ def test_two_ranks_say_the_same(
     expert_parallel: bool, six_bits: Path, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second rank has none of the experts that store an input transform, if each has whole experts."""
-    wanted = answer(start(six_bits, skip_tokenizer_init=True))
+    wanted = answer(start(six_bits, skip_tokenizer_init=True), 8)
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = {**RANKS, "enable_expert_parallel": expert_parallel}
-    assert_same(answer(start(six_bits, skip_tokenizer_init=True, **options)), wanted)
+    assert_same(answer(start(six_bits, skip_tokenizer_init=True, **options), 8), wanted)
 
 
 def test_vllms_layer_of_experts_in_a_class_of_transformers(start: Callable[..., Any], tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ class _Deriving:
             members = [path for path in paths if path not in reasons]
             if not members:
                 continue
-            names = tuple(self.stored(index, path) or self._expert(path, experts) for path in members)
+            names = tuple(self._name(index, path, experts) for path in members)
             renamed.update({name: path for name, path in zip(names, members, strict=True) if name != path})
             streams: set[str | None] = {record.streams.get(path) for path in members}
             stream = streams.pop() if len(streams) == 1 else None
@@ -233,11 +233,11 @@ class _Deriving:
             )
         return (found[0] if len(found) == 1 else None), reasons
 
-    @staticmethod
-    def _expert(path: str, experts: Experts | None) -> str:
-        """Return the stored name of an expert's linear; of any other linear, its path."""
-        is_part = experts is not None and path.startswith(f"{experts.path}.")
-        return f"{experts.stem}{path.removeprefix(experts.path)}" if experts is not None and is_part else path
+    def _name(self, index: int, path: str, experts: Experts | None) -> str:
+        """Return the stored name, inside its layer, of a linear, which may be an expert's; its path if it has none."""
+        if experts is not None and path.startswith(f"{experts.path}."):
+            return experts.stored_name(path)
+        return self.stored(index, path) or path
 
     def _stored_matrices(self, index: int, path: str) -> str:
         """Return the stored name, inside its layer, of a module whose parameters are not stored as they are."""
@@ -257,9 +257,8 @@ class _Deriving:
         reason = self._reason_by_name(path)
         if reason is None and self.stored(index, path) is None:
             reason = rules.JOINED
-        return reason or rules.reason_by_shape(
-            linear, InputGroup((), None, sharded).preferred_rotation_groups
-        )
+        groups = InputGroup((), None, sharded).preferred_rotation_groups
+        return reason or rules.reason_by_shape(linear.out_features, linear.in_features, groups)
 
     def _is_sharded(self, paths: list[str], linears: Mapping[str, nn.Module]) -> bool:
         """Return whether tensor parallelism shards the linears at `paths`, which read the same, along their input.
@@ -279,14 +278,10 @@ class _Deriving:
 
 def _shape_reason(experts: Experts) -> str | None:
     """Return why experts of these sizes stay in 16 bits; None if they may be quantized."""
-    with torch.device("meta"):
-        linears = {
-            False: nn.Linear(experts.hidden, experts.inner, bias=False),
-            True: nn.Linear(experts.inner, experts.hidden, bias=False),
-        }
+    sizes = {False: (experts.inner, experts.hidden), True: (experts.hidden, experts.inner)}
     found = (
-        rules.reason_by_shape(linear, InputGroup((), None, sharded).preferred_rotation_groups)
-        for sharded, linear in linears.items()
+        rules.reason_by_shape(*size, InputGroup((), None, sharded).preferred_rotation_groups)
+        for sharded, size in sizes.items()
     )
     return next(filter(None, found), None)
 

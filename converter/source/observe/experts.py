@@ -4,19 +4,19 @@ transformers' classes of experts follow one interface (`transformers.integration
 hold gate and up in `gate_up_proj` [E, 2 I, H] and down in `down_proj` [E, H, I], and say how these are laid out.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from bwla_converter.source.observe.names import StoredNames
+from bwla_kernels.format.experts import EXPERT_LEAVES, experts_module
 from torch import Tensor, nn
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of the parameters of transformers' experts."""
 
-LEAVES = ("gate_proj", "up_proj", "down_proj")
+LEAVES = EXPERT_LEAVES[0]
 """Names of an expert's linears where its tensors are stored joined: those that vLLM looks for by default."""
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -25,8 +25,6 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda x: nn.functional.gelu(x, approximate="tanh"),
 )
 """What `bwla_kernels.experts.ACTIVATIONS` names."""
-
-_ONE_EXPERT = re.compile(r"(?P<stem>.+\.experts)\.\d+\.(?P<leaf>[^.]+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -72,6 +70,10 @@ class Experts:
     def module_path(self, name: str) -> str:
         """Return the path in the decoder layer, see `hf.expert_linears`, of the linear stored as `name`."""
         return f"{self.path}{name.removeprefix(self.stem)}"
+
+    def stored_name(self, path: str) -> str:
+        """Return the stored name of the linear at `path` in the decoder layer: the inverse of `module_path`."""
+        return f"{self.stem}{path.removeprefix(self.path)}"
 
     def shape_of(self, name: str) -> tuple[int, int]:
         """Return rows and columns of the linear `name`."""
@@ -190,10 +192,11 @@ def _leaves(stored: Sequence[str], names: StoredNames) -> list[tuple[str, str]]:
     """Return stem and name of each of an expert's linears among `stored`, in the order in which they are joined."""
     order: dict[tuple[str, str], int] = {}
     for name in stored:
-        match = _ONE_EXPERT.fullmatch(name)
-        if match is None:
+        linear = name.removesuffix(".weight")
+        stem = experts_module(linear)
+        if stem is None or linear == name:
             return []
-        key = (match["stem"], match["leaf"])
+        key = (stem, linear.rpartition(".")[2])
         if key not in order:
             order[key] = names.position(name)
     return sorted(order, key=lambda key: order[key])

@@ -50,12 +50,12 @@ def reason_by_name(path: str) -> str | None:
     return next((reason for pattern, reason in _PATTERNS if re.search(pattern, path)), None)
 
 
-def reason_by_shape(linear: nn.Linear, preferred_rotation_groups: int) -> str | None:
+def reason_by_shape(out_features: int, in_features: int, preferred_rotation_groups: int) -> str | None:
     """Return why a linear of this shape stays in 16 bits; None if it may be quantized."""
-    if linear.out_features < MIN_ROWS:
-        return f"has {linear.out_features} rows, fewer than {MIN_ROWS}"
+    if out_features < MIN_ROWS:
+        return f"has {out_features} rows, fewer than {MIN_ROWS}"
     try:
-        choose_rotation(linear.in_features, preferred_rotation_groups)
+        choose_rotation(in_features, preferred_rotation_groups)
     except FormatError as problem:
         return str(problem).partition(": ")[0]
     return None

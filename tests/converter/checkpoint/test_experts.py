@@ -7,11 +7,12 @@ import pytest
 import torch
 import transformers
 from any_decoder import Experts, write_checkpoint, write_source
-from bwla_converter.checkpoint.contents import LINEARS, kind_of, read_contents
+from bwla_converter.checkpoint.contents import LINEARS, read_contents
 from bwla_converter.checkpoint.dequantize import dequantized_bytes, write_dequantized
 from bwla_converter.checkpoint.layout import verify
 from bwla_converter.cli.inspect import app
 from bwla_kernels.errors import FormatError
+from bwla_kernels.format.experts import kind_of
 from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.reference import dequantize
