@@ -3,7 +3,7 @@
     python -m benchmarks.quality.experts --text FILE --calibration FILE --out benchmarks/results/experts.json
 
 No pretrained mixture of experts is small enough for the package index, so one is made of a dense model without changing
-what it computes: the rows of an MLP are dealt to four experts, all of which every token is sent to, with equal
+what it computes: the rows of an MLP are split among four experts, to all of which every token is sent, with equal
 weights. The experts have the weights, and the inputs, of a real model, and differ as neurons do; their router does not
 matter. Recipe `fast` quantizes the model in three ways, which differ in the down projections:
 

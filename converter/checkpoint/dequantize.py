@@ -77,7 +77,7 @@ def write_dequantized(
     if out.resolve() == checkpoint.resolve():
         raise OutputError(f"{out}: is the checkpoint itself and would be overwritten: choose another output")
     contents = read_contents(checkpoint)
-    experts = _joined_experts(checkpoint) if contents.format.experts is not None else {}
+    experts = _stacked_experts(checkpoint) if contents.format.experts is not None else {}
     size = dequantized_bytes(contents, DTYPES[dtype])
     needed = size + merging_bytes(size, 0)
     check_space(out, needed)
@@ -86,7 +86,7 @@ def write_dequantized(
             tensors = _dequantized(contents, names, DTYPES[dtype], on_linear)
             layer = _LAYER.match(names[0])
             if layer is not None and layer[0] in experts:
-                tensors = experts[layer[0]].join(layer[0], tensors)
+                tensors = experts[layer[0]].stack(layer[0], tensors)
             writer.write_shard(part_name(index), tensors)
         config = read_json(checkpoint / "config.json")
         del config["quantization_config"]
@@ -96,8 +96,8 @@ def write_dequantized(
         return DequantizedModel(writer.total_size, len(contents.specs))
 
 
-def _joined_experts(checkpoint: Path) -> dict[str, Experts]:
-    """Return the experts whose tensors the plain model stores joined, by the prefix of their decoder layer."""
+def _stacked_experts(checkpoint: Path) -> dict[str, Experts]:
+    """Return the experts that the plain model stores in stacked tensors, by the prefix of their decoder layer."""
     source = config_source(checkpoint)
     return {
         f"{source.structure.layer_name(index)}.": experts

@@ -1,4 +1,4 @@
-"""Experts as separate linears, in the place of transformers' experts, whose weights are joined into tensors.
+"""Experts as separate linears, in the place of transformers' experts, whose weights are stacked into tensors.
 
 Everything that works on linears (hooks, replacing them by quantized ones) then works on those of the experts too.
 """

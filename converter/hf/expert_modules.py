@@ -1,4 +1,4 @@
-"""Load one-bit experts into transformers' models: linears take the place of its experts, whose weights are joined."""
+"""Load one-bit experts into transformers' models: linears take the place of its experts, whose weights are stacked."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,7 +38,7 @@ class BWLAExpertLinear(BWLALinear):
 
 
 def without_merging(conversions: Iterable[Any], quantizes: bool) -> list[Any]:
-    """Return transformers' weight conversions without those that join the tensors of experts.
+    """Return transformers' weight conversions without those that stack the tensors of experts.
 
     Args:
         conversions: the conversions of the model's class.

@@ -79,7 +79,7 @@ class BWLAHfQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        """Return the conversions of stored tensors, without those that join experts where these are in one bit."""
+        """Return the conversions of stored tensors, without those that stack experts where these are in one bit."""
         from bwla_converter.hf.expert_modules import without_merging
 
         quantizes = self.quantization_config.format.experts is not None

@@ -25,7 +25,7 @@ def _path(name: str, weight: str, names: StoredNames | None) -> str:
     parameter, pattern = names.parameter(weight) if names else (weight, None)
     if pattern is None or expert_of(name) is None:
         return parameter.removesuffix(".weight")
-    # transformers joins the weights of all experts; the linears that replace them have their stored names.
+    # transformers stacks the weights of all experts; the linears that replace them have their stored names.
     number_and_leaf = name.split(".")[-2:]
     return ".".join([parameter.rpartition(".")[0], *number_and_leaf])
 

@@ -38,7 +38,7 @@ class Source:
         config: contents of config.json.
         structure: its decoder layers and input groups.
         entries: file, shape and dtype of every tensor as `read` returns it: fp8 weights as bfloat16, and one
-            tensor for each linear of experts that are stored joined and will be quantized.
+            tensor for each linear of experts that are stored in stacked tensors and will be quantized.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
         ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
@@ -169,7 +169,7 @@ class Source:
         """
         prefix = f"{self.structure.layer_path(index)}."
         if index in self.structure.experts:
-            tensors = self.structure.experts[index].join(f"{self.structure.layer_name(index)}.", tensors)
+            tensors = self.structure.experts[index].stack(f"{self.structure.layer_name(index)}.", tensors)
         parameters = tensors if self.names is None else self.names.convert(tensors)
         return {
             name.removeprefix(prefix): tensor
@@ -199,9 +199,9 @@ class Source:
     def read(self, names: list[str]) -> dict[str, Tensor]:
         """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory.
 
-        Experts that are stored joined are read as a whole and divided.
+        Experts that are stored in stacked tensors are read as a whole and divided.
         """
-        joined = {name: self._joined[name] for name in names if name in self._joined}
+        joined = {name: self._stacked[name] for name in names if name in self._stacked}
         stored = self._read_stored(
             list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names))
         )
@@ -216,7 +216,7 @@ class Source:
         """Return the names of all tensors, those together that are stored as one."""
         together: dict[str, list[str]] = {}
         for name in self.entries:
-            together.setdefault(self._joined.get(name, (name, 0))[0], []).append(name)
+            together.setdefault(self._stacked.get(name, (name, 0))[0], []).append(name)
         return together.values()
 
     def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
@@ -234,8 +234,8 @@ class Source:
         return None if index in self._ignored_experts else self.structure.experts.get(index)
 
     @cached_property
-    def _joined(self) -> dict[str, tuple[str, int]]:
-        """Names of the experts' weights that are stored joined -> the stored tensor and the decoder layer."""
+    def _stacked(self) -> dict[str, tuple[str, int]]:
+        """Names of the weights that are stored in stacked tensors -> the stored tensor and the decoder layer."""
         found = {}
         for index, experts in self.structure.experts.items():
             prefix = f"{self.structure.layer_name(index)}."

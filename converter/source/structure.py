@@ -138,7 +138,7 @@ class Structure:
                     yield group, f"{self.layer_name(index)}.{member}"
 
     def with_divided_experts(self, entries: Mapping[str, Entry], ignore: Sequence[str]) -> dict[str, Entry]:
-        """Return the stored tensors with one for each linear of the experts that are stored joined.
+        """Return the stored tensors with one for each linear of the experts that are stored in stacked tensors.
 
         Args:
             entries: all stored tensors.

@@ -128,7 +128,7 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
-    "experts stored joined, and a shared one": {
+    "stacked experts, and a shared one": {
         "architecture": "GraniteMoeSharedForCausalLM",
         "model_type": "granitemoeshared",
         "num_local_experts": 4,

@@ -1,4 +1,4 @@
-"""The experts of a decoder layer as linears, although transformers joins their weights into tensors [E, rows, columns].
+"""The experts of a decoder layer as linears, although transformers stacks their weights to [E, rows, columns].
 
 transformers' classes of experts follow one interface (`transformers.integrations.moe.use_experts_implementation`): they
 hold gate and up in `gate_up_proj` [E, 2 I, H] and down in `down_proj` [E, H, I], and say how these are laid out.
@@ -17,7 +17,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 """Names of the parameters of transformers' experts."""
 
 LEAVES = EXPERT_LEAVES[0]
-"""Names of an expert's linears where its tensors are stored joined: those that vLLM looks for by default."""
+"""Names of an expert's linears where the files hold stacked tensors: those that vLLM looks for by default."""
 
 _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.silu,
@@ -38,7 +38,7 @@ class Experts:
         count: E, the number of experts.
         hidden: H, the width of their input and output.
         inner: I, the rows of a gate.
-        stacked: stored names of the joined tensors of gate and up and of down, inside the decoder layer; empty where
+        stacked: stored names of the stacked tensors of gate and up and of down, inside the decoder layer; empty where
             each expert's are stored on their own.
         transposed: whether published files hold these as [E, columns, rows].
     """
@@ -63,7 +63,7 @@ class Experts:
         return tuple(f"{self.stem}.{e}.{self.leaves[2]}" for e in range(self.count))
 
     def divisions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield each joined tensor with the names of the linears that it holds; nothing where none are joined."""
+        """Yield each stacked tensor with the names of the linears that it holds; nothing where none are stacked."""
         if self.stacked:
             yield from zip(self.stacked, (self.gate_up, self.down), strict=True)
 
@@ -81,7 +81,7 @@ class Experts:
         return (self.hidden, self.inner) if is_down else (self.inner, self.hidden)
 
     def split(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of single experts, as views, of those joined tensors that are given.
+        """Return the weights of single experts, as views, of those stacked tensors that are given.
 
         Args:
             prefix: what the full names begin with, such as `model.layers.3.`.
@@ -101,8 +101,8 @@ class Experts:
                 )
         return weights
 
-    def join(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors` with joined tensors in the place of the weights of single experts.
+    def stack(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return `tensors` with stacked tensors in the place of the weights of single experts.
 
         Args:
             prefix: what the full names begin with.
@@ -189,7 +189,7 @@ def _is_transposed(name: str, names: StoredNames, shape: tuple[int, ...]) -> boo
 
 
 def _leaves(stored: Sequence[str], names: StoredNames) -> list[tuple[str, str]]:
-    """Return stem and name of each of an expert's linears among `stored`, in the order in which they are joined."""
+    """Return stem and name of each of an expert's linears among `stored`, in the order in which they are stacked."""
     order: dict[tuple[str, str], int] = {}
     for name in stored:
         linear = name.removesuffix(".weight")

@@ -17,8 +17,8 @@ from bwla_kernels.format.files import read_folder, read_tensors
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-JOINED = "experts stored joined, and a shared one"
-EXPERT_KINDS = ["experts", JOINED, "experts under other names"]
+STACKED = "stacked experts, and a shared one"
+EXPERT_KINDS = ["experts", STACKED, "experts under other names"]
 IDS = torch.arange(3, 35).reshape(2, 16)
 
 

@@ -1,4 +1,4 @@
-"""The experts of a decoder layer: which are quantized, under which names, and how joined tensors are divided."""
+"""The experts of a decoder layer: which are quantized, under which names, and how stacked tensors are divided."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from bwla_converter.source.observe.experts import experts_modules, unsupported
 from bwla_kernels.errors import SourceError
 from torch import nn
 
-JOINED = "experts stored joined, and a shared one"
+STACKED = "stacked experts, and a shared one"
 
 
 def source_of(kind: str, folder: Path) -> Source:
@@ -46,13 +46,13 @@ def test_the_stored_names_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_shared_expert_is_in_the_group_of_gate_and_up(tmp_path: Path) -> None:
-    groups = members(source_of(JOINED, tmp_path))
+    groups = members(source_of(STACKED, tmp_path))
     stem = "block_sparse_moe.experts"
     assert [*names_of(stem, "gate_proj", "up_proj"), "shared_mlp.input_linear"] in groups
 
 
-def test_joined_experts_are_read_one_by_one(tmp_path: Path) -> None:
-    model = build_any_model(**KINDS[JOINED])
+def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    model = build_any_model(**KINDS[STACKED])
     source = write_any_model(model, tmp_path)
     prefix = "model.layers.1.block_sparse_moe.experts"
     block = model.model.layers[1].block_sparse_moe.experts
@@ -65,7 +65,7 @@ def test_joined_experts_are_read_one_by_one(tmp_path: Path) -> None:
     assert f"{prefix.removesuffix('.experts')}.input_linear.weight" not in source.entries
 
 
-@pytest.mark.parametrize("kind", ["experts", JOINED, "experts under other names"])
+@pytest.mark.parametrize("kind", ["experts", STACKED, "experts under other names"])
 def test_transformers_gets_its_own_tensors_back(kind: str, tmp_path: Path) -> None:
     model = build_any_model(**KINDS[kind])
     source = write_any_model(model, tmp_path)
@@ -77,7 +77,7 @@ def test_transformers_gets_its_own_tensors_back(kind: str, tmp_path: Path) -> No
 
 
 def test_ignored_experts_stay_as_they_are_stored(tmp_path: Path) -> None:
-    build_any_model(**KINDS[JOINED]).save_pretrained(tmp_path)
+    build_any_model(**KINDS[STACKED]).save_pretrained(tmp_path)
     source = open_source(str(tmp_path), ("experts",))
     assert "model.layers.0.block_sparse_moe.input_linear.weight" in source.entries
     assert ["shared_mlp.input_linear"] in members(source)
@@ -94,7 +94,7 @@ def test_some_experts_cannot_be_ignored(tmp_path: Path) -> None:
 
 
 def test_a_config_alone_gives_the_same_groups(tmp_path: Path) -> None:
-    source = source_of(JOINED, tmp_path)
+    source = source_of(STACKED, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert members(config_source(tmp_path)) == members(source)
 
