@@ -39,6 +39,15 @@ static NOINLINE void activate(int32_t kind, const float* gate, const float* up, 
     }
 }
 
+// gpt-oss: the gate is limited from above, up on both sides.
+static NOINLINE void swiglu_oai(float limit, float alpha, const float* gate, const float* up, int64_t n, float* to) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float g = gate[i] > limit ? limit : gate[i], bounded = up[i] > limit ? limit : up[i];
+        const float u = bounded < -limit ? -limit : bounded;
+        to[i] = g / (1.0f + exp_of(-alpha * g)) * (u + 1.0f);
+    }
+}
+
 // The rows of an expert whose tables a thread holds.
 struct HeldRows {
     const Call* call = nullptr;
@@ -93,8 +102,9 @@ struct ExpertProduct {
     Call call;
     Plan plan;
 
-    ExpertProduct(const Call& c, const Plan& p, const ExpertsScratch& s, int64_t first_panel, int64_t n)
+    ExpertProduct(const Call& c, const Plan& p, const ExpertsScratch& s, int64_t expert, int64_t first_panel, int64_t n)
         : call(c), plan(p) {
+        if (c.bias) call.bias = static_cast<const uint16_t*>(c.bias) + expert * n;
         call.packed = c.packed + first_panel * c.z.panel_bytes();
         call.x = nullptr, call.z.n = n, call.out_dtype = kFloat32;
         plan.scale = s.scale, plan.u = s.u;
@@ -105,7 +115,7 @@ static void gate_up_unit(const ExpertsCall& c, const ExpertsPlan& plan, const Ex
                          HeldRows& held) {
     const int64_t half = c.half(), stride = 2 * half * kRows, first = unit.panel * kRows;
     const int64_t columns = c.inner() - first < unit.panels * kRows ? c.inner() - first : unit.panels * kRows;
-    ExpertProduct product(c.gate_up, plan.gate_up, s, unit.expert * 2 * half, stride);
+    ExpertProduct product(c.gate_up, plan.gate_up, s, unit.expert, unit.expert * 2 * half, stride);
     product.call.out = s.y;
     for (int64_t done = 0; done < unit.rows; done += plan.gate_up_chunk) {
         const int64_t row = unit.row + done, left = unit.rows - done;
@@ -120,14 +130,19 @@ static void gate_up_unit(const ExpertsCall& c, const ExpertsPlan& plan, const Ex
         }
         for (int64_t t = 0; t < count; ++t) {
             const float* gate = s.y + t * stride + first;
-            activate(c.activation, gate, gate + half * kRows, columns, plan.hidden + (row + t) * c.inner() + first);
+            float* to = plan.hidden + (row + t) * c.inner() + first;
+            if (c.activation == kSwigluOai) {
+                swiglu_oai(c.limit, c.alpha, gate, gate + half * kRows, columns, to);
+            } else {
+                activate(c.activation, gate, gate + half * kRows, columns, to);
+            }
         }
     }
 }
 
 static void down_unit(const ExpertsCall& c, const ExpertsPlan& plan, const ExpertUnit& unit, ExpertsScratch& s,
                       HeldRows& held) {
-    ExpertProduct product(c.down, plan.down, s, unit.expert * c.down.z.panels(), c.width());
+    ExpertProduct product(c.down, plan.down, s, unit.expert, unit.expert * c.down.z.panels(), c.width());
     for (int64_t done = 0; done < unit.rows; done += plan.down_chunk) {
         const int64_t row = unit.row + done, left = unit.rows - done;
         const int64_t count = left < plan.down_chunk ? left : plan.down_chunk;

@@ -15,6 +15,7 @@ from bwla_kernels.cpu.library import Isa, LayerStruct, load
 from bwla_kernels.cpu.linear import (
     DTYPES,
     PACKED_TENSORS,
+    PANEL_ROWS,
     can_implement,
     empty_huge,
     expect,
@@ -24,6 +25,7 @@ from bwla_kernels.cpu.linear import STATUS as LINEAR_STATUS
 from bwla_kernels.errors import BackendError
 from bwla_kernels.experts.spec import ACTIVATIONS, ExpertsSpec, expect_routing, stacked_specs
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import BIAS_DTYPE
 from bwla_kernels.format.layer import to_compute_dtype
 from torch import Tensor
 
@@ -37,7 +39,8 @@ _SIZE_ARGUMENTS = ", ".join(
 )
 _LIBRARY.define(
     "experts_cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed_gate_up, Tensor packed_down, "
-    f"int experts, int activation, {_SIZE_ARGUMENTS}) -> Tensor"
+    "Tensor? bias_gate_up, Tensor? bias_down, int experts, int activation, float limit, float alpha, "
+    f"{_SIZE_ARGUMENTS}) -> Tensor"
 )
 
 STATUS = {**LINEAR_STATUS, 1: "its sizes are invalid or an expert's number is too large"}
@@ -74,7 +77,7 @@ def _check(status: int, spec: ExpertsSpec) -> None:
 def _pack(
     which: str, tensors: Mapping[str, Tensor], spec: LayerSpec, projection: _Projection, whole: ExpertsSpec
 ) -> Tensor:
-    specs = stacked_specs(whole.experts, spec)
+    specs = {name: want for name, want in stacked_specs(whole.experts, spec).items() if name != "bias"}
     for name, want in specs.items():
         expect(f"{which}.{name}", tensors[name], want.dtypes[0], want.shape)
     tensors = to_compute_dtype(tensors)
@@ -95,7 +98,8 @@ def pack(
     """Repack the stacked tensors of both projections, once, into the memory that the kernel reads.
 
     Args:
-        gate_up, down: stacked tensors (see `experts.spec.stacked_specs`), contiguous, on the CPU; not modified.
+        gate_up, down: stacked tensors (see `experts.spec.stacked_specs`), contiguous, on the CPU; not modified. Biases
+            are not packed, see `pack_biases`.
         spec: their sizes.
         isa: variant that will read them; by default the loaded one.
 
@@ -111,6 +115,33 @@ def pack(
     )
 
 
+def pack_biases(
+    gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor], spec: ExpertsSpec
+) -> dict[str, Tensor]:
+    """Return the biases of those projections that have one, as the kernel reads them.
+
+    Args:
+        gate_up, down: stacked tensors, as for `pack`.
+        spec: their sizes.
+
+    Returns: `bias_gate_up` bfloat16 [E, 2, I padded to 64] and `bias_down` bfloat16 [E, H].
+
+    Raises:
+        BackendError: a bias does not fit.
+    """
+    biases = {}
+    for which, tensors, side in (("gate_up", gate_up, spec.gate_up), ("down", down, spec.down)):
+        if side.bias:
+            want = stacked_specs(spec.experts, side)["bias"]
+            expect(f"{which}.bias", tensors["bias"], want.dtypes[0], want.shape)
+            biases[f"bias_{which}"] = tensors["bias"]
+    if "bias_gate_up" in biases:
+        parts = biases["bias_gate_up"].view(spec.experts, 2, spec.intermediate_size)
+        padding = -spec.intermediate_size % PANEL_ROWS
+        biases["bias_gate_up"] = torch.nn.functional.pad(parts, (0, padding)).contiguous()
+    return biases
+
+
 def experts(
     x: Tensor,
     topk_weights: Tensor,
@@ -119,6 +150,7 @@ def experts(
     spec: ExpertsSpec,
     isa: Isa | None = None,
     threads: int | None = None,
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """Compute the experts, in agreement with `experts.reference.binary_experts`; for tests: the op is faster to call.
 
@@ -130,6 +162,7 @@ def experts(
         spec: the sizes.
         isa: variant; by default the loaded one.
         threads: maximum number of threads, by default torch's; negative: exactly that number.
+        biases: from `pack_biases` with the same spec; None where no projection has one.
 
     Returns: [M, H] in the dtype of x. A token's result is bitwise independent of the number of threads and of the
         other tokens.
@@ -149,10 +182,19 @@ def experts(
     )
     for name, tensor, projection in zip(("gate_up", "down"), packed, (first, second), strict=True):
         expect(f"packed {name}", tensor, torch.uint8, (projection.size,))
+    shapes = {
+        "bias_gate_up": (spec.experts, 2, -(-spec.intermediate_size // PANEL_ROWS) * PANEL_ROWS),
+        "bias_down": (spec.experts, spec.hidden_size),
+    }
+    pointers = []
+    for (name, shape), side in zip(shapes.items(), (spec.gate_up, spec.down), strict=True):
+        if side.bias:
+            expect(name, (biases or {})[name], BIAS_DTYPE, shape)
+        pointers.append((biases or {})[name].data_ptr() if side.bias else None)
     out = torch.empty_like(x)
     status = load().handle.bwla_experts(
-        first.address, second.address, spec.experts, ACTIVATIONS.index(spec.activation),
-        packed[0].data_ptr(), packed[1].data_ptr(), x.data_ptr(), x.shape[0], x.shape[1], DTYPES[x.dtype],
+        first.address, second.address, spec.experts, ACTIVATIONS.index(spec.activation), spec.limit, spec.alpha,
+        packed[0].data_ptr(), packed[1].data_ptr(), *pointers, x.data_ptr(), x.shape[0], x.shape[1], DTYPES[x.dtype],
         topk_weights.data_ptr(), topk_ids.data_ptr(), topk_ids.element_size(), topk_ids.shape[1],
         out.data_ptr(), torch.get_num_threads() if threads is None else threads,
     )  # fmt: skip
@@ -187,9 +229,10 @@ class CpuExperts:
     def prepare(
         self, gate_up: Mapping[str, Tensor], down: Mapping[str, Tensor], spec: ExpertsSpec
     ) -> dict[str, Tensor]:
-        """Repack each projection into one tensor."""
+        """Repack each projection into one tensor, and its bias, if it has one, into another."""
         packed_gate_up, packed_down = pack(gate_up, down, spec)
-        return {"packed_gate_up": packed_gate_up, "packed_down": packed_down}
+        packed = {"packed_gate_up": packed_gate_up, "packed_down": packed_down}
+        return packed | pack_biases(gate_up, down, spec)
 
     def apply(
         self,
@@ -206,8 +249,12 @@ class CpuExperts:
             topk_ids.contiguous(),
             tensors["packed_gate_up"],
             tensors["packed_down"],
+            tensors.get("bias_gate_up"),
+            tensors.get("bias_down"),
             spec.experts,
             ACTIVATIONS.index(spec.activation),
+            spec.limit,
+            spec.alpha,
             *_sizes(spec.gate_up),
             *_sizes(spec.down),
         )

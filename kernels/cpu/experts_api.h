@@ -85,15 +85,20 @@ BWLA_API int32_t bwla_pack_experts(const bwla_layer* layer, int64_t parts, const
 }
 
 // The experts: x [m, k], rows x_stride elements apart -> out [m, k] of the same dtype. weights float32 [m, top_k]; ids
-// [m, top_k] of id_bytes 4 or 8, negative where an expert adds nothing. Returns 1 if an id is not below `experts`.
+// [m, top_k] of id_bytes 4 or 8, negative where an expert adds nothing. Biases are null or as in ExpertsCall. Returns 1
+// if an id is not below `experts`.
 BWLA_API int32_t bwla_experts(const bwla_layer* gate_up, const bwla_layer* down, int64_t experts, int32_t activation,
-                              const uint8_t* packed_gate_up, const uint8_t* packed_down, const void* x, int64_t m,
+                              double limit, double alpha, const uint8_t* packed_gate_up, const uint8_t* packed_down,
+                              const void* bias_gate_up, const void* bias_down, const void* x, int64_t m,
                               int64_t x_stride, int32_t dtype, const float* weights, const void* ids, int32_t id_bytes,
                               int64_t top_k, void* out, int32_t threads) {
     bwla::ExpertsCall c{};
     c.gate_up = call_of(*gate_up, packed_gate_up, m), c.down = call_of(*down, packed_down, 0);
     c.gate_up.x = x, c.gate_up.x_stride = x_stride, c.gate_up.x_dtype = dtype;
+    c.gate_up.bias = bias_gate_up, c.down.bias = bias_down;
+    c.gate_up.bias_dtype = c.down.bias_dtype = bwla::kBFloat16;
     c.experts = experts, c.top_k = top_k, c.activation = activation, c.weights = weights;
+    c.limit = float(limit), c.alpha = float(alpha);
     c.out = out, c.out_dtype = dtype;
     const auto valid = [](const bwla::Call& call) { return call.z.valid() && call.bits >= 2 && call.bits <= 8; };
     if (!bwla::supported().has(gate_up->isa) || gate_up->isa != down->isa) return bwla::kUnsupportedIsa;

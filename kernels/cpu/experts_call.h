@@ -12,7 +12,7 @@
 
 namespace bwla {
 
-enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kActivationCount = 3 };
+enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kSwigluOai = 3, kActivationCount = 4 };
 
 constexpr int64_t kExpertRows = 64;                // rows of an expert that one unit multiplies
 constexpr int64_t kChunkTokens = 16;               // rows that have tables at a time, at most
@@ -36,9 +36,12 @@ struct Routing {
 };
 
 struct ExpertsCall {
-    Call gate_up, down;  // the two input transforms; z.n: the rows of one part
+    // The two input transforms; z.n: the rows of one part. bias, if any: bfloat16 of all experts, those of gate and up
+    // in whole panels each [experts, 2, half() * kRows], those of down [experts, width].
+    Call gate_up, down;
     int64_t experts, top_k;
     int32_t activation;
+    float limit, alpha;  // of kSwigluOai
     const float* weights;  // [m, top_k]
     void* out;             // [m, hidden size]
     int32_t out_dtype;

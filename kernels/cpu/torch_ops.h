@@ -219,13 +219,15 @@ inline bwla_layer projection(const Value* at, int64_t rows) {
             int64_t(at[2]),  int64_t(at[3]), int64_t(at[6]), from_value<double>(at[5])};
 }
 
-// experts_cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed_gate_up, Tensor packed_down, int experts,
-//             int activation, <a projection, gate_up>, <a projection, down>) -> Tensor
+// experts_cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed_gate_up, Tensor packed_down,
+//             Tensor? bias_gate_up, Tensor? bias_down, int experts, int activation, float limit, float alpha,
+//             <a projection, gate_up>, <a projection, down>) -> Tensor
 inline void experts_op(Value* stack, uint64_t, uint64_t) {
     const TorchApi& api = torch_api();
     const Tensor weights(stack[1]), ids(stack[2]), packed_gate_up(stack[3]), packed_down(stack[4]);
-    const int64_t experts = int64_t(stack[5]);
-    bwla_layer gate_up = projection(stack + 7, 1), down = projection(stack + 14, 1);
+    const std::optional<Tensor> bias_gate_up = optional_tensor(stack[5]), bias_down = optional_tensor(stack[6]);
+    const int64_t experts = int64_t(stack[7]);
+    bwla_layer gate_up = projection(stack + 11, 1), down = projection(stack + 18, 1);
     gate_up.n = down.blocks * down.n1 * down.n2, down.n = gate_up.blocks * gate_up.n1 * gate_up.n2;
     const Rows rows(stack[0], down.n);
     const auto fits = [&](const Tensor& packed, const bwla_layer& layer, int64_t parts) {
@@ -233,6 +235,11 @@ inline void experts_op(Value* stack, uint64_t, uint64_t) {
     };
     expect(fits(packed_gate_up, gate_up, 2 * experts) && fits(packed_down, down, experts),
            "packed experts of this layer: pack them with the same sizes");
+    const auto bias_fits = [&](const std::optional<Tensor>& bias, int64_t numel) {
+        return !bias || (bias->dtype == api.bfloat16 && bias->contiguous() && bias->numel() == numel);
+    };
+    expect(bias_fits(bias_gate_up, 2 * experts * round_up(gate_up.n, kRows)) && bias_fits(bias_down, experts * down.n),
+           "contiguous biases of these experts in bfloat16, as they are packed");
     expect(ids.dim == 2 && ids.sizes[0] == rows.m && ids.contiguous() && (ids.dtype == api.int32 || ids.dtype == api.int64),
            "contiguous topk_ids [M, top-k] in int32 or int64");
     expect(weights.dim == 2 && weights.sizes[0] == rows.m && weights.sizes[1] == ids.sizes[1] && weights.contiguous() &&
@@ -240,8 +247,10 @@ inline void experts_op(Value* stack, uint64_t, uint64_t) {
            "contiguous topk_weights [M, top-k] in float32");
     Tensor out(empty_like(rows.x, down.n));
     const int32_t status = bwla_experts(
-        &gate_up, &down, experts, int32_t(stack[6]), static_cast<const uint8_t*>(packed_gate_up.data),
-        static_cast<const uint8_t*>(packed_down.data), rows.data(), rows.m, rows.stride, rows.type,
+        &gate_up, &down, experts, int32_t(stack[8]), from_value<double>(stack[9]), from_value<double>(stack[10]),
+        static_cast<const uint8_t*>(packed_gate_up.data), static_cast<const uint8_t*>(packed_down.data),
+        bias_gate_up ? bias_gate_up->data : nullptr, bias_down ? bias_down->data : nullptr, rows.data(), rows.m,
+        rows.stride, rows.type,
         static_cast<const float*>(weights.data), ids.data, ids.dtype == api.int64 ? 8 : 4, ids.sizes[1], out.data,
         torch_threads());
     expect(status != kBadArgument, "topk_ids below the number of experts");

@@ -4,14 +4,21 @@ from collections.abc import Mapping
 
 import torch
 from bwla_kernels import reference
-from bwla_kernels.experts.spec import ExpertsSpec, expect_routing, expert_tensors
+from bwla_kernels.experts.spec import ALPHA, LIMIT, SWIGLU_OAI, ExpertsSpec, expect_routing, expert_tensors
 from bwla_kernels.reference import PreparedInput
 from torch import Tensor
 
 
-def gated(rows: Tensor, activation: str) -> Tensor:
-    """Compute f(gate) * up from float32 [..., 2 I], the gate first: float32 [..., I]."""
+def gated(rows: Tensor, activation: str, limit: float = LIMIT, alpha: float = ALPHA) -> Tensor:
+    """Compute f(gate) * up from float32 [..., 2 I], the gate first: float32 [..., I].
+
+    gpt-oss's activation limits the gate from above and up on both sides, and is g sigmoid(alpha g) (u + 1)
+    (transformers, `GptOssExperts._apply_gate`).
+    """
     gate, up = rows.chunk(2, dim=-1)
+    if activation == SWIGLU_OAI:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up
@@ -31,7 +38,9 @@ def binary_experts(
     down: Mapping[str, Tensor],
     spec: ExpertsSpec,
 ) -> Tensor:
-    """Compute y[m] = sum_j topk_weights[m, j] * W2_e (f(W1_e x[m]) * W3_e x[m]) with e = topk_ids[m, j].
+    """Compute y[m] = sum_j topk_weights[m, j] * (W2_e (f(W1_e x[m]) * W3_e x[m])) with e = topk_ids[m, j].
+
+    Where the projections have biases, they are added to their products.
 
     All arithmetic after the input is in float32, without rounding in between; the sum runs over ascending j.
 
@@ -56,7 +65,8 @@ def binary_experts(
         first = expert_tensors(gate_up, expert)
         hidden = reference.binary_matmul(select_rows(prepared, tokens), first, spec.gate_up)
         second = expert_tensors(down, expert)
-        inner = reference.prepare_input(gated(hidden, spec.activation), second, spec.down)
+        values = gated(hidden, spec.activation, spec.limit, spec.alpha)
+        inner = reference.prepare_input(values, second, spec.down)
         terms[tokens, slots] = reference.binary_matmul(inner, second, spec.down)
     y = torch.zeros(len(x), spec.hidden_size, device=x.device)
     for slot in range(topk_ids.shape[1]):

@@ -1,29 +1,43 @@
 """The sizes of one layer's experts, and the stacked tensors that a backend repacks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bwla_kernels.errors import BackendError, FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format.experts import BIAS_DTYPE
 from bwla_kernels.format.layer import ROW_TENSORS, TensorSpec, shape_problem
 from torch import Tensor
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-"""Functions f in f(gate) * up; a kernel knows them by their position here."""
+SWIGLU_OAI = "swigluoai"
+"""The activation of gpt-oss, by vLLM's name: g sigmoid(alpha g) (u + 1), where the gate and up are limited."""
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", SWIGLU_OAI)
+"""Functions f in f(gate) * up, and gpt-oss's; a kernel knows them by their position here."""
+
+LIMIT = 7.0
+"""Limit of `SWIGLU_OAI` in gpt-oss."""
+
+ALPHA = 1.702
+"""Factor in the sigmoid of `SWIGLU_OAI` in gpt-oss."""
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
-    """Sizes of E experts, each y = W2 (f(W1 x) * W3 x), which share two input transforms.
+    """Sizes of E experts, each y = W2 (f(W1 x + b1) * (W3 x + b3)) + b2, which share two input transforms.
 
     The gate and up projections (W1, W3) of all experts read the layer's input, which is transformed once for each
     token. The down projections (W2) of all experts share one transform of the hidden values.
 
     Attributes:
         experts: E, on this rank.
-        gate_up: gate and up of one expert as one linear: I rows of the gate, then I rows of up; reads H columns.
+        gate_up: gate and up of one expert as one linear: I rows of the gate, then I rows of up; reads H columns. Its
+            `bias` and that of `down` are independent of each other.
         down: W2 of one expert: H rows, I columns.
-        activation: f, one of `ACTIVATIONS`.
+        activation: f, one of `ACTIVATIONS`. `SWIGLU_OAI` is a function of both, see `reference.gated`.
+        limit: of `SWIGLU_OAI`: the largest gate, and the largest magnitude of up; other activations have none.
+        alpha: of `SWIGLU_OAI`.
 
     Raises:
         FormatError: at construction, if the sizes contradict each other.
@@ -33,6 +47,8 @@ class ExpertsSpec:
     gate_up: LayerSpec
     down: LayerSpec
     activation: str = "silu"
+    limit: float = LIMIT
+    alpha: float = ALPHA
 
     def __post_init__(self) -> None:
         if self.experts < 1:
@@ -47,11 +63,14 @@ class ExpertsSpec:
                 f"experts must return as many values as they read, found {self.down.out_features} and "
                 f"{self.gate_up.in_features}"
             )
-        if self.gate_up.bias or self.down.bias:
-            raise FormatError("experts with a bias are not supported: exclude them with --ignore")
         if self.activation not in ACTIVATIONS:
             raise FormatError(
                 f"expected an activation among {', '.join(ACTIVATIONS)}, found {self.activation!r}: "
+                "exclude the experts with --ignore"
+            )
+        if not (0 < self.limit < math.inf and 0 < self.alpha < math.inf):
+            raise FormatError(
+                f"limit and alpha of the activation must be positive, found {self.limit:g} and {self.alpha:g}: "
                 "exclude the experts with --ignore"
             )
 
@@ -70,12 +89,15 @@ def stacked_specs(experts: int, spec: LayerSpec) -> dict[str, TensorSpec]:
     """Return the tensors of one projection of all experts.
 
     Those with one row for each output feature have the experts as their first axis; the input transform is that of a
-    linear, because the experts share it.
+    linear, because the experts share it. Biases are bfloat16.
     """
-    return {
+    specs = {
         name: TensorSpec((experts, *want.shape), want.dtypes) if name in ROW_TENSORS else want
         for name, want in tensor_specs(spec).items()
     }
+    if spec.bias:
+        specs["bias"] = TensorSpec(specs["bias"].shape, (BIAS_DTYPE,))
+    return specs
 
 
 def expect_stacked(which: str, tensors: Mapping[str, Tensor], experts: int, spec: LayerSpec) -> None:

@@ -7,11 +7,16 @@ of expert 0 store it.
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
+import torch
 from bwla_kernels.format.layer import INPUT_TRANSFORM, LayerSpec, TensorSpec, tensor_specs
 
 EXPERT_LEAVES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """The two ways in which checkpoints call gate, up and down of an expert."""
+
+BIAS_DTYPE = torch.bfloat16
+"""Dtype of the biases of experts, which kernels stack: one for all models."""
 
 ANY_EXPERT = "*"
 """What stands for the number of an expert in the keys of settings."""
@@ -77,8 +82,14 @@ def stores(name: str, key: str) -> bool:
 
 
 def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
-    """Return the tensors stored under the name of a linear: without the input transform for experts other than 0."""
-    return {key: want for key, want in tensor_specs(spec).items() if stores(name, key)}
+    """Return the tensors stored under the name of a linear.
+
+    Experts other than 0 store no input transform, and the bias of an expert is bfloat16.
+    """
+    specs = {key: want for key, want in tensor_specs(spec).items() if stores(name, key)}
+    if "bias" in specs and expert_of(name) is not None:
+        specs["bias"] = replace(specs["bias"], dtypes=(BIAS_DTYPE,))
+    return specs
 
 
 def stored_names(name: str, spec: LayerSpec) -> dict[str, str]:

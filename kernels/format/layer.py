@@ -27,7 +27,7 @@ tolerance."""
 INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
 
-ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b")
+ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b", "bias")
 """Tensors with one row for each output feature."""
 
 

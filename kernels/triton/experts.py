@@ -85,11 +85,11 @@ def align_pairs(topk_ids: Tensor, experts: int, block: int) -> tuple[Tensor, Ten
 def repack_experts(tensors: Mapping[str, Tensor], experts: int, spec: LayerSpec) -> dict[str, Tensor]:
     """Repack one projection: each expert's rows as those of a linear, the input transform once."""
     repacked = [repack(expert_tensors(tensors, expert), spec) for expert in range(experts)]
+    own = {"bias": tensors["bias"].contiguous()} if spec.bias else {}
     rows = ("weight_chunks", *ROW_TENSORS[1:])
     shared = {name: tensor for name, tensor in repacked[0].items() if name not in (*rows, "split_counters")}
-    return shared | {
-        name: torch.stack([one[name] for one in repacked]) for name in rows if name in repacked[0]
-    }
+    stacked = {name: torch.stack([one[name] for one in repacked]) for name in rows if name in repacked[0]}
+    return shared | stacked | own
 
 
 def grouped_meta(layout: ChunkLayout, config: ExpertsConfig) -> dict[str, int | bool]:
@@ -130,7 +130,7 @@ def grouped_matmul(
         return y
     config = config or choose_config(pairs, experts)
     rows, tile_experts = align_pairs(topk_ids, experts, config.block_m)
-    low_b = tensors.get("low_rank_b")
+    low_b, bias = tensors.get("low_rank_b"), tensors.get("bias")
     experts_mma_kernel[(len(tile_experts), layout.rows // config.block_n)](
         prepared.q,
         prepared.scale,
@@ -139,6 +139,7 @@ def grouped_matmul(
         tensors["weight_chunks"],
         tensors["weight_scale"],
         low_b,
+        bias,
         router,
         rows,
         tile_experts,
@@ -154,6 +155,7 @@ def grouped_matmul(
         spec.rank,
         **grouped_meta(layout, config),
         RANK=0 if low_b is None else low_b.shape[-1],
+        BIAS=bias is not None,
         WEIGHTED=router is not None,
         PURE=interpreted(),
         num_warps=config.num_warps,
@@ -187,7 +189,7 @@ def run_experts(
     hidden = grouped_matmul(prepared, gate_up, spec.gate_up, topk_ids)
     fused = FusedInput(silu_mul=True) if spec.activation == "silu" else NOTHING_FUSED
     if not fused.silu_mul:
-        hidden = gated(hidden, spec.activation)
+        hidden = gated(hidden, spec.activation, spec.limit, spec.alpha)
     inner = prepare_input(hidden, down, spec.down, fused=fused)
     terms = grouped_matmul(inner, down, spec.down, topk_ids, topk_weights.float().contiguous())
     return terms.view(*topk_ids.shape, spec.hidden_size).sum(1).to(x.dtype)

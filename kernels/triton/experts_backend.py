@@ -17,7 +17,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 
 _REQUIRED = ("weight_chunks", "weight_scale", "left_split", "right_split", "column_scale")
-_OPTIONAL = ("low_rank_a", "low_rank_b")
+_OPTIONAL = ("low_rank_a", "low_rank_b", "bias")
 _SIZES = {
     "rotation_groups": "int",
     "n1": "int",
@@ -37,7 +37,8 @@ def _schema() -> str:
     ]
     sizes = [f"{kind} {side}_{name}" for side in _SIDES for name, kind in _SIZES.items()]
     routing = ["Tensor x", "Tensor topk_weights", "Tensor topk_ids"]
-    return ", ".join([*routing, *tensors, "int experts", "int activation", *sizes])
+    activation = ["int activation", "float limit", "float alpha"]
+    return ", ".join([*routing, *tensors, "int experts", *activation, *sizes])
 
 
 _LIBRARY.define(f"experts_triton({_schema()}) -> Tensor")
@@ -53,21 +54,23 @@ def _experts(x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *arguments: Any)
         of_down = i >= len(_REQUIRED) if i < required else i >= required + len(_OPTIONAL)
         if tensor is not None:
             sides[of_down][name] = tensor
-    experts, activation, *sizes = arguments[required + optional :]
+    experts, activation, limit, alpha, *sizes = arguments[required + optional :]
     gate_up, down = sizes[: len(_SIZES)], sizes[len(_SIZES) :]
     hidden, inner = (side[0] * side[1] * side[2] for side in (gate_up, down))
     spec = ExpertsSpec(
         experts,
-        _layer_spec(2 * inner, gate_up),
-        _layer_spec(hidden, down),
+        _layer_spec(2 * inner, gate_up, "bias" in sides[0]),
+        _layer_spec(hidden, down, "bias" in sides[1]),
         ACTIVATIONS[activation],
+        limit,
+        alpha,
     )
     return run_experts(x, topk_weights, topk_ids, *sides, spec)
 
 
-def _layer_spec(rows: int, sizes: list[Any]) -> LayerSpec:
+def _layer_spec(rows: int, sizes: list[Any], bias: bool) -> LayerSpec:
     named = dict(zip(_SIZES, sizes, strict=True))
-    return LayerSpec(rows, named["rotation_groups"] * named["n1"] * named["n2"], **named)
+    return LayerSpec(rows, named["rotation_groups"] * named["n1"] * named["n2"], bias=bias, **named)
 
 
 def _experts_fake(x: Tensor, *_: object) -> Tensor:
@@ -130,6 +133,8 @@ class TritonExperts:
             *(tensors.get(name) for name in named),
             spec.experts,
             ACTIVATIONS.index(spec.activation),
+            spec.limit,
+            spec.alpha,
             *sizes,
         )
         return y

@@ -23,6 +23,7 @@ POINTERS = {
     "weight": "*u8",
     "weight_scale": "*fp32",
     "low_b": "*bf16",
+    "bias": "*bf16",
     "router": "*fp32",
     "sorted_pairs": "*i32",
     "tile_experts": "*i32",
@@ -31,24 +32,28 @@ POINTERS = {
 
 
 def compile_cases(arch: int) -> list[CompileCase]:
-    """Return all cases for compute capability `arch` / 10; several planes and rank 0 for each tile once."""
+    """Return all cases for compute capability `arch` / 10; several planes, rank 0 and a bias for each tile once."""
     cases = []
     for config in (FEW, MANY):
         for name, layout in LAYOUTS.items():
             cases.append(_case(config, layout, name, arch, RANK_STEP))
         layout = LAYOUTS["gate and up"]
         cases.append(_case(config, layout, "gate and up", arch, 0))
+        cases.append(_case(config, layout, "gate and up", arch, RANK_STEP, bias=True))
         cases.append(_case(config, replace(layout, planes=2), "gate and up, 2 planes", arch, RANK_STEP))
     return cases
 
 
-def _case(config: ExpertsConfig, layout: ChunkLayout, what: str, arch: int, rank: int) -> CompileCase:
+def _case(
+    config: ExpertsConfig, layout: ChunkLayout, what: str, arch: int, rank: int, bias: bool = False
+) -> CompileCase:
     """Build a case with types and divisibility as at a launch; down multiplies by the router's weights."""
     weighted = what.startswith("down")
-    absent = ("u", "low_b") * (rank == 0) + ("router",) * (not weighted)
+    absent = ("u", "low_b") * (rank == 0) + ("bias",) * (not bias) + ("router",) * (not weighted)
     constexprs = {
         **grouped_meta(layout, config),
         "RANK": rank,
+        "BIAS": bias,
         "WEIGHTED": weighted,
         "PURE": False,
         **dict.fromkeys(absent),
@@ -57,7 +62,7 @@ def _case(config: ExpertsConfig, layout: ChunkLayout, what: str, arch: int, rank
     round_or_pointer = ("N", "rows", "K", "block_width", *POINTERS)
     return CompileCase(
         name=experts_mma_kernel.fn.__name__,
-        config=f"{config}, {what}{', rank 0' * (rank == 0)}",
+        config=f"{config}, {what}{', rank 0' * (rank == 0)}{', bias' * bias}",
         kernel=experts_mma_kernel,
         signature=signature,
         constexprs=constexprs,

@@ -16,10 +16,10 @@ from bwla_kernels.triton.integer_mma import _block_scale, unpack_chunk
 
 @triton.jit(do_not_specialize=["pairs", "pairs_per_row", "chunks_per_block", "blocks", "rank"])
 def experts_mma_kernel(
-    q, scale, q_sum, u, weight, weight_scale, low_b, router, sorted_pairs, tile_experts, y,
+    q, scale, q_sum, u, weight, weight_scale, low_b, bias, router, sorted_pairs, tile_experts, y,
     pairs, pairs_per_row, N, rows, K, block_width, chunks_per_block, blocks, rank,
     BN: tl.constexpr, BM: tl.constexpr, C: tl.constexpr, ONE_BLOCK: tl.constexpr, PADDED: tl.constexpr,
-    WEIGHT_PLANES: tl.constexpr, RANK: tl.constexpr, WEIGHTED: tl.constexpr, PURE: tl.constexpr,
+    WEIGHT_PLANES: tl.constexpr, RANK: tl.constexpr, BIAS: tl.constexpr, WEIGHTED: tl.constexpr, PURE: tl.constexpr,
 ):  # fmt: skip
     """Compute y[pair, n] for one tile of BM pairs and BN rows of their expert.
 
@@ -29,7 +29,7 @@ def experts_mma_kernel(
     Args (arrays are row-major and contiguous):
         q, scale, q_sum, u: of the quantized input, row pair / pairs_per_row.
         weight uint8 [E, chunks, rows * WEIGHT_PLANES, C / 8] (`layout.repack_weights` of each expert),
-        weight_scale float32 [E, N, WEIGHT_PLANES], low_b bfloat16 [E, rows, RANK].
+        weight_scale float32 [E, N, WEIGHT_PLANES], low_b bfloat16 [E, rows, RANK], bias bfloat16 [E, N] where BIAS.
         router float32 [pairs]: the result is multiplied by it where WEIGHTED.
         sorted_pairs int32 [tiles, BM]: `pairs` where there is none. tile_experts int32 [tiles]: -1 for no tile.
         y float32 [pairs, N].
@@ -87,6 +87,9 @@ def experts_mma_kernel(
         result += total * alpha[:, None]
     if RANK > 0:
         result = low_rank_term(result, u, low_b + expert * rows * RANK, m, n, rank, RANK, PURE)
+    if BIAS:
+        shift = tl.load(bias + expert * N + n, mask=n < N, other=0.0)
+        result += shift.to(tl.float32)[:, None]
     if WEIGHTED:
         result *= tl.load(router + pair, mask=inside, other=0.0)[None, :]
     out = y + pair.to(tl.int64)[:, None] * N + n[None, :]

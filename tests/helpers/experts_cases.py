@@ -8,12 +8,17 @@ import torch
 from bwla_kernels.experts import ACTIVATIONS, ExpertsSpec
 from bwla_kernels.experts.reference import binary_experts
 from bwla_kernels.format import LayerSpec, pack_signs
+from bwla_kernels.format.experts import BIAS_DTYPE
 from bwla_kernels.format.layer import ROW_TENSORS, to_storage_dtype
 from random_tensors import make_generator, random_layer
 from torch import Tensor
 
 GATE_STEP = 128.0
 """A gate that is a multiple of this is 0, or so large that silu and gelu return it, or 0, exactly."""
+
+
+EXACT_ALPHA = 64.0
+"""With it, gpt-oss's activation too returns a gate that is a multiple of `GATE_STEP`, limited, or 0 exactly."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,16 @@ class Case:
 def random_projection(experts: int, spec: LayerSpec, seed: int) -> dict[str, Tensor]:
     """Return stacked tensors of valid random linears that share the first one's input transform."""
     layers = [random_layer(spec, seed + 1000 * expert) for expert in range(experts)]
-    return {
+    stacked = {
         name: torch.stack([layer[name] for layer in layers]) if name in ROW_TENSORS else tensor
         for name, tensor in layers[0].items()
     }
+    return with_bias_dtype(stacked)
+
+
+def with_bias_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return stacked tensors whose bias, if there is one, has the dtype of those of experts."""
+    return {name: tensor.to(BIAS_DTYPE) if name == "bias" else tensor for name, tensor in tensors.items()}
 
 
 def random_case(spec: ExpertsSpec, tokens: int, top_k: int, seed: int = 0) -> Case:
@@ -80,8 +91,11 @@ def exact_projection(
     if r:
         shared["low_rank_a"] = torch.randint(-1, 2, (r, k), generator=generator).float()
         stacked["low_rank_b"] = torch.randint(-1, 2, (experts, n, r), generator=generator) * scale[:, None]
+    if spec.bias:
+        # As whole as the rows' scales.
+        stacked["bias"] = torch.randint(-3, 4, (experts, n), generator=generator) * scale
     tensors = {**stacked, **shared}
-    return to_storage_dtype(tensors, spec)
+    return with_bias_dtype(to_storage_dtype(tensors, spec))
 
 
 def exact_case(spec: ExpertsSpec, tokens: int, top_k: int, generator: torch.Generator) -> Case:
@@ -123,6 +137,7 @@ def random_sizes(rng: random.Random) -> tuple[ExpertsSpec, int, int]:
             rank=rng.choice([0, 0, 1, 4, 5]),
             bits=rng.randint(2, 8),
             planes=rng.choice([1, 1, 1, 2, 3]),
+            bias=rng.random() < 0.4,
         )
 
     words, groups = rng.choice([1, 2, 3, 5]), rng.choice([1, 1, 2, 3])
@@ -133,6 +148,8 @@ def random_sizes(rng: random.Random) -> tuple[ExpertsSpec, int, int]:
         projection(2 * inner, words, groups),
         projection(hidden, inner_words, inner_groups),
         rng.choice(ACTIVATIONS),
+        limit=rng.choice([7.0, 512.0]),
+        alpha=EXACT_ALPHA,
     )
     tokens = rng.choice([1, 1, 1, 2, 3, 5, rng.randint(1, 40)])
     return spec, tokens, rng.randint(1, min(experts, 4))

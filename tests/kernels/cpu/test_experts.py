@@ -7,7 +7,7 @@ import torch
 from bwla_kernels.cpu import experts as kernel
 from bwla_kernels.cpu.library import Isa
 from bwla_kernels.errors import BackendError
-from bwla_kernels.experts import ExpertsSpec
+from bwla_kernels.experts import ACTIVATIONS, ExpertsSpec
 from bwla_kernels.format import LayerSpec
 from experts_cases import Case, assert_exact, exact_cases, random_case
 
@@ -15,10 +15,13 @@ SPEC = ExpertsSpec(
     12, LayerSpec(2 * 96, 640, 2, 16, 20, rank=5, planes=2), LayerSpec(640, 96, 3, 4, 8, rank=3, bits=8)
 )
 
+BIASED = replace(SPEC, gate_up=replace(SPEC.gate_up, bias=True), down=replace(SPEC.down, bias=True))
+
 
 def compute(case: Case, isa: Isa | None = None, threads: int | None = None) -> torch.Tensor:
     packed = kernel.pack(case.gate_up, case.down, case.spec, isa)
-    return kernel.experts(case.x, case.weights, case.ids, packed, case.spec, isa, threads)
+    biases = kernel.pack_biases(case.gate_up, case.down, case.spec)
+    return kernel.experts(case.x, case.weights, case.ids, packed, case.spec, isa, threads, biases)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -29,15 +32,16 @@ def test_integers_are_exact(variants: list[Isa], seed: int) -> None:
 
 
 @pytest.mark.parametrize(("tokens", "top_k"), [(1, 8), (3, 8), (60, 2), (60, 12)])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-def test_real_rotations(isa: Isa, tokens: int, top_k: int, activation: str) -> None:
-    case = random_case(replace(SPEC, activation=activation), tokens, top_k)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("spec", [SPEC, BIASED], ids=["plain", "biased"])
+def test_real_rotations(isa: Isa, tokens: int, top_k: int, activation: str, spec: ExpertsSpec) -> None:
+    case = random_case(replace(spec, activation=activation), tokens, top_k)
     y, want = compute(case, isa, -2), case.reference()
     # A sum in another order may move a code at a rounding boundary by one.
     assert (y - want).norm() <= 2e-3 * want.norm()
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_the_whole_range(isa: Isa, activation: str) -> None:
     """Inputs from where the functions are linear to where they are 0 or the gate itself."""
     spec = ExpertsSpec(
@@ -108,19 +112,24 @@ def test_nan_is_not_hidden_and_stays_in_its_token(isa: Isa) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_the_op_agrees_with_the_function_and_is_registered_correctly(dtype: torch.dtype) -> None:
-    case, backend = random_case(SPEC, 5, 4), kernel.CpuExperts()
-    prepared = backend.prepare(case.gate_up, case.down, SPEC)
-    y = backend.apply(case.x, case.weights, case.ids.to(dtype), prepared, SPEC)
+@pytest.mark.parametrize("spec", [SPEC, replace(BIASED, activation="swigluoai")], ids=["plain", "biased"])
+def test_the_op_agrees_with_the_function_and_is_registered_correctly(
+    dtype: torch.dtype, spec: ExpertsSpec
+) -> None:
+    case, backend = random_case(spec, 5, 4), kernel.CpuExperts()
+    prepared = backend.prepare(case.gate_up, case.down, spec)
+    y = backend.apply(case.x, case.weights, case.ids.to(dtype), prepared, spec)
     assert torch.equal(y, compute(case))
     strided = torch.zeros(5, 700)
     strided[:, 30:670] = case.x
-    assert torch.equal(backend.apply(strided[:, 30:670], case.weights, case.ids.to(dtype), prepared, SPEC), y)
+    assert torch.equal(backend.apply(strided[:, 30:670], case.weights, case.ids.to(dtype), prepared, spec), y)
     sizes = [
-        (s.rotation_groups, s.n1, s.n2, s.rank, s.bits, s.clip, s.planes) for s in (SPEC.gate_up, SPEC.down)
+        (s.rotation_groups, s.n1, s.n2, s.rank, s.bits, s.clip, s.planes) for s in (spec.gate_up, spec.down)
     ]
-    tensors = (case.x, case.weights, case.ids.to(dtype), *prepared.values())
-    torch.library.opcheck(torch.ops.bwla.experts_cpu.default, (*tensors, 12, 0, *sizes[0], *sizes[1]))
+    names = ("packed_gate_up", "packed_down", "bias_gate_up", "bias_down")
+    tensors = (case.x, case.weights, case.ids.to(dtype), *(prepared.get(name) for name in names))
+    numbers = (12, ACTIVATIONS.index(spec.activation), 7.0, 1.702)
+    torch.library.opcheck(torch.ops.bwla.experts_cpu.default, (*tensors, *numbers, *sizes[0], *sizes[1]))
 
 
 def test_what_does_not_fit_is_refused_in_words() -> None:
@@ -139,6 +148,13 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         BackendError, match=r"gate_up.weight_scale: expected contiguous torch.bfloat16 \[12, 192, 2\]"
     ):
         kernel.pack({**case.gate_up, "weight_scale": case.gate_up["weight_scale"].float()}, case.down, SPEC)
+    case = random_case(BIASED, 3, 2)
+    with pytest.raises(BackendError, match=r"down.bias: expected contiguous torch.bfloat16 \[12, 640\]"):
+        kernel.pack_biases(case.gate_up, {**case.down, "bias": case.down["bias"].float()}, BIASED)
+    tensors = backend.prepare(case.gate_up, case.down, BIASED)
+    short = {**tensors, "bias_down": tensors["bias_down"][1:]}
+    with pytest.raises(RuntimeError, match="contiguous biases of these experts in bfloat16"):
+        backend.apply(case.x, case.weights, case.ids, short, BIASED)
     able, reason = backend.can_implement(replace(SPEC, down=replace(SPEC.down, bits=16)), torch.device("cpu"))
     assert not able
     assert "quantized activations" in reason

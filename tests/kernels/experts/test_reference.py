@@ -1,5 +1,6 @@
 """The experts' reference implementation against dense matrices, and the checks of its sizes."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,40 @@ def test_the_gate_comes_first() -> None:
     torch.testing.assert_close(gated(rows, "silu"), torch.tensor([[300.0, 0.0]]))
 
 
+def test_the_activation_of_gpt_oss() -> None:
+    """The gate has an upper limit only; values from the formula in transformers' GptOssExperts."""
+    rows = torch.tensor([[9.0, -9.0, 1.0, 8.0, -8.0, 2.0]])
+    want = torch.tensor([[7.0 * 8, -9.0 / (1 + math.exp(9 * 1.702)) * -6, 3.0 / (1 + math.exp(-1.702))]])
+    torch.testing.assert_close(gated(rows, "swigluoai"), want, rtol=2e-5, atol=1e-6)
+    other = torch.tensor([[2.0 / (1 + math.exp(-6.0)) * 3.0]])
+    torch.testing.assert_close(gated(torch.tensor([[9.0, 9.0]]), "swigluoai", limit=2.0, alpha=3.0), other)
+
+
+def test_biases_are_added_to_the_products_of_each_expert() -> None:
+    biased = replace(SPEC, gate_up=replace(SPEC.gate_up, bias=True), down=replace(SPEC.down, bias=True))
+    case = random_case(replace(unquantized(biased), activation="swigluoai"), 7, 3)
+    expect_stacked("w13", case.gate_up, 5, case.spec.gate_up)
+    assert case.gate_up["bias"].shape == (5, 192)
+    want = torch.zeros(7, 64)
+    for token in range(7):
+        for weight, expert in zip(case.weights[token], case.ids[token].tolist(), strict=True):
+            sides = (case.gate_up, case.spec.gate_up), (case.down, case.spec.down)
+            (w13, b13), (w2, b2) = (
+                (reference.dequantize(expert_tensors(side, expert), spec), side["bias"][expert].float())
+                for side, spec in sides
+            )
+            hidden = gated(w13 @ case.x[token] + b13, "swigluoai")
+            want[token] += weight * (w2 @ hidden + b2)
+    torch.testing.assert_close(case.reference(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_of_another_dtype_is_refused() -> None:
+    biased = replace(SPEC, down=replace(SPEC.down, bias=True))
+    case = random_case(biased, 3, 2)
+    with pytest.raises(BackendError, match=r"w2.bias: expected dtype bfloat16, found float32"):
+        expect_stacked("w2", {**case.down, "bias": case.down["bias"].float()}, 5, biased.down)
+
+
 def test_sizes_that_contradict_each_other_are_refused() -> None:
     with pytest.raises(FormatError, match="at least one expert"):
         replace(SPEC, experts=0)
@@ -74,8 +109,8 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
         replace(SPEC, gate_up=replace(SPEC.gate_up, out_features=190))
     with pytest.raises(FormatError, match="as many values as they read, found 65 and 64"):
         replace(SPEC, down=replace(SPEC.down, out_features=65))
-    with pytest.raises(FormatError, match="bias are not supported"):
-        replace(SPEC, down=replace(SPEC.down, bias=True))
+    with pytest.raises(FormatError, match="limit and alpha .* must be positive, found -7 and 1.702"):
+        replace(SPEC, limit=-7.0)
     with pytest.raises(FormatError, match="expected an activation among silu.* found 'relu2'"):
         replace(SPEC, activation="relu2")
 
