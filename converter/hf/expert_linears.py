@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bwla_converter.source.observe.experts import DOWN, GATE_UP, Experts
+from bwla_converter.source.observe.experts import DOWN, GATE_UP, Experts, is_swiglu_oai
+from bwla_kernels.experts.reference import swiglu_oai
 from torch import Tensor, nn
 
 
@@ -24,13 +25,21 @@ class ExpertLinears(nn.Module):
     def __init__(self, module: nn.Module, experts: Experts) -> None:
         super().__init__()
         self.leaves, self.count, self.inner = experts.leaves, experts.count, experts.inner
-        self.act_fn: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
-        gate_up, down = getattr(module, GATE_UP), getattr(module, DOWN)
+        self.gating = _gating(module)
+        layout = experts.layout
+        gate_up, down = (
+            weight.mT if layout.transposed else weight
+            for weight in (getattr(module, GATE_UP).detach(), getattr(module, DOWN).detach())
+        )
+        biases = [getattr(module, f"{key}_bias").detach() for key in (GATE_UP, DOWN) if layout.bias]
         for number in range(self.count):
-            gate, up = gate_up[number].detach().chunk(2)
             expert = nn.Module()
-            for leaf, weight in zip(self.leaves, (gate, up, down[number].detach()), strict=True):
-                expert.add_module(leaf, _linear(weight))
+            own = (
+                (*layout.halves(both[number]), last[number])
+                for both, last in ((gate_up, down), *([biases] if biases else []))
+            )
+            for leaf, *tensors in zip(self.leaves, *own, strict=True):
+                expert.add_module(leaf, _linear(*tensors))
             self.add_module(str(number), expert)
 
     def is_down(self, leaf: str) -> bool:
@@ -44,8 +53,7 @@ class ExpertLinears(nn.Module):
     def hidden_values(self, number: int, x: Tensor) -> Tensor:
         """Return what the down projection of expert `number` reads, [M, I], for its inputs x [M, H]."""
         gate, up = (self.linear(number, leaf)(x) for leaf in self.leaves[:2])
-        values: Tensor = self.act_fn(gate) * up
-        return values
+        return self.gating(gate, up)
 
     def routed(self, top_k_index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield each expert that is chosen, with the tokens that chose it and the places it has among their choices.
@@ -86,8 +94,18 @@ def experts_around(layer: nn.Module, path: str) -> ExpertLinears | None:
     return module if isinstance(module, ExpertLinears) else None
 
 
-def _linear(weight: Tensor) -> nn.Linear:
+def _gating(module: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the function of gate and up that transformers' experts `module` compute."""
+    if is_swiglu_oai(module):
+        return swiglu_oai
+    activation: Callable[[Tensor], Tensor] = module.act_fn  # type: ignore[assignment]
+    return lambda gate, up: activation(gate) * up
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     linear = nn.Linear(1, 1, bias=False, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear

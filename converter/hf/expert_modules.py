@@ -5,7 +5,7 @@ from typing import Any
 
 from bwla_converter.hf.expert_linears import ExpertLinears
 from bwla_converter.hf.modules import BWLALinear
-from bwla_converter.source.observe.experts import DOWN, GATE_UP, Experts, is_experts
+from bwla_converter.source.observe.experts import DOWN, GATE_UP, Experts, Layout, is_experts
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import EXPERT_LEAVES, expert_of, experts_module, first_expert
@@ -83,8 +83,9 @@ def divide_quantized_experts(model: nn.Module, paths: Mapping[str, str]) -> None
                 "checkpoint: load it with AutoModelForCausalLM"
             )
         names = next(row for row in EXPERT_LEAVES if set(row) == leaves[path])
-        _, rows, hidden = getattr(module, GATE_UP).shape
-        experts = Experts(path, path, names, count, hidden, rows // 2)
+        layout = Layout.of(module)
+        _, hidden, inner = layout.sizes(getattr(module, GATE_UP))
+        experts = Experts(path, path, names, count, hidden, inner, layout=layout)
         model.set_submodule(path, ExpertLinears(module, experts))
 
 

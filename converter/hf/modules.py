@@ -11,7 +11,8 @@ import torch
 from bwla_converter.hf.quantizer import BACKEND_VARIABLE
 from bwla_kernels import ops, reference
 from bwla_kernels.errors import BackendError
-from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
+from bwla_kernels.format import LayerSpec, TensorSpec
+from bwla_kernels.format.experts import linear_specs
 from bwla_kernels.format.head import HeadSpec, head_tensor_specs
 from bwla_kernels.format.layer import FLOAT_DTYPES
 from bwla_kernels.head import dequantize_rows, head_reference
@@ -44,9 +45,10 @@ class _Stored(nn.Module):
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         nn.Module.__init__(self)  # not that of a second base class, which would allocate a weight
         for key, spec in specs.items():
-            dtype = torch.get_default_dtype() if key == "bias" else spec.dtypes[0]
+            dtype = spec.dtypes[0] if len(spec.dtypes) == 1 else torch.get_default_dtype()
             empty = torch.empty(spec.shape, dtype=dtype, device="meta")
             self.register_buffer(key, empty)
+        self._casts_bias = "bias" in specs and len(specs["bias"].dtypes) > 1
         self._prepared: tuple[torch.device, Any, dict[str, Tensor]] | None = None
 
     def stored(self) -> dict[str, Tensor]:
@@ -88,7 +90,8 @@ class _Stored(nn.Module):
                 )
             return tensor.to(moved.device)
 
-        bias = self._buffers.get("bias")  # has the dtype of the model, not one of the format
+        # It has the dtype of the model, not one of the format; but for those of experts.
+        bias = self._buffers.get("bias") if self._casts_bias else None
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if bias is not None:
             self._buffers["bias"] = fn(bias)
@@ -128,7 +131,7 @@ class BWLALinear(_LinearLike):
     """
 
     def __init__(self, spec: LayerSpec, name: str, backend: str | None = None) -> None:
-        super().__init__(tensor_specs(spec), spec.out_features, spec.in_features)
+        super().__init__(linear_specs(name, spec), spec.out_features, spec.in_features)
         self.spec, self.name, self.backend = spec, name, backend
 
     @classmethod

@@ -6,12 +6,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from bwla_converter.common.ignored import check_ignored
 from bwla_converter.source import fp8
 from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import missing_weights, read_listing
 from bwla_converter.source.folder.locate import locate
+from bwla_converter.source.folder.quantized import (
+    entries_as_read,
+    quantization_config,
+    read_dequantized,
+    scale_problems,
+)
 from bwla_converter.source.folder.tensor_names import names_problem, rename_tensors
 from bwla_converter.source.gguf_path import OnProgress, ignore_progress, is_gguf
 from bwla_converter.source.meta_model import build_meta_model
@@ -22,7 +27,7 @@ from bwla_converter.source.observe.tensors import tensor_problems
 from bwla_converter.source.problems import raise_if_any
 from bwla_converter.source.structure import MAX_NAMED, InputGroup, Structure
 from bwla_kernels.errors import SourceError
-from bwla_kernels.format.files import Entry, read_json, read_tensors, scan_folder
+from bwla_kernels.format.files import Entry, read_json, scan_folder
 from bwla_kernels.format.model import not_finite, tied_conflict
 from bwla_kernels.format.schema import is_ignored
 from torch import Tensor
@@ -37,13 +42,13 @@ class Source:
         folder: the checkpoint folder.
         config: contents of config.json.
         structure: its decoder layers and input groups.
-        entries: file, shape and dtype of every tensor as `read` returns it: fp8 weights as bfloat16, and one
+        entries: file, shape and dtype of every tensor as `read` returns it: fp8 and MXFP4 weights as bfloat16, and one
             tensor for each linear of experts that are stored in stacked tensors and will be quantized.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
         ignore: linears to leave unquantized, see `bwla_kernels.format.schema.is_ignored`.
-        stored: file, shape and dtype of every tensor in the files, including the scales of fp8 weights; empty if there
-            are no files.
+        stored: file, shape and dtype of every tensor in the files, including the scales of quantized weights; empty if
+            there are no files.
         tied: name of a tensor that config.json ties to another one -> name of that tensor.
         scale_block: rows and columns of the scale blocks of fp8 weights, if they have scale blocks.
         name: name of the model for reports: the Hub id, or the name of the folder or of the GGUF file.
@@ -197,14 +202,13 @@ class Source:
         return {parameter: stored[0] for parameter, stored in found.items() if len(stored) == 1}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read tensors by name and dequantize fp8 weights. Nothing else is loaded into memory.
+        """Read tensors by name and dequantize fp8 and MXFP4 weights. Nothing else is loaded into memory.
 
         Experts that are stored in stacked tensors are read as a whole and divided.
         """
         joined = {name: self._stacked[name] for name in names if name in self._stacked}
-        stored = self._read_stored(
-            list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names))
-        )
+        read = list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names))
+        stored = read_dequantized(self.folder, self.stored, read, self.scale_block)
         tensors: dict[str, Tensor] = {}
         for tensor in dict.fromkeys(joined.values()):
             name, index = tensor
@@ -219,28 +223,18 @@ class Source:
             together.setdefault(self._stacked.get(name, (name, 0))[0], []).append(name)
         return together.values()
 
-    def _read_stored(self, names: list[str]) -> dict[str, Tensor]:
-        scaled = [name for name in names if self.stored[name].dtype == torch.float8_e4m3fn]
-        scales = {name: scale for name in scaled if (scale := fp8.scale_name(name, self.stored))}
-        tensors = read_tensors(self.folder, self.stored, [*names, *scales.values()])
-        dequantized = {
-            name: fp8.dequantize(tensors[name], tensors[scale], self.scale_block)
-            for name, scale in scales.items()
-        }
-        return {name: dequantized.get(name, tensors[name]) for name in names}
-
     def experts_of_layer(self, index: int) -> Experts | None:
         """Return the experts of a decoder layer whose linears are to be quantized; None if there are none."""
         return None if index in self._ignored_experts else self.structure.experts.get(index)
 
     @cached_property
     def _stacked(self) -> dict[str, tuple[str, int]]:
-        """Names of the weights that are stored in stacked tensors -> the stored tensor and the decoder layer."""
+        """Names of the experts' tensors that are stored in stacked ones -> the stored tensor and the decoder layer."""
         found = {}
         for index, experts in self.structure.experts.items():
             prefix = f"{self.structure.layer_name(index)}."
             for stacked, names in experts.divisions():
-                found.update({f"{prefix}{name}.weight": (f"{prefix}{stacked}", index) for name in names})
+                found.update({f"{prefix}{name}": (f"{prefix}{stacked}", index) for name in names})
         return {name: stored for name, stored in found.items() if name in self.entries}
 
 
@@ -259,7 +253,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     folder, revision = locate(model, on_progress)
     config_path = folder / "config.json"
     config = read_json(config_path, SourceError)
-    quantization = _fp8_config(config, str(config_path))
+    quantization = quantization_config(config, str(config_path))
     meta_model = build_meta_model(folder, config)
     names, tied = StoredNames(meta_model), tied_names(meta_model)
     scan = scan_folder(folder)
@@ -273,7 +267,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     if problem is not None:
         raise SourceError(f"{folder}: {problem}")
     structure = observe_structure(meta_model, names, {*scan.entries, *expected}, str(config_path))
-    entries = fp8.dequantized_entries(scan.entries) if quantization else scan.entries
+    entries = entries_as_read(scan.entries, quantization)
     source = Source(
         folder,
         config,
@@ -296,7 +290,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
     check_ignored(source.ignore, [*source.quantizable(), *structure.kept])
     problems = [
         *scan.problems,
-        *fp8.scale_problems(scan.entries, source.scale_block),
+        *scale_problems(scan.entries, quantization),
         *tensor_problems(entries, scan, names, tied, structure.architecture),
     ]
     raise_if_any(folder, problems)
@@ -340,26 +334,6 @@ def _name(model: str, folder: Path, revision: str) -> str:
         return model
     path = Path(model).expanduser()
     return path.name if is_gguf(path) else folder.resolve().name
-
-
-def _fp8_config(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """Return the `quantization_config` of a model with fp8 weights; empty for an unquantized model.
-
-    Raises:
-        SourceError: the model is quantized with another method.
-    """
-    quantization = config.get("quantization_config") or {}
-    if not isinstance(quantization, Mapping):
-        raise SourceError(
-            f"{path}: expected quantization_config to be an object, found {quantization!r:.60}: restore config.json"
-        )
-    if quantization and not fp8.is_fp8(quantization):
-        method = quantization.get("quant_method", "an unnamed method")
-        raise SourceError(
-            f"{path}: expected an unquantized model or fp8 weights, found one quantized with {method}: "
-            "convert the original checkpoint instead"
-        )
-    return quantization
 
 
 def check_values(

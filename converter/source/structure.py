@@ -5,7 +5,7 @@ call the same modules differently; `Structure.module_path` translates.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from bwla_converter.source.observe.experts import Experts
 from bwla_kernels.factorize import SHARDED_ROTATION_GROUPS
@@ -150,9 +150,9 @@ class Structure:
             if is_ignored(f"{prefix}{experts.down[0]}", ignore):
                 continue
             for stacked, names in experts.divisions():
-                joined = divided.pop(f"{prefix}{stacked}")
-                for name in names:
-                    divided[f"{prefix}{name}.weight"] = replace(joined, shape=experts.shape_of(name))
+                joined = divided.pop(f"{prefix}{stacked}", None)
+                if joined is not None:  # a missing one is reported later
+                    divided.update({f"{prefix}{name}": experts.entry(name, joined) for name in names})
         return divided
 
     def group_of(self, name: str) -> InputGroup:

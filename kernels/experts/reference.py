@@ -9,16 +9,25 @@ from bwla_kernels.reference import PreparedInput
 from torch import Tensor
 
 
-def gated(rows: Tensor, activation: str, limit: float = LIMIT, alpha: float = ALPHA) -> Tensor:
-    """Compute f(gate) * up from float32 [..., 2 I], the gate first: float32 [..., I].
+def swiglu_oai(gate: Tensor, up: Tensor, limit: float = LIMIT, alpha: float = ALPHA) -> Tensor:
+    """Compute g sigmoid(alpha g) (u + 1), with the gate g limited from above and u, from up, on both sides.
 
-    gpt-oss's activation limits the gate from above and up on both sides, and is g sigmoid(alpha g) (u + 1)
-    (transformers, `GptOssExperts._apply_gate`).
+    This is gpt-oss's activation (transformers, `GptOssExperts._apply_gate`).
+
+    Args:
+        gate, up: [..., I], any float dtype, in which it computes.
+        limit: the largest gate, and the largest magnitude of up.
+        alpha: factor in the sigmoid.
     """
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate * alpha) * (up + 1)
+
+
+def gated(rows: Tensor, activation: str, limit: float = LIMIT, alpha: float = ALPHA) -> Tensor:
+    """Compute f(gate) * up, or `swiglu_oai`, from float32 [..., 2 I], the gate first: float32 [..., I]."""
     gate, up = rows.chunk(2, dim=-1)
     if activation == SWIGLU_OAI:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-        return gate * torch.sigmoid(alpha * gate) * (up + 1)
+        return swiglu_oai(gate, up, limit, alpha)
     if activation == "silu":
         return torch.nn.functional.silu(gate) * up
     return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up

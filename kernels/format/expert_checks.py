@@ -81,9 +81,6 @@ def _layer_problems(where: str, experts: LayerExperts) -> Iterator[str]:
             f"{where}: expected {leaves[2]} of {gate.in_features} x {gate.out_features}, which fits {leaves[0]}, found "
             f"{down.out_features} x {down.in_features}"
         )
-    for leaf, spec in first.items():
-        if spec.bias:
-            yield f"{where}.0.{leaf}: expected no bias, because one-bit experts have none, found one"
 
 
 def _mixed_layers(

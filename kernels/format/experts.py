@@ -81,15 +81,17 @@ def stores(name: str, key: str) -> bool:
     return key not in INPUT_TRANSFORM or expert_of(name) in (None, 0)
 
 
-def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
-    """Return the tensors stored under the name of a linear.
-
-    Experts other than 0 store no input transform, and the bias of an expert is bfloat16.
-    """
-    specs = {key: want for key, want in tensor_specs(spec).items() if stores(name, key)}
+def linear_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors of a linear, wherever they are stored; the bias of an expert is bfloat16."""
+    specs = tensor_specs(spec)
     if "bias" in specs and expert_of(name) is not None:
         specs["bias"] = replace(specs["bias"], dtypes=(BIAS_DTYPE,))
     return specs
+
+
+def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors stored under the name of a linear: without the input transform for experts other than 0."""
+    return {key: want for key, want in linear_specs(name, spec).items() if stores(name, key)}
 
 
 def stored_names(name: str, spec: LayerSpec) -> dict[str, str]:

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 VOCABULARY = 2048
 STACKED = "stacked experts, and a shared one"
+BIASED = "transposed experts with biases"
 
 
 def options_for(kind: str, folder: Path) -> Options:
@@ -60,7 +61,7 @@ def test_a_checkpoint_with_one_bit_experts(options: Options, recipe: str, rank: 
     assert {expert_of(name.rpartition(".")[0]) for name in transforms} == {None, 0}
 
 
-@pytest.mark.parametrize("kind", [STACKED, "experts under other names"])
+@pytest.mark.parametrize("kind", [STACKED, "experts under other names", BIASED])
 def test_the_loss_that_is_measured_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
     options = options_for(kind, tmp_path)
     convert(options)

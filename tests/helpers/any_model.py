@@ -142,6 +142,15 @@ KINDS: Mapping[str, dict[str, Any]] = {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "transposed experts with biases": {  # down is square, so that its shape does not say how it is stored
+        "architecture": "GptOssForCausalLM",
+        "model_type": "gpt_oss",
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": SLIDING,
+        "sliding_window": 8,
+    },
     "learned positions, and a head that reads the inner model": {
         "architecture": "OPTForCausalLM",
         "model_type": "opt",
@@ -232,6 +241,8 @@ def build_any_model(
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif "norm" not in name:
                 parameter.normal_(std=0.1)
+            if name.endswith("_proj_bias"):
+                parameter.copy_(parameter.bfloat16())  # of experts, which are stored so
     return model.eval()
 
 

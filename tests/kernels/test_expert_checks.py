@@ -66,6 +66,20 @@ def write(folder: Path, tensors: Tensors, settings: dict[str, Any]) -> Path:
     return folder
 
 
+def add_biases(tensors: Tensors, dtype: torch.dtype, leaf: str = "down_proj") -> None:
+    """Add biases to the linears `leaf` of the first layer's experts."""
+    rows = SIZES[leaf][0]
+    tensors.update({f"{module(0)}.{n}.{leaf}.bias": torch.zeros(rows, dtype=dtype) for n in range(EXPERTS)})
+
+
+def test_experts_with_biases_pass(tmp_path: Path) -> None:
+    tensors, settings = parts()
+    add_biases(tensors, torch.bfloat16)
+    specs = check_folder(write(tmp_path, tensors, settings))
+    assert specs[f"{module(0)}.1.down_proj"].bias
+    assert not specs[f"{module(0)}.1.up_proj"].bias
+
+
 def test_complete_experts_pass(tmp_path: Path) -> None:
     folder = write(tmp_path, *parts())
     specs = check_folder(folder)
@@ -181,11 +195,17 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         resize("down_proj", 32, 96),
         "model.layers.0.mlp.experts: expected down_proj of 64 x 96, which fits gate_proj, found 32 x 96",
     ),
-    "a bias": (
-        lambda tensors, settings: [
-            tensors.update({f"{module(0)}.{n}.down_proj.bias": torch.zeros(64)}) for n in range(EXPERTS)
-        ],
-        "experts.0.down_proj: expected no bias, because one-bit experts have none, found one",
+    "a bias of another dtype": (
+        lambda tensors, settings: add_biases(tensors, torch.float32),
+        "model.layers.0.mlp.experts.0.down_proj.bias: expected dtype bfloat16, found float32",
+    ),
+    "a bias of one expert": (
+        put(f"{module(0)}.2.down_proj.bias", lambda tensors: torch.zeros(64).bfloat16()),
+        "model.layers.0.mlp.experts.2.down_proj: expected the same sizes for all experts, found 64 x 96",
+    ),
+    "a bias of the gate alone": (
+        lambda tensors, settings: add_biases(tensors, torch.bfloat16, "gate_proj"),
+        "model.layers.0.mlp.experts: expected equal sizes of gate_proj and up_proj",
     ),
     "another expert with an input transform": (
         put(f"{GATE_2}.column_scale", lambda tensors: torch.ones(64).bfloat16()),

@@ -2,15 +2,19 @@
 
 transformers' classes of experts follow one interface (`transformers.integrations.moe.use_experts_implementation`): they
 hold gate and up in `gate_up_proj` [E, 2 I, H] and down in `down_proj` [E, H, I], and say how these are laid out.
+gpt-oss transposes both, alternates between rows of the gate and of up, and has biases `gate_up_proj_bias` [E, 2 I] and
+`down_proj_bias` [E, H].
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from bwla_converter.source.observe.names import StoredNames
-from bwla_kernels.format.experts import EXPERT_LEAVES, experts_module
+from bwla_kernels.experts.reference import swiglu_oai
+from bwla_kernels.format.experts import BIAS_DTYPE, EXPERT_LEAVES, experts_module
+from bwla_kernels.format.files import Entry
 from torch import Tensor, nn
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -24,7 +28,41 @@ _ACTIVATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
     nn.functional.gelu,
     lambda x: nn.functional.gelu(x, approximate="tanh"),
 )
-"""What `bwla_kernels.experts.ACTIVATIONS` names."""
+"""What `bwla_kernels.experts.ACTIVATIONS` names, but for that of gpt-oss, which is a function of gate and up."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How transformers' experts hold their weights.
+
+    Attributes:
+        transposed: [E, columns, rows] instead of [E, rows, columns].
+        interleaved: rows of the gate and of up alternate, instead of all rows of the gate first.
+        bias: whether both projections have biases.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
+    bias: bool = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Layout":
+        """Return the layout of transformers' experts `module`."""
+        return cls(
+            bool(getattr(module, "is_transposed", False)),
+            not getattr(module, "is_concatenated", True),
+            bool(getattr(module, "has_bias", False)),
+        )
+
+    def sizes(self, gate_up: Tensor) -> tuple[int, int, int]:
+        """Return E, H and I of the parameter of gate and up."""
+        count, rows, columns = gate_up.shape
+        return (count, rows, columns // 2) if self.transposed else (count, columns, rows // 2)
+
+    def halves(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Divide the rows [2 I, ...] of gate and up of one expert, as views."""
+        gate, up = (rows[::2], rows[1::2]) if self.interleaved else rows.chunk(2)
+        return gate, up
 
 
 @dataclass(frozen=True)
@@ -41,6 +79,8 @@ class Experts:
         stacked: stored names of the stacked tensors of gate and up and of down, inside the decoder layer; empty where
             each expert's are stored on their own.
         transposed: whether published files hold these as [E, columns, rows].
+        layout: how transformers' module holds its weights; stacked tensors are stored in its order of rows.
+        biases: stored names of the stacked biases of gate and up and of down; empty where there are none.
     """
 
     path: str
@@ -51,6 +91,8 @@ class Experts:
     inner: int
     stacked: tuple[str, ...] = ()
     transposed: bool = False
+    layout: Layout = Layout()
+    biases: tuple[str, ...] = ()
 
     @cached_property
     def gate_up(self) -> tuple[str, ...]:
@@ -63,9 +105,22 @@ class Experts:
         return tuple(f"{self.stem}.{e}.{self.leaves[2]}" for e in range(self.count))
 
     def divisions(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield each stacked tensor with the names of the linears that it holds; nothing where none are stacked."""
-        if self.stacked:
-            yield from zip(self.stacked, (self.gate_up, self.down), strict=True)
+        """Yield each stacked tensor with the names of the tensors that it holds; nothing where none are stacked."""
+        for key, stacked in (("weight", self.stacked), ("bias", self.biases)):
+            if stacked:
+                for name, linears in zip(stacked, (self.gate_up, self.down), strict=True):
+                    yield name, tuple(f"{linear}.{key}" for linear in linears)
+
+    def entry(self, name: str, stacked: Entry) -> Entry:
+        """Return the entry of an expert's tensor, from that of the stacked tensor that holds it.
+
+        Biases are read in the dtype in which they are stored in one-bit models.
+        """
+        linear, _, key = name.rpartition(".")
+        rows, columns = self.shape_of(linear)
+        if key == "bias":
+            return replace(stacked, shape=(rows,), dtype=BIAS_DTYPE)
+        return replace(stacked, shape=(rows, columns))
 
     def module_path(self, name: str) -> str:
         """Return the path in the decoder layer, see `hf.expert_linears`, of the linear stored as `name`."""
@@ -81,28 +136,36 @@ class Experts:
         return (self.hidden, self.inner) if is_down else (self.inner, self.hidden)
 
     def split(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of single experts, as views, of those stacked tensors that are given.
+        """Return the weights of single experts, as views, of those stacked tensors that are given, and the biases.
 
         Args:
             prefix: what the full names begin with, such as `model.layers.3.`.
             tensors: tensors by their full names.
         """
-        weights: dict[str, Tensor] = {}
+        found: dict[str, Tensor] = {}
         for stacked, names in self.divisions():
             if f"{prefix}{stacked}" in tensors:
                 tensor = tensors[f"{prefix}{stacked}"]
-                rows, columns = self.shape_of(names[0])
-                # Files may hold them either way (Qwen3-VL); as transformers does, the shapes decide.
-                if tensor.shape[1:] != (rows * len(names) // self.count, columns):
-                    tensor = tensor.mT
-                parts = tensor.reshape(len(names), rows, columns)
-                weights.update(
-                    {f"{prefix}{name}.weight": part for name, part in zip(names, parts, strict=True)}
-                )
-        return weights
+                tensor = tensor.to(BIAS_DTYPE) if stacked in self.biases else self._by_rows(tensor, names[0])
+                parts = [
+                    part
+                    for expert in tensor
+                    for part in (self.layout.halves(expert) if len(names) > self.count else (expert,))
+                ]
+                found.update({f"{prefix}{name}": part for name, part in zip(names, parts, strict=True)})
+        return found
+
+    def _by_rows(self, tensor: Tensor, name: str) -> Tensor:
+        """Return a stacked tensor as [E, rows, columns], a view; `name` is that of a weight in it."""
+        if self.layout.transposed:
+            return tensor.mT  # also where rows and columns are as many, as in gpt-oss 20B
+        # Files may hold them either way (Qwen3-VL); as transformers does, the shapes decide.
+        columns = self.shape_of(name.removesuffix(".weight"))[1]
+        rows = tensor[0].numel() // columns
+        return tensor if tensor.shape[1:] == (rows, columns) else tensor.mT
 
     def stack(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `tensors` with stacked tensors in the place of the weights of single experts.
+        """Return `tensors` with stacked tensors in the place of the weights and biases of single experts.
 
         Args:
             prefix: what the full names begin with.
@@ -110,10 +173,12 @@ class Experts:
         """
         joined = dict(tensors)
         for stacked, names in self.divisions():
-            if f"{prefix}{names[0]}.weight" in joined:
-                parts = torch.stack([joined.pop(f"{prefix}{name}.weight") for name in names])
-                tensor = parts.reshape(self.count, -1, parts.shape[-1])
-                joined[f"{prefix}{stacked}"] = tensor.mT.contiguous() if self.transposed else tensor
+            if f"{prefix}{names[0]}" in joined:
+                parts = torch.stack([joined.pop(f"{prefix}{name}") for name in names])
+                parts = parts.unflatten(0, (self.count, -1))
+                tensor = (parts.transpose(1, 2) if self.layout.interleaved else parts).flatten(1, 2)
+                flip = self.transposed and stacked not in self.biases
+                joined[f"{prefix}{stacked}"] = tensor.mT.contiguous() if flip else tensor
         return joined
 
 
@@ -131,18 +196,24 @@ def unsupported(module: nn.Module) -> str | None:
     """Return why transformers' experts `module` stay in 16 bits; None if they can be quantized."""
     if not getattr(module, "has_gate", False) or not hasattr(module, GATE_UP):
         return "experts without a gate have no kernel"
-    if getattr(module, "has_bias", False):
-        return "experts with biases have no kernel"
-    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-        return "experts stored transposed or interleaved have no kernel"
     own_gate = getattr(type(module), "_apply_gate", None)
     if getattr(own_gate, "__module__", "") != "transformers.integrations.moe":
-        return "experts with a gating function of their own have no kernel"
+        return None if is_swiglu_oai(module) else "experts with a gating function of their own have no kernel"
     probe = torch.linspace(-4, 4, 33, device="cpu")
     activation = getattr(module, "act_fn", None)
     if activation is None or not any(torch.equal(activation(probe), known(probe)) for known in _ACTIVATIONS):
         return "experts with this activation have no kernel"
     return None
+
+
+def is_swiglu_oai(module: nn.Module) -> bool:
+    """Return whether the gating function of transformers' experts `module` is that of gpt-oss, with its constants."""
+    apply = getattr(module, "_apply_gate", None)
+    if apply is None or not (hasattr(module, "limit") and hasattr(module, "alpha")):
+        return False
+    gate, up = torch.linspace(-20, 20, 81, device="cpu"), torch.linspace(20, -15, 81, device="cpu")
+    rows = torch.stack((gate, up), -1).flatten() if Layout.of(module).interleaved else torch.cat((gate, up))
+    return torch.equal(apply(rows), swiglu_oai(gate, up))
 
 
 def find_experts(
@@ -163,21 +234,30 @@ def find_experts(
         names: how the model's tensors are stored.
         parameters: parameter -> stored tensors.
     """
-    count, rows, hidden = getattr(module, GATE_UP).shape
+    layout = Layout.of(module)
+    parameter = getattr(module, GATE_UP)
+    count, hidden, inner = layout.sizes(parameter)
     found = [parameters.get(f"{prefix}{path}.{key}", ()) for key in (GATE_UP, DOWN)]
-    if not all(name.startswith(stored_prefix) for stored in found for name in stored):
+    biases = [parameters.get(f"{prefix}{path}.{key}_bias", ()) for key in (GATE_UP, DOWN) if layout.bias]
+    if not all(name.startswith(stored_prefix) for stored in (*found, *biases) for name in stored):
         return None
-    if all(len(stored) == 1 for stored in found):
-        stacked = tuple(stored[0].removeprefix(stored_prefix) for stored in found)
-        transposed = _is_transposed(found[0][0], names, (count, hidden, rows))
-        return Experts(path, path, LEAVES, count, hidden, rows // 2, stacked, transposed)
+    if all(len(stored) == 1 for stored in (*found, *biases)):
+        stacked, stacked_biases = (
+            tuple(stored[0].removeprefix(stored_prefix) for stored in names_of)
+            for names_of in (found, biases)
+        )
+        turned = _is_transposed(found[0][0], names, (count, *parameter.shape[:0:-1]))
+        transposed = turned != layout.transposed
+        return Experts(path, path, LEAVES, count, hidden, inner, stacked, transposed, layout, stacked_biases)
+    if layout != Layout():
+        return None
     gate_up, down = (_leaves(stored, names) for stored in found)
     stems = {stem for stem, _ in (*gate_up, *down)}
     complete = len(found[0]) == 2 * count and len(found[1]) == count
     if len(gate_up) != 2 or len(down) != 1 or len(stems) != 1 or not complete:
         return None
     leaves = (gate_up[0][1], gate_up[1][1], down[0][1])
-    return Experts(path, stems.pop().removeprefix(stored_prefix), leaves, count, hidden, rows // 2)
+    return Experts(path, stems.pop().removeprefix(stored_prefix), leaves, count, hidden, inner)
 
 
 def _is_transposed(name: str, names: StoredNames, shape: tuple[int, ...]) -> bool:

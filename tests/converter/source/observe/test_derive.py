@@ -201,8 +201,17 @@ def test_experts_have_their_stored_names(tmp_path: Path) -> None:
 
 
 def test_experts_that_no_kernel_computes_are_kept_under_their_stored_name(tmp_path: Path) -> None:
+    structure = observed(tmp_path, "nemotron_h")
+    assert structure.kept["mixer.experts"] == "experts without a gate have no kernel"
+
+
+def test_transposed_experts_get_the_names_of_linears(tmp_path: Path) -> None:
     structure = observed(tmp_path, "gpt_oss")
-    assert structure.kept["mlp.experts"] == "experts with biases have no kernel"
+    assert structure.blocks[0][2:] == (
+        InputGroup(experts_of("mlp.experts", "gate_proj", "up_proj")),
+        InputGroup(experts_of("mlp.experts", "down_proj"), None, input_sharded=True),
+    )
+    assert set(structure.kept) == {"mlp.router"}
 
 
 def test_a_multimodal_model_is_quantized_in_its_decoder_only(tmp_path: Path) -> None:

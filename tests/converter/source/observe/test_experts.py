@@ -12,6 +12,7 @@ from bwla_kernels.errors import SourceError
 from torch import nn
 
 STACKED = "stacked experts, and a shared one"
+BIASED = "transposed experts with biases"
 
 
 def source_of(kind: str, folder: Path) -> Source:
@@ -65,7 +66,30 @@ def test_stacked_experts_are_read_one_by_one(tmp_path: Path) -> None:
     assert f"{prefix.removesuffix('.experts')}.input_linear.weight" not in source.entries
 
 
-@pytest.mark.parametrize("kind", ["experts", STACKED, "experts under other names"])
+def test_transposed_experts_are_divided_into_gate_and_up_with_their_biases(tmp_path: Path) -> None:
+    model = build_any_model(**KINDS[BIASED])
+    source = write_any_model(model, tmp_path)
+    prefix = "model.layers.1.mlp.experts"
+    experts = model.model.layers[1].mlp.experts
+    read = source.read([name for name in source.names_of_layer(1) if name.startswith(f"{prefix}.3.")])
+    expected = {
+        "gate_proj.weight": experts.gate_up_proj[3, :, ::2].T,
+        "gate_proj.bias": experts.gate_up_proj_bias[3, ::2],
+        "up_proj.weight": experts.gate_up_proj[3, :, 1::2].T,
+        "up_proj.bias": experts.gate_up_proj_bias[3, 1::2],
+        "down_proj.weight": experts.down_proj[3].T,
+        "down_proj.bias": experts.down_proj_bias[3],
+    }
+    assert read.keys() == {f"{prefix}.3.{name}" for name in expected}
+    for name, tensor in expected.items():
+        found, entry = read[f"{prefix}.3.{name}"], source.entries[f"{prefix}.3.{name}"]
+        assert torch.equal(found.float(), tensor), name
+        assert found.shape == entry.shape
+        assert found.dtype == entry.dtype
+    assert read[f"{prefix}.3.up_proj.bias"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["experts", STACKED, "experts under other names", BIASED])
 def test_transformers_gets_its_own_tensors_back(kind: str, tmp_path: Path) -> None:
     model = build_any_model(**KINDS[kind])
     source = write_any_model(model, tmp_path)
@@ -108,8 +132,9 @@ def test_a_config_alone_gives_the_same_groups(tmp_path: Path) -> None:
                 "model_type": "gpt_oss",
                 "num_local_experts": 4,
                 "num_experts_per_tok": 2,
+                "swiglu_limit": 5.0,
             },
-            "experts with biases",
+            "experts with a gating function of their own",
         ),
         (
             {

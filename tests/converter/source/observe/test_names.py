@@ -61,7 +61,8 @@ def test_layers_load_from_stored_tensors(saved: tuple[Path, PreTrainedModel]) ->
         prefix = f"{source.structure.layer_name(index)}."
         divided = experts.split(prefix, stored)
         stored = {
-            name: stored[name] for name in stored.keys() - {f"{prefix}{name}" for name in experts.stacked}
+            name: stored[name]
+            for name in stored.keys() - {f"{prefix}{name}" for name in (*experts.stacked, *experts.biases)}
         }
         stored |= divided
     assert source.entries.keys() == stored.keys()
@@ -73,6 +74,8 @@ def test_layers_load_from_stored_tensors(saved: tuple[Path, PreTrainedModel]) ->
     for linear in linears:
         module = model.get_submodule(source.structure.module_path(linear))
         assert torch.equal(module.weight, stored[f"{linear}.weight"])
+        if f"{linear}.bias" in stored:
+            assert torch.equal(module.bias, stored[f"{linear}.bias"])
     embedding = model.get_submodule(source.structure.module_path(source.structure.embedding))
     assert torch.equal(embedding.weight, stored[source.embedding_weight])
     layers = [name for index in range(source.num_layers) for name in source.names_of_layer(index)]
