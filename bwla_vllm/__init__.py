@@ -1,4 +1,4 @@
-"""vLLM plugin that loads and serves BWLA checkpoints through vLLM's stock model classes.
+"""vLLM plugin that loads and serves BWLA checkpoints through vLLM's stock model classes (gpt-oss: a subclass).
 
 vLLM finds `register` through the entry point group `vllm.general_plugins` and calls it in every process that
 it starts (front end, engine, workers).
@@ -16,10 +16,13 @@ def register() -> None:
     """
     try:
         from vllm.model_executor.layers.quantization import register_quantization_config
+        from vllm.model_executor.models import ModelRegistry
 
         from bwla_vllm.config import BWLAConfig
 
         register_quantization_config("bwla")(BWLAConfig)
+        # By name: vLLM imports the class when it serves such a model.
+        ModelRegistry.register_model("GptOssForCausalLM", "bwla_vllm.moe.gpt_oss:GptOssForCausalLM")
     except Exception:
         logging.getLogger("vllm.bwla").exception(
             "The bwla plugin could not be registered; BWLA checkpoints cannot be served by this vLLM"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_of
 from bwla_kernels.format.head import EMBEDDING_MODULE
 from bwla_kernels.format.tensors import NOT_LISTED
 from vllm.logger import init_logger
@@ -165,7 +166,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             if isinstance(setting, dict):
                 changes[key] = {**hf_to_vllm_mapper.apply_dict(dict(setting)), **setting}
         self.format = quantization.model_copy(update=changes)
-        self.specs = {**hf_to_vllm_mapper.apply_dict(dict(self.specs)), **self.specs}
+        self.specs = {**_renamed(hf_to_vllm_mapper, self.specs), **self.specs}
         self._experts = None
 
     def get_quant_method(self, layer: Any, prefix: str) -> Any:
@@ -300,6 +301,20 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         if spec is None:
             return None
         return BWLAExpertsMethod(layer.moe_config, spec, prefix, self.backend, self.observer)
+
+
+def _renamed(mapper: Any, specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
+    """Return `specs` by the names of vLLM's modules.
+
+    The last part of the name of an expert's linear is kept: vLLM's mapper may have rules for stacked tensors of the
+    same names, as for gpt-oss's `down_proj`.
+    """
+    renamed: dict[str, LayerSpec] = {}
+    for name, spec in specs.items():
+        for other in mapper.apply_list([name]):
+            is_expert = expert_of(name) is not None
+            renamed[f"{other.rpartition('.')[0]}.{name.rpartition('.')[2]}" if is_expert else other] = spec
+    return renamed
 
 
 def _not_served(name: str) -> StartError:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.experts import ExpertsSpec
 from bwla_kernels.format import LayerSpec
@@ -116,6 +117,8 @@ def expert_loader(layer: Any, label: str, tensor: str) -> Callable[..., bool | N
             if not shared and shard_id != "w2":
                 own = own.chunk(2)[0]
             piece = _own_piece(where, own, loaded_weight, dim, local)
+            if tensor == "bias" and shard_id == "w2" and local.rank > 0:
+                piece = torch.zeros_like(piece)  # the ranks' results are added up
         if shared:
             param.data[1 if shard_id == "w3" else 0].copy_(piece)
         elif slot >= 0:

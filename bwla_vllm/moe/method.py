@@ -21,6 +21,7 @@ from bwla_vllm.errors import one_sentence
 from bwla_vllm.head import stop_watching
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
 from bwla_vllm.moe.loader import LocalExperts, make_parameter
+from bwla_vllm.moe.select import activation_of, unused_limits
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import is_unset, mark_device
 
@@ -134,17 +135,23 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Refuse what the definition of the experts does not contain.
 
         Raises:
-            FormatError: a bias, a limit of the activation, router weights that multiply the input, or another
-                activation than that of the checkpoint.
+            FormatError: biases where the checkpoint has none, or none where it has; limits of an activation that has
+                none; router weights that multiply the input; another activation than that of the checkpoint.
         """
         advice = "convert the model again with --ignore experts"
-        activation = getattr(self.moe.activation, "value", self.moe.activation)
-        if activation != self.spec.activation:
+        spec, activation = self.spec, activation_of(self.moe)
+        if activation != (spec.activation, spec.limit, spec.alpha):
             raise FormatError(
-                f"{self.name}: expected activation {self.spec.activation}, found {activation}; {advice}"
+                f"{self.name}: expected activation {spec.activation}, found {activation[0]}; {advice}"
             )
-        options = ("has_bias", "swiglu_limit", "swiglu_alpha", "swiglu_beta")
-        found = [name for name in options if getattr(self.moe, name, None)]
+        has_bias = bool(getattr(self.moe, "has_bias", False))
+        for part, side in (("gate and up", spec.gate_up), ("down", spec.down)):
+            if side.bias != has_bias:
+                raise FormatError(
+                    f"{self.name}: the model {'needs biases' if has_bias else 'has no bias'} of {part}, but the "
+                    f"checkpoint has {'one' if side.bias else 'none'}; {ADVICE}"
+                )
+        found = unused_limits(self.moe)
         if getattr(layer, "apply_router_weight_on_input", False):
             found.append("apply_router_weight_on_input")
         if found:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bwla_kernels.errors import FormatError
 from bwla_kernels.experts import ExpertsSpec
+from bwla_kernels.experts.spec import ALPHA, LIMIT, SWIGLU_OAI
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.expert_checks import LayerExperts
 from bwla_kernels.format.experts import EXPERT_LEAVES
@@ -15,6 +16,8 @@ from bwla_vllm.checks import ADVICE
 
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
+
+_LIMITS = ("swiglu_limit", "swiglu_alpha", "swiglu_beta")
 
 _LAYER = re.compile(r".*?\.\d+\.")
 """The beginning of the names in a decoder layer."""
@@ -45,16 +48,42 @@ def experts_spec(
     if found is None:
         return None
     number, gate, down = found
-    activation = layer.moe_config.activation
+    activation, limit, alpha = activation_of(layer.moe_config)
     try:
         return ExpertsSpec(
-            number,
-            replace(gate, out_features=2 * gate.out_features),
-            down,
-            str(getattr(activation, "value", activation)),
+            number, replace(gate, out_features=2 * gate.out_features), down, activation, limit, alpha
         )
     except FormatError as error:
         raise FormatError(f"{stem}: {error}") from None
+
+
+def activation_of(moe: Any) -> tuple[str, float, float]:
+    """Return the name in `ACTIVATIONS` of a layer's activation, its limit and its factor alpha.
+
+    vLLM has two names for that of gpt-oss. `swigluoai` has gpt-oss's constants, whatever the config says;
+    `swigluoai_uninterleave` has the config's, and is that of gpt-oss if its beta is 1. Whether rows of the gate and of
+    up are interleaved does not matter here.
+
+    Args:
+        moe: vLLM's config of the layer.
+    """
+    name = str(getattr(moe.activation, "value", moe.activation))
+    if _takes_limits(moe, name):
+        alpha = getattr(moe, "swiglu_alpha", None)
+        return SWIGLU_OAI, float(moe.swiglu_limit), 1.0 if alpha is None else float(alpha)
+    return name, LIMIT, ALPHA
+
+
+def unused_limits(moe: Any) -> list[str]:
+    """Return the settings of vLLM's config of a layer that limit its activation but are not part of `activation_of`."""
+    if _takes_limits(moe, str(getattr(moe.activation, "value", moe.activation))):
+        return []
+    return [name for name in _LIMITS if getattr(moe, name, None)]
+
+
+def _takes_limits(moe: Any, name: str) -> bool:
+    limit, beta = getattr(moe, "swiglu_limit", None), getattr(moe, "swiglu_beta", None)
+    return name == f"{SWIGLU_OAI}_uninterleave" and limit is not None and beta == 1.0
 
 
 def _linears(module: str, experts: LayerExperts) -> tuple[int, LayerSpec, LayerSpec]:
@@ -95,8 +124,9 @@ def _described(quantization: "BWLAFormat", stem: str, layer: Any) -> tuple[int, 
     moe = layer.moe_config
     inner = moe.intermediate_size_per_partition * moe.moe_parallel_config.tp_size
     for leaves in EXPERT_LEAVES:
-        gate = quantization.layer_spec(f"{stem}.0.{leaves[0]}", inner, moe.hidden_dim)
-        down = quantization.layer_spec(f"{stem}.0.{leaves[2]}", moe.hidden_dim, inner)
+        bias = bool(getattr(moe, "has_bias", False))
+        gate = quantization.layer_spec(f"{stem}.0.{leaves[0]}", inner, moe.hidden_dim, bias)
+        down = quantization.layer_spec(f"{stem}.0.{leaves[2]}", moe.hidden_dim, inner, bias)
         if gate is not None and down is not None:
             return int(moe.num_logical_experts), gate, down
     return None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.source.model import open_source
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import expert_of, first_expert, settings_name, stored_specs
@@ -110,6 +111,16 @@ def input_group(name: str) -> str:
     return f"{stem}.{group[0]}"
 
 
+def read_source(source: Path, divided: bool) -> dict[str, Tensor]:
+    """Return all tensors of a model folder; `divided`: with those of single experts in the place of stacked ones."""
+    if divided:
+        opened = open_source(str(source))
+        if any(experts.stacked for experts in opened.structure.experts.values()):
+            return opened.read(list(opened.entries))
+    entries = read_folder(source)
+    return read_tensors(source, entries, list(entries))
+
+
 def write_checkpoint(
     source: Path, out: Path, bits: int = 16, ignore: Iterable[str] = (), experts: Experts | None = None
 ) -> dict[str, LayerSpec]:
@@ -122,8 +133,7 @@ def write_checkpoint(
         ignore: modules to leave as they are, besides those of `PLAIN`.
         experts: settings of the experts, which stay in 16 bits without.
     """
-    entries = read_folder(source)
-    tensors = read_tensors(source, entries, list(entries))
+    tensors = read_source(source, experts is not None)
     given = BWLAFormat(rotation={}, ignore=list(ignore))
     specs: dict[str, LayerSpec] = {}
     rotation: dict[str, tuple[int, int, int]] = {}

@@ -18,7 +18,7 @@ from benchmarks.coverage.cases import CASES
 from bwla_vllm import observe
 from bwla_vllm.errors import StartError
 
-SERVED = ("qwen3_moe", "mixtral", "deepseek_v3", "olmoe")
+SERVED = ("qwen3_moe", "mixtral", "deepseek_v3", "olmoe", "gpt_oss")
 """One linear for each expert; another name around them; shared experts and a dense layer before; no head width."""
 
 

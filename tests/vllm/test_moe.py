@@ -30,6 +30,15 @@ pytestmark = pytest.mark.usefixtures("vllm_config")
 
 NAME = "model.layers.0.mlp.experts"
 SPEC = ExpertsSpec(6, LayerSpec(256, 64, 1, 8, 8, rank=2), LayerSpec(64, 128, 2, 8, 8, rank=1, planes=2))
+BIASED = replace(
+    SPEC,
+    gate_up=replace(SPEC.gate_up, bias=True),
+    down=replace(SPEC.down, bias=True),
+    activation="swigluoai",
+)
+"""As those of gpt-oss."""
+
+GPT_OSS = {"activation": MoEActivation.SWIGLUOAI, "has_bias": True}
 TOP_K = 3
 
 Stored = dict[str, Tensor]
@@ -45,9 +54,13 @@ class Rank:
 
 
 def make_layer(
-    rank: Rank = Rank(), spec: ExpertsSpec = SPEC, observer: Observer | None = None, **changes: Any
+    rank: Rank = Rank(),
+    spec: ExpertsSpec = SPEC,
+    observer: Observer | None = None,
+    stored_spec: ExpertsSpec | None = None,
+    **changes: Any,
 ) -> Any:
-    """vLLM's layer of routed experts, as its model classes build it, with our method."""
+    """vLLM's layer of routed experts of the sizes of `spec`, as its model classes build it, with our method."""
     experts_parallel = rank.expert > 1
     parallel = FusedMoEParallelConfig(
         tp_size=rank.tensor,
@@ -90,7 +103,7 @@ def make_layer(
     )
     quantization = SimpleNamespace(
         get_quant_method=lambda layer, prefix: BWLAExpertsMethod(
-            config, SPEC, prefix, None, observer or Observer()
+            config, stored_spec or SPEC, prefix, None, observer or Observer()
         ),
         online_quantization_config=None,
     )
@@ -155,6 +168,27 @@ def test_two_expert_parallel_ranks_add_up(case: Case) -> None:
     assert_close(apply(layers[0], case) + apply(layers[1], case), case.reference())
 
 
+@pytest.mark.parametrize("rank", [Rank(), Rank(tensor=2), Rank(expert=2)], ids=["one", "tensor", "expert"])
+def test_biases_and_the_activation_of_gpt_oss(rank: Rank) -> None:
+    """With tensor parallelism, one rank alone adds the bias of down."""
+    biased = random_case(BIASED, 9, TOP_K)
+    ranks = [replace(rank, rank=i) for i in range(max(rank.tensor, rank.expert))]
+    layers = [load(make_layer(one, stored_spec=BIASED, **GPT_OSS), stored(biased)) for one in ranks]
+    assert_close(torch.stack([apply(layer, biased) for layer in layers]).sum(0), biased.reference())
+
+
+def test_the_limits_of_a_config() -> None:
+    """vLLM's other name of the activation takes its limits from the model's config."""
+    other = replace(BIASED, limit=0.5, alpha=2.0)
+    case = random_case(other, 9, TOP_K)
+    options = {"swiglu_limit": 0.5, "swiglu_alpha": 2.0, "swiglu_beta": 1.0, "has_bias": True}
+    activation = MoEActivation.SWIGLUOAI_UNINTERLEAVE
+    layer = load(make_layer(stored_spec=other, activation=activation, **options), stored(case))
+    assert_close(apply(layer, case), case.reference())
+    with pytest.raises(StartError, match="expected activation swigluoai, found swigluoai_uninterleave"):
+        make_layer(stored_spec=other, activation=activation, **{**options, "swiglu_beta": 0.5})
+
+
 def test_missing_tensors_are_named_with_their_expert(case: Case) -> None:
     tensors = stored(case)
     for name, found in (
@@ -165,6 +199,10 @@ def test_missing_tensors_are_named_with_their_expert(case: Case) -> None:
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
         with pytest.raises(StartError, match=found):
             load(make_layer(), rest)
+    biased = stored(random_case(BIASED, 1, TOP_K))
+    del biased["3.up_proj.bias"]
+    with pytest.raises(StartError, match=r"experts.3.w3.bias: not found in the checkpoint"):
+        load(make_layer(stored_spec=BIASED, **GPT_OSS), biased)
     rest = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotation_left")}
     with pytest.raises(StartError, match=r"experts.0.w1.rotation_left: not found"):
         load(make_layer(), rest)
@@ -265,12 +303,16 @@ def test_the_table_and_the_comparison_know_them(
 
 
 def test_what_no_kernel_computes_is_refused() -> None:
-    with pytest.raises(
-        StartError, match="do not support has_bias; convert the model again with --ignore experts"
-    ):
+    with pytest.raises(StartError, match="needs biases of gate and up, but the checkpoint has none"):
         make_layer(has_bias=True)
-    with pytest.raises(StartError, match="do not support swiglu_limit"):
+    with pytest.raises(StartError, match="has no bias of gate and up, but the checkpoint has one"):
+        make_layer(stored_spec=BIASED, activation=MoEActivation.SWIGLUOAI)
+    with pytest.raises(
+        StartError, match="do not support swiglu_limit; convert the model again with --ignore"
+    ):
         make_layer(swiglu_limit=7.0)
+    with pytest.raises(StartError, match="do not support swiglu_limit"):
+        make_layer(stored_spec=BIASED, activation=MoEActivation.SWIGLUOAI, has_bias=True, swiglu_limit=5.0)
     with pytest.raises(StartError, match="expected activation silu, found gelu_tanh"):
         make_layer(activation=MoEActivation.GELU_TANH)
     other = replace(SPEC, gate_up=replace(SPEC.gate_up, out_features=512), down=LayerSpec(64, 256, 2, 8, 16))

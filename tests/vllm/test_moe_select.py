@@ -83,9 +83,9 @@ def test_a_module_that_vllm_calls_differently() -> None:
 def test_what_no_kernel_computes_is_refused() -> None:
     stored = experts_of(stored_under(STEM))
     with pytest.raises(
-        FormatError, match=r"1.mlp.experts: expected an activation among silu.*found 'swigluoai'"
+        FormatError, match=r"1.mlp.experts: expected an activation among silu.*found 'swiglustep'"
     ):
-        experts_spec(make_format(), stored, STEM, make_layer(activation=MoEActivation.SWIGLUOAI))
+        experts_spec(make_format(), stored, STEM, make_layer(activation=MoEActivation.SWIGLUSTEP))
     gelu = experts_spec(make_format(), stored, STEM, make_layer(activation=MoEActivation.GELU))
     assert gelu is not None
     assert gelu.activation == "gelu"

@@ -136,7 +136,7 @@ class Experts:
         return (self.hidden, self.inner) if is_down else (self.inner, self.hidden)
 
     def split(self, prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weights of single experts, as views, of those stacked tensors that are given, and the biases.
+        """Return the tensors of single experts that the given stacked tensors hold: weights as views, biases as copies.
 
         Args:
             prefix: what the full names begin with, such as `model.layers.3.`.
@@ -146,12 +146,12 @@ class Experts:
         for stacked, names in self.divisions():
             if f"{prefix}{stacked}" in tensors:
                 tensor = tensors[f"{prefix}{stacked}"]
-                tensor = tensor.to(BIAS_DTYPE) if stacked in self.biases else self._by_rows(tensor, names[0])
-                parts = [
-                    part
-                    for expert in tensor
-                    for part in (self.layout.halves(expert) if len(names) > self.count else (expert,))
-                ]
+                rows = tensor if stacked in self.biases else self._by_rows(tensor, names[0])
+                parts: list[Tensor] = []
+                for expert in rows:
+                    parts += self.layout.halves(expert) if len(names) > self.count else (expert,)
+                if stacked in self.biases:
+                    parts = [part.to(BIAS_DTYPE, copy=True) for part in parts]
                 found.update({f"{prefix}{name}": part for name, part in zip(names, parts, strict=True)})
         return found
 

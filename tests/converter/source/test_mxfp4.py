@@ -1,4 +1,4 @@
-"""Source models with MXFP4 experts, as gpt-oss is published: dequantized, and refused if blocks and scales do not fit."""
+"""Source models with MXFP4 experts, as gpt-oss is published: dequantized, refused if blocks and scales do not fit."""
 
 import json
 from collections.abc import Callable
