@@ -2,11 +2,14 @@
 
     python -m benchmarks.serving.serve --models 0.6b,1.7b,8b --out benchmarks/results/serve.json
     python -m benchmarks.serving.serve --models 32b --no-bf16 --batches 1 --out benchmarks/results/serve_32b.json
-    python -m benchmarks.serving.serve --models 30b-a3b --no-bf16 --eager --out benchmarks/results/experts_serve.json
+    python -m benchmarks.serving.serve --models 30b-a3b --no-bf16 --llama-bench llama-build/bin/llama-bench
 
 The weights are random, since speed does not depend on them: vLLM's dummy loader for bf16, a checkpoint written by
 `bwla-convert --dummy` for BWLA. Each engine runs in a separate process. Decode is the slope between two answer
 lengths, which cancels prefill and start-up; prefill is one long prompt with one answer token.
+
+With `--llama-bench` (llama_cpp.py says how it is built), llama.cpp is timed at the same shapes, with one request, in
+the same run: its two speeds are those of its own tool.
 
 Resident memory must not exceed 1.15 times the checkpoint, plus the KV cache, plus vLLM's own memory, which is what the
 bf16 engine uses besides its weights and its KV cache.
@@ -20,10 +23,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common.record import write_result
-from benchmarks.serving.engines import SHAPES, Job, run_job, write_config
+import torch
 
-PREFILL = 256
+from benchmarks.common.record import write_result
+from benchmarks.serving.engines import COMMON, SHAPES, Job, run_job, write_config
+from benchmarks.serving.llama_cpp import SCALES, time_model, write_gguf
+
+PREFILL, ANSWER = 256, 32
 KV_BYTES = 320 << 20
 """KV cache of one request of 1,024 tokens at the largest shape, rounded up to whole cache blocks."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -61,8 +67,27 @@ def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int
     return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
 
 
+def llama_rows(shape: str, bench: Path, kinds: list[str]) -> dict[str, Any]:
+    """Time llama.cpp at a model shape; return its speeds and file sizes by the names of the result's row."""
+    row: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as work:
+        for kind in kinds:
+            model = Path(work) / f"{kind}.gguf"
+            write_gguf(model, {**COMMON, **SHAPES[shape]}, kind)
+            found = time_model(bench, model, PREFILL, ANSWER, torch.get_num_threads())
+            row |= {f"llama_{kind}_{what}_tok_s": speed for what, speed in found.items()}
+            row[f"llama_{kind}_file_bytes"] = model.stat().st_size
+            print(
+                f"qwen3-{shape} llama.cpp {kind}: decode {found['decode']:.2f} tok/s, "
+                f"prefill {found['prefill']:.2f} tok/s",
+                flush=True,
+            )
+            model.unlink()
+    return row
+
+
 def compare(shape: str, batches: list[int], with_bf16: bool, eager: bool = False) -> list[dict[str, Any]]:
-    """Measure one model shape; return its rows."""
+    """Measure one model shape in vLLM; return its rows."""
     with tempfile.TemporaryDirectory() as work:
         plain, bwla = Path(work) / "plain", Path(work) / "bwla"
         write_config(plain, shape)
@@ -115,12 +140,21 @@ def main() -> int:
         help="measure BWLA only, for shapes that do not fit into memory in bf16",
     )
     parser.add_argument("--eager", action="store_true", help="do not compile the models (--enforce-eager)")
+    parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark tool, to be timed too")
+    parser.add_argument(
+        "--llama-types",
+        default="Q4_0,Q1_0,TQ1_0",
+        help=f"types of llama.cpp's weights, of {', '.join(SCALES)} (Q4_0,Q1_0,TQ1_0)",
+    )
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     rows = []
     for shape in arguments.models.split(","):
-        rows += compare(shape, batches, not arguments.no_bf16, arguments.eager)
+        found = compare(shape, batches, not arguments.no_bf16, arguments.eager)
+        if arguments.llama_bench:
+            found[0] |= llama_rows(shape, arguments.llama_bench, arguments.llama_types.split(","))
+        rows += found
         if arguments.out:
             write_result(arguments.out, rows)
     return 0

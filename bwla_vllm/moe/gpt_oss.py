@@ -34,7 +34,8 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # type: ignore[misc]
         }
         loaded: set[str] = set()
         others = _load_experts(layers, weights, loaded) if layers else weights
-        return loaded | super().load_weights(others)
+        loaded |= super().load_weights(others)
+        return loaded
 
 
 def _load_experts(

@@ -4,50 +4,6 @@
 // The products are those of multiply.h. A unit is some panels of one expert; its tokens have their tables built by the
 // thread that needs them, which keeps them for the next unit: a single token has them built once for all experts.
 
-// exp(x), clamped to the range of normal floats, to about one unit in the last place (Cephes' expf). Written so that
-// the compiler vectorizes loops over it with the same result in every variant.
-static inline float exp_of(float x) {
-    x = x > -87.0f ? x : -87.0f;
-    x = x < 88.0f ? x : 88.0f;
-    const float n = (x * 1.44269504088896341f + 12582912.0f) - 12582912.0f;  // rounded: 2^23 * 1.5 has no fraction
-    const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
-    const uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof(power));
-    return p * power;
-}
-
-static NOINLINE void activate(int32_t kind, const float* gate, const float* up, int64_t n, float* to) {
-    if (kind == kSilu) {
-        for (int64_t i = 0; i < n; ++i) to[i] = gate[i] / (1.0f + exp_of(-gate[i])) * up[i];
-    } else if (kind == kGeluTanh) {  // 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
-        for (int64_t i = 0; i < n; ++i) {
-            const float g = gate[i], z = 0.7978845608028654f * (g + 0.044715f * (g * g * g));
-            to[i] = g / (1.0f + exp_of(-2.0f * z)) * up[i];
-        }
-    } else {
-        for (int64_t i = 0; i < n; ++i) {
-            to[i] = 0.5f * gate[i] * (1.0f + __builtin_erff(gate[i] * 0.70710678118654752f)) * up[i];
-        }
-    }
-}
-
-// gpt-oss: the gate is limited from above, up on both sides.
-static NOINLINE void swiglu_oai(float limit, float alpha, const float* gate, const float* up, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; ++i) {
-        const float g = gate[i] > limit ? limit : gate[i], bounded = up[i] > limit ? limit : up[i];
-        const float u = bounded < -limit ? -limit : bounded;
-        to[i] = g / (1.0f + exp_of(-alpha * g)) * (u + 1.0f);
-    }
-}
-
 // The rows of an expert whose tables a thread holds.
 struct HeldRows {
     const Call* call = nullptr;

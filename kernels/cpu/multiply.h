@@ -49,24 +49,38 @@ static void add_block(const Call& c, const Plan& plan, const int32_t* sums, cons
     }
 }
 
+// Vectors of rows that are finished at a time: with all tokens they fit the registers, and their chains of additions
+// over the ranks are independent of each other.
+constexpr int finish_vectors(int tokens) { return kRows / kLanes < 8 / tokens ? kRows / kLanes : 8 / tokens; }
+
 template <int Tokens>
 static void finish_rows(const Call& c, const Plan& plan, const Panel& panel, int64_t token, int64_t first_row,
                         const float* y) {
+    constexpr int kVectors = finish_vectors(Tokens);
     const int64_t rows = c.z.n - first_row < kRows ? c.z.n - first_row : kRows;
-    for (int64_t r = 0; r < rows; r += kLanes) {
-        V row[Tokens];
-        const V scale = c.z.planes > 1 ? set1(1.0f) : load(panel.scale + r);
-        UNROLL (t, Tokens) row[t] = mul(scale, load(y + t * kRows + r));
+    const float* u = plan.u + token * c.z.rank;
+    for (int64_t begin = 0; begin < rows; begin += kVectors * kLanes) {
+        V row[kVectors][Tokens];
+        UNROLL (v, kVectors) {
+            const int64_t r = begin + v * kLanes;
+            const V scale = c.z.planes > 1 ? set1(1.0f) : load(panel.scale + r);
+            UNROLL (t, Tokens) row[v][t] = mul(scale, load(y + t * kRows + r));
+        }
         for (int64_t j = 0; j < c.z.rank; ++j) {
-            const V factor = load_bf16(panel.low_rank + j * kRows + r);
+            V factor[kVectors];
+            UNROLL (v, kVectors) factor[v] = load_bf16(panel.low_rank + j * kRows + begin + v * kLanes);
             UNROLL (t, Tokens) {
-                row[t] = fma(set1(plan.u[(token + t) * c.z.rank + j]), factor, row[t]);
+                const V one = set1(u[t * c.z.rank + j]);
+                UNROLL (v, kVectors) row[v][t] = fma(one, factor[v], row[v][t]);
             }
         }
-        const int64_t n = rows - r < kLanes ? rows - r : kLanes;
-        const V bias = c.bias ? load_any(c.bias_dtype, c.bias, first_row + r, n) : zero();
-        UNROLL (t, Tokens) {
-            store_output(c.out_dtype, c.out, (token + t) * c.z.n + first_row + r, add(row[t], bias), n);
+        UNROLL (v, kVectors) {
+            const int64_t r = begin + v * kLanes, n = rows - r < kLanes ? rows - r : kLanes;
+            if (n <= 0) break;
+            const V bias = c.bias ? load_any(c.bias_dtype, c.bias, first_row + r, n) : zero();
+            UNROLL (t, Tokens) {
+                store_output(c.out_dtype, c.out, (token + t) * c.z.n + first_row + r, add(row[v][t], bias), n);
+            }
         }
     }
 }

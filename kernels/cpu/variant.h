@@ -4,6 +4,7 @@
 #include "low_rank.h"
 #include "prepare.h"
 #include "multiply.h"
+#include "activation.h"
 #include "experts.h"
 #include "head.h"
 #include "sign_steps.h"

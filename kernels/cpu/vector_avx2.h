@@ -18,6 +18,10 @@ static inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 static inline V add(V a, V b) { return _mm256_add_ps(a, b); }
 static inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
 static inline V div(V a, V b) { return _mm256_div_ps(a, b); }
+static inline V clamp(V a, float low, float high) { return _mm256_min_ps(_mm256_max_ps(a, set1(low)), set1(high)); }
+static inline V power_of_two(V n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
 static inline V negate(V a) { return _mm256_xor_ps(a, set1(-0.0f)); }
 static inline V sign_of(V a) {
     return _mm256_blendv_ps(set1(-1.0f), set1(1.0f), _mm256_cmp_ps(a, zero(), _CMP_GE_OQ));

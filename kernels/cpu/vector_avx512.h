@@ -22,6 +22,13 @@ static inline float reduce_add(V a) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 static inline V div(V a, V b) { return _mm512_div_ps(a, b); }
+// NaN becomes `low`.
+static inline V clamp(V a, float low, float high) { return _mm512_min_ps(_mm512_max_ps(a, set1(low)), set1(high)); }
+// 2^n of whole numbers n from -126 to 127.
+static inline V power_of_two(V n) {
+    const __m512i exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(exponent, 23));
+}
 static inline V negate(V a) { return _mm512_xor_ps(a, set1(-0.0f)); }
 // -1 where a < 0, else 1.
 static inline V sign_of(V a) {

@@ -19,6 +19,17 @@ static inline V mul(V a, V b) { return a * b; }
 static inline V add(V a, V b) { return a + b; }
 static inline V fma(V a, V b, V c) { return a * b + c; }
 static inline V div(V a, V b) { return a / b; }
+static inline V clamp(V a, float low, float high) {
+    a = a > set1(low) ? a : set1(low);
+    return a < set1(high) ? a : set1(high);
+}
+static inline V power_of_two(V n) {
+    const VI whole = VI{int32_t(n[0]), int32_t(n[1]), int32_t(n[2]), int32_t(n[3])};
+    const VI exponent = (whole + 127) << 23;
+    V a;
+    std::memcpy(&a, &exponent, sizeof(a));
+    return a;
+}
 static inline V negate(V a) { return -a; }
 static inline V sign_of(V a) { return a >= zero() ? set1(1.0f) : set1(-1.0f); }
 static inline V where_positive(V a, V b) { return a > zero() ? b : zero(); }

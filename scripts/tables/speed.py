@@ -79,6 +79,26 @@ def serving_table(names: str) -> str:
     return markdown_table([*header, "memory BWLA / bf16 (GB)"], lines)
 
 
+def llama_table(names: str) -> str:
+    """One line per model and type of llama.cpp's weights: file size, decode and prefill, and BWLA's speed over them."""
+    lines = []
+    for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
+        kinds = [key.split("_file_bytes")[0] for key in row if key.startswith("llama_") and "_file_" in key]
+        if kinds:
+            size = f"{row['bwla_checkpoint_bytes'] / 1e9:.1f}"
+            ours = [f"{row['bwla_decode_tok_s']:.1f}", "", f"{row['bwla_prefill_tok_s']:.0f}", ""]
+            lines.append([row["model"], "BWLA in vLLM", size, *ours])
+        for kind in kinds:
+            cells = [row["model"], f"llama.cpp {kind.removeprefix('llama_')}"]
+            cells.append(f"{row[f'{kind}_file_bytes'] / 1e9:.1f}")
+            for phase, digits in (("decode", 1), ("prefill", 0)):
+                theirs = row[f"{kind}_{phase}_tok_s"]
+                cells += [f"{theirs:.{digits}f}", f"{row[f'bwla_{phase}_tok_s'] / theirs:.1f}x"]
+            lines.append(cells)
+    header = ["model", "engine", "file (GB)", "decode", "BWLA / this", "prefill", "BWLA / this"]
+    return markdown_table(header, lines)
+
+
 GPU_LAYERS = (
     ("gate_up", 1),
     ("down", 1),

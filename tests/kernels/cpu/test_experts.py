@@ -101,8 +101,9 @@ def test_no_tokens(isa: Isa) -> None:
     assert compute(empty, isa).shape == (0, 640)
 
 
-def test_nan_is_not_hidden_and_stays_in_its_token(isa: Isa) -> None:
-    case = random_case(SPEC, 6, 4)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_is_not_hidden_and_stays_in_its_token(isa: Isa, activation: str) -> None:
+    case = random_case(replace(BIASED, activation=activation), 6, 4)
     x = case.x.clone()
     x[2, 100] = float("nan")
     y, want = compute(replace(case, x=x), isa, -2), compute(case, isa, -2)
