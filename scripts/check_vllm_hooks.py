@@ -138,6 +138,9 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
     CallSite(f"{MOE}.routed_experts", "apply", ("layer", "x", "topk_weights", "topk_ids")),
     # Some classes load experts themselves.
     CallSite("vllm.model_executor.models.deepseek_v2", "weight_loader", LOAD_EXPERT[-3:]),
+    # The plugin registers a subclass of this one.
+    Members("vllm.model_executor.models.gpt_oss", "GptOssForCausalLM", ("load_weights",)),
+    Text(f"{MOE}.activation", "swigluoai"),
     Members(f"{MOE}.fused_moe_method_base", "FusedMoEMethodBase", ("moe", "is_monolithic", "moe_kernel")),
     Members(
         f"{MOE}.config",

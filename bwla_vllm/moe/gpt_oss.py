@@ -15,9 +15,6 @@ from vllm.model_executor.models import gpt_oss
 
 from bwla_vllm.moe.loader import LocalExperts
 
-ARCHITECTURE = "GptOssForCausalLM"
-
-
 class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # type: ignore[misc]
     """gpt-oss whose layers of one-bit experts load their own tensors, as those of most other classes do."""
 
@@ -33,8 +30,7 @@ class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # type: ignore[misc]
             if isinstance(getattr(module, "bwla", None), LocalExperts)
         }
         loaded: set[str] = set()
-        others = _load_experts(layers, weights, loaded) if layers else weights
-        loaded |= super().load_weights(others)
+        loaded.update(super().load_weights(_load_experts(layers, weights, loaded) if layers else weights))
         return loaded
 
 
