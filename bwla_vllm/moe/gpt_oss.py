@@ -15,6 +15,7 @@ from vllm.model_executor.models import gpt_oss
 
 from bwla_vllm.moe.loader import LocalExperts
 
+
 class GptOssForCausalLM(gpt_oss.GptOssForCausalLM):  # type: ignore[misc]
     """gpt-oss whose layers of one-bit experts load their own tensors, as those of most other classes do."""
 

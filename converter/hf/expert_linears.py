@@ -107,5 +107,7 @@ def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=False)
+        linear.bias = nn.Parameter(
+            bias.contiguous(), requires_grad=False
+        )  # kernels read it through its pointer
     return linear

@@ -75,6 +75,14 @@ def test_the_loss_that_is_measured_is_that_of_transformers(kind: str, tmp_path: 
     assert 0.5 < ratio < 2.0
 
 
+def test_biases_reach_the_kernels_of_quantized_activations(tmp_path: Path) -> None:
+    """Rows of the gate and of up alternate in the stacked biases, which kernels do not read."""
+    options = replace(options_for(BIASED, tmp_path), bits=6)
+    convert(options)
+    specs = check_folder(options.out)
+    assert {spec.bias for name, spec in specs.items() if expert_of(name) is not None} == {True}
+
+
 def test_few_tokens_for_an_expert_are_reported(options: Options) -> None:
     [note] = [note for note in convert(options).notes if "calibration tokens" in note]
     assert "--num-calibration-samples" in note
