@@ -114,6 +114,31 @@ def test_settings_with_a_star_survive_the_names_of_vllm() -> None:
     assert other.planes == 1
 
 
+def test_rules_for_stacked_tensors_leave_the_names_of_experts_alone() -> None:
+    """vLLM's class of gpt-oss renames what ends in `down_proj`."""
+    config = BWLAConfig(make_format())
+    config.specs = {**stored_under(STEM), "model.layers.1.self_attn.q_proj": DOWN}
+    config.apply_vllm_mapper(
+        WeightsMapper(
+            orig_to_new_suffix={".down_proj": ".w2_weight", ".q_proj": ".query"},
+            orig_to_new_substr={"mlp": "ffn"},
+        )
+    )
+    other = stored_under("model.layers.1.ffn.experts")
+    attention = {f"model.layers.1.self_attn.{leaf}": DOWN for leaf in ("q_proj", "query")}
+    assert config.specs == {**stored_under(STEM), **other, **attention}
+
+
+def test_a_description_alone_gives_the_biases_of_the_model() -> None:
+    """Where no headers were read, as with `--load-format dummy`."""
+    layer = make_layer(activation=MoEActivation.SWIGLUOAI)
+    layer.moe_config.has_bias = True
+    spec = experts_spec(make_format(), None, STEM, layer)
+    assert spec is not None
+    assert spec.activation == "swigluoai"
+    assert (spec.gate_up.bias, spec.down.bias) == (True, True)
+
+
 @pytest.mark.parametrize("leaves", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")])
 def test_tensor_parallel_sizes_must_divide_experts(leaves: tuple[str, str, str]) -> None:
     specs = stored_under(STEM, leaves)

@@ -18,6 +18,9 @@ BLOCKS, SCALES = "_blocks", "_scales"
 VALUES = 32
 """Values that share a scale."""
 
+CHUNK_SCALES = 2**20
+"""Scales that are applied at a time: temporary tensors of 64 MB."""
+
 
 def is_mxfp4(quantization: Mapping[str, Any]) -> bool:
     """Return whether a `quantization_config` describes MXFP4 weights in the layout above."""
@@ -71,5 +74,5 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
     """
     from transformers.integrations import convert_moe_packed_tensors
 
-    weight: Tensor = convert_moe_packed_tensors(blocks, scales)
+    weight: Tensor = convert_moe_packed_tensors(blocks, scales, rows_per_chunk=CHUNK_SCALES)
     return weight
