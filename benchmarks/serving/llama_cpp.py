@@ -3,7 +3,8 @@
 Its benchmark tool comes with the source distribution of llama-cpp-python, which carries llama.cpp:
 
     pip download --no-deps --no-binary :all: llama-cpp-python && tar xzf llama_cpp_python-*.tar.gz
-    cmake -S llama_cpp_python-*/vendor/llama.cpp -B llama-build -DCMAKE_BUILD_TYPE=Release -DLLAMA_BUILD_TESTS=OFF
+    cmake -S llama_cpp_python-*/vendor/llama.cpp -B llama-build -DCMAKE_BUILD_TYPE=Release -DLLAMA_CURL=OFF \\
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_EXAMPLES=OFF
     cmake --build llama-build -j 2 --target llama-bench
 
 A file has the linears (of attention, MLPs and experts) and the embedding in one type of weights, the head, or an
