@@ -116,6 +116,7 @@ def compare(shape: str, batches: list[int], with_bf16: bool, eager: bool = False
                 row[f"{name}_decode_tok_s"] = result["decode"][str(batch)]
                 row[f"{name}_prefill_tok_s"] = result["prefill"][f"{batch}x{PREFILL}"]
                 row[f"{name}_resident_bytes"] = result["resident_bytes"]
+                row[f"{name}_start_s"] = result["start_s"]
         line = f"{row['model']} batch {batch}: "
         for what in ("decode", "prefill"):
             line += f"{what} {row[f'bwla_{what}_tok_s']:.2f} tok/s"
