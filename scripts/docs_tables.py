@@ -45,8 +45,8 @@ MARKED = re.compile(
 
 
 def summary_table(names: str) -> str:
-    """README's few lines: quality, CPU serving and a GPU kernel, from three result files in this order."""
-    quality, serving, gpu = names.split("+")
+    """README's few lines: quality, CPU serving, a mixture of experts and a GPU kernel, from four result files."""
+    quality, serving, experts, gpu = names.split("+")
     rows = [row for row in read_rows(quality) if row["abits"] == 6]
     recipes = ("fast", "best")
     perplexities = [statistics.mean(row["ppl"] for row in rows if row["method"] == r) for r in recipes]
@@ -73,6 +73,9 @@ def summary_table(names: str) -> str:
     ):
         pair = [f"{served[f'{side}_{key}'] / scale:.1f}" for side in ("bwla", "bf16")]
         lines.append([f"{model} shape in vLLM, 2 CPU cores, batch 1: {what}", *pair, serving])
+    mixture = read_result(experts)["rows"][0]
+    what = "Qwen3-30B-A3B shape in vLLM, 2 CPU cores, batch 1: decode, tokens/s"
+    lines.append([what, f"{mixture['bwla_decode_tok_s']:.1f}", "does not fit", experts])
     what = f"{layer['n']} x {layer['k']} linear on an H200, 1 token: microseconds"
     lines.append([what, f"{layer['fused_us']:.1f}", f"{layer['bf16_us']:.1f}", gpu])
     linked = [[*cells, f"[json](benchmarks/results/{name}.json)"] for *cells, name in lines]
