@@ -21,7 +21,6 @@ from scripts.tables.quality import (
     amounts_table,
     calibration_text_table,
     embedding_table,
-    expert_transforms_table,
     frontier_table,
     quality_table,
 )
@@ -92,7 +91,6 @@ TABLES: dict[str, Callable[[str], str]] = {
     "calibration_text": calibration_text_table,
     "cpu": cpu_table,
     "experts": experts_table,
-    "expert_transforms": expert_transforms_table,
     "variants": variants_table,
     "serving": serving_table,
     "llama": llama_table,

@@ -51,16 +51,21 @@ class Weight:
     kind: str
 
     @property
+    def type(self) -> GGMLQuantizationType:
+        """The type by its number in the file."""
+        return GGMLQuantizationType[self.kind]
+
+    @property
     def size(self) -> int:
         """Bytes."""
-        block, nbytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]]
+        block, nbytes = gguf.GGML_QUANT_SIZES[self.type]
         return int(math.prod(self.shape) // block * nbytes)
 
     def data(self, generator: np.random.Generator) -> np.ndarray:
         """Return the bytes: uint8 [size]."""
         if self.kind == "F32":
             return np.full(self.size // 4, 0.02, dtype=np.float32).view(np.uint8)
-        nbytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[self.kind]][1]
+        nbytes = gguf.GGML_QUANT_SIZES[self.type][1]
         pattern = generator.integers(0, 256, (PATTERN_BLOCKS, nbytes), dtype=np.uint8)
         for at in SCALES[self.kind]:
             pattern[:, at : at + 2] = np.array([0.01], dtype=np.float16).view(np.uint8)
@@ -137,11 +142,10 @@ def write_gguf(path: Path, settings: dict[str, Any], kind: str) -> None:
         writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
     tensors = list(weights(settings, kind))
     for tensor in tensors:
-        raw = GGMLQuantizationType[tensor.kind]
-        shape = gguf.quant_shape_to_byte_shape(tensor.shape, raw)
-        dtype = np.dtype(np.float32 if tensor.kind == "F32" else np.uint8)
-        shape = tensor.shape if tensor.kind == "F32" else shape
-        writer.add_tensor_info(tensor.name, shape, dtype, tensor.size, raw)
+        shape = gguf.quant_shape_to_byte_shape(
+            tensor.shape, tensor.type
+        )  # of the bytes, as the writer expects
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.size, tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

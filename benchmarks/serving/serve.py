@@ -87,7 +87,7 @@ def llama_rows(shape: str, bench: Path, kinds: list[str]) -> dict[str, Any]:
 
 
 def compare(shape: str, batches: list[int], with_bf16: bool, eager: bool = False) -> list[dict[str, Any]]:
-    """Measure one model shape in vLLM; return its rows."""
+    """Measure one model shape in vLLM; return its rows, one for each number of requests."""
     with tempfile.TemporaryDirectory() as work:
         plain, bwla = Path(work) / "plain", Path(work) / "bwla"
         write_config(plain, shape)
@@ -150,11 +150,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
+    kinds = arguments.llama_types.split(",")
+    if arguments.llama_bench and not arguments.llama_bench.is_file():
+        parser.error(
+            f"--llama-bench: expected llama.cpp's benchmark tool, found no file {arguments.llama_bench}"
+        )
+    if unknown := [kind for kind in kinds if kind not in SCALES]:
+        parser.error(f"--llama-types: expected types of {', '.join(SCALES)}, found {', '.join(unknown)}")
     rows = []
     for shape in arguments.models.split(","):
         found = compare(shape, batches, not arguments.no_bf16, arguments.eager)
         if arguments.llama_bench:
-            found[0] |= llama_rows(shape, arguments.llama_bench, arguments.llama_types.split(","))
+            found[0] |= llama_rows(shape, arguments.llama_bench, kinds)
         rows += found
         if arguments.out:
             write_result(arguments.out, rows)

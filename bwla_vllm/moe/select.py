@@ -67,23 +67,26 @@ def activation_of(moe: Any) -> tuple[str, float, float]:
     Args:
         moe: vLLM's config of the layer.
     """
-    name = str(getattr(moe.activation, "value", moe.activation))
-    if _takes_limits(moe, name):
+    if _takes_limits(moe):
         alpha = getattr(moe, "swiglu_alpha", None)
         return SWIGLU_OAI, float(moe.swiglu_limit), 1.0 if alpha is None else float(alpha)
-    return name, LIMIT, ALPHA
+    return _activation_name(moe), LIMIT, ALPHA
 
 
 def unused_limits(moe: Any) -> list[str]:
     """Return the settings of vLLM's config of a layer that limit its activation but are not part of `activation_of`."""
-    if _takes_limits(moe, str(getattr(moe.activation, "value", moe.activation))):
+    if _takes_limits(moe):
         return []
     return [name for name in _LIMITS if getattr(moe, name, None)]
 
 
-def _takes_limits(moe: Any, name: str) -> bool:
+def _takes_limits(moe: Any) -> bool:
     limit, beta = getattr(moe, "swiglu_limit", None), getattr(moe, "swiglu_beta", None)
-    return name == f"{SWIGLU_OAI}_uninterleave" and limit is not None and beta == 1.0
+    return _activation_name(moe) == f"{SWIGLU_OAI}_uninterleave" and limit is not None and beta == 1.0
+
+
+def _activation_name(moe: Any) -> str:
+    return str(getattr(moe.activation, "value", moe.activation))
 
 
 def _linears(module: str, experts: LayerExperts) -> tuple[int, LayerSpec, LayerSpec]:

@@ -1,4 +1,4 @@
-// f(gate) * up of the experts. Products and sums are not fused, so that every variant computes the same values.
+// f(gate) * up of the experts, and gpt-oss's function of both. Products and sums are not fused, so that every variant computes the same values.
 
 static inline V plus(V a, float b) { return add(a, set1(b)); }
 static inline V times(V a, float b) { return mul(a, set1(b)); }
@@ -18,7 +18,7 @@ static inline V exp_of(V x) {
     return mul(p, power_of_two(n));
 }
 
-// v / (1 + exp(-factor v)) for a given product `scaled` = factor v.
+// v / (1 + exp(-scaled)).
 static inline V logistic_product(V v, V scaled) { return div(v, plus(exp_of(negate(scaled)), 1.0f)); }
 
 static inline V gelu_of(V gate) {
@@ -28,29 +28,22 @@ static inline V gelu_of(V gate) {
     return load(lanes);
 }
 
-static NOINLINE void activate(int32_t kind, const float* gate, const float* up, int64_t n, float* to) {
+static NOINLINE void activate(const ExpertsCall& c, const float* gate, const float* up, int64_t n, float* to) {
     for (int64_t i = 0; i < n; i += kLanes) {
         const int64_t left = n - i < kLanes ? n - i : kLanes;
-        const V g = load_n(gate + i, left), u = load_n(up + i, left);
-        V f;
-        if (kind == kSilu) {
+        V g = load_n(gate + i, left), u = load_n(up + i, left), f;
+        if (c.activation == kSilu) {
             f = logistic_product(g, g);
-        } else if (kind == kGeluTanh) {  // 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
+        } else if (c.activation == kGeluTanh) {  // 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
             const V z = times(add(g, times(mul(g, mul(g, g)), 0.044715f)), 0.7978845608028654f);
             f = logistic_product(g, times(z, 2.0f));
-        } else {
+        } else if (c.activation == kGelu) {
             f = gelu_of(g);
+        } else {  // gpt-oss: the gate is limited from above, up on both sides
+            g = clamp(g, -__builtin_inff(), c.limit);
+            u = plus(clamp(u, -c.limit, c.limit), 1.0f);
+            f = logistic_product(g, times(g, c.alpha));
         }
         store_n(to + i, mul(f, u), left);
-    }
-}
-
-// gpt-oss: g / (1 + exp(-alpha g)) * (u + 1), where the gate is limited from above, up on both sides.
-static NOINLINE void swiglu_oai(float limit, float alpha, const float* gate, const float* up, int64_t n, float* to) {
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const int64_t left = n - i < kLanes ? n - i : kLanes;
-        const V g = clamp(load_n(gate + i, left), -__builtin_inff(), limit);
-        const V u = clamp(load_n(up + i, left), -limit, limit);
-        store_n(to + i, mul(logistic_product(g, times(g, alpha)), plus(u, 1.0f)), left);
     }
 }

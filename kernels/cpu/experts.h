@@ -86,12 +86,7 @@ static void gate_up_unit(const ExpertsCall& c, const ExpertsPlan& plan, const Ex
         }
         for (int64_t t = 0; t < count; ++t) {
             const float* gate = s.y + t * stride + first;
-            float* to = plan.hidden + (row + t) * c.inner() + first;
-            if (c.activation == kSwigluOai) {
-                swiglu_oai(c.limit, c.alpha, gate, gate + half * kRows, columns, to);
-            } else {
-                activate(c.activation, gate, gate + half * kRows, columns, to);
-            }
+            activate(c, gate, gate + half * kRows, columns, plan.hidden + (row + t) * c.inner() + first);
         }
     }
 }

@@ -186,11 +186,13 @@ def experts(
         "bias_gate_up": (spec.experts, 2, -(-spec.intermediate_size // PANEL_ROWS) * PANEL_ROWS),
         "bias_down": (spec.experts, spec.hidden_size),
     }
-    pointers = []
-    for (name, shape), side in zip(shapes.items(), (spec.gate_up, spec.down), strict=True):
-        if side.bias:
-            expect(name, (biases or {})[name], BIAS_DTYPE, shape)
-        pointers.append((biases or {})[name].data_ptr() if side.bias else None)
+    biases = {} if biases is None else biases
+    for name, tensor in biases.items():
+        expect(name, tensor, BIAS_DTYPE, shapes[name])
+    pointers = [
+        biases[name].data_ptr() if side.bias else None
+        for name, side in zip(shapes, (spec.gate_up, spec.down), strict=True)
+    ]
     out = torch.empty_like(x)
     status = load().handle.bwla_experts(
         first.address, second.address, spec.experts, ACTIVATIONS.index(spec.activation), spec.limit, spec.alpha,

@@ -250,9 +250,8 @@ inline void experts_op(Value* stack, uint64_t, uint64_t) {
         &gate_up, &down, experts, int32_t(stack[8]), from_value<double>(stack[9]), from_value<double>(stack[10]),
         static_cast<const uint8_t*>(packed_gate_up.data), static_cast<const uint8_t*>(packed_down.data),
         bias_gate_up ? bias_gate_up->data : nullptr, bias_down ? bias_down->data : nullptr, rows.data(), rows.m,
-        rows.stride, rows.type,
-        static_cast<const float*>(weights.data), ids.data, ids.dtype == api.int64 ? 8 : 4, ids.sizes[1], out.data,
-        torch_threads());
+        rows.stride, rows.type, static_cast<const float*>(weights.data), ids.data, ids.dtype == api.int64 ? 8 : 4,
+        ids.sizes[1], out.data, torch_threads());
     expect(status != kBadArgument, "topk_ids below the number of experts");
     check_status(status);
     stack[0] = out.release();

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bwla_kernels.errors import BackendError, FormatError
-from bwla_kernels.format import LayerSpec, tensor_specs
-from bwla_kernels.format.experts import BIAS_DTYPE
+from bwla_kernels.format import LayerSpec
+from bwla_kernels.format.experts import expert_specs
 from bwla_kernels.format.layer import ROW_TENSORS, TensorSpec, shape_problem
 from torch import Tensor
 
@@ -89,15 +89,12 @@ def stacked_specs(experts: int, spec: LayerSpec) -> dict[str, TensorSpec]:
     """Return the tensors of one projection of all experts.
 
     Those with one row for each output feature have the experts as their first axis; the input transform is that of a
-    linear, because the experts share it. Biases are bfloat16.
+    linear, because the experts share it.
     """
-    specs = {
+    return {
         name: TensorSpec((experts, *want.shape), want.dtypes) if name in ROW_TENSORS else want
-        for name, want in tensor_specs(spec).items()
+        for name, want in expert_specs(spec).items()
     }
-    if spec.bias:
-        specs["bias"] = TensorSpec(specs["bias"].shape, (BIAS_DTYPE,))
-    return specs
 
 
 def expect_stacked(which: str, tensors: Mapping[str, Tensor], experts: int, spec: LayerSpec) -> None:

@@ -81,12 +81,17 @@ def stores(name: str, key: str) -> bool:
     return key not in INPUT_TRANSFORM or expert_of(name) in (None, 0)
 
 
-def linear_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
-    """Return the tensors of a linear, wherever they are stored; the bias of an expert is bfloat16."""
+def expert_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors of one projection of an expert, wherever they are stored; its bias is bfloat16."""
     specs = tensor_specs(spec)
-    if "bias" in specs and expert_of(name) is not None:
+    if "bias" in specs:
         specs["bias"] = replace(specs["bias"], dtypes=(BIAS_DTYPE,))
     return specs
+
+
+def linear_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
+    """Return the tensors of the linear `name`, of an expert or not, wherever they are stored."""
+    return tensor_specs(spec) if expert_of(name) is None else expert_specs(spec)
 
 
 def stored_specs(name: str, spec: LayerSpec) -> dict[str, TensorSpec]:
