@@ -142,6 +142,7 @@ class OuterModel:
         Args:
             hidden: hidden states after the last layer [S, ..., hidden].
         """
+        _ = self.conventions  # found by running the model, which the hook below must not see
         norm = self.final_norm()
         if norm is None:
             return None

@@ -112,8 +112,11 @@ def test_a_resumed_conversion_gives_the_same_bytes(
     assert not work_path(out).exists()
 
 
-@pytest.mark.parametrize("recipe", ["paper", "fast"])
-def test_a_calibrated_recipe_is_resumed_to_the_bit(make_model, tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize(("recipe", "layers"), [("paper", 1), ("fast", 1), ("fast", 2)])
+def test_a_calibrated_recipe_is_resumed_to_the_bit(
+    make_model, tmp_path: Path, recipe: str, layers: int
+) -> None:
+    """Also after its last layer, when the final norm is all that is left to fit."""
     vocabulary = json.loads((EXAMPLE / "config.json").read_text())["vocab_size"]
     model = make_model(vocab_size=vocabulary)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -123,7 +126,7 @@ def test_a_calibrated_recipe_is_resumed_to_the_bit(make_model, tmp_path: Path, r
     whole, out = tmp_path / "whole", tmp_path / "out"
     options = Options(str(model), out, recipe=recipe, rank=2, calibration=Calibration(str(text), 2, 16))
     convert(replace(options, out=whole))
-    again = interrupted(options, 1)
+    again = interrupted(options, layers)
     text.write_text("Other words, just as many of them as before, or so. " * 40)
     with pytest.raises(
         WorkError, match=r"started with another calibration text \(sha256 .*: give the same text"
