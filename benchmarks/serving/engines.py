@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _EXPERTS = {
     "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "num_attention_heads": 32,
     "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
@@ -21,6 +23,8 @@ _EXPERTS = {
 }  # fmt: skip
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "0.5b": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+             "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64, "tie_word_embeddings": True},
     "0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
              "tie_word_embeddings": True},
     "1.7b": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
@@ -32,9 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "30b-a3b": {**_EXPERTS, "num_hidden_layers": 48},
     "30b-a3b-4-layers": {**_EXPERTS, "num_hidden_layers": 4},
 }  # fmt: skip
-"""Qwen3's published sizes, and those of the mixture of experts with fewer layers, which fits into memory in bf16."""
+"""Published sizes of Qwen3 and Qwen2.5 (0.5b), and a mixture of experts with fewer layers, which fits in bf16."""
 
-ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 COMMON = {
     "model_type": "qwen3",
@@ -91,7 +95,8 @@ def resident_bytes() -> int:
 def measure(job: Job) -> dict[str, Any]:
     """Start the engine in this process and time it.
 
-    Returns: `decode` {batch: tokens/s}, `prefill` {"batch x length": tokens/s}, `start_s`, `resident_bytes`.
+    Returns: `decode` {batch: tokens/s}, `prefill` {"batch x length": tokens/s}, `start_s`, `first_answer_s` since the
+        process started, `resident_bytes`.
     """
     from vllm import LLM, SamplingParams
 
@@ -106,6 +111,8 @@ def measure(job: Job) -> dict[str, Any]:
         **job.engine,
     )
     start_s = time.perf_counter() - started
+    engine.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=1), use_tqdm=False)
+    first_answer_s = time.time() - psutil.Process().create_time()
 
     def seconds(batch: int, prompt: int, answer: int) -> float:
         options = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
@@ -127,7 +134,13 @@ def measure(job: Job) -> dict[str, Any]:
             if times[0] < SLOW_SECONDS:  # for slow prompts the overhead of the first call does not matter
                 times = [seconds(batch, length, 1) for _ in range(job.repeats)]
             prefill[f"{batch}x{length}"] = batch * length / statistics.median(times)
-    return {"decode": decode, "prefill": prefill, "start_s": start_s, "resident_bytes": resident_bytes()}
+    return {
+        "decode": decode,
+        "prefill": prefill,
+        "start_s": start_s,
+        "first_answer_s": first_answer_s,
+        "resident_bytes": resident_bytes(),
+    }
 
 
 def run_job(job: Job, timeout: float | None = None) -> dict[str, Any]:
