@@ -186,7 +186,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
                 not divide.
         """
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from bwla_vllm.checks import check_kv_b_proj
         from bwla_vllm.compat import is_moe_layer
@@ -206,10 +206,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             with one_sentence():
                 check_kv_b_proj(parts)
             return BWLALinearMethod(quantization, prefix, parts, self.specs, self.backend, self.observer)
-        if isinstance(layer, VocabParallelEmbedding) and (method := self._int8_method(layer, prefix)):
+        if isinstance(layer, VocabParallelEmbedding) and (method := self._vocabulary_method(layer, prefix)):
             return method
-        if isinstance(layer, ParallelLMHead) and quantization.is_quantized(prefix):
-            raise _not_served(prefix)
         return self._experts_method(layer, prefix) if is_moe_layer(layer) else None
 
     def known_format(self) -> "BWLAFormat":
@@ -222,14 +220,17 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             raise StartError(NO_CHECKPOINT)
         return self.format
 
-    def _int8_method(self, layer: Any, prefix: str) -> Any:
+    def _vocabulary_method(self, layer: Any, prefix: str) -> Any:
         """Return the method of a head or an embedding, or None where it is not quantized."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         from bwla_vllm.head import BWLAEmbeddingMethod, BWLAHeadMethod, BWLATiedHeadMethod
+        from bwla_vllm.planes_head import BWLAPlanesHeadMethod
 
         quantization = self.known_format()
         if isinstance(layer, ParallelLMHead):
+            if quantization.is_quantized(prefix):
+                return BWLAPlanesHeadMethod(quantization, self.backend, self.observer)
             if quantization.lm_head is not None:
                 return BWLAHeadMethod(self.backend, self.observer)
             return BWLATiedHeadMethod() if quantization.embedding is not None and ties_head() else None
@@ -241,10 +242,12 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _check_start_once(self) -> None:
         """Check request and sharding before the first layer allocates: vLLM's own assertions do not name the layer."""
+        from vllm import __version__ as release
         from vllm.config import get_current_vllm_config_or_none
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         from bwla_vllm.checks import check_tensor_parallel
+        from bwla_vllm.compile_cache import reuse_compiled_graphs
         from bwla_vllm.head import watch_vocabulary
         from bwla_vllm.loading import check_request
 
@@ -256,6 +259,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             with one_sentence():
                 check_tensor_parallel(self.specs, get_tensor_model_parallel_world_size(), whole_experts)
             watch_vocabulary(self.known_format(), ties_head())
+            if config is not None:
+                reuse_compiled_graphs(config, release)
             self._start_checked = True
 
     def _quantized_parts(self, layer: Any, prefix: str) -> tuple[str, ...]:
@@ -315,13 +320,6 @@ def _renamed(mapper: Any, specs: Mapping[str, LayerSpec]) -> dict[str, LayerSpec
             is_expert = expert_of(name) is not None
             renamed[f"{other.rpartition('.')[0]}.{name.rpartition('.')[2]}" if is_expert else other] = spec
     return renamed
-
-
-def _not_served(name: str) -> StartError:
-    return StartError(
-        f"{name}: this release of the plugin does not serve a one-bit language-model head: convert the model again "
-        f"with --ignore {name.rpartition('.')[2]}"
-    )
 
 
 def ties_head() -> bool:

@@ -25,7 +25,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from bwla_vllm.checks import ADVICE
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError, one_sentence
-from bwla_vllm.loading import derives_classifier
+from bwla_vllm.loading import derives_classifier, has_own_head
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import mark_device
 
@@ -270,7 +270,7 @@ class VocabularyWatch:
     ) -> None:
         self.owner = owner
         self.embedding = quantization.embedding is not None
-        own_head = quantization.lm_head is not None
+        own_head = has_own_head(quantization)
         self.head = (own_head or (self.embedding and ties_head)) and not drops_head
         self.head_option = "--lm-head-bits" if own_head else "--embedding-bits"
         self._hook = register_module_module_registration_hook(self.check)
@@ -300,7 +300,7 @@ def _refuse_unquantized(parent: torch.nn.Module, name: str, layer: Any, option: 
     if isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
         raise StartError(
             f"{name}: expected 16 bits, because vLLM's class {type(parent).__name__} builds this layer without the "
-            f"quantization config, found 8 bits: convert the model again with {option} 16"
+            f"quantization config, found a quantized one: convert the model again with {option} 16"
         )
 
 

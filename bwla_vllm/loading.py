@@ -179,19 +179,24 @@ def ties_embeddings(hf_config: Any) -> bool:
     return bool(next((value for value in found if value is not None), False))
 
 
+def has_own_head(quantization: "BWLAFormat") -> bool:
+    """Return whether the checkpoint has a quantized head that is not the embedding."""
+    return quantization.lm_head is not None or quantization.is_quantized(HEAD_MODULE)
+
+
 def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:
     """Check that a head from which vLLM derives a classifier is stored in 16 bits, or tied to the embedding.
 
     vLLM loads `lm_head.weight` into a layer without a quantization method.
 
     Raises:
-        StartError: it is stored in 8 bits.
+        StartError: it is quantized.
     """
     tied = ties_embeddings(hf_config)
-    if derives_classifier(hf_config) and quantization.lm_head is not None and not tied:
+    if derives_classifier(hf_config) and has_own_head(quantization) and not tied:
         raise StartError(
             f"{HEAD_MODULE}: expected 16 bits, because vLLM derives the classifier from rows of the head "
-            "(classifier_from_token), found 8 bits: convert the model again with --lm-head-bits 16"
+            "(classifier_from_token), found a quantized one: convert the model again with --lm-head-bits 16"
         )
 
 

@@ -89,6 +89,9 @@ def _kept(source: Source, plan: ConversionPlan) -> Iterator[str]:
         ("embedding", structure.embedding, plan.embedding_source),
         ("head", structure.head, plan.head_source),
     ):
+        if kind == "head" and plan.head_spec is not None:
+            yield f"{kind} {name}: {plan.head_spec.planes} binary planes"
+            continue
         tied = kind == "head" and source.tied_head and stored is None
         yield f"{kind} {name}: " + ("the embedding" if tied else "8 bits" if stored else "16 bits")
     by_reason: dict[str, list[str]] = {}

@@ -69,5 +69,8 @@ class Listener:
     def linear_quantized(self, linear: LinearReport) -> None:
         """One linear has been quantized."""
 
+    def head_started(self, planes: int) -> None:
+        """All decoder layers are finished; the head is being quantized in `planes` binary planes."""
+
     def layer_done(self, index: int) -> None:
         """Decoder layer `index` has been written to disk and can be resumed from."""

@@ -10,6 +10,9 @@ RecipeName = Literal["data-free", "paper", "fast", "best"]
 SELF = "self"
 """Name of the calibration text that the model writes itself."""
 
+HEAD_PLANES = (2, 3, 4)
+"""Numbers of binary planes that a head can be stored in; one would lose the small differences between logits."""
+
 AUTOMATIC = 0
 """Number of calibration samples, or length, that is chosen by the device and the model."""
 
@@ -62,8 +65,8 @@ class Options:
             calibration text.
         seed: seed of the random numbers.
         overwrite: replace `out` if it is a model already.
-        head_bits: bits of the language-model head, 8, or 16 to leave it as it is. None: 8 if it is untied or
-            large, or tied to an 8-bit embedding.
+        head_bits: bits of the language-model head: 2 to 4 for as many binary planes, 8, or 16 to leave it as it is.
+            None: 8 if it is untied or large, or tied to an 8-bit embedding.
         embedding_bits: bits of the embedding, 8, or 16 to leave it as it is. None: 8, unless vLLM cannot serve that
             for the model's family, or the embedding is tied to a head of 16 bits.
         ignore: linears to leave unquantized: their names, ends of names, or "re:" and a regular expression.

@@ -13,9 +13,8 @@ import torch
 from bwla_converter.allocation.stage import check_targets
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
-from bwla_converter.checkpoint.layout import Parts, int8_tensors, output_config, verify
+from bwla_converter.checkpoint.layout import Parts, output_config, verify
 from bwla_converter.checkpoint.writer import (
-    CheckpointWriter,
     OutputError,
     check_name,
     check_output,
@@ -37,6 +36,7 @@ from bwla_converter.conversion import (
 )
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
+from bwla_converter.outside_layers import write_rest
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
 from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan, with_clips
 from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
@@ -90,7 +90,8 @@ def convert(
     listener, processes = listener or Listener(), processes or Processes()
     options = with_calibration(options)
     check_targets(options)
-    check_recipe(options.recipe, options.calibration, 2 if options.allocates else options.planes)
+    planes = 2 if options.allocates else options.planes
+    check_recipe(options.recipe, options.calibration, planes, options.head_bits)
     device = choose_device(options.device)
     check_name(options.out)
     if not check_work(options.out, options.resume, options.restart):
@@ -236,10 +237,10 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         conversion.listener.resumed(source.num_layers, plan.weights, work.notes)
     else:
         _quantize_layers(conversion, work)
-        _write_rest(work.writer, source, plan)
         clips = {
             linear.name: linear.clip for record in work.records.values() for linear in record.report.linears
         }
+        clips |= write_rest(work.writer, conversion)
         work.writer.finish(source.folder, output_config(source, with_clips(plan, clips), work.writer.entries))
         work.replace(conversion.recipe.finish(work.writer.folder))
     work.merge()
@@ -299,8 +300,8 @@ def _check_source(conversion: Conversion, work: WorkFolder) -> None:
     if work.manifest.source:
         _check_unchanged(conversion, work)
     else:
-        int8 = conversion.plan.int8_sources.values()
-        check_values(conversion.source, int8, conversion.listener.checked)
+        vocabulary = conversion.plan.vocabulary_sources
+        check_values(conversion.source, vocabulary, conversion.listener.checked)
         work.save(source=mark_files(conversion.source))
     conversion.listener.quantizing()
 
@@ -366,12 +367,3 @@ def _quantize_layer(conversion: Conversion, index: int) -> tuple[dict[str, Tenso
     tensors.update(recipe.end_layer())
     traces.update(recipe.layer_traces)
     return tensors, LayerReport(linears=linears, traces=traces, statistics=statistics, starved=starved)
-
-
-def _write_rest(writer: CheckpointWriter, source: Source, plan: ConversionPlan) -> None:
-    """Write the tensors outside the decoder layers: unchanged, except for the quantized head and embedding."""
-    for file, names in Parts(source).rest():
-        tensors = source.read([name for name in names if not plan.is_replaced(name)])
-        for name in names:
-            tensors.update(int8_tensors(plan, name, lambda name: source.read([name])[name]))
-        writer.write_shard(file, tensors)

@@ -253,3 +253,30 @@ class CalibrationLoop:
         weight = fit_norm(norm, pairs)
         outer.release()
         return {name: weight.to("cpu", self.runner.source.entries[name].dtype)}
+
+    @torch.no_grad()
+    def collect_head_moments(self, final_norm: Mapping[str, Tensor]) -> tuple[Moments, Tensor]:
+        """Run the samples of the quantized model from the last layer up to the head.
+
+        Args:
+            final_norm: the weight of the fitted final norm by its full name; empty where it is left as it is.
+
+        Returns: the moments of the head's inputs, of this process's samples, and some of the inputs [M, K].
+        """
+        outer = self.runner.outer
+        norm = outer.final_norm()
+        for weight in final_norm.values():
+            assert norm is not None
+            norm.get_parameter("weight").copy_(weight)
+        limit = SAMPLE_ELEMENTS * SAMPLES_PER_BATCH // len(self.samples)
+        moments: Moments | None = None
+        sampled = []
+        with fast_products(self.store.device):
+            for part in self.hidden.split(SAMPLES_PER_BATCH):
+                inputs = outer.normed(part)
+                moments = moments or Moments.zeros(inputs.shape[-1], self.store.device, cross_gram=False)
+                moments.add(inputs)
+                sampled.append(sample_rows(inputs.flatten(0, -2), limit).clone())
+        outer.release()
+        assert moments is not None
+        return moments, torch.cat(sampled)

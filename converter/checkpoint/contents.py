@@ -34,10 +34,11 @@ class Contents:
     Attributes:
         folder: its folder.
         format: its `quantization_config`.
-        specs: spec of every quantized linear, by module path, in order of the decoder layers.
+        specs: spec of every quantized linear of the decoder layers, by module path, in their order.
         entries: header of every stored tensor.
         bits: bits per quantized weight, everything counted, by purpose.
         bytes: bytes of the tensors, by part of the model.
+        head_spec: spec of a head in binary planes, or None.
     """
 
     folder: Path
@@ -46,6 +47,12 @@ class Contents:
     entries: Mapping[str, Entry]
     bits: Mapping[str, float]
     bytes: Mapping[str, int]
+    head_spec: LayerSpec | None = None
+
+    @property
+    def all_specs(self) -> dict[str, LayerSpec]:
+        """`specs`, and that of a head in binary planes."""
+        return {**self.specs, **({} if self.head_spec is None else {HEAD_MODULE: self.head_spec})}
 
     @property
     def bits_per_weight(self) -> float:
@@ -59,7 +66,9 @@ class Contents:
 
     @property
     def head_bits(self) -> int:
-        """Bits of the head, a head that is tied to the embedding included: 8, or 16 where it is not quantized."""
+        """Bits of the head, a head that is tied to the embedding included: its binary planes, 8, or 16."""
+        if self.head_spec is not None:
+            return self.head_spec.planes
         tied = not any(name.startswith(f"{HEAD_MODULE}.") for name in self.entries)
         return self.embedding_bits if tied else 8 if self.format.lm_head is not None else 16
 
@@ -116,16 +125,25 @@ def read_contents(folder: Path) -> Contents:
     """
     entries = read_folder(folder)
     specs = check_folder(folder, entries)
+    head_spec = specs.pop(HEAD_MODULE, None)
     config = read_json(folder / "config.json")
     format_ = parse_config(config["quantization_config"], str(folder / "config.json"))
     bits, sizes = split_bits(specs), split_bytes(entries, specs)
-    return Contents(folder, format_, dict(sorted(specs.items(), key=_place)), entries, bits, sizes)
+    in_order = dict(sorted(specs.items(), key=_place))
+    return Contents(folder, format_, in_order, entries, bits, sizes, head_spec)
 
 
 def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
     """Return a sort key that puts decoder layer 10 after layer 9."""
     parts = [(int(part) if part.isdecimal() else -1, part) for part in item[0].split(".")]
     return parts, item[0]
+
+
+def describe_head(bits: int) -> str:
+    """Describe how a head or an embedding is stored, by its bits as in `Contents.head_bits`."""
+    if bits == 16:
+        return "unquantized"
+    return "8 bits" if bits == 8 else f"{bits} binary planes"
 
 
 def describe_weights(planes: Iterable[int]) -> str:

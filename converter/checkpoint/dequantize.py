@@ -15,21 +15,17 @@ from bwla_converter.checkpoint.layout import check_space, read_int8
 from bwla_converter.checkpoint.merge import part_name
 from bwla_converter.checkpoint.writer import OutputError, atomic_output
 from bwla_converter.common.tensors import tensor_bytes
+from bwla_converter.common.weights import CHUNK_ELEMENTS, dequantized_weight
 from bwla_converter.planning.disk import merging_bytes
 from bwla_converter.source.observe.experts import Experts
 from bwla_kernels.errors import BWLAError
-from bwla_kernels.format import LayerSpec, validate_layer
+from bwla_kernels.format import validate_layer
 from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.folder import int8_modules, read_json, read_tensors
-from bwla_kernels.format.layer import ROW_TENSORS
 from bwla_kernels.head import dequantize_rows
-from bwla_kernels.reference import dequantize
 from torch import Tensor
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-CHUNK_ELEMENTS = 2**24
-"""Number of weights that are dequantized at a time, in float32."""
-
 _LAYER = re.compile(r".*?\.\d+\.")
 """The beginning of the names of a decoder layer's tensors."""
 
@@ -40,17 +36,6 @@ class DequantizedModel:
 
     bytes: int
     linears: int
-
-
-def dequantized_weight(tensors: Mapping[str, Tensor], spec: LayerSpec, dtype: torch.dtype) -> Tensor:
-    """Return the weight [N, K] of a quantized linear in `dtype`, computed a few rows at a time."""
-    weight = torch.empty(spec.out_features, spec.in_features, dtype=dtype)
-    step = max(1, CHUNK_ELEMENTS // spec.in_features)
-    for start in range(0, spec.out_features, step):
-        rows = slice(start, start + step)
-        part = {key: value[rows] if key in ROW_TENSORS else value for key, value in tensors.items()}
-        weight[rows] = dequantize(part, spec).to(dtype)
-    return weight
 
 
 def write_dequantized(
@@ -93,7 +78,7 @@ def write_dequantized(
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
         writer.finish(checkpoint, config)
         writer.merge_parts()
-        return DequantizedModel(writer.total_size, len(contents.specs))
+        return DequantizedModel(writer.total_size, len(contents.all_specs))
 
 
 def _stacked_experts(checkpoint: Path) -> dict[str, Experts]:
@@ -109,11 +94,11 @@ def _stacked_experts(checkpoint: Path) -> dict[str, Experts]:
 def dequantized_bytes(contents: Contents, dtype: torch.dtype) -> int:
     """Return the bytes of the dequantized model's tensors."""
     total = sum(
-        tensor_bytes((spec.out_features, spec.in_features), dtype) for spec in contents.specs.values()
+        tensor_bytes((spec.out_features, spec.in_features), dtype) for spec in contents.all_specs.values()
     )
     for name, entry in contents.entries.items():
         module, _, key = name.rpartition(".")
-        if module in contents.specs and key != "bias":
+        if module in contents.all_specs and key != "bias":
             continue
         if key != "weight_scale":  # of an 8-bit head or embedding
             total += tensor_bytes(entry.shape, dtype)
@@ -140,9 +125,9 @@ def _dequantized(
     tensors: dict[str, Tensor] = {}
     for name in names:
         module, _, key = name.rpartition(".")
-        if module in contents.specs:
+        if module in contents.all_specs:
             if key == "weight_packed":
-                spec = contents.specs[module]
+                spec = contents.all_specs[module]
                 layer = {key: stored[source] for key, source in stored_names(module, spec).items()}
                 validate_layer(module, layer, spec)
                 tensors[f"{module}.weight"] = _finite(

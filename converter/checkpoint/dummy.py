@@ -4,6 +4,7 @@ Only the source's config.json (and tokenizer files, if there are any) is needed.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec, TensorSpec, tensor_specs
 from bwla_kernels.format.experts import stored_specs
 from bwla_kernels.format.folder import Entry, read_json
+from bwla_kernels.format.head import HEAD_MODULE
 from bwla_kernels.format.layer import INPUT_TRANSFORM
 from bwla_kernels.format.schema import Provenance
 from torch import Tensor
@@ -118,6 +120,9 @@ def write_dummy(options: Options) -> ConversionPlan:
             tensors = {name: _plain(source, name) for name in names if not plan.is_replaced(name)}
             for name in names:
                 tensors.update(int8_tensors(plan, name, lambda name: _plain(source, name)))
+                if plan.head_spec is not None and name == plan.head_source:
+                    head = random_layer(replace(plan.head_spec, bias=False), generator)
+                    tensors.update({f"{HEAD_MODULE}.{key}": value for key, value in head.items()})
             writer.write_shard(file, tensors)
         writer.finish(source.folder, output_config(source, plan, writer.entries))
         writer.merge_parts()

@@ -126,10 +126,10 @@ class Quantization(Panel):
         ),
     ] = None
     lm_head_bits: Annotated[
-        Literal["auto", "8", "16"],
+        Literal["auto", "2", "3", "4", "8", "16"],
         typer.Option(
-            help="Bits of the language-model head; 16 leaves it as it is. auto: 8 if it is untied or large, "
-            "or tied to an 8-bit embedding."
+            help="Bits of the language-model head: 2 to 4 for as many binary planes (recipes fast and best), 8, or 16 "
+            "to leave it as it is. auto: 8 if it is untied or large, or tied to an 8-bit embedding."
         ),
     ] = "auto"
     embedding_bits: Annotated[

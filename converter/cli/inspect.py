@@ -168,7 +168,7 @@ def facts(contents: "Contents", verdict: "Verdict | None", hashed: bool) -> dict
         "files": {
             path.name: path.stat().st_size for path in sorted(contents.folder.iterdir()) if path.is_file()
         },
-        "layers": [layer_row(name, spec) for name, spec in contents.specs.items()],
+        "layers": [layer_row(name, spec) for name, spec in contents.all_specs.items()],
         "integrity": {"stored": verdict is not None, "intact": verdict.intact, **asdict(verdict)}
         if verdict is not None
         else {"stored": None if not hashed else False},
@@ -179,6 +179,8 @@ def show(
     console: Console, contents: "Contents", verdict: "Verdict | None", hashed: bool, every: bool
 ) -> None:
     """Print the contents as tables; `every` shows a row for every linear instead of one for each kind."""
+    from bwla_converter.checkpoint.contents import describe_head
+
     data = facts(contents, verdict, hashed)
     provenance = contents.format.provenance
     console.print(_layer_table(data["layers"], every))
@@ -188,8 +190,8 @@ def show(
         "recipe": f"{contents.recipe}, seed {provenance.seed}",
         "calibration": ", ".join(f"{key} {value}" for key, value in provenance.calibration.items()) or "none",
         "activations": "not quantized" if contents.format.bits == 16 else f"{contents.format.bits} bits",
-        "head": "8 bits" if contents.head_bits == 8 else "unquantized",
-        "embedding": "8 bits" if contents.embedding_bits == 8 else "unquantized",
+        "head": describe_head(contents.head_bits),
+        "embedding": describe_head(contents.embedding_bits),
         "made with": f"bwla {provenance.bwla_version}",
     }
     for key, value in origin.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bwla_converter.allocation.stage import Allocation
 from bwla_converter.cli.interrupt import Interrupts
-from bwla_converter.common.bits import describe_rank
+from bwla_converter.common.bits import describe_rank, num_weights
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
@@ -76,8 +76,11 @@ class ProgressListener(Listener):
         )
         for note in source.notes:
             self._say(note)
-        self._checking = self._progress.add_task("checking  ", total=len(plan.specs) + len(plan.int8_sources))
-        self._quantizing = self._progress.add_task("quantizing", total=plan.weights, start=False)
+        self._checking = self._progress.add_task(
+            "checking  ", total=len(plan.specs) + len(plan.vocabulary_sources)
+        )
+        head = 0 if plan.head_spec is None else num_weights(plan.head_spec)
+        self._quantizing = self._progress.add_task("quantizing", total=plan.weights + head, start=False)
 
     def budgeted(self, budget: Budget) -> None:
         self._say(str(budget))
@@ -125,6 +128,9 @@ class ProgressListener(Listener):
         self._say(f"{linear.name}  relative error {linear.error:.4f}")
         if self._quantizing is not None:
             self._progress.advance(self._quantizing, linear.weights)
+
+    def head_started(self, planes: int) -> None:
+        self._say(f"quantizing the head in {planes} binary planes")
 
     def layer_done(self, index: int) -> None:
         self._interrupts.layer_done()

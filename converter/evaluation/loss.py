@@ -8,10 +8,11 @@ from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.common.weights import dequantized_weight
 from bwla_converter.hf.modules import BWLALinear
 from bwla_converter.source.model import Source
 from bwla_converter.training.divergence import chunk_logits
-from bwla_kernels.format import LayerSpec
+from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.files import read_tensors
 from bwla_kernels.precision import fast_products
@@ -59,7 +60,13 @@ class StoredModel:
         return layer
 
     def outside(self, name: str) -> Tensor:
-        """Return a tensor outside the decoder layers, dequantized where it is stored in int8; a tied one's other."""
+        """Return a tensor outside the decoder layers, dequantized where it is quantized; a tied one's other."""
+        module = name.removesuffix(".weight")
+        if module in self.specs:
+            spec = self.specs[module]
+            stored = self.read([f"{module}.{key}" for key in tensor_specs(spec)])
+            own = {key.removeprefix(f"{module}."): tensor for key, tensor in stored.items()}
+            return dequantized_weight(own, spec, self.runner.dtype).to(self.runner.device)
         codes, scale = f"{name}_int8", f"{name}_scale"
         if codes in self.names:
             stored = {key: value.to(self.runner.device) for key, value in self.read([codes, scale]).items()}
@@ -89,7 +96,7 @@ def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device
         device,
         contents.entries.keys(),
         lambda names: read_tensors(folder, contents.entries, names),
-        contents.specs,
+        contents.all_specs,
     )
     with fast_products(device):
         if not source.structure.has_head:

@@ -20,6 +20,7 @@ from bwla_converter.options import Calibration
 from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
+from bwla_converter.recipes.head import head_cost
 from bwla_converter.recipes.measurements import (
     measurement_compute,
     measurement_hidden_bytes,
@@ -162,8 +163,9 @@ def predict(
     # A calibration loop holds the hidden states of each model, and the ones being computed.
     hidden = float((chosen.models + 1) * workload.hidden_bytes + workload.kept_bytes)
     kept = _work_bytes(source, plan, recipe, workload)
-    estimates = [*_writing_estimates(source, plan), *chosen.memory_estimates(workload)]
-    compute = chosen.compute_estimate(workload)
+    of_head, head_compute = head_cost(plan.head_spec, device)
+    estimates = [*_writing_estimates(source, plan), *chosen.memory_estimates(workload), *of_head]
+    compute = chosen.compute_estimate(workload) + head_compute
     if chosen.needs_calibration:
         estimates.append(measurement_memory(workload))
         compute += measurement_compute(workload)

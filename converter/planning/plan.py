@@ -1,7 +1,6 @@
 """Plan a conversion from the model's headers: a spec for every linear, the rank, head and embedding, sizes on disk."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -14,6 +13,12 @@ from bwla_converter.common.bits import (
     total_bits,
 )
 from bwla_converter.common.tensors import entry_bytes
+from bwla_converter.planning.vocabulary import (
+    bits_unless_ignored,
+    choose_embedding,
+    choose_head,
+    head_in_planes,
+)
 from bwla_converter.source.model import Source
 from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
@@ -36,9 +41,6 @@ Value = TypeVar("Value")
 DEFAULT_BITS = 6
 """Activation bits, as in the paper."""
 
-LARGE_HEAD = 2**26
-"""Size in weights from which a tied head gets an 8-bit tensor of its own by default."""
-
 
 @dataclass(frozen=True)
 class ConversionPlan:
@@ -50,9 +52,10 @@ class ConversionPlan:
         fitting_rank: the largest rank within the bit budget where the rank was chosen automatically (see
             `bits.auto_rank`), else `rank`.
         format: the `quantization_config` of the output.
-        head_source: name of the tensor that a stored 8-bit head is made from; None where none is stored.
+        head_source: name of the tensor that a stored quantized head is made from; None where none is stored.
         embedding_source: name of the tensor that the 8-bit embedding is made from; None where it stays unquantized.
         tied_head: whether the head is the embedding, in 8 bits or unquantized.
+        head_spec: spec of a head in binary planes; None for one in 8 or 16 bits.
     """
 
     specs: Mapping[str, LayerSpec]
@@ -62,6 +65,7 @@ class ConversionPlan:
     head_source: str | None = None
     embedding_source: str | None = None
     tied_head: bool = False
+    head_spec: LayerSpec | None = None
 
     @property
     def weights(self) -> int:
@@ -86,13 +90,20 @@ class ConversionPlan:
         kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
         int8_shapes = (source.entries[name].shape for name in self.int8_sources.values())
         int8_bytes = sum(rows * columns + 4 * rows for rows, columns in int8_shapes)
-        return sum(map(entry_bytes, kept)) + int8_bytes + total_bits(self.specs) // 8
+        head = {HEAD_MODULE: self.head_spec} if self.head_spec is not None else {}
+        return sum(map(entry_bytes, kept)) + int8_bytes + total_bits({**self.specs, **head}) // 8
 
     @property
     def int8_sources(self) -> dict[str, str]:
         """Modules that are stored in 8 bits (head, embedding), each with the name of the tensor it is made from."""
-        sources = {HEAD_MODULE: self.head_source, EMBEDDING_MODULE: self.embedding_source}
+        head = self.head_source if self.head_spec is None else None
+        sources = {HEAD_MODULE: head, EMBEDDING_MODULE: self.embedding_source}
         return {module: name for module, name in sources.items() if name is not None}
+
+    @property
+    def vocabulary_sources(self) -> set[str]:
+        """Names of the tensors that the quantized head and embedding are made from."""
+        return {name for name in (self.head_source, self.embedding_source) if name is not None}
 
     def is_replaced(self, name: str) -> bool:
         """Return whether the output has a quantized form of the source's tensor `name` instead of a copy."""
@@ -106,93 +117,9 @@ def input_bytes(source: Source) -> int:
     return sum(map(entry_bytes, source.entries.values()))
 
 
-def bits_unless_ignored(module: str, flag: str, bits: int | None, ignore: Sequence[str]) -> int | None:
-    """Return the bits of the head or the embedding: 16 if `ignore` names it, else `bits`.
-
-    Raises:
-        SourceError: `ignore` names it, and `bits` asks for 8 bits.
-    """
-    if not is_ignored(module, ignore):
-        return bits
-    if bits == 8:
-        raise SourceError(
-            f"{module}: expected {flag} 16 with --ignore {module}, found 8: give one of the two"
-        )
-    return 16
-
-
-def choose_head(source: Source, bits: int | None) -> str | None:
-    """Return the name of the tensor to make an 8-bit head from, or None to leave the head as it is.
-
-    Args:
-        source: the model.
-        bits: 8, 16, or None to choose: 8 for an untied head, and for a large tied one. A tied head in 8 bits is one
-            more tensor on disk, but is read in every step instead of the larger embedding.
-
-    Raises:
-        SourceError: `bits` is none of these, or asks for a head that vLLM does not support for the model's family.
-    """
-    if bits not in (None, 8, 16):
-        raise SourceError(f"--lm-head-bits: expected 8, 16 or auto, found {bits}")
-    structure = source.structure
-    if not structure.own_head and not (source.tied_head and bits != 8):
-        option = "--lm-head-bits 8" if source.tied_head else "tie_word_embeddings false"
-        raise SourceError(
-            f"{source.folder}: vLLM always uses the embedding as the head of {structure.architecture}, so it has to be "
-            f"tied and unquantized, found {option}: use --lm-head-bits auto and a tied model"
-        )
-    if not structure.own_head:
-        return None
-    storable = structure.int8_head and structure.head == HEAD_MODULE
-    if bits == 8 and not storable:
-        raise SourceError(
-            f"{source.folder}: vLLM has no quantized head for {structure.architecture}, found --lm-head-bits 8: use "
-            "--lm-head-bits auto"
-        )
-    if not storable:
-        return None
-    name = source.output_weight
-    if bits == 16 or name not in source.entries:
-        return None
-    large = math.prod(source.entries[name].shape) >= LARGE_HEAD
-    return name if bits == 8 or large or not source.tied_head else None
-
-
-def choose_embedding(source: Source, bits: int | None, head_bits: int | None = None) -> str | None:
-    """Return the name of the tensor to make an 8-bit embedding from, or None to leave the embedding as it is.
-
-    A tied head is then the 8-bit embedding too.
-
-    Args:
-        source: the model.
-        bits: 8, 16, or None to choose: 8, which costs less than 0.1 % of perplexity
-            (benchmarks/results/embedding.json), unless vLLM cannot serve it or a tied head is to stay unquantized.
-        head_bits: bits of the head, see `choose_head`.
-
-    Raises:
-        SourceError: `bits` is none of these, or 8 bits cannot be had.
-    """
-    if bits not in (None, 8, 16):
-        raise SourceError(f"--embedding-bits: expected 8, 16 or auto, found {bits}")
-    structure = source.structure
-    storable = structure.int8_embedding and structure.embedding == EMBEDDING_MODULE
-    if bits == 8 and not storable:
-        raise SourceError(
-            f"{source.folder}: vLLM has no quantized embedding for {structure.architecture}, found --embedding-bits 8: "
-            "use --embedding-bits auto"
-        )
-    if bits == 8 and source.tied_head and head_bits == 16:
-        raise SourceError(
-            f"{source.folder}: the head is tied to the embedding, so both have the same bits, found "
-            "--embedding-bits 8 and --lm-head-bits 16: use auto for one of them"
-        )
-    is_shared = source.tied_head and head_bits == 16
-    return None if bits == 16 or is_shared or not storable else source.embedding_weight
-
-
 def namesakes(
     source: Source,
-    specs: Mapping[str, LayerSpec],
+    quantized: Collection[str],
     rotation: Mapping[str, tuple[int, int, int]],
     ignore: Sequence[str],
 ) -> Iterator[str]:
@@ -200,13 +127,13 @@ def namesakes(
 
     Args:
         source: the model.
-        specs: specs of the linears to quantize, by module path.
+        quantized: module paths of what is quantized.
         rotation: sizes of the rotations, by the end of a module's name.
         ignore: what is left unquantized for other reasons.
     """
     for name in source.entries:
         module, _, key = name.rpartition(".")
-        is_plain = key == "weight" and module not in specs and not is_ignored(module, ignore)
+        is_plain = key == "weight" and module not in quantized and not is_ignored(module, ignore)
         if is_plain and longest_suffix(rotation, module) is not None:
             yield module
 
@@ -281,23 +208,33 @@ def make_plan(
     head_bits = bits_unless_ignored(HEAD_MODULE, "--lm-head-bits", head_bits, source.ignore)
     embedding_bits = bits_unless_ignored(EMBEDDING_MODULE, "--embedding-bits", embedding_bits, source.ignore)
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
-    # A tied head is the 8-bit embedding.
-    head_source = None if source.tied_head and embedding_source else choose_head(source, head_bits)
+    head_spec = head_in_planes(source, head_bits, rank, bits, clip)
+    # A tied head is the 8-bit embedding, unless it has planes of its own.
+    is_embedding = source.tied_head and embedding_source and head_spec is None
+    head_source = None if is_embedding else choose_head(source, head_bits)
+    if head_spec is not None:
+        rotation[HEAD_MODULE] = head_spec.rotation_groups, head_spec.n1, head_spec.n2
+        ignore.remove(HEAD_MODULE)
+    quantized = {*specs, HEAD_MODULE} if head_spec is not None else specs.keys()
     experts = ExpertsFormat(input_transform="first") if has_experts(specs) else None
     format_ = BWLAFormat(
-        format_version=1 if planes == 1 and embedding_source is None and experts is None else 2,
-        planes=planes,
+        format_version=1
+        if head_spec is None and planes == 1 and not embedding_source and experts is None
+        else 2,
+        planes=_planes_setting(dict.fromkeys(specs, planes), head_spec),
         input_activations=activation_args(bits),
         clip=clip,
         rank=rank,
         rotation=rotation,
-        ignore=list(dict.fromkeys([*ignore, *namesakes(source, specs, rotation, ignore)])),
-        lm_head=head_args() if head_source else None,
+        ignore=list(dict.fromkeys([*ignore, *namesakes(source, quantized, rotation, ignore)])),
+        lm_head=head_args() if head_source and head_spec is None else None,
         embedding=head_args() if embedding_source else None,
         experts=experts,
         provenance=provenance,
     )
-    return ConversionPlan(specs, rank, fitting, format_, head_source, embedding_source, source.tied_head)
+    return ConversionPlan(
+        specs, rank, fitting, format_, head_source, embedding_source, source.tied_head, head_spec
+    )
 
 
 def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPlan:
@@ -305,17 +242,38 @@ def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPl
 
     Args:
         plan: the plan.
-        clips: clipping ratio of every linear, by module path.
+        clips: clipping ratio of every linear, by module path, and of a head in binary planes.
     """
-    if all(spec.clip == clips[name] for name, spec in plan.specs.items()):
+    planned = {**plan.specs, **({} if plan.head_spec is None else {HEAD_MODULE: plan.head_spec})}
+    if all(spec.clip == clips[name] for name, spec in planned.items()):
         return plan
-    specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.specs.items()}
-    return replace(plan, specs=specs, format=plan.format.model_copy(update={"clip": _settings(clips)}))
+    specs = {name: replace(spec, clip=clips[name]) for name, spec in planned.items()}
+    head_spec = specs.pop(HEAD_MODULE, None)
+    format_ = plan.format.model_copy(update={"clip": _settings(clips)})
+    return replace(plan, specs=specs, head_spec=head_spec, format=format_)
 
 
 def _settings(values: Mapping[str, Value]) -> dict[str, Value]:
     """Return the settings of linears by name with one entry for all experts of a layer, whose values are equal."""
     return {settings_name(name): value for name, value in values.items()}
+
+
+def _planes_setting(planes: Mapping[str, int], head: LayerSpec | None) -> int | dict[str, int]:
+    """Return the numbers of planes as the config has them: one for all, or by the end of a linear's name.
+
+    Args:
+        planes: planes of every linear, by module path.
+        head: spec of a head in binary planes, or None.
+    """
+    of_head = {} if head is None else {HEAD_MODULE: head.planes}
+    counts = set(planes.values())
+    if len(counts) > 1:
+        return _settings({**planes, **of_head})
+    return (
+        counts.pop()
+        if counts >= set(of_head.values())
+        else {kind_of(name): planes[name] for name in planes} | of_head
+    )
 
 
 def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits: int) -> ConversionPlan:
@@ -324,19 +282,19 @@ def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits
     Args:
         plan: the plan.
         planes: planes of every linear, by module path; equal within an input group.
-        rank: rank of the low-rank correction.
+        rank: rank of the low-rank correction, also that of a head in binary planes.
         bits: activation bits.
     """
     specs = {
         name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
     }
-    counts = set(planes.values())
+    head_spec = None if plan.head_spec is None else replace(plan.head_spec, rank=rank, bits=bits)
+    additions = (plan.format.experts, plan.format.embedding, head_spec)
     changes: dict[str, object] = {
-        "format_version": 1 if counts == {1} and plan.format.experts is None else 2,
-        "planes": _settings(planes) if len(counts) > 1 else counts.pop(),
+        "format_version": 1 if set(planes.values()) == {1} and not any(additions) else 2,
+        "planes": _planes_setting(planes, head_spec),
         "rank": rank,
         "input_activations": activation_args(bits),
     }
-    return replace(
-        plan, specs=specs, rank=rank, fitting_rank=rank, format=plan.format.model_copy(update=changes)
-    )
+    format_ = plan.format.model_copy(update=changes)
+    return replace(plan, specs=specs, head_spec=head_spec, rank=rank, fitting_rank=rank, format=format_)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
-from bwla_converter.options import Calibration, Options
+from bwla_converter.options import HEAD_PLANES, Calibration, Options
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.paper import PaperOptions
@@ -76,7 +76,7 @@ RECIPES: Mapping[str, type[DataFreeRecipe] | type[PaperRecipe] | type[FastRecipe
 
 
 SEVERAL_PLANES = ("fast", "best")
-"""Recipes that choose the signs of several planes."""
+"""Recipes that choose the signs of several planes, which a head needs."""
 
 
 def make_recipe(options: Options, source: Source, store: ActivationStore | None = None) -> Recipe:
@@ -125,7 +125,9 @@ def best_options(options: Options, fast_options: FastOptions, num_layers: int) -
     return replace(best, tune=tune, distill=distill)
 
 
-def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) -> None:
+def check_recipe(
+    name: str, calibration: Calibration | None, planes: int = 1, head_bits: int | None = None
+) -> None:
     """Check that the recipe exists, has the calibration data that it needs, and can choose that many planes.
 
     Raises:
@@ -141,4 +143,9 @@ def check_recipe(name: str, calibration: Calibration | None, planes: int = 1) ->
     if planes > 1 and name not in SEVERAL_PLANES:
         raise BWLAError(
             f"recipe {name!r} chooses the signs of one plane, found --planes {planes}: use --recipe fast or best"
+        )
+    if head_bits in HEAD_PLANES and name not in SEVERAL_PLANES:
+        raise BWLAError(
+            f"recipe {name!r} does not quantize the head, found --lm-head-bits {head_bits}: use --recipe fast or best, "
+            "or --lm-head-bits 8"
         )

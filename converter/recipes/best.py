@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
+from bwla_converter.calibration.head import head_of_samples
 from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
@@ -238,6 +239,10 @@ class BestRecipe:
             changed[full_name] = parameter.detach().to(dtype, copy=True)
             parameter.data.copy_(changed[full_name])  # rounded to the stored dtype
         return changed
+
+    def quantize_head(self, weight: Tensor, spec: LayerSpec) -> GroupResult:
+        """Quantize the head W [V, K] in binary planes, once all layers are quantized."""
+        return head_of_samples(self.loop, self.fitted_norm(), weight, spec, self.seed, self.options.fast)
 
     @staticmethod
     def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:

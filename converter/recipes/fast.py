@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
+from bwla_converter.calibration.head import head_of_samples
 from bwla_converter.calibration.loop import CalibrationLoop, QuantizeGroup
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
 from bwla_converter.options import Calibration
@@ -65,7 +66,7 @@ class FastRecipe:
         options: fast.FastOptions | None = None,
         store: ActivationStore | None = None,
     ) -> None:
-        self.options = options or fast.FastOptions()
+        self.seed, self.options = seed, options or fast.FastOptions()
         quantize_group = closed_form(seed, self.options)
         self.loop = CalibrationLoop(
             source, calibration, seed, quantize_group, store, self.options.compensate_residual_stream
@@ -101,6 +102,10 @@ class FastRecipe:
     def fitted_norm(self) -> dict[str, Tensor]:
         """Return the fitted final norm's weight by its full name; nothing where the options leave it as it is."""
         return self.loop.fit_final_norm() if self.options.final_norm else {}
+
+    def quantize_head(self, weight: Tensor, spec: LayerSpec) -> GroupResult:
+        """Quantize the head W [V, K] in binary planes, once all layers are quantized."""
+        return head_of_samples(self.loop, self.fitted_norm(), weight, spec, self.seed, self.options)
 
     @staticmethod
     def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:

@@ -59,7 +59,7 @@ def model_card(contents: Contents, metadata: Mapping[str, Any], location: str = 
     on_hub = HUB_ID.fullmatch(base) is not None and bool(provenance.revision)
     relation = {"base_model": base, "base_model_relation": "quantized"} if on_hub else {}
     fields: dict[str, Any] = {"pipeline_tag": "text-generation", **metadata, **relation}
-    planes = {spec.planes for spec in contents.specs.values()}
+    planes = planes_of(contents)
     tags = ["bwla", *(["1-bit"] if planes == {1} else []), "vllm", "quantized"]
     data = ModelCardData(library_name="vllm", tags=tags, **fields)
     return (
@@ -86,6 +86,11 @@ def model_card(contents: Contents, metadata: Mapping[str, Any], location: str = 
     )
 
 
+def planes_of(contents: Contents) -> set[int]:
+    """Return the numbers of planes that the decoder layers' linears have."""
+    return {spec.planes for spec in contents.specs.values()}
+
+
 def command(contents: Contents) -> str:
     """Return the command that reproduces this checkpoint, without local paths."""
     format_, provenance = contents.format, contents.format.provenance
@@ -97,8 +102,8 @@ def command(contents: Contents) -> str:
             words += [flag, str(calibration[key])] if key in calibration else []
     if provenance.allocation:
         words += [word for key, value in provenance.allocation.items() for word in (f"--{key}", f"{value:g}")]
-    elif isinstance(format_.planes, int) and format_.planes > 1:
-        words += ["--planes", str(format_.planes)]
+    else:
+        words += [word for count in planes_of(contents) if count > 1 for word in ("--planes", str(count))]
     if isinstance(format_.rank, int):
         words += ["--rank", str(format_.rank)]
     words += ["--abits", str(format_.bits)]

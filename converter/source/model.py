@@ -337,19 +337,19 @@ def _name(model: str, folder: Path, revision: str) -> str:
 
 
 def check_values(
-    source: Source, int8: Iterable[str] = (), on_tensor: Callable[[str], None] = lambda name: None
+    source: Source, vocabulary: Iterable[str] = (), on_tensor: Callable[[str], None] = lambda name: None
 ) -> None:
     """Read every tensor once and raise if any holds NaN or infinity.
 
     Args:
         source: the model.
-        int8: names of the tensors that the 8-bit head and embedding are made from.
+        vocabulary: names of the tensors that the quantized head and embedding are made from.
         on_tensor: called with the name of each weight that will be quantized, after it was read.
 
     Raises:
         SourceError: the list of all tensors with problems.
     """
-    quantized = {*_linear_weights(source), *int8}
+    quantized = {*_linear_weights(source), *vocabulary}
     problems = []
     for names in source.read_together():
         for name, tensor in source.read(names).items():

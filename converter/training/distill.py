@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from bwla_converter.calibration.activations import Activations
 from bwla_converter.calibration.layer_runner import LayerRunner
+from bwla_converter.common.weights import dequantized_weight
 from bwla_converter.hf.calls import head_logits
 from bwla_converter.hf.modules import BWLAHead, BWLALinear
 from bwla_converter.hf.whole_model import base_of
@@ -160,7 +161,7 @@ class Distiller:
 
 
 def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STELinear]:
-    """Replace, in place, every BWLA linear by a trainable one with frozen signs, and dequantize an 8-bit head."""
+    """Replace, in place, the linears of all layers by trainable ones with frozen signs, and dequantize the head."""
     linears: dict[str, STELinear] = {}
     structure = runner.source.structure
     for index in range(runner.source.num_layers):
@@ -174,10 +175,20 @@ def make_trainable(model: PreTrainedModel, runner: LayerRunner) -> dict[str, STE
                 linears[name] = STELinear(input_transform, stored, module.spec, stored.get("bias"))
                 model.set_submodule(structure.module_path(name), linears[name])
     head = model.get_submodule(structure.module_path(structure.head))
-    if isinstance(head, BWLAHead):
-        stored = head.stored()
-        dense = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
-        weight = stored["weight_int8"].to(runner.dtype) * stored["weight_scale"].to(runner.dtype).unsqueeze(1)
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        model.set_submodule(structure.module_path(structure.head), dense)
+    if isinstance(head, BWLAHead | BWLALinear):
+        model.set_submodule(structure.module_path(structure.head), _dense_head(head, runner.dtype))
     return linears
+
+
+def _dense_head(head: BWLAHead | BWLALinear, dtype: torch.dtype) -> nn.Linear:
+    """Return a linear with the weight that a quantized head represents."""
+    stored = head.stored()
+    if isinstance(head, BWLALinear):
+        weight = dequantized_weight(stored, head.spec, dtype)
+    else:
+        weight = stored["weight_int8"].to(dtype) * stored["weight_scale"].to(dtype).unsqueeze(1)
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(weight, requires_grad=False)
+    if "bias" in stored:
+        dense.bias = nn.Parameter(stored["bias"].to(dtype), requires_grad=False)
+    return dense

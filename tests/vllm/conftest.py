@@ -182,6 +182,7 @@ def build(
     tied: bool = False,
     rotation: dict[str, tuple[int, int, int]] | None = None,
     ignore: tuple[str, ...] = ("lm_head",),
+    planes: int | dict[str, int] = 1,
     seed: int = 0,
 ) -> Checkpoint:
     """Write a random checkpoint of architecture `kind` and build its reference."""
@@ -196,6 +197,8 @@ def build(
             norm = parameter.dim() == 1 and name.endswith("norm.weight")
             parameter.copy_(1 + 0.1 * noise if norm else 0.3 * noise)
     quantization = BWLAFormat(
+        format_version=1 if planes == 1 else 2,
+        planes=planes,
         input_activations=activation_args(bits),
         rank=rank,
         clip=clip,

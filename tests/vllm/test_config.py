@@ -220,12 +220,6 @@ def test_rotation_that_does_not_fit_names_the_layer(bare_layer: Callable[..., An
         make_config().get_quant_method(bare_layer("linear", 96), "model.layers.0.mlp.down_proj")
 
 
-def test_one_bit_head_is_refused(bare_layer: Callable[..., Any]) -> None:
-    config = make_config(rotation={**ROTATION, "lm_head": (1, 8, 8)}, ignore=[])
-    with pytest.raises(StartError, match=r"lm_head: this release .* --ignore lm_head"):
-        config.get_quant_method(bare_layer("head"), "lm_head")
-
-
 @pytest.mark.parametrize(
     "prefix", ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.routed_experts"]
 )
@@ -312,9 +306,10 @@ def vocabulary_layer(vllm_config: None, on_rank: Any, monkeypatch: pytest.Monkey
         ("lm_head", False, True, "lm_head", "ParallelLMHead", None),
         ("embedding", False, False, "lm_head", "ParallelLMHead", None),
         ("lm_head", False, False, "embed_tokens", "VocabParallelEmbedding", None),
+        ("planes", False, False, "lm_head", "ParallelLMHead", "--lm-head-bits"),
     ],
 )
-def test_a_class_that_cannot_take_8_bits_is_named(
+def test_a_class_that_cannot_take_a_quantized_vocabulary_is_named(
     stored: str,
     tied: bool,
     drops_head: bool,
@@ -323,7 +318,10 @@ def test_a_class_that_cannot_take_8_bits_is_named(
     option: str | None,
     vocabulary_layer: Callable[..., Any],
 ) -> None:
-    quantization = BWLAFormat(format_version=2, rotation=ROTATION, **{stored: head_args()})
+    settings: dict[str, Any] = {stored: head_args(), "rotation": ROTATION}
+    if stored == "planes":
+        settings = {"planes": 2, "rotation": {**ROTATION, "lm_head": (1, 8, 8)}, "ignore": []}
+    quantization = BWLAFormat(format_version=2, **settings)
     watch = VocabularyWatch(None, quantization, tied, drops_head)
     try:
         if option is None:

@@ -112,6 +112,9 @@ def test_a_classifier_from_an_8_bit_head_is_refused() -> None:
         check_derived_head(derived, quantization)
     check_derived_head(config_of(), quantization)
     check_derived_head(derived, quantization.model_copy(update={"lm_head": None}))
+    planes = {"lm_head": None, "rotation": {"lm_head": (1, 8, 8)}, "ignore": []}
+    with pytest.raises(StartError, match=r"lm_head: expected 16 bits.*--lm-head-bits 16"):
+        check_derived_head(derived, quantization.model_copy(update=planes))
 
 
 @pytest.mark.parametrize("listed", [True, False])

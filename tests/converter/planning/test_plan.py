@@ -5,17 +5,15 @@ from dataclasses import replace
 import pytest
 from bwla_converter.common.bits import AUTO_RANK_BITS_PER_WEIGHT, auto_rank, largest_fitting_rank
 from bwla_converter.planning.plan import (
-    LARGE_HEAD,
     ConversionPlan,
-    choose_embedding,
-    choose_head,
     input_bytes,
     make_plan,
     with_clips,
+    with_planes,
 )
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.errors import FormatError, SourceError
-from bwla_kernels.format.schema import Provenance
+from bwla_kernels.format.schema import Provenance, parse_config
 
 PROVENANCE = Provenance(base_model="m", recipe="data-free", seed=0)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -79,42 +77,6 @@ def test_the_automatic_rank_stays_within_the_bits(source: Source) -> None:
     assert plan(wide, rank=made.fitting_rank + 1).bits_per_weight > AUTO_RANK_BITS_PER_WEIGHT
 
 
-def test_an_untied_head_is_quantized_unless_16_bits_are_requested(source: Source) -> None:
-    assert [choose_head(source, bits) for bits in (None, 8, 16)] == [HEAD, HEAD, None]
-
-
-def test_a_tied_head_is_quantized_where_it_is_large_or_requested(tied: Source) -> None:
-    assert [choose_head(tied, bits) for bits in (None, 8, 16)] == [None, EMBEDDING, None]
-    large = {**tied.entries, EMBEDDING: replace(tied.entries[EMBEDDING], shape=(LARGE_HEAD // 64, 64))}
-    assert choose_head(replace(tied, entries=large), None) == EMBEDDING
-
-
-def test_a_family_without_a_head_of_its_own_keeps_the_tied_one(make_model) -> None:
-    source = open_source(str(make_model("Gemma 2", tie_word_embeddings=True)))
-    assert choose_head(source, None) is None
-    with pytest.raises(SourceError, match="tied and unquantized, found --lm-head-bits 8"):
-        choose_head(source, 8)
-    with pytest.raises(SourceError, match="found tie_word_embeddings false"):
-        choose_head(replace(source, tied_head=False), None)
-
-
-def test_the_embedding_has_8_bits_unless_16_are_requested(source: Source, tied: Source) -> None:
-    assert [choose_embedding(source, bits) for bits in (None, 8, 16)] == [EMBEDDING, EMBEDDING, None]
-    assert choose_embedding(source, None, head_bits=16) == EMBEDDING
-    # A tied head has the bits of the embedding, so either option can ask for 16.
-    assert [choose_embedding(tied, None, head_bits) for head_bits in (None, 8, 16)] == [
-        EMBEDDING,
-        EMBEDDING,
-        None,
-    ]
-    with pytest.raises(
-        SourceError, match="both have the same bits, found --embedding-bits 8 and --lm-head-bits 16"
-    ):
-        choose_embedding(tied, 8, head_bits=16)
-    with pytest.raises(SourceError, match="--embedding-bits: expected 8, 16 or auto, found 4"):
-        choose_embedding(source, 4)
-
-
 def test_an_ignored_head_or_embedding_stays_unquantized(source: Source) -> None:
     made = plan(replace(source, ignore=("lm_head", "embed_tokens")))
     assert (made.head_source, made.embedding_source) == (None, None)
@@ -123,15 +85,6 @@ def test_an_ignored_head_or_embedding_stays_unquantized(source: Source) -> None:
         SourceError, match="lm_head: expected --lm-head-bits 16 with --ignore lm_head, found 8"
     ):
         make_plan(replace(source, ignore=("lm_head",)), 2, 6, None, PROVENANCE, 8)
-
-
-def test_a_family_whose_embedding_vllm_cannot_quantize_keeps_it(make_model) -> None:
-    source = open_source(str(make_model("Gemma 2", tie_word_embeddings=True)))
-    assert choose_embedding(source, None) is None
-    with pytest.raises(
-        SourceError, match="no quantized embedding for Gemma2ForCausalLM, found --embedding-bits 8"
-    ):
-        choose_embedding(source, 8)
 
 
 def test_a_tied_head_is_the_8_bit_embedding(tied: Source) -> None:
@@ -185,10 +138,67 @@ def test_what_cannot_be_planned_is_refused(source: Source) -> None:
         SourceError, match=r"q_proj: expected a rank of at most 64 for its 128 x 64 weight, found 65"
     ):
         plan(source, rank=65)
-    with pytest.raises(SourceError, match="--lm-head-bits: expected 8, 16 or auto, found 4"):
-        choose_head(source, 4)
     with pytest.raises(SourceError, match="--ignore excludes all"):
         plan(replace(source, ignore=("re:.*_proj",)))
     for bits, clip in ((9, None), (6, 1.5)):
         with pytest.raises(FormatError):
             plan(source, bits=bits, clip=clip)
+
+
+def head_plan(source: Source, planes: int = 1, bits: int = 4) -> ConversionPlan:
+    return make_plan(source, 2, 6, None, PROVENANCE, bits, planes)
+
+
+def test_a_head_in_planes_is_a_linear_of_its_own(source: Source, tied: Source) -> None:
+    for model in (source, tied):
+        made = head_plan(model)
+        spec = made.head_spec
+        assert spec is not None
+        assert (spec.out_features, spec.in_features, spec.planes, spec.rank) == (96, 64, 4, 2)
+        assert "lm_head" not in made.specs
+        assert made.format.layer_spec("lm_head", 96, 64) == spec
+        assert made.format.is_quantized("language_model.lm_head")
+        assert (made.format.lm_head, made.format.format_version) == (None, 2)
+        assert made.int8_sources == {"model.embed_tokens": EMBEDDING}
+        assert made.is_replaced(HEAD)
+        assert made.bits_per_weight == plan(model).bits_per_weight
+        for name, of_layer in made.specs.items():
+            assert made.format.layer_spec(name, of_layer.out_features, of_layer.in_features) == of_layer
+        few, many = (head_plan(model, bits=bits).output_bytes(model) for bits in (2, 4))
+        assert many - few == 2 * 96 * 64 // 8 + 2 * 2 * 96  # signs and scales
+
+
+def test_as_many_planes_everywhere_are_one_number(source: Source) -> None:
+    assert head_plan(source, planes=2, bits=2).format.planes == 2
+    mixed = head_plan(source, planes=2, bits=3).format.planes
+    assert mixed == {**dict.fromkeys(plan(source).format.rotation, 2), "lm_head": 3}
+
+
+def test_allocated_planes_leave_the_head_its_own(source: Source) -> None:
+    made = head_plan(source, planes=3)
+    names = list(made.specs)
+    for planes in (dict.fromkeys(names, 1), {name: 1 + number % 2 for number, name in enumerate(names)}):
+        chosen = with_planes(made, planes, 5, 8)
+        assert chosen.head_spec is not None
+        assert (chosen.head_spec.planes, chosen.head_spec.rank, chosen.head_spec.bits) == (4, 5, 8)
+        assert chosen.format.layer_spec("lm_head", 96, 64) == chosen.head_spec
+        for name, spec in chosen.specs.items():
+            assert chosen.format.layer_spec(name, spec.out_features, spec.in_features) == spec
+
+
+def test_one_plane_everywhere_needs_version_2_with_an_8_bit_embedding(source: Source) -> None:
+    """What --bits writes where it allocates a single plane to all linears."""
+    made = make_plan(source, 2, 6, None, PROVENANCE, None, 2)
+    chosen = with_planes(made, dict.fromkeys(made.specs, 1), 2, 6)
+    assert (chosen.format.planes, chosen.format.format_version) == (1, 2)
+    assert parse_config(chosen.format.to_json()) == chosen.format
+
+
+def test_the_clip_of_a_head_in_planes(source: Source) -> None:
+    made = head_plan(source)
+    ones = dict.fromkeys([*made.specs, "lm_head"], 1.0)
+    assert with_clips(made, ones) is made
+    clipped = with_clips(made, {**ones, "lm_head": 0.5})
+    assert clipped.head_spec is not None
+    assert clipped.head_spec.clip == 0.5
+    assert clipped.format.layer_spec("lm_head", 96, 64) == clipped.head_spec
