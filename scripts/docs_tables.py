@@ -22,6 +22,7 @@ from scripts.tables.quality import (
     calibration_text_table,
     embedding_table,
     frontier_table,
+    head_table,
     quality_table,
 )
 from scripts.tables.results import ROOT, markdown_table, read_result, read_rows
@@ -88,6 +89,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "ablations": ablation_table,
     "amounts": amounts_table,
     "embedding": embedding_table,
+    "head": head_table,
     "calibration_text": calibration_text_table,
     "cpu": cpu_table,
     "experts": experts_table,

@@ -3,6 +3,7 @@
 python -m benchmarks.serving.engines JOB.json ANSWER.json      (serve.py and gpu_serve.py call this)
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -59,7 +60,9 @@ class Job:
         folder: folder of a model, or of a config alone.
         batches: numbers of concurrent requests for decode.
         prefills: prompt lengths for prefill.
-        prefill_batches: numbers of concurrent requests for prefill.
+        prefill_batches: numbers of concurrent requests for prefill of the first length; the others have one.
+        contexts: tokens of context before the answer of one request, for decode at length; the context is computed
+            once, and found in the cache of prefixes afterwards.
         repeats: repetitions of each measurement, of which the median is taken.
         engine: further arguments of `vllm.LLM`.
         environment: further environment variables of the process.
@@ -70,10 +73,16 @@ class Job:
     batches: list[int]
     prefills: list[int]
     prefill_batches: list[int] = field(default_factory=lambda: [1])
+    contexts: list[int] = field(default_factory=list)
     repeats: int = 3
     engine: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     long_answer: int = 32
+
+
+def name_of(shape: str) -> str:
+    """Return the name of a shape in results: qwen3-8b, for example."""
+    return f"{'qwen2.5' if SHAPES[shape].get('model_type') == 'qwen2' else 'qwen3'}-{shape}"
 
 
 def write_config(folder: Path, shape: str) -> None:
@@ -95,8 +104,8 @@ def resident_bytes() -> int:
 def measure(job: Job) -> dict[str, Any]:
     """Start the engine in this process and time it.
 
-    Returns: `decode` {batch: tokens/s}, `prefill` {"batch x length": tokens/s}, `start_s`, `first_answer_s` since the
-        process started, `resident_bytes`.
+    Returns: `decode` {batch: tokens/s}, `decode_at` {context: tokens/s}, `prefill` {"batch x length": tokens/s},
+        `start_s`, `first_answer_s` since the process started, `resident_bytes`.
     """
     from vllm import LLM, SamplingParams
 
@@ -106,7 +115,7 @@ def measure(job: Job) -> dict[str, Any]:
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_num_seqs=max(job.batches + job.prefill_batches),
-        enable_prefix_caching=False,
+        enable_prefix_caching=bool(job.contexts),
         disable_log_stats=True,
         **job.engine,
     )
@@ -114,28 +123,40 @@ def measure(job: Job) -> dict[str, Any]:
     engine.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=1), use_tqdm=False)
     first_answer_s = time.time() - psutil.Process().create_time()
 
-    def seconds(batch: int, prompt: int, answer: int) -> float:
+    asked = itertools.count(2)
+
+    def seconds(batch: int, prompt: int, answer: int, cached: bool = False) -> float:
+        # No prompt begins as an earlier one does, unless its keys and values are to be found in the cache.
+        first = 1 if cached else next(asked)
         options = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True, detokenize=False)
         prompts = [
-            {"prompt_token_ids": [(7 * i + 13 * b) % 5000 + 10 for i in range(prompt)]} for b in range(batch)
+            {"prompt_token_ids": [first, *((7 * i + 13 * b) % 5000 + 10 for i in range(1, prompt))]}
+            for b in range(batch)
         ]
         begun = time.perf_counter()
         engine.generate(prompts, options, use_tqdm=False)
         return time.perf_counter() - begun
 
-    decode, prefill = {}, {}
-    for batch in job.batches:
-        seconds(batch, 16, 4)
-        slopes = [seconds(batch, 16, 8 + job.long_answer) - seconds(batch, 16, 8) for _ in range(job.repeats)]
-        decode[str(batch)] = batch * job.long_answer / statistics.median(slopes)
+    def speed(batch: int, context: int, cached: bool = False) -> float:
+        seconds(batch, context, 4, cached)
+        slopes = [
+            seconds(batch, context, 8 + job.long_answer, cached) - seconds(batch, context, 8, cached)
+            for _ in range(job.repeats)
+        ]
+        return batch * job.long_answer / statistics.median(slopes)
+
+    decode = {str(batch): speed(batch, 16) for batch in job.batches}
+    decode_at = {str(context): speed(1, context, cached=True) for context in job.contexts}
+    prefill = {}
     for batch in job.prefill_batches:
-        for length in job.prefills:
+        for length in job.prefills if batch == 1 else job.prefills[:1]:
             times = [seconds(batch, length, 1)]
             if times[0] < SLOW_SECONDS:  # for slow prompts the overhead of the first call does not matter
                 times = [seconds(batch, length, 1) for _ in range(job.repeats)]
             prefill[f"{batch}x{length}"] = batch * length / statistics.median(times)
     return {
         "decode": decode,
+        "decode_at": decode_at,
         "prefill": prefill,
         "start_s": start_s,
         "first_answer_s": first_answer_s,

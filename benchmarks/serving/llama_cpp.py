@@ -8,14 +8,15 @@ Its benchmark tool comes with the source distribution of llama-cpp-python, which
     cmake --build llama-build -j 2 --target llama-bench
 
 A file has the linears (of attention, MLPs and experts) and the embedding in one type of weights, the head, or an
-embedding that is tied to it, in Q6_K, as llama.cpp's own quantization tool chooses, and norms and routers in float32.
+embedding that is tied to it, in Q6_K (in Q8_0 where its width is no multiple of 256), as llama.cpp's own quantization tool
+chooses, and norms and routers in float32.
 All bytes of a block but its scales are random: speed does not depend on them.
 """
 
 import json
 import math
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,28 +74,32 @@ class Weight:
 
 
 def weights(settings: dict[str, Any], kind: str) -> Iterator[Weight]:
-    """Yield the tensors of a Qwen3 model, dense or a mixture of experts, of settings as in `engines.SHAPES`."""
+    """Yield the tensors of a Qwen2 or Qwen3 model of settings as in `engines.SHAPES`."""
     hidden, head_size = settings["hidden_size"], settings["head_dim"]
     queries, keys = (head_size * settings[f"num_{name}_heads"] for name in ("attention", "key_value"))
     experts = settings.get("num_experts")
 
-    def tensor(name: str, shape: tuple[int, ...], tensor_kind: str, layer: int | None = None) -> Weight:
+    def tensor(
+        name: str, shape: tuple[int, ...], tensor_kind: str, layer: int | None = None, suffix: str = "weight"
+    ) -> Weight:
         full = gguf.TENSOR_NAMES[gguf.MODEL_TENSOR[name]].format(bid=layer)
-        return Weight(f"{full}.weight", shape, tensor_kind)
+        return Weight(f"{full}.{suffix}", shape, tensor_kind)
 
     tied = settings["tie_word_embeddings"]
-    yield tensor("TOKEN_EMBD", (settings["vocab_size"], hidden), HEAD if tied else kind)
+    head = HEAD if hidden % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[HEAD]][0] == 0 else "Q8_0"
+    yield tensor("TOKEN_EMBD", (settings["vocab_size"], hidden), head if tied else kind)
     yield tensor("OUTPUT_NORM", (hidden,), "F32")
     if not tied:
-        yield tensor("OUTPUT", (settings["vocab_size"], hidden), HEAD)
+        yield tensor("OUTPUT", (settings["vocab_size"], hidden), head)
     for layer in range(settings["num_hidden_layers"]):
-        for name, size in (
-            ("ATTN_NORM", hidden),
-            ("FFN_NORM", hidden),
-            ("ATTN_Q_NORM", head_size),
-            ("ATTN_K_NORM", head_size),
-        ):
-            yield tensor(name, (size,), "F32", layer)
+        yield tensor("ATTN_NORM", (hidden,), "F32", layer)
+        yield tensor("FFN_NORM", (hidden,), "F32", layer)
+        if settings["model_type"] == "qwen2":
+            for name, size in (("ATTN_Q", queries), ("ATTN_K", keys), ("ATTN_V", keys)):
+                yield tensor(name, (size,), "F32", layer, "bias")
+        else:
+            for name in ("ATTN_Q_NORM", "ATTN_K_NORM"):
+                yield tensor(name, (head_size,), "F32", layer)
         for name, rows, columns in (
             ("ATTN_Q", queries, hidden),
             ("ATTN_K", keys, hidden),
@@ -123,7 +128,7 @@ def write_gguf(path: Path, settings: dict[str, Any], kind: str) -> None:
         kind: type of the linears' weights, one of `SCALES`.
     """
     experts = settings.get("num_experts")
-    writer = GGUFWriter(path, "qwen3moe" if experts else "qwen3")
+    writer = GGUFWriter(path, settings["model_type"].replace("_", ""))
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(settings["vocab_size"])
     writer.add_context_length(settings["max_position_embeddings"])
@@ -155,7 +160,16 @@ def write_gguf(path: Path, settings: dict[str, Any], kind: str) -> None:
     writer.close()
 
 
-def time_model(bench: Path, model: Path, prefill: int, answer: int, threads: int) -> dict[str, float]:
+def time_model(
+    bench: Path,
+    model: Path,
+    prefill: int,
+    answer: int,
+    threads: int,
+    *,
+    long_prefill: int = 0,
+    contexts: Sequence[int] = (),
+) -> dict[str, float]:
     """Run llama.cpp's benchmark tool on a file.
 
     Args:
@@ -164,15 +178,28 @@ def time_model(bench: Path, model: Path, prefill: int, answer: int, threads: int
         prefill: tokens of the prompt.
         answer: tokens of the answer, which follows an empty context.
         threads: threads.
+        long_prefill: tokens of a longer prompt; 0 for none.
+        contexts: tokens of context before further answers.
 
-    Returns: `decode` and `prefill` in tokens/s, means of the tool's repetitions.
+    Returns: `decode` and `prefill` in tokens/s, means of the tool's repetitions; of the longer ones, `prefill_2048` and
+        `decode_1024`, for example.
 
     Raises:
         RuntimeError: the tool failed; quotes the end of its output.
     """
-    command = [bench, "-m", model, "-p", prefill, "-n", answer, "-t", threads, "-r", 3, "-o", "json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{bench.name} failed on {model.name}: {done.stderr.strip()[-500:]}")
-    rows = json.loads(done.stdout)
-    return {"decode" if row["n_gen"] else "prefill": row["avg_ts"] for row in rows}
+    runs: list[list[object]] = [["-p", prefill, "-n", answer, "-r", 3]]
+    if long_prefill:
+        runs.append(["-p", long_prefill, "-n", 0, "-r", 1])
+    if contexts:
+        runs.append(["-p", 0, "-n", answer, "-d", ",".join(map(str, contexts)), "-r", 1])
+    found = {}
+    for options in runs:
+        command = [bench, "-m", model, "-t", threads, "-o", "json", *options]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{bench.name} failed on {model.name}: {done.stderr.strip()[-500:]}")
+        for row in json.loads(done.stdout):
+            name = "decode" if row["n_gen"] else "prefill"
+            length = row.get("n_depth") or (row["n_prompt"] if row["n_prompt"] == long_prefill else 0)
+            found[f"{name}_{length}" if length else name] = row["avg_ts"]
+    return found

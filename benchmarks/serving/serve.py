@@ -8,6 +8,8 @@ The weights are random, since speed does not depend on them: vLLM's dummy loader
 `bwla-convert --dummy` for BWLA. Each engine runs in a separate process. Decode is the slope between two answer
 lengths, which cancels prefill and start-up; prefill is one long prompt with one answer token.
 
+With `--long`, one request is also timed with a prompt of 2,048 tokens, and behind contexts of 1,024 and 4,096.
+
 With `--llama-bench` (llama_cpp.py says how it is built), llama.cpp is timed at the same shapes, with one request, in
 the same run: its two speeds are those of its own tool.
 
@@ -20,30 +22,39 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common.record import write_result
-from benchmarks.serving.engines import COMMON, SHAPES, Job, run_job, write_config
+from benchmarks.serving.engines import COMMON, SHAPES, Job, name_of, run_job, write_config
 from benchmarks.serving.llama_cpp import SCALES, time_model, write_gguf
 
 PREFILL, ANSWER = 256, 32
+LONG_PREFILL, CONTEXTS = 2048, [1024, 4096]
 KV_BYTES = 320 << 20
 """KV cache of one request of 1,024 tokens at the largest shape, rounded up to whole cache blocks."""
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def job(folder: Path, load_format: str, batches: list[int], eager: bool = False) -> Job:
+def job(folder: Path, load_format: str, batches: list[int], eager: bool = False, long: bool = False) -> Job:
     """Return the job of an engine, with the same settings for bf16 and BWLA."""
     engine = {
         "enforce_eager": eager,
         "load_format": load_format,
-        "max_model_len": 1024,
-        "kv_cache_memory_bytes": KV_BYTES * max(batches),
+        "max_model_len": 4224 if long else 1024,
+        "kv_cache_memory_bytes": kv_bytes(batches, long),
     }
-    return Job(str(folder), batches, [PREFILL], batches, engine=engine, environment=ENVIRONMENT)
+    prefills = [PREFILL, LONG_PREFILL] if long else [PREFILL]
+    contexts = CONTEXTS if long else []
+    return Job(str(folder), batches, prefills, batches, contexts, engine=engine, environment=ENVIRONMENT)
+
+
+def kv_bytes(batches: list[int], long: bool) -> int:
+    """Return the bytes of the KV cache of an engine."""
+    return KV_BYTES * max(*batches, 5 if long else 1)
 
 
 def weight_bytes(folder: Path) -> int:
@@ -67,65 +78,105 @@ def memory_bound(bf16_resident: int, bf16_weights: int, kv: int, checkpoint: int
     return {"kv_bytes": kv, "vllm_own_bytes": own, "bound_bytes": round(1.15 * checkpoint) + kv + own}
 
 
-def llama_rows(shape: str, bench: Path, kinds: list[str]) -> dict[str, Any]:
+def llama_rows(shape: str, bench: Path, kinds: list[str], long: bool) -> dict[str, Any]:
     """Time llama.cpp at a model shape; return its speeds and file sizes by the names of the result's row."""
+    lengths: dict[str, Any] = {"long_prefill": LONG_PREFILL, "contexts": CONTEXTS} if long else {}
     row: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as work:
         for kind in kinds:
             model = Path(work) / f"{kind}.gguf"
             write_gguf(model, {**COMMON, **SHAPES[shape]}, kind)
-            found = time_model(bench, model, PREFILL, ANSWER, torch.get_num_threads())
+            found = time_model(bench, model, PREFILL, ANSWER, torch.get_num_threads(), **lengths)
             row |= {f"llama_{kind}_{what}_tok_s": speed for what, speed in found.items()}
             row[f"llama_{kind}_file_bytes"] = model.stat().st_size
             print(
-                f"qwen3-{shape} llama.cpp {kind}: decode {found['decode']:.2f} tok/s, "
-                f"prefill {found['prefill']:.2f} tok/s",
+                f"{name_of(shape)} llama.cpp {kind}: "
+                + ", ".join(f"{what} {speed:.2f} tok/s" for what, speed in found.items()),
                 flush=True,
             )
             model.unlink()
     return row
 
 
-def compare(shape: str, batches: list[int], with_bf16: bool, eager: bool = False) -> list[dict[str, Any]]:
-    """Measure one model shape in vLLM; return its rows, one for each number of requests."""
+@dataclass(frozen=True)
+class Plan:
+    """What to measure of each shape.
+
+    Attributes:
+        batches: numbers of concurrent requests.
+        head_bits: bits of BWLA's heads, each of which is an engine.
+        with_bf16: whether the unquantized model is measured too.
+        eager: whether vLLM compiles the models.
+        long: whether long prompts and contexts are timed too.
+    """
+
+    batches: list[int]
+    head_bits: list[int]
+    with_bf16: bool = True
+    eager: bool = False
+    long: bool = False
+
+
+def compare(shape: str, plan: Plan) -> list[dict[str, Any]]:
+    """Measure one model shape in vLLM; return its rows, one for each head and number of requests."""
+    batches, rows = plan.batches, []
     with tempfile.TemporaryDirectory() as work:
-        plain, bwla = Path(work) / "plain", Path(work) / "bwla"
+        plain = Path(work) / "plain"
         write_config(plain, shape)
-        convert = Path(sys.executable).with_name("bwla-convert")
-        subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", "8"], check=True)
-        size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
-        ours = run_job(job(bwla, "auto", batches, eager))
-        theirs = run_job(job(plain, "dummy", batches, eager)) if with_bf16 else None
-        memory = {}
-        if theirs is not None:
-            kv = KV_BYTES * max(batches)
-            memory = memory_bound(theirs["resident_bytes"], weight_bytes(plain), kv, size)
-            resident, bound = (value / 1e9 for value in (ours["resident_bytes"], memory["bound_bytes"]))
-            print(f"qwen3-{shape}: resident {resident:.2f} GB, bound {bound:.2f} GB", flush=True)
-    rows = []
-    for batch in batches:
-        row: dict[str, Any] = {
-            "model": f"qwen3-{shape}",
-            "batch": batch,
-            "eager": eager,
-            "bwla_checkpoint_bytes": size,
-            **memory,
-        }
-        for name, result in (("bwla", ours), ("bf16", theirs)):
-            if result is not None:
-                row[f"{name}_decode_tok_s"] = result["decode"][str(batch)]
-                row[f"{name}_prefill_tok_s"] = result["prefill"][f"{batch}x{PREFILL}"]
-                row[f"{name}_resident_bytes"] = result["resident_bytes"]
-                row[f"{name}_start_s"] = result["start_s"]
-        line = f"{row['model']} batch {batch}: "
-        for what in ("decode", "prefill"):
-            line += f"{what} {row[f'bwla_{what}_tok_s']:.2f} tok/s"
+        theirs = None
+        if plan.with_bf16:
+            theirs = run_job(job(plain, "dummy", batches, plan.eager, plan.long))
+        for bits in plan.head_bits:
+            bwla = Path(work) / f"bwla-{bits}"
+            convert = Path(sys.executable).with_name("bwla-convert")
+            subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", str(bits)], check=True)
+            size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
+            ours = run_job(job(bwla, "auto", batches, plan.eager, plan.long))
+            facts: dict[str, Any] = {
+                "model": name_of(shape),
+                "head_bits": bits,
+                "eager": plan.eager,
+                "bwla_checkpoint_bytes": size,
+            }
             if theirs is not None:
-                line += f" ({row[f'bwla_{what}_tok_s'] / row[f'bf16_{what}_tok_s']:.2f}x bf16)"
-            line += ", " if what == "decode" else ""
-        print(line, flush=True)
-        rows.append(row)
+                kv = kv_bytes(batches, plan.long)
+                facts |= memory_bound(theirs["resident_bytes"], weight_bytes(plain), kv, size)
+                resident, bound = (value / 1e9 for value in (ours["resident_bytes"], facts["bound_bytes"]))
+                print(f"{name_of(shape)}: resident {resident:.2f} GB, bound {bound:.2f} GB", flush=True)
+            for batch in batches:
+                row = {**facts, "batch": batch}
+                for engine, result in (("bwla", ours), ("bf16", theirs)):
+                    if result is not None:
+                        row |= figures(engine, result, batch, plan.long and batch == 1)
+                print(describe(row), flush=True)
+                rows.append(row)
     return rows
+
+
+def figures(engine: str, result: dict[str, Any], batch: int, long: bool) -> dict[str, Any]:
+    """Return an engine's figures by the names that a row has for them."""
+    row = {
+        f"{engine}_decode_tok_s": result["decode"][str(batch)],
+        f"{engine}_prefill_tok_s": result["prefill"][f"{batch}x{PREFILL}"],
+        f"{engine}_resident_bytes": result["resident_bytes"],
+        f"{engine}_start_s": result["start_s"],
+    }
+    if long:
+        row[f"{engine}_prefill_{LONG_PREFILL}_tok_s"] = result["prefill"][f"1x{LONG_PREFILL}"]
+        row |= {f"{engine}_decode_{context}_tok_s": speed for context, speed in result["decode_at"].items()}
+    return row
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return a line about a row: BWLA's speeds, and how many times bf16's they are."""
+    parts = []
+    for key in row:
+        what = key.removeprefix("bwla_").removesuffix("_tok_s")
+        if key == f"bwla_{what}_tok_s":
+            bf16 = row.get(f"bf16_{what}_tok_s")
+            ratio = "" if bf16 is None else f" ({row[key] / bf16:.2f}x bf16)"
+            parts.append(f"{what} {row[key]:.2f} tok/s{ratio}")
+    return f"{row['model']}, head {row['head_bits']}, batch {row['batch']}: " + ", ".join(parts)
 
 
 def main() -> int:
@@ -141,6 +192,8 @@ def main() -> int:
         help="measure BWLA only, for shapes that do not fit into memory in bf16",
     )
     parser.add_argument("--eager", action="store_true", help="do not compile the models (--enforce-eager)")
+    parser.add_argument("--lm-head-bits", default="8", help="bits of BWLA's head, one or several (8)")
+    parser.add_argument("--long", action="store_true", help="also time long prompts and contexts")
     parser.add_argument("--llama-bench", type=Path, help="llama.cpp's benchmark tool, to be timed too")
     parser.add_argument(
         "--llama-types",
@@ -151,6 +204,8 @@ def main() -> int:
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     kinds = arguments.llama_types.split(",")
+    heads = [int(bits) for bits in arguments.lm_head_bits.split(",")]
+    plan = Plan(batches, heads, not arguments.no_bf16, arguments.eager, arguments.long)
     if arguments.llama_bench and not arguments.llama_bench.is_file():
         parser.error(
             f"--llama-bench: expected llama.cpp's benchmark tool, found no file {arguments.llama_bench}"
@@ -159,9 +214,10 @@ def main() -> int:
         parser.error(f"--llama-types: expected types of {', '.join(SCALES)}, found {', '.join(unknown)}")
     rows = []
     for shape in arguments.models.split(","):
-        found = compare(shape, batches, not arguments.no_bf16, arguments.eager)
+        found = compare(shape, plan)
         if arguments.llama_bench:
-            found[0] |= llama_rows(shape, arguments.llama_bench, kinds)
+            theirs = llama_rows(shape, arguments.llama_bench, kinds, plan.long)
+            found = [row | theirs if row["batch"] == batches[0] else row for row in found]
         rows += found
         if arguments.out:
             write_result(arguments.out, rows)

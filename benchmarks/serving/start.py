@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.record import write_result
-from benchmarks.serving.engines import SHAPES, run_job, write_config
+from benchmarks.serving.engines import SHAPES, name_of, run_job, write_config
 from benchmarks.serving.serve import job
 
 KINDS: dict[str, dict[str, str]] = {"eager": {}, "aot": {"VLLM_USE_AOT_COMPILE": "1"}, "default": {}}
@@ -37,7 +37,7 @@ def starts(folder: Path, shape: str, kind: str) -> list[dict[str, Any]]:
             answer = run_job(question)
             rows.append(
                 {
-                    "model": f"qwen-{shape}",
+                    "model": name_of(shape),
                     "engine": kind,
                     "start": number,
                     "first_answer_s": round(answer["first_answer_s"], 1),

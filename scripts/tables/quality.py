@@ -87,6 +87,20 @@ def embedding_table(name: str) -> str:
     )
 
 
+def head_table(name: str) -> str:
+    """One line per head: its size, and the perplexity with each number of activation bits."""
+    rows = read_result(name)["rows"]
+    lines = []
+    for head in dict.fromkeys(row["head"] for row in rows):
+        mine = {row["abits"]: row for row in rows if row["head"] == head}
+        size = f"{next(iter(mine.values()))['bytes'] / 1e6:.1f}"
+        found = [
+            f"{mine[bits]['ppl']:.2f} ({mine[bits]['d']:.3f})" if bits in mine else "" for bits in (6, 8, 16)
+        ]
+        lines.append([head, size, *found])
+    return markdown_table(["head", "MB", "6-bit inputs", "8-bit inputs", "16-bit inputs"], lines)
+
+
 def frontier_table(name: str) -> str:
     """One line per model, method, size and number of activation bits: what is lost, mean over the seeds."""
     lines = []

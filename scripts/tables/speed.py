@@ -1,5 +1,7 @@
 """Tables about speed and memory, of serving and of conversion."""
 
+from typing import Any
+
 from scripts.tables.results import METHODS, markdown_table, read_result
 
 CONVERSION_PEERS = {
@@ -63,11 +65,17 @@ def variants_table(name: str) -> str:
     return markdown_table([*header, "AMX, one thread: 10^9 multiply-adds/s"], lines)
 
 
+def _model(row: dict[str, Any]) -> str:
+    """Return the name of a row's model, with its head if that is not one of 8 bits."""
+    bits = row.get("head_bits", 8)
+    return row["model"] + ("" if bits == 8 else f", head in {bits} planes")
+
+
 def serving_table(names: str) -> str:
     """One line per model and batch size: decode, prefill and memory in vLLM, BWLA and bf16."""
     lines = []
     for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
-        cells = [row["model"], str(row["batch"])]
+        cells = [_model(row), str(row["batch"])]
         for phase, digits in (("decode", 1), ("prefill", 0)):
             ours, bf16 = row[f"bwla_{phase}_tok_s"], row.get(f"bf16_{phase}_tok_s")
             cells.append(f"{ours:.{digits}f} / " + ("does not fit" if bf16 is None else f"{bf16:.{digits}f}"))
@@ -87,9 +95,9 @@ def llama_table(names: str) -> str:
         if kinds:
             size = f"{row['bwla_checkpoint_bytes'] / 1e9:.1f}"
             ours = [f"{row['bwla_decode_tok_s']:.1f}", "", f"{row['bwla_prefill_tok_s']:.0f}", ""]
-            lines.append([row["model"], "BWLA in vLLM", size, *ours])
+            lines.append([_model(row), "BWLA in vLLM", size, *ours])
         for kind in kinds:
-            cells = [row["model"], f"llama.cpp {kind.removeprefix('llama_')}"]
+            cells = [_model(row), f"llama.cpp {kind.removeprefix('llama_')}"]
             cells.append(f"{row[f'{kind}_file_bytes'] / 1e9:.1f}")
             for phase, digits in (("decode", 1), ("prefill", 0)):
                 theirs = row[f"{kind}_{phase}_tok_s"]

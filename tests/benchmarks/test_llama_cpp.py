@@ -47,7 +47,7 @@ def test_the_type_that_gguf_does_not_dequantize_has_the_same_scales(tmp_path: Pa
         assert data.reshape(-1, 18)[:, 2:].std() > 0
 
 
-@pytest.mark.parametrize("shape", ["0.6b", "8b", "30b-a3b"])
+@pytest.mark.parametrize("shape", ["0.5b", "0.6b", "8b", "30b-a3b"])
 def test_a_file_has_the_tensors_of_the_model(shape: str, tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, settings(shape), "TQ1_0")
@@ -64,7 +64,15 @@ def test_a_file_has_the_tensors_of_the_model(shape: str, tmp_path: Path) -> None
         assert found["blk.1.ffn_gate_inp.weight"] == ([256, 4], "F32")
     else:
         assert found["blk.1.ffn_down.weight"] == ([512, 256], "TQ1_0")
-    assert len(found) == 2 + (not tied) + 2 * (12 if shape == "30b-a3b" else 11)
+    assert ("blk.0.attn_q.bias" in found) == (shape == "0.5b")
+    assert len(found) == 2 + (not tied) + 2 * {"30b-a3b": 12, "0.5b": 12}.get(shape, 11)
+
+
+def test_a_head_of_another_width_has_a_type_that_fits(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, {**settings("0.5b"), "hidden_size": 384}, "Q1_0")
+    found = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert (found["token_embd.weight"], found["blk.0.attn_q.weight"]) == ("Q8_0", "Q1_0")
 
 
 def tool(folder: Path, script: str) -> Path:
@@ -78,6 +86,18 @@ def test_both_speeds_are_read_from_the_tool(tmp_path: Path) -> None:
     rows = [{"n_prompt": 256, "n_gen": 0, "avg_ts": 90.5}, {"n_prompt": 0, "n_gen": 32, "avg_ts": 7.25}]
     bench = tool(tmp_path, f"echo '{json.dumps(rows)}'")
     assert time_model(bench, tmp_path / "m.gguf", 256, 32, 2) == {"prefill": 90.5, "decode": 7.25}
+
+
+def test_longer_prompts_and_contexts_have_names_of_their_own(tmp_path: Path) -> None:
+    script = """case "$*" in
+*-d*) echo '[{"n_prompt": 0, "n_gen": 32, "n_depth": 1024, "avg_ts": 3.0}]' ;;
+*2048*) echo '[{"n_prompt": 2048, "n_gen": 0, "n_depth": 0, "avg_ts": 2.0}]' ;;
+*) echo '[{"n_prompt": 0, "n_gen": 32, "n_depth": 0, "avg_ts": 1.0}]' ;;
+esac"""
+    found = time_model(
+        tool(tmp_path, script), tmp_path / "m.gguf", 256, 32, 2, long_prefill=2048, contexts=[1024]
+    )
+    assert found == {"decode": 1.0, "prefill_2048": 2.0, "decode_1024": 3.0}
 
 
 def test_a_failure_of_the_tool_is_quoted(tmp_path: Path) -> None:
