@@ -176,9 +176,9 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             layer: the module under construction.
             prefix: its name inside the model.
 
-        Returns: `BWLALinearMethod` for a quantized linear, a method of `bwla_vllm.head` for a head or an embedding in
-            8 bits, `BWLAExpertsMethod` for one-bit experts, vLLM's unquantized method for another linear, None (vLLM's
-            default) for everything else.
+        Returns: `BWLALinearMethod` for a quantized linear, a method of `bwla_vllm.vocabulary` for a quantized head or
+            embedding, `BWLAExpertsMethod` for one-bit experts, vLLM's unquantized method for another linear, None
+            (vLLM's default) for everything else.
 
         Raises:
             StartError: a load format or an override that cannot work; a fused layer whose parts are quantized
@@ -224,8 +224,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         """Return the method of a head or an embedding, or None where it is not quantized."""
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-        from bwla_vllm.head import BWLAEmbeddingMethod, BWLAHeadMethod, BWLATiedHeadMethod
-        from bwla_vllm.planes_head import BWLAPlanesHeadMethod
+        from bwla_vllm.vocabulary.head import BWLAEmbeddingMethod, BWLAHeadMethod, BWLATiedHeadMethod
+        from bwla_vllm.vocabulary.planes_head import BWLAPlanesHeadMethod
 
         quantization = self.known_format()
         if isinstance(layer, ParallelLMHead):
@@ -248,8 +248,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
         from bwla_vllm.checks import check_tensor_parallel
         from bwla_vllm.compile_cache import reuse_compiled_graphs
-        from bwla_vllm.head import watch_vocabulary
         from bwla_vllm.loading import check_request
+        from bwla_vllm.vocabulary.head import watch_vocabulary
 
         if not self._start_checked:
             config = get_current_vllm_config_or_none()

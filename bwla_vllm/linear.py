@@ -27,7 +27,6 @@ from bwla_vllm.checks import ADVICE, check_rotation_groups
 from bwla_vllm.compat import untested_triton
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
-from bwla_vllm.head import stop_watching
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import (
     CheckedParameter,
@@ -36,8 +35,10 @@ from bwla_vllm.parameter import (
     SignsParameter,
     is_unset,
     mark_device,
+    replace_parameters,
     unset,
 )
+from bwla_vllm.vocabulary.head import stop_watching
 
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
@@ -162,12 +163,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
                 tensors = {name: _merged(parameter) for name, parameter in stored.items()}
                 validate_layer(self.name, tensors, local.spec)
         prepared = local.backend.prepare(tensors, local.spec)
-        for name in stored:
-            delattr(layer, name)
-        for name, tensor in prepared.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        replace_parameters(layer, stored, prepared)
         mark_device(layer, "weight_packed", torch.int32)
-        layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ be checked beforehand. They follow vLLM's loader protocol, version 2: the layer 
 to call, the parameter narrows.
 """
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from bwla_kernels.errors import FormatError
 from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.format.layer import TensorSpec, shape_problem
 from torch import Tensor
+from torch.nn import Parameter
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -36,6 +38,21 @@ def is_unset(tensor: Tensor) -> bool:
     """Return whether nothing was loaded into a tensor made by `unset`."""
     holes = tensor.isnan() if tensor.is_floating_point() else tensor == UNSET_WORD
     return bool(holes.all())
+
+
+def replace_parameters(layer: Any, stored: Iterable[str], prepared: Mapping[str, Tensor]) -> None:
+    """Replace the stored tensors of a layer by those that its backend made of them, named in `layer.bwla_tensors`.
+
+    Args:
+        layer: vLLM's layer.
+        stored: names of its parameters.
+        prepared: the backend's tensors by the names that they get.
+    """
+    for name in stored:
+        delattr(layer, name)
+    for name, tensor in prepared.items():
+        layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+    layer.bwla_tensors = tuple(prepared)
 
 
 def mark_device(layer: Any, name: str, dtype: torch.dtype) -> None:

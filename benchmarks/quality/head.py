@@ -19,8 +19,8 @@ import torch
 from bwla_converter.calibration.text import calibration_samples
 from bwla_converter.common.bits import stored_bits
 from bwla_converter.options import HEAD_PLANES, Calibration
-from bwla_converter.quantize.head import quantize_head
 from bwla_converter.quantize.moments import Moments
+from bwla_converter.recipes.head import quantize_head
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HEAD_MODULE
@@ -66,8 +66,9 @@ def heads_of(model: PreTrainedModel, samples: Tensor) -> Iterator[Measured]:
     yield Measured("16 bits", 16, bytes_of(weight, 16), 0.0, head)
     yield Measured("8 bits", 16, bytes_of(weight, 8), 0.0, quantized_head(weight))
     moments, inputs = inputs_of(model, samples)
+    rows, columns = weight.shape
     for planes in HEAD_PLANES:
-        spec = LayerSpec(*weight.shape, *choose_rotation(weight.shape[1]), planes=planes)
+        spec = LayerSpec(rows, columns, *choose_rotation(columns), planes=planes)
         begun = time.perf_counter()
         stored = quantize_head(weight, spec, moments, inputs=inputs).tensors[HEAD_MODULE]
         seconds = time.perf_counter() - begun

@@ -8,9 +8,9 @@ Its benchmark tool comes with the source distribution of llama-cpp-python, which
     cmake --build llama-build -j 2 --target llama-bench
 
 A file has the linears (of attention, MLPs and experts) and the embedding in one type of weights, the head, or an
-embedding that is tied to it, in Q6_K (in Q8_0 where its width is no multiple of 256), as llama.cpp's own quantization tool
-chooses, and norms and routers in float32.
-All bytes of a block but its scales are random: speed does not depend on them.
+embedding that is tied to it, in Q6_K, or in Q8_0 where its width is no multiple of 256, as llama.cpp's own quantization
+tool chooses, and norms and routers in float32. All bytes of a block but its scales are random: speed does not depend on
+them.
 """
 
 import json

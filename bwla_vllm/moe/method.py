@@ -11,19 +11,18 @@ from bwla_kernels.experts.spec import stacked_specs
 from bwla_kernels.format.layer import INPUT_TRANSFORM, value_problem
 from bwla_kernels.ops import select_experts_backend
 from torch import Tensor
-from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
 from bwla_vllm.dummy import dummy_experts
 from bwla_vllm.errors import one_sentence
-from bwla_vllm.head import stop_watching
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
 from bwla_vllm.moe.loader import LocalExperts, make_parameter
 from bwla_vllm.moe.select import activation_of, unused_limits
 from bwla_vllm.observe import Observer
-from bwla_vllm.parameter import is_unset, mark_device
+from bwla_vllm.parameter import is_unset, mark_device, replace_parameters
+from bwla_vllm.vocabulary.head import stop_watching
 
 logger = init_logger("vllm.bwla")
 
@@ -108,13 +107,9 @@ class BWLAExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 gate_up, down = (self._loaded(layer, prefix, local) for prefix in ("w13", "w2"))
         with one_sentence():
             prepared = local.backend.prepare(gate_up, down, local.spec)
-        for prefix, tensors in (("w13", gate_up), ("w2", down)):
-            for name in tensors:
-                delattr(layer, f"{prefix}_{name}")
-        for name, tensor in prepared.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        stored = [f"{prefix}_{name}" for prefix, part in (("w13", gate_up), ("w2", down)) for name in part]
+        replace_parameters(layer, stored, prepared)
         mark_device(layer, "weight_packed", torch.int32)
-        layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.name, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:

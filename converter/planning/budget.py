@@ -20,7 +20,7 @@ from bwla_converter.options import Calibration
 from bwla_converter.planning.disk import merging_bytes, replaced_bytes
 from bwla_converter.planning.plan import ConversionPlan
 from bwla_converter.recipes.base import RECIPES
-from bwla_converter.recipes.head import head_cost
+from bwla_converter.recipes.fast import head_cost
 from bwla_converter.recipes.measurements import (
     measurement_compute,
     measurement_hidden_bytes,

@@ -145,6 +145,28 @@ def _name_from_layers(structure: Structure, name: str) -> str:
     return name.removeprefix(f"{stem}.") if stem else name
 
 
+def _linears(
+    source: Source, bits: int, clip: float, planes: int
+) -> tuple[dict[str, LayerSpec], dict[str, tuple[int, int, int]]]:
+    """Return the specs of all linears to quantize, of rank 0, and their rotations by the end of their names."""
+    specs: dict[str, LayerSpec] = {}
+    rotation: dict[str, tuple[int, int, int]] = {}
+    for index in range(source.num_layers):
+        for group, names in source.groups_of_layer(index):
+            for name in names:
+                out_features, in_features = source.entries[f"{name}.weight"].shape
+                sizes = choose_rotation(in_features, group.preferred_rotation_groups)
+                has_bias = f"{name}.bias" in source.entries
+                specs[name] = LayerSpec(
+                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias, planes=planes
+                )
+                # The entry by the linear's short name holds for all layers; one with another width gets its own. It
+                # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
+                if rotation.setdefault(kind_of(name), sizes) != sizes:
+                    rotation[_name_from_layers(source.structure, name)] = sizes
+    return specs, rotation
+
+
 def make_plan(
     source: Source,
     rank: int | None,
@@ -175,21 +197,7 @@ def make_plan(
     """
     clip = 1.0 if clip is None else clip
     bits = DEFAULT_BITS if bits is None else bits
-    specs: dict[str, LayerSpec] = {}
-    rotation: dict[str, tuple[int, int, int]] = {}
-    for index in range(source.num_layers):
-        for group, names in source.groups_of_layer(index):
-            for name in names:
-                out_features, in_features = source.entries[f"{name}.weight"].shape
-                sizes = choose_rotation(in_features, group.preferred_rotation_groups)
-                has_bias = f"{name}.bias" in source.entries
-                specs[name] = LayerSpec(
-                    out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias, planes=planes
-                )
-                # The entry by the linear's short name holds for all layers; one with another width gets its own. It
-                # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
-                if rotation.setdefault(kind_of(name), sizes) != sizes:
-                    rotation[_name_from_layers(source.structure, name)] = sizes
+    specs, rotation = _linears(source, bits, clip, planes)
     if not specs:
         raise SourceError(
             f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"

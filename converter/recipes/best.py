@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from bwla_converter.calibration.activations import Activations, ActivationStore, StoredStates
-from bwla_converter.calibration.head import head_of_samples
 from bwla_converter.calibration.layer_runner import DecoderLayer
 from bwla_converter.calibration.loop import CalibrationLoop, clipped_specs
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
@@ -22,6 +21,7 @@ from bwla_converter.options import Calibration
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult, group_generator
 from bwla_converter.recipes.fast import FastRecipe, closed_form
+from bwla_converter.recipes.head import head_of_samples
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,

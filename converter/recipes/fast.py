@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
-from bwla_converter.calibration.head import head_of_samples
 from bwla_converter.calibration.loop import CalibrationLoop, QuantizeGroup
 from bwla_converter.calibration.stepwise import SAMPLES_PER_BATCH
 from bwla_converter.options import Calibration
 from bwla_converter.quantize import experts, fast
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
+from bwla_converter.recipes.head import head_of_samples
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -197,3 +197,14 @@ def moments_bytes(layer: LayerShape, group: GroupShape, workload: Workload) -> f
     tokens = workload.batch_tokens(SAMPLES_PER_BATCH)
     widths = sum(other.used_rows for _, other in layer.groups) + 4 * layer.groups[0][1].columns
     return float(FLOAT_BYTES * (tokens * (widths + 2 * group.columns) + 2 * group.square))
+
+
+def head_cost(spec: LayerSpec | None, device: str) -> tuple[list[MemoryEstimate], ComputeEstimate]:
+    """Estimate the memory and the work of quantizing the head; none for one in 8 or 16 bits."""
+    if spec is None:
+        return [], ComputeEstimate()
+    shape = GroupShape(spec.out_features, spec.in_features, spec.planes)
+    chunk = GroupShape(min(spec.out_features, experts.CHUNK_ROWS), spec.in_features, spec.planes)
+    held = 2 * shape.weights + spec.planes * shape.weights // 8
+    memory = MemoryEstimate(held + quantize_group_bytes(chunk, device) + WORKSPACE_BYTES, "the head")
+    return [memory], binarization_compute(shape, fast.FastOptions().efforts, device)

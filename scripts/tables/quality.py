@@ -87,6 +87,20 @@ def embedding_table(name: str) -> str:
     )
 
 
+def expert_transforms_table(name: str) -> str:
+    """One line per choice for the experts' down projections: perplexity and what is lost."""
+    meaning = {
+        "layer": "one input transform a layer, a Hessian for each expert (`fast`)",
+        "pooled": "one input transform and one Hessian a layer",
+        "expert": "an input transform and a Hessian for each expert",
+    }
+    lines = [
+        [meaning[row["input_transform"]], f"{row['ppl']:.2f}", f"{row['d']:.3f}"]
+        for row in read_result(name)["rows"]
+    ]
+    return markdown_table(["down projections of a layer's experts", "perplexity", "d"], lines)
+
+
 def head_table(name: str) -> str:
     """One line per head: its size, and the perplexity with each number of activation bits."""
     rows = read_result(name)["rows"]

@@ -68,7 +68,7 @@ def variants_table(name: str) -> str:
 def _model(row: dict[str, Any]) -> str:
     """Return the name of a row's model, with its head if that is not one of 8 bits."""
     bits = row.get("head_bits", 8)
-    return row["model"] + ("" if bits == 8 else f", head in {bits} planes")
+    return str(row["model"]) + ("" if bits == 8 else f", head in {bits} planes")
 
 
 def serving_table(names: str) -> str:
@@ -78,7 +78,7 @@ def serving_table(names: str) -> str:
         cells = [_model(row), str(row["batch"])]
         for phase, digits in (("decode", 1), ("prefill", 0)):
             ours, bf16 = row[f"bwla_{phase}_tok_s"], row.get(f"bf16_{phase}_tok_s")
-            cells.append(f"{ours:.{digits}f} / " + ("does not fit" if bf16 is None else f"{bf16:.{digits}f}"))
+            cells.append(f"{ours:.{digits}f} / " + ("-" if bf16 is None else f"{bf16:.{digits}f}"))
             cells.append("" if bf16 is None else f"{ours / bf16:.1f}x")
         bf16 = row.get("bf16_resident_bytes")
         memory = "-" if bf16 is None else f"{bf16 / 1e9:.1f}"
@@ -104,6 +104,29 @@ def llama_table(names: str) -> str:
                 cells += [f"{theirs:.{digits}f}", f"{row[f'bwla_{phase}_tok_s'] / theirs:.1f}x"]
             lines.append(cells)
     header = ["model", "engine", "file (GB)", "decode", "BWLA / this", "prefill", "BWLA / this"]
+    return markdown_table(header, lines)
+
+
+LENGTHS = ("prefill", "prefill_2048", "decode", "decode_1024", "decode_4096")
+"""Figures of the table of prompt and context lengths."""
+
+
+def lengths_table(names: str) -> str:
+    """One line per engine: tokens per second with short and long prompts and contexts, for one request."""
+    lines: list[list[str]] = []
+    for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
+        if "bwla_decode_4096_tok_s" not in row:
+            continue
+        engines = {"bwla": f"{_model(row)}, BWLA", "bf16": f"{row['model']}, vLLM bf16"}
+        for key in row:
+            kind = key.removeprefix("llama_").removesuffix("_file_bytes")
+            if key == f"llama_{kind}_file_bytes":
+                engines[f"llama_{kind}"] = f"{row['model']}, llama.cpp {kind}"
+        for engine, title in engines.items():
+            if all(line[0] != title for line in lines):
+                found = [row.get(f"{engine}_{what}_tok_s") for what in LENGTHS]
+                lines.append([title, *("" if speed is None else f"{speed:.1f}" for speed in found)])
+    header = ["", "prefill 256", "prefill 2,048", "decode", "behind 1,024 tokens", "behind 4,096"]
     return markdown_table(header, lines)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
-from bwla_vllm.head import VocabularyWatch
+from bwla_vllm.vocabulary.head import VocabularyWatch
 
 ROTATION = {"q_proj": (1, 8, 8), "k_proj": (1, 8, 8), "v_proj": (1, 8, 8), "down_proj": (2, 8, 8)}
 QKV = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}

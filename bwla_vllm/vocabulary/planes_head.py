@@ -21,7 +21,7 @@ from bwla_vllm.dummy import dummy_tensors
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.linear import note_backend, warn_of_untested_triton
 from bwla_vllm.observe import Observer
-from bwla_vllm.parameter import is_unset, mark_device, unset
+from bwla_vllm.parameter import is_unset, mark_device, replace_parameters, unset
 
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
@@ -108,12 +108,8 @@ class BWLAPlanesHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             with one_sentence():
                 self._check_loaded(layer, stored)
         prepared = local.backend.prepare(tensors, local.spec)
-        for name in stored:
-            delattr(layer, name)
-        for name, tensor in prepared.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        replace_parameters(layer, stored, prepared)
         mark_device(layer, "weight_packed", torch.int32)
-        layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(HEAD_MODULE, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

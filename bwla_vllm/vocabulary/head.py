@@ -27,7 +27,7 @@ from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError, one_sentence
 from bwla_vllm.loading import derives_classifier, has_own_head
 from bwla_vllm.observe import Observer
-from bwla_vllm.parameter import mark_device
+from bwla_vllm.parameter import mark_device, replace_parameters
 
 if TYPE_CHECKING:
     from bwla_kernels.format.schema import BWLAFormat
@@ -132,12 +132,8 @@ class BWLAHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
                 self.module,
             )
         prepared = local.backend.prepare(stored, local.spec)
-        for name in stored:
-            delattr(layer, name)
-        for name, tensor in prepared.items():
-            layer.register_parameter(name, Parameter(tensor, requires_grad=False))
+        replace_parameters(layer, stored, prepared)
         mark_device(layer, "weight", local.dtype)
-        layer.bwla_tensors = tuple(prepared)
         self.observer.loaded(self.module, local.backend, local.spec, prepared, time.perf_counter() - started)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:

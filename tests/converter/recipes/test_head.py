@@ -3,8 +3,8 @@
 import pytest
 import torch
 from bwla_converter.quantize import experts
-from bwla_converter.quantize.head import quantize_head
 from bwla_converter.quantize.moments import Moments
+from bwla_converter.recipes.head import quantize_head
 from bwla_kernels.format import LayerSpec, tensor_specs
 from bwla_kernels.reference import dequantize, linear
 
