@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -49,7 +50,7 @@ class Contents:
     bytes: Mapping[str, int]
     head_spec: LayerSpec | None = None
 
-    @property
+    @cached_property
     def all_specs(self) -> dict[str, LayerSpec]:
         """`specs`, and that of a head in binary planes."""
         return {**self.specs, **({} if self.head_spec is None else {HEAD_MODULE: self.head_spec})}
