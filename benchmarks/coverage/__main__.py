@@ -2,6 +2,7 @@
 
     python -m benchmarks.coverage --out benchmarks/results/coverage.json
     python -m benchmarks.coverage --cases llama,qwen3_moe --recipes paper,fast
+    python -m benchmarks.coverage --recipes fast --lm-head-bits 3
 
 A case is built, converted with each recipe with 16-bit activations, head and embedding, dequantized, and served by vLLM
 in all these forms: the converted model must give the tokens and the log probabilities of its dequantized weights. It is
@@ -21,7 +22,7 @@ from pathlib import Path
 from benchmarks.common.record import commit, write_result
 from benchmarks.coverage.cases import CASES
 from benchmarks.coverage.rows import Row, make_row, merge, summary_of
-from benchmarks.coverage.steps import steps_of
+from benchmarks.coverage.steps import EXACT_BITS, steps_of
 from benchmarks.coverage.worker import LOG, Workers
 
 RECIPES = ("data-free", "paper", "fast", "best")
@@ -34,6 +35,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--cases", default=",".join(CASES), help="names of cases, joined by commas (all)")
     add("--recipes", default="paper,fast", help=f"{', '.join(RECIPES)}, joined by commas (paper,fast)")
+    add("--lm-head-bits", type=int, default=EXACT_BITS, help="2 to 4: with the head in binary planes (16)")
     add("--seconds", type=float, default=STEP_SECONDS, help=f"time limit of a step ({STEP_SECONDS})")
     add("--work", type=Path, help="folder for the models and logs, which stay there (a temporary one)")
     add("--missing", action="store_true", help="leave out the cases that --out has a row of")
@@ -66,7 +68,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
             continue
         place = folder / name
         place.mkdir(parents=True, exist_ok=True)
-        steps = steps_of(arguments.recipes, CASES[name].dtype)
+        steps = steps_of(arguments.recipes, CASES[name].dtype, arguments.lm_head_bits)
         answers = workers.run(steps, name, place, arguments.seconds)
         row = make_row(CASES[name], arguments.recipes, answers, place)
         print(summary_of(row, arguments.recipes), flush=True)

@@ -28,7 +28,8 @@ NEW_TOKENS, SCORED = 5, 20
 """Tokens of the answer, and tokens scored at each position."""
 
 EXACT_BITS = 16
-"""Bits of activations, head and embedding where a converted model must equal its dequantized form."""
+"""Bits of activations, head and embedding where a converted model must equal its dequantized form, unless the head has
+binary planes, which need no rounding either."""
 
 NO_MEDIA = {"image": 0, "video": 0, "audio": 0}
 """Images, videos and sounds in a prompt."""
@@ -47,11 +48,13 @@ class Step:
         action: "build", "convert", "dequantize", "score" (by transformers, in float32) or "serve".
         form: `ORIGINAL`, `DEFAULTS`, a recipe, or a recipe with "-dequantized".
         needs: steps that must have succeeded.
+        head_bits: bits of the head of a model that is converted with a recipe.
     """
 
     action: str
     form: str
     needs: tuple[str, ...] = ()
+    head_bits: int = EXACT_BITS
 
     @property
     def name(self) -> str:
@@ -59,7 +62,7 @@ class Step:
         return f"{self.action} {self.form}"
 
 
-def steps_of(recipes: Sequence[str], dtype: str = "float32") -> list[Step]:
+def steps_of(recipes: Sequence[str], dtype: str = "float32", head_bits: int = EXACT_BITS) -> list[Step]:
     """Return the steps of a case, in the order in which they run.
 
     Where vLLM does not compute in float32, transformers does, with weights that are dequantized to float32: how far
@@ -69,12 +72,13 @@ def steps_of(recipes: Sequence[str], dtype: str = "float32") -> list[Step]:
     Args:
         recipes: the recipes to try.
         dtype: dtype of the case.
+        head_bits: bits of the head of the models that are converted with a recipe.
     """
     build = Step("build", ORIGINAL)
     steps = [build]
     for recipe in recipes:
         steps += [
-            Step("convert", recipe, (build.name,)),
+            Step("convert", recipe, (build.name,), head_bits),
             Step("dequantize", recipe, (f"convert {recipe}",)),
         ]
         if dtype != "float32":
@@ -130,8 +134,8 @@ def _convert(step: Step, case: Case, folder: Path) -> Answer:
     if step.form in WITHOUT_TEXT:
         del options["calibration"]
     if step.form != DEFAULTS:
-        exact = dict.fromkeys(("bits", "head_bits", "embedding_bits"), EXACT_BITS)
-        options |= {"recipe": step.form, **exact}
+        exact = dict.fromkeys(("bits", "embedding_bits"), EXACT_BITS)
+        options |= {"recipe": step.form, "head_bits": step.head_bits, **exact}
     summary = convert(Options(str(source), out, **options))
     return {
         "linears": len(summary.linears),

@@ -13,9 +13,12 @@ TIED_ONLY = frozenset(
         "CohereForCausalLM",
         "Gemma2ForCausalLM",
         "Gemma3nForCausalLM",
+        "Lfm2ForCausalLM",
+        "Lfm2MoeForCausalLM",
+        "Zamba2ForCausalLM",
     }
 )
-"""Their classes have no head of their own (no `ParallelLMHead`): the logits come from the embedding."""
+"""Their logits come from the embedding: their classes have no `ParallelLMHead`, or tie it whatever the config says."""
 
 INT8_HEAD = frozenset(
     {
