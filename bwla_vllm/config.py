@@ -13,7 +13,7 @@ import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import expert_of
-from bwla_kernels.format.head import EMBEDDING_MODULE
+from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
 from bwla_kernels.format.tensors import NOT_LISTED
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -229,7 +229,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
         quantization = self.known_format()
         if isinstance(layer, ParallelLMHead):
-            if quantization.is_quantized(prefix):
+            if quantization.is_quantized(HEAD_MODULE):  # some of vLLM's classes give their head no name
                 return BWLAPlanesHeadMethod(quantization, self.backend, self.observer)
             if quantization.lm_head is not None:
                 return BWLAHeadMethod(self.backend, self.observer)

@@ -39,11 +39,11 @@ def config() -> BWLAConfig:
     return BWLAConfig(quantization)
 
 
-def make_head(config: BWLAConfig, bias: bool = False) -> Any:
+def make_head(config: BWLAConfig, bias: bool = False, prefix: str = "lm_head") -> Any:
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     return ParallelLMHead(
-        VOCABULARY, HIDDEN, bias=bias, params_dtype=torch.float32, quant_config=config, prefix="lm_head"
+        VOCABULARY, HIDDEN, bias=bias, params_dtype=torch.float32, quant_config=config, prefix=prefix
     )
 
 
@@ -90,6 +90,13 @@ def test_the_bias_is_added(config: BWLAConfig, stored: dict[str, Tensor]) -> Non
     x, bias = torch.ones(1, HIDDEN), torch.arange(float(PADDED))
     plain = layer.quant_method.apply(layer, x)
     assert torch.equal(layer.quant_method.apply(layer, x, bias), plain + bias)
+
+
+@pytest.mark.usefixtures("vllm_config", "on_rank")
+@pytest.mark.parametrize("prefix", ["", "language_model.lm_head"])
+def test_the_head_may_have_another_name_in_vllm(prefix: str, config: BWLAConfig) -> None:
+    """K-EXAONE's class gives it none."""
+    assert type(make_head(config, prefix=prefix).quant_method).__name__ == "BWLAPlanesHeadMethod"
 
 
 @pytest.mark.usefixtures("vllm_config", "on_rank")
