@@ -60,7 +60,7 @@ def test_the_old_names_of_options_lead_to_the_new_ones(option: str) -> None:
     ("flags", "choices"),
     [
         (["--recipe", "magic"], ("data-free", "paper", "fast", "best")),
-        (["--lm-head-bits", "4"], ("auto", "8", "16")),
+        (["--lm-head-bits", "5"], ("auto", "2", "3", "4", "8", "16")),
         (["--device", "tpu"], ("auto", "cpu", "cuda")),
     ],
 )
