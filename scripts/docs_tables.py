@@ -36,6 +36,7 @@ from scripts.tables.speed import (
     llama_table,
     phase_table,
     serving_table,
+    start_table,
     variants_table,
 )
 
@@ -100,6 +101,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "serving": serving_table,
     "llama": llama_table,
     "lengths": lengths_table,
+    "start": start_table,
     "gpu": gpu_table,
     "summary": summary_table,
     "conversion": conversion_table,

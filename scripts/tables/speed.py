@@ -107,6 +107,32 @@ def llama_table(names: str) -> str:
     return markdown_table(header, lines)
 
 
+ENGINES = {
+    "eager": "not compiled (`--enforce-eager`)",
+    "aot": "compiled ahead of time, vLLM's default",
+    "default": "with the plugin",
+}
+
+
+def start_table(name: str) -> str:
+    """One line per model and kind of engine: seconds from the start of the process to the first answer."""
+    rows = read_result(name)["rows"]
+    kinds = dict.fromkeys((row["model"], row["engine"]) for row in rows)
+    lines = [
+        [
+            model,
+            ENGINES[engine],
+            *(
+                f"{row['first_answer_s']:.0f}"
+                for row in rows
+                if (row["model"], row["engine"]) == (model, engine)
+            ),
+        ]
+        for model, engine in kinds
+    ]
+    return markdown_table(["model", "engine", "first start (s)", "second start (s)"], lines)
+
+
 LENGTHS = ("prefill", "prefill_2048", "decode", "decode_1024", "decode_4096")
 """Figures of the table of prompt and context lengths."""
 
