@@ -150,7 +150,8 @@ def script_of(words: list[str]) -> Path | None:
     else:
         packages = {"bwla_kernels": "kernels", "bwla_converter": "converter"}
         first, *rest = words[2].split(".")
-        path = "/".join([packages.get(first, first), *rest]) + ".py"
+        module = "/".join([packages.get(first, first), *rest])
+        path = f"{module}/__main__.py" if (ROOT / module).is_dir() else f"{module}.py"
     return ROOT / path if "/" in path else None
 
 
