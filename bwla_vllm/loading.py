@@ -196,7 +196,7 @@ def check_derived_head(hf_config: Any, quantization: "BWLAFormat") -> None:
     if derives_classifier(hf_config) and has_own_head(quantization) and not tied:
         raise StartError(
             f"{HEAD_MODULE}: expected 16 bits, because vLLM derives the classifier from rows of the head "
-            "(classifier_from_token), found a quantized one: convert the model again with --lm-head-bits 16"
+            "(classifier_from_token), found a quantized head: convert the model again with --lm-head-bits 16"
         )
 
 

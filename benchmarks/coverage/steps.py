@@ -28,8 +28,8 @@ NEW_TOKENS, SCORED = 5, 20
 """Tokens of the answer, and tokens scored at each position."""
 
 EXACT_BITS = 16
-"""Bits of activations, head and embedding where a converted model must equal its dequantized form, unless the head has
-binary planes, which need no rounding either."""
+"""Bits of activations, head and embedding with which a converted model must equal its dequantized form. With a head in
+binary planes it must do so too, because the activations that the head reads are not rounded either."""
 
 NO_MEDIA = {"image": 0, "video": 0, "audio": 0}
 """Images, videos and sounds in a prompt."""

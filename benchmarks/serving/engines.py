@@ -95,6 +95,12 @@ def write_config(folder: Path, shape: str) -> None:
     config.save_pretrained(folder)
 
 
+def convert(source: Path, out: Path, *options: str | Path) -> None:
+    """Run bwla-convert."""
+    command = Path(sys.executable).with_name("bwla-convert")
+    subprocess.run([command, source, out, *options], check=True)
+
+
 def resident_bytes() -> int:
     """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])

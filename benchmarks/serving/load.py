@@ -17,7 +17,6 @@ import json
 import random
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from openai import AsyncOpenAI
 
 from benchmarks.common.record import ROOT, write_result
 from benchmarks.common.server import Server, serve
-from benchmarks.serving.engines import write_config
+from benchmarks.serving.engines import convert, write_config
 from benchmarks.serving.load_requests import (
     MALFORMED,
     Answer,
@@ -51,12 +50,6 @@ CONTROLS = 40
 SAMPLE_SECONDS = 1.0
 START_SECONDS = 1800
 """Generous, because a slow start on a busy machine is not a failure of what is tested."""
-
-
-def convert(source: Path, out: Path, *options: str | Path) -> None:
-    """Run bwla-convert."""
-    command = Path(sys.executable).with_name("bwla-convert")
-    subprocess.run([command, source, out, *options], check=True)
 
 
 def make_dummy(out: Path) -> None:

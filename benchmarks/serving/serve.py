@@ -19,7 +19,6 @@ bf16 engine uses besides its weights and its KV cache.
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.common.record import write_result
-from benchmarks.serving.engines import COMMON, SHAPES, Job, name_of, run_job, write_config
+from benchmarks.serving.engines import COMMON, SHAPES, Job, convert, name_of, run_job, write_config
 from benchmarks.serving.llama_cpp import SCALES, time_model, write_gguf
 
 PREFILL, ANSWER = 256, 32
@@ -128,8 +127,7 @@ def compare(shape: str, plan: Plan) -> list[dict[str, Any]]:
             theirs = run_job(job(plain, "dummy", batches, plan.eager, plan.long))
         for bits in plan.head_bits:
             bwla = Path(work) / f"bwla-{bits}"
-            convert = Path(sys.executable).with_name("bwla-convert")
-            subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", str(bits)], check=True)
+            convert(plain, bwla, "--dummy", "--lm-head-bits", str(bits))
             size = sum(path.stat().st_size for path in bwla.glob("*.safetensors"))
             ours = run_job(job(bwla, "auto", batches, plan.eager, plan.long))
             facts: dict[str, Any] = {

@@ -11,7 +11,6 @@ read what the first one compiled.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.record import write_result
-from benchmarks.serving.engines import SHAPES, name_of, run_job, write_config
+from benchmarks.serving.engines import SHAPES, convert, name_of, run_job, write_config
 from benchmarks.serving.serve import job
 
 KINDS: dict[str, dict[str, str]] = {"eager": {}, "aot": {"VLLM_USE_AOT_COMPILE": "1"}, "default": {}}
@@ -61,8 +60,7 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as work:
             plain, bwla = Path(work) / "plain", Path(work) / "bwla"
             write_config(plain, shape)
-            convert = Path(sys.executable).with_name("bwla-convert")
-            subprocess.run([convert, plain, bwla, "--dummy", "--lm-head-bits", "8"], check=True)
+            convert(plain, bwla, "--dummy", "--lm-head-bits", "8")
             for kind in arguments.kinds.split(","):
                 rows += starts(bwla, shape, kind)
                 if arguments.out:

@@ -296,7 +296,7 @@ def _refuse_unquantized(parent: torch.nn.Module, name: str, layer: Any, option: 
     if isinstance(layer.quant_method, UnquantizedEmbeddingMethod):
         raise StartError(
             f"{name}: expected 16 bits, because vLLM's class {type(parent).__name__} builds this layer without the "
-            f"quantization config, found a quantized one: convert the model again with {option} 16"
+            f"quantization config, found a quantized layer: convert the model again with {option} 16"
         )
 
 

@@ -140,7 +140,7 @@ def _place(item: tuple[str, LayerSpec]) -> tuple[list[tuple[int, str]], str]:
     return parts, item[0]
 
 
-def describe_head(bits: int) -> str:
+def describe_vocabulary_bits(bits: int) -> str:
     """Describe how a head or an embedding is stored, by its bits as in `Contents.head_bits`."""
     if bits == 16:
         return "unquantized"

@@ -179,7 +179,7 @@ def show(
     console: Console, contents: "Contents", verdict: "Verdict | None", hashed: bool, every: bool
 ) -> None:
     """Print the contents as tables; `every` shows a row for every linear instead of one for each kind."""
-    from bwla_converter.checkpoint.contents import describe_head
+    from bwla_converter.checkpoint.contents import describe_vocabulary_bits
 
     data = facts(contents, verdict, hashed)
     provenance = contents.format.provenance
@@ -190,8 +190,8 @@ def show(
         "recipe": f"{contents.recipe}, seed {provenance.seed}",
         "calibration": ", ".join(f"{key} {value}" for key, value in provenance.calibration.items()) or "none",
         "activations": "not quantized" if contents.format.bits == 16 else f"{contents.format.bits} bits",
-        "head": describe_head(contents.head_bits),
-        "embedding": describe_head(contents.embedding_bits),
+        "head": describe_vocabulary_bits(contents.head_bits),
+        "embedding": describe_vocabulary_bits(contents.embedding_bits),
         "made with": f"bwla {provenance.bwla_version}",
     }
     for key, value in origin.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from bwla_converter.common.bits import (
     auto_rank,
@@ -35,6 +35,7 @@ from bwla_kernels.format.schema import (
     is_ignored,
     longest_suffix,
 )
+from compressed_tensors.quantization import QuantizationArgs
 
 Value = TypeVar("Value")
 
@@ -68,6 +69,11 @@ class ConversionPlan:
     head_spec: LayerSpec | None = None
 
     @property
+    def all_specs(self) -> dict[str, LayerSpec]:
+        """`specs`, and that of a head in binary planes."""
+        return {**self.specs, **({} if self.head_spec is None else {HEAD_MODULE: self.head_spec})}
+
+    @property
     def weights(self) -> int:
         """Number of weights to quantize."""
         return sum(map(num_weights, self.specs.values()))
@@ -90,8 +96,7 @@ class ConversionPlan:
         kept = (entry for name, entry in source.entries.items() if not self.is_replaced(name))
         int8_shapes = (source.entries[name].shape for name in self.int8_sources.values())
         int8_bytes = sum(rows * columns + 4 * rows for rows, columns in int8_shapes)
-        head = {HEAD_MODULE: self.head_spec} if self.head_spec is not None else {}
-        return sum(map(entry_bytes, kept)) + int8_bytes + total_bits({**self.specs, **head}) // 8
+        return sum(map(entry_bytes, kept)) + int8_bytes + total_bits(self.all_specs) // 8
 
     @property
     def int8_sources(self) -> dict[str, str]:
@@ -212,7 +217,6 @@ def make_plan(
                 f"{spec.out_features} x {spec.in_features} weight, found {rank}: choose a smaller --rank, or auto"
             )
         specs[name] = replace(spec, rank=rank)
-    ignore = [HEAD_MODULE, *source.ignore, *source.structure.kept]
     head_bits = bits_unless_ignored(HEAD_MODULE, "--lm-head-bits", head_bits, source.ignore)
     embedding_bits = bits_unless_ignored(EMBEDDING_MODULE, "--embedding-bits", embedding_bits, source.ignore)
     embedding_source = choose_embedding(source, embedding_bits, head_bits)
@@ -220,23 +224,25 @@ def make_plan(
     # A tied head is the 8-bit embedding, unless it has planes of its own.
     is_embedding = source.tied_head and embedding_source and head_spec is None
     head_source = None if is_embedding else choose_head(source, head_bits)
-    if head_spec is not None:
+    ignore, quantized = [*source.ignore, *source.structure.kept], set(specs)
+    if head_spec is None:
+        ignore.insert(0, HEAD_MODULE)
+    else:
         rotation[HEAD_MODULE] = head_spec.rotation_groups, head_spec.n1, head_spec.n2
-        ignore.remove(HEAD_MODULE)
-    quantized = {*specs, HEAD_MODULE} if head_spec is not None else specs.keys()
+        quantized.add(HEAD_MODULE)
     experts = ExpertsFormat(input_transform="first") if has_experts(specs) else None
+    embedding = head_args() if embedding_source else None
+    counts = _planes_setting(dict.fromkeys(specs, planes), head_spec)
     format_ = BWLAFormat(
-        format_version=1
-        if head_spec is None and planes == 1 and not embedding_source and experts is None
-        else 2,
-        planes=_planes_setting(dict.fromkeys(specs, planes), head_spec),
+        format_version=_format_version(counts, embedding, experts),
+        planes=counts,
         input_activations=activation_args(bits),
         clip=clip,
         rank=rank,
         rotation=rotation,
         ignore=list(dict.fromkeys([*ignore, *namesakes(source, quantized, rotation, ignore)])),
         lm_head=head_args() if head_source and head_spec is None else None,
-        embedding=head_args() if embedding_source else None,
+        embedding=embedding,
         experts=experts,
         provenance=provenance,
     )
@@ -252,10 +258,9 @@ def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPl
         plan: the plan.
         clips: clipping ratio of every linear, by module path, and of a head in binary planes.
     """
-    planned = {**plan.specs, **({} if plan.head_spec is None else {HEAD_MODULE: plan.head_spec})}
-    if all(spec.clip == clips[name] for name, spec in planned.items()):
+    if all(spec.clip == clips[name] for name, spec in plan.all_specs.items()):
         return plan
-    specs = {name: replace(spec, clip=clips[name]) for name, spec in planned.items()}
+    specs = {name: replace(spec, clip=clips[name]) for name, spec in plan.all_specs.items()}
     head_spec = specs.pop(HEAD_MODULE, None)
     format_ = plan.format.model_copy(update={"clip": _settings(clips)})
     return replace(plan, specs=specs, head_spec=head_spec, format=format_)
@@ -277,11 +282,16 @@ def _planes_setting(planes: Mapping[str, int], head: LayerSpec | None) -> int | 
     counts = set(planes.values())
     if len(counts) > 1:
         return _settings({**planes, **of_head})
-    return (
-        counts.pop()
-        if counts >= set(of_head.values())
-        else {kind_of(name): planes[name] for name in planes} | of_head
-    )
+    if counts | set(of_head.values()) == counts:
+        return counts.pop()
+    return {kind_of(name): count for name, count in planes.items()} | of_head
+
+
+def _format_version(
+    planes: int | dict[str, int], embedding: QuantizationArgs | None, experts: ExpertsFormat | None
+) -> Literal[1, 2]:
+    """Return the first version of the format that knows all of these."""
+    return 1 if planes == 1 and embedding is None and experts is None else 2
 
 
 def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits: int) -> ConversionPlan:
@@ -297,10 +307,10 @@ def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits
         name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
     }
     head_spec = None if plan.head_spec is None else replace(plan.head_spec, rank=rank, bits=bits)
-    additions = (plan.format.experts, plan.format.embedding, head_spec)
+    counts = _planes_setting(planes, head_spec)
     changes: dict[str, object] = {
-        "format_version": 1 if set(planes.values()) == {1} and not any(additions) else 2,
-        "planes": _planes_setting(planes, head_spec),
+        "format_version": _format_version(counts, plan.format.embedding, plan.format.experts),
+        "planes": counts,
         "rank": rank,
         "input_activations": activation_args(bits),
     }

@@ -45,7 +45,7 @@ def choose_head(source: Source, bits: int | None) -> str | None:
         planes = ", ".join(map(str, HEAD_PLANES))
         raise SourceError(f"--lm-head-bits: expected {planes}, 8, 16 or auto, found {bits}")
     structure, required = source.structure, bits not in (None, 16)
-    if not structure.own_head and not (source.tied_head and not required):
+    if not structure.own_head and (required or not source.tied_head):
         option = f"--lm-head-bits {bits}" if source.tied_head else "tie_word_embeddings false"
         raise SourceError(
             f"{source.folder}: vLLM always uses the embedding as the head of {structure.architecture}, so it has to be "

@@ -71,6 +71,12 @@ def _model(row: dict[str, Any]) -> str:
     return str(row["model"]) + ("" if bits == 8 else f", head in {bits} planes")
 
 
+def _llama_kinds(row: dict[str, Any]) -> list[str]:
+    """Return the types of weights with which llama.cpp was timed beside a row: `llama_Q4_0`, for example."""
+    ends = (key.partition("_file_bytes") for key in row if key.startswith("llama_"))
+    return [kind for kind, end, _ in ends if end]
+
+
 def serving_table(names: str) -> str:
     """One line per model and batch size: decode, prefill and memory in vLLM, BWLA and bf16."""
     lines = []
@@ -91,7 +97,7 @@ def llama_table(names: str) -> str:
     """One line per model and type of llama.cpp's weights: file size, decode and prefill, and BWLA's speed over them."""
     lines = []
     for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
-        kinds = [key.split("_file_bytes")[0] for key in row if key.startswith("llama_") and "_file_" in key]
+        kinds = _llama_kinds(row)
         if kinds:
             size = f"{row['bwla_checkpoint_bytes'] / 1e9:.1f}"
             ours = [f"{row['bwla_decode_tok_s']:.1f}", "", f"{row['bwla_prefill_tok_s']:.0f}", ""]
@@ -144,10 +150,8 @@ def lengths_table(names: str) -> str:
         if "bwla_decode_4096_tok_s" not in row:
             continue
         engines = {"bwla": f"{_model(row)}, BWLA", "bf16": f"{row['model']}, vLLM bf16"}
-        for key in row:
-            kind = key.removeprefix("llama_").removesuffix("_file_bytes")
-            if key == f"llama_{kind}_file_bytes":
-                engines[f"llama_{kind}"] = f"{row['model']}, llama.cpp {kind}"
+        for kind in _llama_kinds(row):
+            engines[kind] = f"{row['model']}, llama.cpp {kind.removeprefix('llama_')}"
         for engine, title in engines.items():
             if all(line[0] != title for line in lines):
                 found = [row.get(f"{engine}_{what}_tok_s") for what in LENGTHS]
