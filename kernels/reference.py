@@ -77,9 +77,13 @@ def prepare_input(x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> 
     Args:
         x: [M, K], any float dtype.
         tensors: the layer's input transform (`rotation_left`, `rotation_right`, `column_scale`, and `low_rank_a`
-            where the rank is not 0).
+            where the rank is not 0); a grouped layer has none, and x is only quantized.
+        spec: the layer.
     """
-    x_hat = rotate(x, tensors["rotation_left"], tensors["rotation_right"]) * tensors["column_scale"]
+    if spec.grouped:
+        x_hat = x.float()
+    else:
+        x_hat = rotate(x, tensors["rotation_left"], tensors["rotation_right"]) * tensors["column_scale"]
     if spec.bits == UNQUANTIZED_BITS:
         q, scale = x_hat, x_hat.new_ones(x.shape[0], spec.rotation_groups)
     else:
@@ -100,18 +104,21 @@ def group_sums(q: Tensor, signs: Tensor, rotation_groups: int) -> Tensor:
 
 
 def planes(tensors: Mapping[str, Tensor], spec: LayerSpec) -> tuple[Tensor, Tensor]:
-    """Return the signs of all planes, int8 [N, P, K], and their row scales [N, P] as they are stored."""
+    """Return the signs of all planes, int8 [N, P, K], and their scales [N, P, 1 or G] as they are stored."""
     signs = unpack_signs(tensors["weight_packed"]).view(-1, spec.planes, spec.in_features)
-    return signs, tensors["weight_scale"].view(-1, spec.planes)
+    return signs, tensors["weight_scale"].view(-1, spec.planes, spec.scales_per_row)
 
 
 def binary_matmul(prepared: PreparedInput, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
-    """Multiply with the binary planes: float32 [M, N] = sum_p alpha_p * sum_g s_g * (S_pg q_g) + u B^T + b."""
+    """Multiply with the binary planes: float32 [M, N] = sum_p sum_g alpha_pg * s_g * (S_pg q_g) + u B^T + b.
+
+    alpha_pg is the same for all g but in a grouped layer.
+    """
     signs, scales = planes(tensors, spec)
     y = torch.zeros(len(prepared.q), spec.out_features, device=prepared.q.device)
     for plane, scale in zip(signs.unbind(1), scales.unbind(1), strict=True):
-        sums = group_sums(prepared.q, plane, spec.rotation_groups)
-        y += (sums * prepared.scale.unsqueeze(-1)).sum(1) * scale
+        sums = group_sums(prepared.q, plane, spec.rotation_groups) * prepared.scale.unsqueeze(-1)
+        y += (sums * scale.t()).sum(1) if spec.grouped else sums.sum(1) * scale.squeeze(-1)
     if prepared.u is not None:
         y = y + prepared.u @ tensors["low_rank_b"].float().t()
     if spec.bias:
@@ -140,7 +147,10 @@ def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     `linear` with unquantized activations equals x times this weight (plus the bias).
     """
     signs, scales = planes(tensors, spec)
-    rotated = (signs.float() * scales.float().unsqueeze(-1)).sum(1)
+    cells = signs.float().unflatten(-1, (spec.scales_per_row, -1))
+    rotated = (cells * scales.float().unsqueeze(-1)).sum(1).flatten(1)
+    if spec.grouped:
+        return rotated
     weight = rotate_back(
         rotated * tensors["column_scale"], tensors["rotation_left"], tensors["rotation_right"]
     )

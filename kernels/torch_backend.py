@@ -3,7 +3,7 @@
 It follows `reference.py` step by step, except that the signs are unpacked only once, at load.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LAYER = (
-    "Tensor signs, Tensor weight_scale, Tensor rotation_left, Tensor rotation_right, Tensor column_scale, "
+    "Tensor signs, Tensor weight_scale, Tensor? rotation_left, Tensor? rotation_right, Tensor? column_scale, "
     "Tensor? low_rank_a, Tensor? low_rank_b, Tensor? bias, int bits, float clip"
 )
 _LIBRARY.define(f"linear_torch(Tensor x, {_LAYER}) -> Tensor")
@@ -41,39 +41,56 @@ def _compute(
     x: Tensor,
     signs: Tensor,
     weight_scale: Tensor,
-    rotation_left: Tensor,
-    rotation_right: Tensor,
-    column_scale: Tensor,
+    rotation_left: Tensor | None,
+    rotation_right: Tensor | None,
+    column_scale: Tensor | None,
     low_rank_a: Tensor | None,
     low_rank_b: Tensor | None,
     bias: Tensor | None,
     bits: int,
     clip: float,
 ) -> Tensor:
-    _, out_features, in_features = signs.shape
-    scales = weight_scale.view(out_features, -1).unbind(1)
-    groups, width = rotation_left.shape[0], rotation_left.shape[-1] * rotation_right.shape[-1]
+    planes, out_features, in_features = signs.shape
     flat = x.reshape(-1, in_features)
-    x_hat = reference.rotate(flat, rotation_left, rotation_right) * column_scale
+    scales = weight_scale.view(out_features, planes, -1).unbind(1)
+    if rotation_left is None or rotation_right is None:
+        groups, x_hat = scales[0].shape[1], flat.float()
+    else:
+        groups = rotation_left.shape[0]
+        x_hat = reference.rotate(flat, rotation_left, rotation_right) * column_scale
+    width = in_features // groups
     if flat.shape[0] == 0:
         y = flat.new_zeros(0, out_features, dtype=torch.float32)
     elif bits == UNQUANTIZED_BITS:
-        weight = sum(plane.float() * scale.unsqueeze(1) for plane, scale in zip(signs, scales, strict=True))
-        y = x_hat @ weight.t()
+        y = x_hat @ _dequantize_rows(signs, scales).t()
     else:
         q, scale = reference.quantize(x_hat, groups, bits, clip)
         y = flat.new_zeros(flat.shape[0], out_features, dtype=torch.float32)
-        for plane, row_scale in zip(signs, scales, strict=True):
+        for plane, plane_scale in zip(signs, scales, strict=True):
             sums = torch.zeros_like(y)
             for g in range(groups):
                 part = slice(g * width, (g + 1) * width)
-                sums += int_matmul(q[:, part], plane[:, part]) * scale[:, g : g + 1]
-            y += sums * row_scale
+                product = int_matmul(q[:, part], plane[:, part]) * scale[:, g : g + 1]
+                sums += product if plane_scale.shape[1] == 1 else product * plane_scale[:, g]
+            y += sums * plane_scale[:, 0] if plane_scale.shape[1] == 1 else sums
     if low_rank_a is not None and low_rank_b is not None:
         y += flat.float() @ low_rank_a.float().t() @ low_rank_b.float().t()
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).reshape(*x.shape[:-1], out_features)
+
+
+def _dequantize_rows(signs: Tensor, scales: Sequence[Tensor]) -> Tensor:
+    """Return rows of the weight in the basis that it is stored in: float32 [N, K].
+
+    Args:
+        signs: int8 [P, N, K].
+        scales: of each plane, float32 [N, 1 or G].
+    """
+    weight = torch.zeros(signs.shape[1:], device=signs.device)
+    for plane, scale in zip(signs, scales, strict=True):
+        weight += (plane.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+    return weight
 
 
 def _linear_fake(x: Tensor, signs: Tensor, *_: object) -> Tensor:
@@ -88,17 +105,19 @@ def _input_gradient(
     gradient: Tensor,
     signs: Tensor,
     weight_scale: Tensor,
-    rotation_left: Tensor,
-    rotation_right: Tensor,
-    column_scale: Tensor,
+    rotation_left: Tensor | None,
+    rotation_right: Tensor | None,
+    column_scale: Tensor | None,
     low_rank_a: Tensor | None,
     low_rank_b: Tensor | None,
     *_: object,
 ) -> Tensor:
     planes, rows, columns = signs.shape
-    scales = weight_scale.view(rows, planes).t().unsqueeze(-1)
+    scales = weight_scale.view(rows, planes, -1).unbind(1)
     parts = gradients.row_slabs(rows, planes * columns)
-    slabs = ((signs[:, part] * scales[:, part]).sum(0) for part in parts)
+    slabs = (_dequantize_rows(signs[:, part], [scale[part] for scale in scales]) for part in parts)
+    if rotation_left is None or rotation_right is None or column_scale is None:
+        return gradients.product_of_slabs(gradient, slabs, columns)
     return gradients.linear_input_gradient(
         gradient, slabs, rotation_left, rotation_right, column_scale, low_rank_a, low_rank_b
     )
@@ -130,9 +149,9 @@ class TorchBackend:
             x,
             tensors["signs"],
             tensors["weight_scale"],
-            tensors["rotation_left"],
-            tensors["rotation_right"],
-            tensors["column_scale"],
+            tensors.get("rotation_left"),
+            tensors.get("rotation_right"),
+            tensors.get("column_scale"),
             tensors.get("low_rank_a"),
             tensors.get("low_rank_b"),
             tensors.get("bias"),

@@ -16,7 +16,7 @@ from torch import Tensor
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
 _LAYER = (
     "Tensor packed, Tensor? bias, int out_features, int rotation_groups, int n1, int n2, "
-    "int rank, int bits, float clip, int planes"
+    "int rank, int bits, float clip, int planes, bool grouped"
 )
 _LIBRARY.define(f"linear_cpu(Tensor x, {_LAYER}) -> Tensor")
 
@@ -26,8 +26,10 @@ def _linear_fake(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: i
 
 
 def _input_gradient(gradient: Tensor, packed: Tensor, bias: Tensor | None, *sizes: Any) -> Tensor:
-    out_features, groups, n1, n2, rank, bits, clip, planes = sizes
-    spec = LayerSpec(out_features, groups * n1 * n2, groups, n1, n2, rank, bits, clip, planes=planes)
+    out_features, groups, n1, n2, rank, bits, clip, planes, grouped = sizes
+    spec = LayerSpec(
+        out_features, groups * n1 * n2, groups, n1, n2, rank, bits, clip, planes=planes, grouped=grouped
+    )
     return input_gradient(gradient, packed, spec)
 
 
@@ -72,5 +74,6 @@ class CpuBackend:
             spec.bits,
             spec.clip,
             spec.planes,
+            spec.grouped,
         )
         return y

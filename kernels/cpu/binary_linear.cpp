@@ -190,10 +190,11 @@ struct bwla_layer {
     int32_t bits;
     int64_t n, blocks, n1, n2, rank, planes;
     double clip;
+    int64_t grouped;
 };
 
 static bwla::Sizes sizes_of(const bwla_layer& layer) {
-    return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank, layer.planes};
+    return {layer.n, layer.blocks, layer.n1, layer.n2, layer.rank, layer.planes, layer.grouped != 0};
 }
 
 static bwla::Order order_of(const bwla_layer& layer) {

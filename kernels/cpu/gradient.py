@@ -62,11 +62,14 @@ def input_gradient(gradient: Tensor, packed: Tensor, spec: LayerSpec, isa: Isa |
         spec: the layer.
         isa: variant; by default the loaded one.
     """
-    transform = unpack_input_transform(packed, spec)
     parts = gradients.row_slabs(spec.out_features, spec.in_features, PANEL_ROWS)
+    slabs = (unpack_rows(packed, spec, part, isa) for part in parts)
+    if spec.grouped:
+        return gradients.product_of_slabs(gradient, slabs, spec.in_features)
+    transform = unpack_input_transform(packed, spec)
     return gradients.linear_input_gradient(
         gradient,
-        (unpack_rows(packed, spec, part, isa) for part in parts),
+        slabs,
         transform["rotation_left"],
         transform["rotation_right"],
         transform["column_scale"],

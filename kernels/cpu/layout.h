@@ -6,11 +6,13 @@
 //     low_rank_a       bfloat16 [ceil(r/4)][K/32][4][32]: four rows side by side, one stream for a group of
 //     them panels           [ceil(N/64)]
 //
-// each part padded to 64 bytes. A panel holds 64 output rows, the last one padded with zeros:
+// each part padded to 64 bytes; a grouped layer has none of them. A panel holds 64 output rows, the last one padded with zeros:
 //
 //     signs            of each plane K/32 steps of 256 bytes, 4 columns to a nibble: an index into a table of 16 sums
 //     weight_scale     64 float32 for each plane
 //     low_rank_b       bfloat16 [r][64]
+//
+// or, in a grouped layer, for each plane and block its signs and their 64 scales, float32,
 //
 // so that a matrix-vector product reads all of it once, in order. A step covers 32 columns. Byte i (0..3) of
 // a row has columns 4i..4i+3 in its low nibble and 16+4i..16+4i+3 in its high nibble. The 256 bytes of a step
@@ -42,6 +44,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 struct Sizes {
     int64_t n, blocks, n1, n2, rank, planes;  // blocks: rotation groups of n1 x n2 columns
+    bool grouped;  // no input transform, and a weight scale for each row, plane and block
 
     int64_t width() const { return n1 * n2; }
     int64_t k() const { return blocks * n1 * n2; }
@@ -50,35 +53,48 @@ struct Sizes {
     int64_t tiles() const { return ceil_div(width(), 64); }  // AMX tiles that cover the columns of a group
     bool valid() const {
         return n > 0 && blocks > 0 && n1 > 0 && n2 > 0 && rank >= 0 && planes >= 1 && planes <= kMaxPlanes &&
-               (n1 * n2) % kColumns == 0;
+               (n1 * n2) % kColumns == 0 && !(grouped && (rank || n1 != 1));
     }
 
+    int64_t scale_blocks() const { return grouped ? blocks : 1; }  // weight scales of a row and plane
+    bool single_scale() const { return planes == 1 && !grouped; }  // a row has one, at the end of its panel
+
     // Offsets in bytes.
-    int64_t right_at() const { return round_up(blocks * n1 * n1 * 4, 64); }
-    int64_t column_scale_at() const { return right_at() + blocks * n2 * padded() * 4; }
-    int64_t low_rank_a_at() const { return column_scale_at() + k() * 4; }
+    int64_t right_at() const { return grouped ? 0 : round_up(blocks * n1 * n1 * 4, 64); }
+    int64_t column_scale_at() const { return grouped ? 0 : right_at() + blocks * n2 * padded() * 4; }
+    int64_t low_rank_a_at() const { return grouped ? 0 : column_scale_at() + k() * 4; }
     int64_t panels_at() const { return low_rank_a_at() + ceil_div(rank, kGroup) * kGroup * k() * 2; }
-    int64_t plane_bytes() const { return k() / kColumns * kStepBytes; }
-    int64_t sign_bytes() const { return planes * plane_bytes(); }
-    int64_t panel_bytes() const { return sign_bytes() + planes * kRows * 4 + rank * kRows * 2; }
+    int64_t block_bytes() const { return width() / kColumns * kStepBytes + (grouped ? kRows * 4 : 0); }
+    int64_t sign_bytes() const { return planes * blocks * block_bytes(); }  // with the scales of a grouped layer
+    int64_t scale_bytes() const { return grouped ? 0 : planes * kRows * 4; }
+    // Of a step of a panel, over all planes.
+    int64_t step_at(int64_t step) const {
+        const int64_t steps = width() / kColumns;
+        return step / steps * block_bytes() + step % steps * kStepBytes;
+    }
+    // Of the scales of a plane and block of a panel.
+    int64_t scale_at(int64_t plane, int64_t block) const {
+        return grouped ? (plane * blocks + block + 1) * block_bytes() - kRows * 4 : sign_bytes() + plane * kRows * 4;
+    }
+    int64_t panel_bytes() const { return sign_bytes() + scale_bytes() + rank * kRows * 2; }
     int64_t bytes() const { return panels_at() + panels() * panel_bytes(); }
 };
 
 struct Panel {
     const uint8_t* signs;
-    const float* scale;
+    const float* scale;  // of a layer that is not grouped
     const uint16_t* low_rank;
 
     Panel(const uint8_t* packed, const Sizes& z, int64_t index) {
         signs = packed + z.panels_at() + index * z.panel_bytes();
         scale = reinterpret_cast<const float*>(signs + z.sign_bytes());
-        low_rank = reinterpret_cast<const uint16_t*>(scale + z.planes * kRows);
+        low_rank = reinterpret_cast<const uint16_t*>(signs + z.sign_bytes() + z.scale_bytes());
     }
 };
 
 struct Tensors {
     const int32_t* words;        // weight_packed [n, planes, k / 32]
-    const float* scale;          // weight_scale [n, planes]
+    const float* scale;          // weight_scale [n, planes, scale_blocks]
     const uint16_t* low_rank_b;  // bfloat16 [n, rank]; this and low_rank_a null for rank 0
     const float* left;           // [blocks, n1, n1]
     const float* right;          // [blocks, n2, n2]
@@ -106,7 +122,7 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
                   rows = z.n - first < kRows ? z.n - first : kRows;
     std::memset(out, 0, std::size_t(z.panel_bytes()));
     for (int64_t c = 0; c < z.planes * steps; ++c) {
-        uint8_t* step = out + c * kStepBytes;
+        uint8_t* step = out + z.step_at(c);
         for (int64_t r = 0; r < rows; ++r) {
             const uint32_t bytes = interleave_nibbles(uint32_t(from.words[(first + r) * z.planes * steps + c]));
             for (int64_t i = 0; i < 4; ++i) {
@@ -114,10 +130,14 @@ inline void pack_panel(const Tensors& from, const Sizes& z, Order order, int64_t
             }
         }
     }
-    float* scale = reinterpret_cast<float*>(out + z.sign_bytes());
-    uint16_t* low_rank = reinterpret_cast<uint16_t*>(scale + z.planes * kRows);
+    uint16_t* low_rank = reinterpret_cast<uint16_t*>(out + z.sign_bytes() + z.scale_bytes());
+    const float* from_scale = from.scale + first * z.planes * z.scale_blocks();
     for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t p = 0; p < z.planes; ++p) scale[p * kRows + r] = from.scale[(first + r) * z.planes + p];
+        for (int64_t p = 0; p < z.planes; ++p) {
+            for (int64_t g = 0; g < z.scale_blocks(); ++g) {
+                reinterpret_cast<float*>(out + z.scale_at(p, g))[r] = *from_scale++;
+            }
+        }
         for (int64_t j = 0; j < z.rank; ++j)
             low_rank[j * kRows + r] = from.low_rank_b[(first + r) * z.rank + j];
     }
@@ -131,9 +151,10 @@ inline void unpack_panel(const uint8_t* packed, const Sizes& z, Order order, int
     std::memset(weight, 0, std::size_t(rows * z.k()) * sizeof(float));
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t p = 0; p < z.planes; ++p) {
-            const float scale = from.scale[p * kRows + r];
             for (int64_t c = 0; c < steps; ++c) {
-                const uint8_t* step = from.signs + (p * steps + c) * kStepBytes;
+                const int64_t block = z.grouped ? c * kColumns / z.width() : 0;
+                const float scale = reinterpret_cast<const float*>(from.signs + z.scale_at(p, block))[r];
+                const uint8_t* step = from.signs + z.step_at(p * steps + c);
                 uint32_t word = 0;  // the inverse of interleave_nibbles
                 for (int i = 0; i < 4; ++i) {
                     const uint32_t byte = step[byte_at(order, r, i)];
@@ -148,6 +169,7 @@ inline void unpack_panel(const uint8_t* packed, const Sizes& z, Order order, int
 
 inline void pack_input_side(const Tensors& from, const Sizes& z, uint8_t* packed) {
     std::memset(packed, 0, std::size_t(z.panels_at()));
+    if (z.grouped) return;
     std::memcpy(packed, from.left, std::size_t(z.blocks * z.n1 * z.n1) * sizeof(float));
     float* right = reinterpret_cast<float*>(packed + z.right_at());
     for (int64_t row = 0; row < z.blocks * z.n2; ++row) {

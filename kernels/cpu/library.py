@@ -39,6 +39,7 @@ class LayerStruct(ctypes.Structure):
         ("rank", c_int64),
         ("planes", c_int64),
         ("clip", c_double),
+        ("grouped", c_int64),
     )
 
 

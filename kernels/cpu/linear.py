@@ -10,7 +10,7 @@ from bwla_kernels import checks
 from bwla_kernels.cpu.library import Isa, LayerStruct, available, load
 from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec
-from bwla_kernels.format.layer import UNQUANTIZED_BITS, tensor_specs, to_compute_dtype
+from bwla_kernels.format.layer import UNQUANTIZED_BITS, storage_dtype, tensor_specs, to_compute_dtype
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -53,6 +53,7 @@ def layer_struct(spec: LayerSpec, isa: Isa | None) -> LayerStruct:
         spec.rank,
         spec.planes,
         spec.clip,
+        spec.grouped,
     )
 
 
@@ -115,7 +116,7 @@ def pack(tensors: Mapping[str, Tensor], spec: LayerSpec, isa: Isa | None = None)
     """
     specs = {name: want for name, want in tensor_specs(spec).items() if name != "bias"}
     for name, want in specs.items():
-        expect(name, tensors[name], want.dtypes[0], want.shape)
+        expect(name, tensors[name], storage_dtype(want, tensors[name].dtype), want.shape)
     tensors = to_compute_dtype(tensors)
     pointers = [tensors[name].data_ptr() if name in specs else None for name in PACKED_TENSORS]
     layer = _layer(spec, isa)
@@ -134,7 +135,7 @@ def unpack_rows(packed: Tensor, spec: LayerSpec, rows: slice, isa: Isa | None = 
         rows: the rows, from a multiple of 64 to another one or to the end.
         isa: variant; by default the loaded one.
 
-    Returns: sum_p alpha_p S_p, float32 [rows, K].
+    Returns: sum_p alpha_p S_p, float32 [rows, K]; in a grouped layer, alpha_p depends on the column.
 
     Raises:
         BackendError: the packed layer is of another spec.

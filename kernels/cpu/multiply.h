@@ -16,14 +16,21 @@ static void store_output(int32_t dtype, void* out, int64_t at, V a, int64_t n) {
     if (n != kLanes) std::memcpy(to, last, std::size_t(n) * sizeof(uint16_t));
 }
 
-// The dot products of kLanes rows from the table totals of a token's digits: 2 S - sum|q|, see lut_vbmi.h.
+// The table totals S of kLanes rows over a token's digits.
 template <int Digits>
-static inline VI dot_products(const int32_t* sums, int32_t abs_sum) {
-    VI total = load_int(sums);
-    if (Digits == 2) total = times4_plus(total, load_int(sums + kRows));
-    return twice_minus(total, abs_sum);
+static inline VI table_totals(const int32_t* sums) {
+    const VI total = load_int(sums);
+    return Digits == 2 ? times4_plus(total, load_int(sums + kRows)) : total;
 }
 
+// Their dot products, 2 S - sum|q|, see lut_vbmi.h.
+template <int Digits>
+static inline VI dot_products(const int32_t* sums, int32_t abs_sum) {
+    return twice_minus(table_totals<Digits>(sums), abs_sum);
+}
+
+// Adds the dot products of one block and plane to y. row_scale: the scales of the panel's rows; null where a row has a
+// single one: it is a factor of all blocks, and `finish_rows` applies it.
 template <int Tokens, int Digits>
 static void add_block(const Call& c, const Plan& plan, const int32_t* sums, const int32_t* abs_sums,
                       int64_t token, int64_t g, int64_t plane, const float* row_scale, int64_t first_row, float* y) {
@@ -40,11 +47,20 @@ static void add_block(const Call& c, const Plan& plan, const int32_t* sums, cons
             continue;
         }
         const V scale = set1(plan.scale[at]);
+        float* to = y + t * kRows;
+        if (row_scale) {
+            // Twice the scale times half the dot product: exact, and cheaper than the dot product in integers.
+            const V twice = add(scale, scale), half_sum = set1(-0.5f * float(abs_sum));
+            UNROLL (i, kRows / kLanes) {
+                const V half = add(to_float(table_totals<Digits>(token_sums + i * kLanes)), half_sum);
+                const V factor = mul(twice, load(row_scale + i * kLanes));
+                store(to + i * kLanes, g || plane ? fma(factor, half, load(to + i * kLanes)) : mul(factor, half));
+            }
+            continue;
+        }
         for (int64_t r = 0; r < kRows; r += kLanes) {
             const V dots = to_float(dot_products<Digits>(token_sums + r, abs_sum));
-            // The row scale of a single plane is a factor of all groups: `finish_rows` applies it.
-            const V factor = c.z.planes > 1 ? mul(scale, load(row_scale + r)) : scale;
-            store(y + t * kRows + r, g || plane ? fma(factor, dots, load(y + t * kRows + r)) : mul(factor, dots));
+            store(to + r, g ? fma(scale, dots, load(to + r)) : mul(scale, dots));
         }
     }
 }
@@ -63,7 +79,7 @@ static void finish_rows(const Call& c, const Plan& plan, const Panel& panel, int
         V row[kVectors][Tokens];
         UNROLL (v, kVectors) {
             const int64_t r = begin + v * kLanes;
-            const V scale = c.z.planes > 1 ? set1(1.0f) : load(panel.scale + r);
+            const V scale = c.z.single_scale() ? load(panel.scale + r) : set1(1.0f);
             UNROLL (t, Tokens) row[v][t] = mul(scale, load(y + t * kRows + r));
         }
         for (int64_t j = 0; j < c.z.rank; ++j) {
@@ -91,19 +107,28 @@ static void multiply_tile(const Call& c, const Plan& plan, int64_t first_panel, 
                           const Tables& tile, int64_t ahead) {
     constexpr int kTile = Tokens * Digits;
     const int64_t steps = c.z.width() / kColumns, tail = c.z.panel_bytes() - c.z.sign_bytes();
+    const int64_t block_bytes = c.z.block_bytes(), scale_at = c.z.scale_at(0, 0);
+    const bool single = c.z.single_scale(), grouped = c.z.grouped;
     const uint8_t* signs[Streams];
-    for (int s = 0; s < Streams; ++s) signs[s] = Panel(c.packed, c.z, first_panel + s * gap).signs;
+    const float* scales[Streams];
+    for (int s = 0; s < Streams; ++s) {
+        const Panel panel(c.packed, c.z, first_panel + s * gap);
+        signs[s] = panel.signs, scales[s] = panel.scale;
+    }
     alignas(64) int32_t sums[Streams * kTile * kRows];
     alignas(64) float y[Streams * Tokens * kRows];
     for (int64_t i = 0; i < c.z.planes * c.z.blocks; ++i) {
         const int64_t plane = i / c.z.blocks, g = i % c.z.blocks;
         accumulate<kTile, Streams>(signs, tile.entries + g * steps * kTile * kTableBytes, steps, ahead, sums);
         for (int s = 0; s < Streams; ++s) {
-            const int64_t panel = first_panel + s * gap;
-            add_block<Tokens, Digits>(c, plan, sums + s * kTile * kRows, tile.abs_sum, token, g, plane,
-                                      Panel(c.packed, c.z, panel).scale + plane * kRows, panel * kRows,
-                                      y + s * Tokens * kRows);
-            signs[s] += steps * kStepBytes;
+            const float* row_scale = single ? nullptr : scales[s] + plane * kRows;
+            if (grouped) {
+                row_scale = reinterpret_cast<const float*>(signs[s] + scale_at);
+                UNROLL (line, kRows / 16) prefetch_far(row_scale + 16 * line + ahead / 4);
+            }
+            add_block<Tokens, Digits>(c, plan, sums + s * kTile * kRows, tile.abs_sum, token, g, plane, row_scale,
+                                      (first_panel + s * gap) * kRows, y + s * Tokens * kRows);
+            signs[s] += block_bytes;
         }
     }
     for (int s = 0; s < Streams; ++s) {

@@ -123,14 +123,14 @@ struct Plan {
 // A rough count of cycles, only to decide whether more than one thread pays.
 inline int64_t estimated_cycles(const Call& c) {
     int64_t cycles = 0;
-    if (c.x) cycles += c.m * c.z.k() * (c.z.n1 + c.z.n2 + c.z.rank) / 12;
+    if (c.x)         cycles += c.m * c.z.k() * (c.z.grouped ? 12 : c.z.n1 + c.z.n2 + c.z.rank) / 12;
     if (c.multiplies()) cycles += c.z.n * c.z.planes * c.z.k() / 128 * (c.m + 1) + c.m * c.z.k() / 2;
     return cycles;
 }
 
 inline Plan make_plan(const Call& c, int threads, bool amx) {
     Plan p{};
-    p.tiled = amx && c.multiplies() && c.m >= kAmxTokens;
+    p.tiled = amx && c.multiplies() && c.m >= kAmxTokens && !c.z.grouped;  // amx.h has one scale a row and plane
     p.threads = threads < 0 ? -threads : estimated_cycles(c) < kSerialCost ? 1 : threads;
     if (p.threads < 1) p.threads = 1;
     p.step = float(c.clip / double((1 << (c.bits - 1)) - 1));
@@ -147,7 +147,7 @@ inline Plan make_plan(const Call& c, int threads, bool amx) {
     }
     if (p.batch > c.m) p.batch = c.m;
     p.lanes = p.tiled && c.x && ceil_div(p.batch, kTileTokens) * c.z.blocks >= p.threads;
-    p.split = c.x && !p.lanes && p.threads > 1 && p.batch * c.z.blocks < 4 * p.threads;
+    p.split = c.x && !c.z.grouped && !p.lanes && p.threads > 1 && p.batch * c.z.blocks < 4 * p.threads;
     p.private_tables = !p.tiled && c.m <= p.tile_tokens;
     p.panels_per_unit = kWeightBudget / c.z.panel_bytes();
     if (p.panels_per_unit < 1) p.panels_per_unit = 1;
@@ -163,8 +163,10 @@ inline Scratch place_scratch(const Call& c, const Plan& p, Arena& arena) {
     Scratch s{};
     if (c.x) {
         s.x = arena.array<float>(c.z.width() + 16);
-        s.half = arena.array<float>(c.z.n1 * c.z.padded());
-        s.rotated = arena.array<float>(c.z.width());
+        if (!c.z.grouped) {
+            s.half = arena.array<float>(c.z.n1 * c.z.padded());
+            s.rotated = arena.array<float>(c.z.width());
+        }
     }
     if (c.multiplies() && p.private_tables) s.tables = place_tables(c, p, arena);
     if (p.tiled) {

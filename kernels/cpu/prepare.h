@@ -46,11 +46,18 @@ static void prepare_block(const Call& c, const Plan& plan, const Batch& batch, c
                           int64_t block) {
     const int64_t g = block % c.z.blocks, width = c.z.width();
     load_block(c, batch, block, scratch.x);
-    rotate_rows(c, g, scratch.x, 0, c.z.n1, scratch.half, scratch.rotated);
-    const int32_t bits = scale_columns(scratch.rotated, c.column_scale() + g * width, width);
+    const float* x_hat = scratch.x;
+    int32_t bits;
+    if (c.z.grouped) {
+        bits = largest_magnitude(x_hat, width);
+    } else {
+        rotate_rows(c, g, scratch.x, 0, c.z.n1, scratch.half, scratch.rotated);
+        bits = scale_columns(scratch.rotated, c.column_scale() + g * width, width);
+        x_hat = scratch.rotated;
+    }
     const float scale = block_scale(bits, plan.step);
     scale_of(c, plan, batch.first + block / c.z.blocks, g) = scale;
-    quantize_block(c, plan, batch, block, 0, width, scratch.rotated, scale);
+    quantize_block(c, plan, batch, block, 0, width, x_hat, scale);
 }
 
 // Many blocks: a thread computes whole ones.

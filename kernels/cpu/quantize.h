@@ -42,6 +42,13 @@ static int32_t scale_columns(float* x_hat, const float* column_scale, int64_t n)
     return reduce_max(high);
 }
 
+// Returns the bits of max|x|; n is a multiple of 32.
+static int32_t largest_magnitude(const float* x, int64_t n) {
+    VI high = int_zero();
+    for (int64_t i = 0; i < n; i += kLanes) high = magnitude(load(x + i), high);
+    return reduce_max(high);
+}
+
 static float block_scale(int32_t magnitude_bits, float step) {
     float high;
     std::memcpy(&high, &magnitude_bits, sizeof(high));

@@ -178,13 +178,13 @@ inline void check_status(int32_t status) {
 }
 
 // linear_cpu(Tensor x, Tensor packed, Tensor? bias, int out_features, int rotation_groups, int n1, int n2,
-//            int rank, int bits, float clip, int planes) -> Tensor
+//            int rank, int bits, float clip, int planes, bool grouped) -> Tensor
 inline void linear_op(Value* stack, uint64_t, uint64_t) {
     const Tensor packed(stack[1]);
     const std::optional<Tensor> bias = optional_tensor(stack[2]);
     const bwla_layer layer{torch_api().isa,         int32_t(stack[8]),      int64_t(stack[3]),
                            int64_t(stack[4]),       int64_t(stack[5]),      int64_t(stack[6]),
-                           int64_t(stack[7]),       int64_t(stack[10]),     from_value<double>(stack[9])};
+                           int64_t(stack[7]),       int64_t(stack[10]),     from_value<double>(stack[9]), from_value<bool>(stack[11])};
     const Rows rows(stack[0], layer.blocks * layer.n1 * layer.n2);
     expect(packed.dtype == torch_api().uint8 && packed.contiguous() && packed.numel() == bwla_packed_bytes(&layer),
            "packed weights of this layer: pack it with the same sizes");
@@ -216,7 +216,7 @@ inline void head_op(Value* stack, uint64_t, uint64_t) {
 // A projection of experts_cpu: rotation_groups, n1, n2, rank, bits, clip and planes from `at` on.
 inline bwla_layer projection(const Value* at, int64_t rows) {
     return {torch_api().isa, int32_t(at[4]), rows,           int64_t(at[0]),          int64_t(at[1]),
-            int64_t(at[2]),  int64_t(at[3]), int64_t(at[6]), from_value<double>(at[5])};
+            int64_t(at[2]),  int64_t(at[3]), int64_t(at[6]), from_value<double>(at[5]), 0};
 }
 
 // experts_cpu(Tensor x, Tensor topk_weights, Tensor topk_ids, Tensor packed_gate_up, Tensor packed_down,

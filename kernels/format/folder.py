@@ -25,7 +25,7 @@ from bwla_kernels.format.files import (
     scan_folder,
 )
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, INT8_SUFFIX, HeadSpec, head_tensor_specs
-from bwla_kernels.format.layer import FLOAT_DTYPES, INPUT_TRANSFORM, LayerSpec, TensorSpec, shape_problem
+from bwla_kernels.format.layer import FLOAT_DTYPES, INPUT_TRANSFORM, LayerSpec, TensorSpec, describe_kind, shape_problem
 from bwla_kernels.format.model import config_problem, tied_conflict
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from bwla_kernels.format.tensors import PACKED_SUFFIX, listed_problems, tied_tensors
@@ -107,8 +107,8 @@ def _folder_problems(
         module = name.removesuffix(".weight")
         if module != name and config.is_quantized(module):
             yield (
-                f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives a "
-                f"rotation for {module} and does not ignore it, found an unquantized weight"
+                f"{folder / entries[name].file}: {name}: expected one-bit tensors, because config.json gives "
+                f"sizes for {module} and does not ignore it, found an unquantized weight"
             )
     if config.tensors is not None:
         yield from listed_problems(config.tensors, entries, folder)
@@ -170,7 +170,7 @@ def _layer_problems(name: str, stored: Mapping[str, Entry], spec: LayerSpec, fol
         yield f"{folder}: {name}.{missing} is missing, expected shape {list(expected[missing].shape)}"
     for extra in sorted(stored.keys() - expected.keys()):
         shared = extra in INPUT_TRANSFORM and expert_of(name)
-        reason = "only expert 0 stores the input transform" if shared else f"rank {spec.rank}"
+        reason = "only expert 0 stores the input transform" if shared else describe_kind(spec)
         yield f"{folder / stored[extra].file}: {name}.{extra} is not part of the format ({reason})"
     for key, want in expected.items():
         if key in stored:
@@ -279,7 +279,7 @@ def _spec_of(config: BWLAFormat, name: str, n: int, k: int, bias: bool, file: Pa
     spec = config.layer_spec(name, n, k, bias)
     if spec is None:
         raise FormatError(
-            f"{file}: {name} is stored in one bit, but config.json gives no rotation for it or ignores it; "
+            f"{file}: {name} is stored in one bit, but config.json gives no rotation and no group_size for it or ignores it; "
             "convert or download the model again"
         )
     return spec

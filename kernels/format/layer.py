@@ -27,6 +27,9 @@ tolerance."""
 INPUT_TRANSFORM = ("rotation_left", "rotation_right", "column_scale", "low_rank_a")
 """Tensors that every member of an input group stores an identical copy of."""
 
+GROUP_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes of the scales of groups of columns: they are imported, and keep the dtype that they were trained in."""
+
 ROW_TENSORS = ("weight_packed", "weight_scale", "low_rank_b", "bias")
 """Tensors with one row for each output feature."""
 
@@ -39,12 +42,14 @@ class LayerSpec:
         out_features: N, any positive number.
         in_features: K, a multiple of 32.
         rotation_groups: G; each group of K / G = n1 * n2 columns (whole 32-bit words) is rotated and scaled on its own.
-        n1, n2: orders of the two Kronecker factors of a group's rotation.
+        n1, n2: orders of the two Kronecker factors of a group's rotation; 1 and the width of a group where `grouped`.
         rank: r of the low-rank correction, 0 for none.
         bits: activation bits, 2..8, or 16 for unquantized.
         clip: fraction of the largest magnitude that the largest code represents, in (0, 1].
         bias: whether the linear has a bias.
         planes: P, 1 to 4: the weight is a sum of P sign matrices, each with its own row scales.
+        grouped: whether each row has a scale for each of the G groups of columns, and the layer no input transform:
+            no rotation, no column scale and no low-rank correction. Activations are quantized for each group.
 
     Raises:
         FormatError: at construction, if the sizes contradict each other.
@@ -60,6 +65,7 @@ class LayerSpec:
     clip: float = 1.0
     bias: bool = False
     planes: int = 1
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         if (
@@ -67,6 +73,10 @@ class LayerSpec:
             or self.rank < 0
         ):
             raise FormatError(f"sizes must be positive and the rank not negative, found {self}")
+        if self.grouped and self.in_features % self.n2:
+            raise FormatError(
+                f"groups of {self.n2} columns do not divide the {self.in_features} that the layer reads"
+            )
         if self.rotation_groups * self.n1 * self.n2 != self.in_features:
             raise FormatError(
                 f"rotation ({self.rotation_groups}, {self.n1}, {self.n2}) covers "
@@ -75,6 +85,10 @@ class LayerSpec:
         if self.group_width % PACK_FACTOR:
             raise FormatError(
                 f"a rotation group must be a multiple of {PACK_FACTOR} columns wide, found {self.group_width}"
+            )
+        if self.grouped and (self.n1 != 1 or self.rank):
+            raise FormatError(
+                f"a layer with scales for groups of columns has no rotation and no low-rank correction, found {self}"
             )
         if not 1 <= self.planes <= MAX_PLANES:
             raise FormatError(f"planes must be 1..{MAX_PLANES}, found {self.planes}")
@@ -87,6 +101,11 @@ class LayerSpec:
     def group_width(self) -> int:
         """Columns of one rotation group, n1 * n2."""
         return self.n1 * self.n2
+
+    @property
+    def scales_per_row(self) -> int:
+        """Scales that each plane of a row has: one, or one for each group of columns."""
+        return self.rotation_groups if self.grouped else 1
 
     @property
     def q_max(self) -> int:
@@ -106,13 +125,16 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     """Return the tensors that a layer stores, in a fixed order; those of a single plane have no axis for it."""
     n, k, r = spec.out_features, spec.in_features, spec.rank
     row = (n,) if spec.planes == 1 else (n, spec.planes)
-    specs = {
-        "weight_packed": TensorSpec((*row, k // PACK_FACTOR), (torch.int32,)),
-        "weight_scale": TensorSpec(row, (SCALE_DTYPE,)),
-        "rotation_left": TensorSpec((spec.rotation_groups, spec.n1, spec.n1), (ROTATION_DTYPE,)),
-        "rotation_right": TensorSpec((spec.rotation_groups, spec.n2, spec.n2), (ROTATION_DTYPE,)),
-        "column_scale": TensorSpec((k,), (SCALE_DTYPE,)),
-    }
+    specs = {"weight_packed": TensorSpec((*row, k // PACK_FACTOR), (torch.int32,))}
+    if spec.grouped:
+        specs["weight_scale"] = TensorSpec((*row, spec.rotation_groups), GROUP_SCALE_DTYPES)
+    else:
+        specs |= {
+            "weight_scale": TensorSpec(row, (SCALE_DTYPE,)),
+            "rotation_left": TensorSpec((spec.rotation_groups, spec.n1, spec.n1), (ROTATION_DTYPE,)),
+            "rotation_right": TensorSpec((spec.rotation_groups, spec.n2, spec.n2), (ROTATION_DTYPE,)),
+            "column_scale": TensorSpec((k,), (SCALE_DTYPE,)),
+        }
     if r:
         specs["low_rank_a"] = TensorSpec((r, k), (torch.bfloat16,))
         specs["low_rank_b"] = TensorSpec((n, r), (torch.bfloat16,))
@@ -121,11 +143,18 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     return specs
 
 
+def storage_dtype(want: TensorSpec, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor of this dtype is stored: its own where the format allows it."""
+    return dtype if dtype in want.dtypes else want.dtypes[0]
+
+
 def to_storage_dtype(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
-    """Return copies of a layer's tensors in the format's order and dtypes; a bias keeps its dtype."""
-    dtypes = {key: want.dtypes[0] for key, want in tensor_specs(spec).items() if key != "bias"}
-    if "bias" in tensors:
-        dtypes["bias"] = tensors["bias"].dtype
+    """Return copies of a layer's tensors in the format's order and dtypes.
+
+    A tensor that may have several dtypes, such as a bias, keeps its own if it is one of them. A bias may be left out.
+    """
+    wanted = {key: want for key, want in tensor_specs(spec).items() if key in tensors or key != "bias"}
+    dtypes = {key: storage_dtype(want, tensors[key].dtype) for key, want in wanted.items()}
     return {
         key: tensors[key].to(dtype, copy=True, memory_format=torch.contiguous_format)
         for key, dtype in dtypes.items()
@@ -148,11 +177,19 @@ def shape_problem(want: TensorSpec, shape: tuple[int, ...], dtype: torch.dtype) 
     return None
 
 
-def value_problem(name: str, tensor: Tensor) -> str | None:
-    """Describe what is wrong with the values of the tensor called `name`; return None if nothing is."""
+def value_problem(name: str, tensor: Tensor, grouped: bool = False) -> str | None:
+    """Describe what is wrong with the values of the tensor called `name`; return None if nothing is.
+
+    Args:
+        name: the tensor's name in its layer.
+        tensor: the tensor.
+        grouped: whether the layer is grouped: a group of columns that are all zero has scale 0.
+    """
     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
         return "expected finite values, found NaN or infinity"
-    if name in ("weight_scale", "column_scale") and not (tensor > 0).all():
+    if grouped and not (tensor >= 0).all():
+        return f"expected scales that are not negative, found {tensor.min().item():g}"
+    if not grouped and name in ("weight_scale", "column_scale") and not (tensor > 0).all():
         return f"expected positive scales, found {tensor.min().item():g}"
     if name in ("rotation_left", "rotation_right"):
         exact = tensor.double()  # float32 products may be TF32, whose error is near the tolerance
@@ -161,6 +198,11 @@ def value_problem(name: str, tensor: Tensor) -> str | None:
         if off > ORTHOGONALITY_TOLERANCE:
             return f"expected an orthogonal matrix to {ORTHOGONALITY_TOLERANCE:g}, found it off by {off:.3g}"
     return None
+
+
+def describe_kind(spec: LayerSpec) -> str:
+    """Say what decides which tensors a layer stores, for messages."""
+    return f"scales for groups of {spec.group_width} columns" if spec.grouped else f"rank {spec.rank}"
 
 
 def validate_layer(name: str, tensors: Mapping[str, Tensor], spec: LayerSpec) -> None:
@@ -175,9 +217,10 @@ def validate_layer(name: str, tensors: Mapping[str, Tensor], spec: LayerSpec) ->
     for missing in sorted(expected.keys() - tensors.keys()):
         raise FormatError(f"{name}.{missing}: expected {expected[missing]}, found no such tensor; {advice}")
     for extra in sorted(tensors.keys() - expected.keys()):
-        raise FormatError(f"{name}.{extra}: not a tensor of this layer's format (rank {spec.rank}); {advice}")
+        raise FormatError(f"{name}.{extra}: not a tensor of this layer's format ({describe_kind(spec)}); {advice}")
     for key, want in expected.items():
         tensor = tensors[key]
-        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor)
+        grouped = spec.grouped and key == "weight_scale"
+        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor, grouped)
         if problem:
             raise FormatError(f"{name}.{key}: {problem}; {advice}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 from bwla_kernels.errors import FormatError
+from bwla_kernels.factorize import PACK_FACTOR
 from bwla_kernels.format.experts import is_setting, settings_name
 from bwla_kernels.format.layer import MAX_PLANES, LayerSpec
 from bwla_kernels.format.tensors import parse_tensors
@@ -26,7 +27,8 @@ from pydantic import (
 
 QUANT_METHOD = "bwla"
 FORMAT_VERSIONS = (1, 2)
-"""Versions that can be read. Version 2 has `planes`, `embedding` and `experts`; without them, version 1 is written."""
+"""Versions that can be read. Version 2 has `planes`, `embedding`, `experts` and `group_size`; without them, version 1
+is written."""
 
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 """Fields of `QuantizationArgs` that are written to config.json."""
@@ -133,7 +135,11 @@ class BWLAFormat(BaseModel):
 
     Attributes:
         rotation: module-name suffix -> (G, n1, n2); the longest match wins. A linear without a match
-            is not quantized. Here and in the other settings by suffix, `*` stands for the number of an expert.
+            is not quantized, unless `group_size` names it. Here and in the other settings by suffix, `*` stands for the
+            number of an expert.
+        group_size: module-name suffix -> columns that share a weight scale and an activation scale, of linears
+            without an input transform; the longest match wins, and no linear matches both this and `rotation`.
+            Version 1 does not know it.
         planes: number of binary planes, one for all or by suffix; version 1 knows a single one.
         rank: rank of the low-rank correction, one for all or by suffix.
         clip: activation clip, one for all or by suffix.
@@ -158,7 +164,8 @@ class BWLAFormat(BaseModel):
     clip: float | dict[str, float] = 1.0
     planes: int | dict[str, int] = 1
     rank: int | dict[str, int] = 0
-    rotation: dict[str, tuple[int, int, int]]
+    rotation: dict[str, tuple[int, int, int]] = Field(default_factory=dict)
+    group_size: dict[str, int] = Field(default_factory=dict)
     ignore: list[str] = Field(default_factory=lambda: ["lm_head"])
     linears: list[LayerLinears] | None = None
     lm_head: QuantizationArgs | None = None
@@ -201,7 +208,15 @@ class BWLAFormat(BaseModel):
                 raise ValueError(f"rotation sizes must be positive, found {suffix}: {list(sizes)}")
         return table
 
-    @field_validator("rotation", "planes", "rank", "clip")
+    @field_validator("group_size")
+    @classmethod
+    def _groups_are_words(cls, table: dict[str, int]) -> dict[str, int]:
+        for suffix, size in table.items():
+            if size < PACK_FACTOR or size % PACK_FACTOR:
+                raise ValueError(f"a group_size must be a multiple of {PACK_FACTOR}, found {suffix}: {size}")
+        return table
+
+    @field_validator("rotation", "group_size", "planes", "rank", "clip")
     @classmethod
     def _stars_are_experts(cls, setting: Any) -> Any:
         for key in setting if isinstance(setting, dict) else ():
@@ -228,6 +243,8 @@ class BWLAFormat(BaseModel):
             raise ValueError("an 8-bit embedding needs format_version 2, found 1")
         if self.format_version == 1 and self.experts is not None:
             raise ValueError("one-bit experts need format_version 2, found 1")
+        if self.format_version == 1 and self.group_size:
+            raise ValueError("scales for groups of columns need format_version 2, found 1")
         return self
 
     @property
@@ -241,7 +258,21 @@ class BWLAFormat(BaseModel):
 
     def is_quantized(self, name: str) -> bool:
         """Return whether the linear called `name` is stored in one bit."""
-        return not self.is_ignored(name) and longest_suffix(self.rotation, name) is not None
+        return not self.is_ignored(name) and self._sizes(name) is not None
+
+    def _sizes(self, name: str) -> tuple[int, int, int] | int | None:
+        """Return the rotation or the group size of a linear.
+
+        Raises:
+            FormatError: it has both.
+        """
+        rotation, group_size = longest_suffix(self.rotation, name), longest_suffix(self.group_size, name)
+        if rotation is not None and group_size is not None:
+            raise FormatError(
+                f"{name}: expected either a rotation or a group_size, found {list(rotation)} and {group_size}; "
+                "restore the config.json that bwla-convert wrote"
+            )
+        return group_size if rotation is None else rotation
 
     def layer_spec(
         self, name: str, out_features: int, in_features: int, bias: bool = False
@@ -251,9 +282,11 @@ class BWLAFormat(BaseModel):
         Raises:
             FormatError: the config and the layer's sizes contradict each other; the message names the layer.
         """
-        sizes = None if self.is_ignored(name) else longest_suffix(self.rotation, name)
-        if sizes is None:
+        found = None if self.is_ignored(name) else self._sizes(name)
+        if found is None:
             return None
+        grouped = isinstance(found, int)
+        sizes = (in_features // found, 1, found) if isinstance(found, int) else found
         rank = self.rank if isinstance(self.rank, int) else longest_suffix(self.rank, name) or 0
         planes = self.planes if isinstance(self.planes, int) else longest_suffix(self.planes, name) or 1
         clip = self.clip if isinstance(self.clip, float) else longest_suffix(self.clip, name) or 1.0
@@ -267,6 +300,7 @@ class BWLAFormat(BaseModel):
                 clip=clip,
                 bias=bias,
                 planes=planes,
+                grouped=grouped,
             )
         except FormatError as error:
             raise FormatError(
@@ -282,6 +316,8 @@ class BWLAFormat(BaseModel):
         for field in ("experts", "linears", "tensors", "config"):
             if data[field] is None:
                 del data[field]
+        if not self.group_size:
+            del data["group_size"]
         if not self.provenance.allocation:
             del data["provenance"]["allocation"]
         for field in ("weights", "input_activations", "lm_head", "embedding"):

@@ -189,6 +189,8 @@ class TritonBackend:
             return False, reason
         if spec.bits == UNQUANTIZED_BITS:
             return False, "the Triton kernels need quantized activations (2 to 8 bits)"
+        if spec.grouped:
+            return False, "the Triton kernels have no scales for groups of columns yet"
         from bwla_kernels.triton.prepare_input import can_prepare
 
         covered, refusal = can_prepare(spec)

@@ -60,18 +60,21 @@ def dequantized(spec: LayerSpec, layer: dict[str, Tensor]):
 def specs(draw) -> LayerSpec:
     groups, words = draw(st.integers(1, 3)), draw(st.integers(1, 5))
     width = 32 * words
+    grouped = draw(st.booleans())
     n1 = draw(st.sampled_from([order for order in range(1, width + 1) if width % order == 0]))
+    n1 = 1 if grouped else n1
     return LayerSpec(
         draw(st.integers(1, 200)),
         groups * width,
         groups,
         n1,
         width // n1,
-        rank=draw(st.sampled_from([0, 1, 3, 5, 16])),
+        rank=0 if grouped else draw(st.sampled_from([0, 1, 3, 5, 16])),
         bits=draw(st.sampled_from([16, 16, 2, 6, 8])),
         clip=draw(st.sampled_from([1.0, 0.85])),
         bias=draw(st.booleans()),
         planes=draw(st.integers(1, 4)),
+        grouped=grouped,
     )
 
 
@@ -207,7 +210,7 @@ def test_opcheck_of_the_backward_pass(name: str) -> None:
     if not backend.can_implement(SPEC, CPU)[0]:
         pytest.skip(f"{name} does not run on a CPU")
     prepared = backend.prepare(random_layer(SPEC, 8), SPEC)
-    sizes = (33, 2, 8, 12, 3, 6, 1.0, 2)
+    sizes = (33, 2, 8, 12, 3, 6, 1.0, 2, False)
     layer = {
         "torch": (*(prepared.get(key) for key in TORCH_TENSORS), 6, 1.0),
         "cpu": (prepared.get("packed"), prepared["bias"], *sizes),

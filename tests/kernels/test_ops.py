@@ -13,6 +13,9 @@ SPECS = [
     LayerSpec(20, 352, 1, 16, 22, bits=16, rank=2),
     LayerSpec(70, 192, 2, 8, 12, rank=3, bias=True, planes=3),
     LayerSpec(20, 352, 1, 16, 22, bits=16, rank=2, planes=2),
+    LayerSpec(40, 512, 4, 1, 128, bits=8, grouped=True),
+    LayerSpec(70, 192, 2, 1, 96, bias=True, planes=2, grouped=True),
+    LayerSpec(20, 96, 3, 1, 32, bits=16, planes=2, grouped=True),
 ]
 BACKENDS = [backend.name for backend in ops.backends()]
 CPU = torch.device("cpu")

@@ -17,6 +17,11 @@ SPECS = [
     LayerSpec(21, 192, 2, 8, 12, rank=2, bias=True, planes=3),
     LayerSpec(9, 64, 1, 8, 8, bits=16, planes=4),
 ]
+GROUPED_SPECS = [
+    LayerSpec(40, 512, 4, 1, 128, bits=8, grouped=True),
+    LayerSpec(70, 192, 2, 1, 96, bias=True, planes=2, grouped=True),
+    LayerSpec(20, 96, 3, 1, 32, bits=16, planes=2, grouped=True),
+]
 
 
 def ids(spec: LayerSpec) -> str:
@@ -113,20 +118,21 @@ def test_block_sums_are_exact_integers_at_the_widest() -> None:
     assert reference.group_sums(q, signs, 1)[0, 0].tolist() == [127 * 65536, 127 * 65534]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ids)
+@pytest.mark.parametrize("spec", SPECS + GROUPED_SPECS, ids=ids)
 def test_linear_follows_the_formula(spec: LayerSpec, make_layer) -> None:
     layer = make_layer(spec, 3)
     x = torch.randn(4, spec.in_features, generator=torch.Generator().manual_seed(4))
     prepared = reference.prepare_input(x, layer, spec)
     signs = unpack_signs(layer["weight_packed"], torch.float64).view(spec.out_features, spec.planes, -1)
-    alpha = layer["weight_scale"].double().view(spec.out_features, spec.planes)
+    alpha = layer["weight_scale"].double().view(spec.out_features, spec.planes, -1)
+    alpha = alpha.expand(-1, -1, spec.rotation_groups)
     width = spec.group_width
     y = torch.zeros(4, spec.out_features, dtype=torch.float64)
     for g in range(spec.rotation_groups):
         part = slice(g * width, (g + 1) * width)
         for p in range(spec.planes):
             dots = prepared.q[:, part].double() @ signs[:, p, part].t()
-            y += alpha[:, p] * prepared.scale[:, g : g + 1].double() * dots
+            y += alpha[:, p, g] * prepared.scale[:, g : g + 1].double() * dots
     if spec.rank:
         y += x.double() @ layer["low_rank_a"].double().t() @ layer["low_rank_b"].double().t()
     if spec.bias:
@@ -134,7 +140,7 @@ def test_linear_follows_the_formula(spec: LayerSpec, make_layer) -> None:
     torch.testing.assert_close(reference.linear(x, layer, spec).double(), y, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=ids)
+@pytest.mark.parametrize("spec", SPECS + GROUPED_SPECS, ids=ids)
 def test_unquantized_activations_equal_the_dequantized_weight(spec: LayerSpec, make_layer) -> None:
     wide = LayerSpec(**{**spec.__dict__, "bits": 16})
     layer = make_layer(wide, 5)

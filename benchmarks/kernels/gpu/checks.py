@@ -84,7 +84,7 @@ def matmul_error(y: Tensor, layer: Layer, prepared: QuantizedInput) -> float:
     tokens = _ends(len(y), SAMPLED_TOKENS, y.device)
     sampled = {name: stored[name][rows] for name in ("weight_packed", "weight_scale")}
     signs, alpha = reference.planes(sampled, spec)
-    weight = torch.einsum("npk,np->nk", signs.double(), alpha.double())
+    weight = torch.einsum("npk,npi->nk", signs.double(), alpha.double())
     scale = prepared.scale[tokens].double().repeat_interleave(spec.group_width, 1)
     exact = (prepared.q[tokens].double() * scale) @ weight.t()
     if prepared.u is not None:

@@ -49,22 +49,24 @@ def variants() -> list[Isa]:
 
 
 def random_cases(seed: int, count: int) -> Iterator[Case]:
-    """Shapes of all kinds: ragged N, any factors, several blocks, ranks, bits, tokens and threads."""
+    """Shapes of all kinds: ragged N, any factors, several blocks, ranks, bits, tokens and threads; some are grouped."""
     rng = random.Random(seed)
     for _ in range(count):
         blocks, words = rng.choice([1, 1, 1, 2, 3, 5]), rng.choice([1, 1, 2, 3, 4, 7, 12])
         width = 32 * words
-        n1 = rng.choice([d for d in range(1, width + 1) if width % d == 0])
+        grouped = rng.random() < 0.3
+        n1 = 1 if grouped else rng.choice([d for d in range(1, width + 1) if width % d == 0])
         spec = LayerSpec(
             rng.randint(1, 200),
             blocks * width,
             blocks,
             n1,
             width // n1,
-            rank=rng.choice([0, 0, 1, 3, 4, 5, 16]),
+            rank=0 if grouped else rng.choice([0, 0, 1, 3, 4, 5, 16]),
             bits=rng.randint(2, 8),
             clip=rng.choice([1.0, 0.85]),
             planes=rng.choice([1, 1, 2, 3, 4]),
+            grouped=grouped,
         )
         yield (
             spec,

@@ -22,7 +22,7 @@ def bare_layer(spec: LayerSpec, generator: torch.Generator) -> dict[str, Tensor]
         "low_rank_a": torch.zeros(r, k),
         "low_rank_b": torch.zeros(n, r),
     }
-    return to_storage_dtype(tensors, spec)
+    return to_storage_dtype({name: tensors[name] for name in shapes}, spec)
 
 
 def expected(q: Tensor, words: Tensor, spec: LayerSpec) -> Tensor:
