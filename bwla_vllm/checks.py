@@ -160,13 +160,15 @@ def check_kv_b_proj(names: Iterable[str]) -> None:
 
 
 def check_rotation_groups(name: str, spec: LayerSpec, tp_size: int) -> None:
-    """Check that each of `tp_size` ranks can hold whole rotation groups of the layer called `name`.
+    """Check that each of `tp_size` ranks can hold whole groups of columns of the layer called `name`.
 
     Raises:
         FormatError: they cannot.
     """
     if spec.rotation_groups % tp_size:
+        groups = "groups of columns with a scale" if spec.grouped else "rotation groups"
+        otherwise = "" if spec.grouped else ", or convert the model again with more rotation groups"
         raise FormatError(
-            f"{name}: expected a tensor-parallel size that divides its {spec.rotation_groups} rotation groups, found "
-            f"{tp_size}: choose another --tensor-parallel-size, or convert the model again with more rotation groups"
+            f"{name}: expected a tensor-parallel size that divides its {spec.rotation_groups} {groups}, found "
+            f"{tp_size}: choose another --tensor-parallel-size{otherwise}"
         )

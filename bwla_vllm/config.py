@@ -337,10 +337,10 @@ def _describe_mix(prefix: str, parts: tuple[str, ...], specs: list[LayerSpec | N
     def describe(spec: LayerSpec | None) -> str:
         if spec is None:
             return "not quantized"
-        return (
-            f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2}), planes {spec.planes}, rank {spec.rank}, "
-            f"clip {spec.clip:g}"
-        )
+        sizes = f"rotation ({spec.rotation_groups}, {spec.n1}, {spec.n2})"
+        if spec.grouped:
+            sizes = f"groups of {spec.group_width} columns"
+        return f"{sizes}, planes {spec.planes}, rank {spec.rank}, clip {spec.clip:g}"
 
     found = "; ".join(f"{part}: {describe(spec)}" for part, spec in zip(parts, specs, strict=True))
     return (

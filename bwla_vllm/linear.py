@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
-from bwla_kernels.format.layer import INPUT_TRANSFORM
+from bwla_kernels.format.layer import INPUT_TRANSFORM, TensorSpec, loading_dtype
 from bwla_kernels.ops import LinearBackend, select_backend
 from bwla_kernels.triton import launch
 from torch import Tensor
@@ -30,6 +30,7 @@ from bwla_vllm.errors import one_sentence
 from bwla_vllm.observe import Observer
 from bwla_vllm.parameter import (
     CheckedParameter,
+    GroupScaleParameter,
     ScaleParameter,
     SharedParameter,
     SignsParameter,
@@ -122,14 +123,8 @@ class BWLALinearMethod(LinearMethodBase):  # type: ignore[misc]
             elif len(output_partition_sizes) > 1:
                 loader = checks_merged(loader, layer)
             for name, want in tensor_specs(spec).items():
-                parameter = _make_parameter(
-                    name,
-                    want.shape,
-                    want.dtypes[0],
-                    len(output_partition_sizes),
-                    f"{self.name}.{name}",
-                    loader,
-                )
+                label = f"{self.name}.{name}"
+                parameter = _make_parameter(name, want, len(output_partition_sizes), label, loader)
                 layer.register_parameter(name, parameter)
             backend, reason = select_backend(spec, layer.weight_packed.device, self.backend_name)
         logger.info_once("BWLA layers: %s", reason)
@@ -242,13 +237,15 @@ def _stored_rows(layer: Any) -> int:
     return int(sum(layer.output_sizes))
 
 
-def _make_parameter(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, slots: int, label: str, loader: Any
-) -> CheckedParameter:
+def _make_parameter(name: str, want: TensorSpec, slots: int, label: str, loader: Any) -> CheckedParameter:
+    shape, dtype = want.shape, loading_dtype(want)
     if name in INPUT_TRANSFORM:
         shard_dim = 1 if name == "low_rank_a" else 0
         data = unset((slots, *shape), dtype)
         return SharedParameter(shard_dim=shard_dim, data=data, label=label, weight_loader=loader)
+    if dtype not in want.dtypes[:1]:
+        data = unset(shape, dtype)
+        return GroupScaleParameter(dtypes=want.dtypes, data=data, label=label, weight_loader=loader)
     kind: type[CheckedParameter] = SignsParameter if name == "weight_packed" else ScaleParameter
     return kind(data=unset(shape, dtype), label=label, weight_loader=loader)
 

@@ -79,13 +79,18 @@ class CheckedParameter(BasevLLMParameter):  # type: ignore[misc]
         self.label = label
         super().__init__(**kwargs)
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The dtypes that may be loaded."""
+        return (self.dtype,)
+
     def refuse_other(self, loaded: Tensor, shape: tuple[int, ...], part: str | int | None = None) -> None:
-        """Raise unless `loaded` has the dtype of this parameter and the full (unsharded) shape `shape`.
+        """Raise unless `loaded` has a dtype of this parameter and the full (unsharded) shape `shape`.
 
         Raises:
             StartError: another shape or dtype.
         """
-        problem = shape_problem(TensorSpec(shape, (self.dtype,)), tuple(loaded.shape), loaded.dtype)
+        problem = shape_problem(TensorSpec(shape, self.dtypes), tuple(loaded.shape), loaded.dtype)
         if problem:
             where = self.label if part is None else f"{self.label} (part {part})"
             with one_sentence():
@@ -132,6 +137,27 @@ class ScaleParameter(RowsParameter, ChannelQuantScaleParameter):  # type: ignore
 
     def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
         self.load_replicated_weight(loaded_weight)
+
+
+class GroupScaleParameter(ScaleParameter):
+    """`weight_scale` [N, G] or [N, P, G] of a layer with scales for groups of columns: sharded along N or G.
+
+    Args:
+        dtypes: the dtypes that may be loaded; the parameter has one that holds their values exactly.
+    """
+
+    def __init__(self, *, dtypes: tuple[torch.dtype, ...], **kwargs: Any) -> None:
+        self._dtypes = dtypes
+        super().__init__(**kwargs)
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return self._dtypes
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        *rows, groups = self.data.shape
+        self.refuse_other(loaded_weight, (*rows, groups * self.tp_size))
+        self.data.copy_(loaded_weight.narrow(-1, self.tp_rank * groups, groups))
 
 
 class SignsParameter(RowsParameter, PackedvLLMParameter):  # type: ignore[misc]

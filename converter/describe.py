@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from bwla_converter.common.bits import bits_per_weight, describe_rank
 from bwla_converter.conversion import with_amounts, with_calibration
 from bwla_converter.options import Options
 from bwla_converter.planning.budget import predict, size, usable_memory
-from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan
+from bwla_converter.planning.choose import choose_recipe, plan_conversion
+from bwla_converter.planning.plan import ConversionPlan, input_bytes
 from bwla_converter.source.folder.locate import locate
-from bwla_converter.source.model import Source
+from bwla_converter.source.model import Source, open_source
 from bwla_kernels.format.experts import settings_name
-from bwla_kernels.format.schema import Provenance
 from bwla_kernels.format.tensors import runs_of
 
 
@@ -27,18 +28,13 @@ def describe_conversion(options: Options) -> str:
     """
     path = Path(options.model).expanduser()
     folder = path if path.is_dir() else locate(options.model)[0]
-    source = config_source(folder, options.ignore)
+    source, weights = config_source(folder, options.ignore), None
+    if options.recipe in ("auto", "lossless") and any(folder.glob("*.safetensors")):
+        options, weights = choose_recipe(options, open_source(str(folder), options.ignore))
+    elif options.recipe == "auto":
+        options = replace(options, recipe="fast")
     options = with_amounts(with_calibration(options), source, torch.device("cpu"))
-    plan = make_plan(
-        source,
-        options.rank,
-        options.bits,
-        options.clip,
-        Provenance(base_model=folder.resolve().name, recipe=options.recipe, seed=options.seed),
-        options.head_bits,
-        options.planes,
-        options.embedding_bits,
-    )
+    plan = plan_conversion(options, source, weights)
     lines = [
         *_summary(source, plan),
         *_layers(source, plan),

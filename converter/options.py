@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-RecipeName = Literal["data-free", "paper", "fast", "best"]
+RecipeName = Literal["auto", "data-free", "paper", "fast", "best", "lossless"]
 
 
 SELF = "self"
@@ -46,8 +46,10 @@ class Options:
     Attributes:
         model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
-        recipe: "data-free" uses the weights alone and makes most pretrained models unusable; "paper" is the published
-            method with calibration text; "fast", our own, loses much less; "best" also tunes by gradients.
+        recipe: "auto" is "lossless" for a model whose weights have one bit or three values already, unless an option
+            asks for planes, a size, a rank or a calibration text, and "fast" for all others; "data-free" uses the weights alone and makes most pretrained models unusable; "paper" is the published
+            method with calibration text; "fast", our own, loses much less; "best" also tunes by gradients;
+            "lossless" stores one-bit and ternary weights as they are.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
             than 1 need the recipe "fast" or "best".
         target_bits: stored bits per quantized weight, everything counted, that the planes of the input groups may take
@@ -59,7 +61,7 @@ class Options:
             multiple of 16 if a GPU would have to pad it by more than half of the last 16 columns. With `target_bits` or
             `target_loss`: 0, as bits gain more in planes, or what 4 planes everywhere leave of `target_bits`.
         bits: bits of the activations, 2 to 8, or 16 to leave them unquantized. None: 6, or 8 where `target_loss` is
-            reached with fewer planes that way.
+            reached with fewer planes that way, and 8 for the recipe "lossless".
         clip: clipping ratio of the activations: their quantization range as a fraction of the largest magnitude, above
             0 and at most 1. None: 1, or one chosen for each input group if `bits` is at most 4 and the recipe uses
             calibration text.
@@ -92,7 +94,7 @@ class Options:
 
     model: str
     out: Path
-    recipe: RecipeName = "fast"
+    recipe: RecipeName = "auto"
     planes: int = 1
     target_bits: float | None = None
     target_loss: float | None = None

@@ -6,6 +6,7 @@ from bwla_converter.conversion import Conversion
 from bwla_converter.options import LinearReport
 from bwla_converter.recipes.best import BestRecipe
 from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.recipes.lossless import LosslessRecipe
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.head import HEAD_MODULE
 from torch import Tensor
@@ -32,7 +33,7 @@ def write_rest(writer: CheckpointWriter, conversion: Conversion) -> dict[str, fl
 def _quantize_head(conversion: Conversion, spec: LayerSpec, name: str) -> tuple[dict[str, Tensor], float]:
     """Return the tensors of a head in binary planes by their stored names, and its clip; `name` is its weight."""
     recipe = conversion.recipe
-    assert isinstance(recipe, FastRecipe | BestRecipe)  # see check_recipe
+    assert isinstance(recipe, FastRecipe | BestRecipe | LosslessRecipe)  # see check_recipe
     conversion.listener.head_started(spec.planes)
     weight = conversion.source.read([name])[name]
     result = recipe.quantize_head(weight, spec)

@@ -1,11 +1,9 @@
 """The conversion: check everything, then read, quantize and write one decoder layer at a time; finish and verify."""
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +36,8 @@ from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport, Options, Summary
 from bwla_converter.outside_layers import write_rest
 from bwla_converter.planning.budget import Budget, check_budget, check_gpu, predict, usable_memory
-from bwla_converter.planning.plan import ConversionPlan, input_bytes, make_plan, with_clips
+from bwla_converter.planning.choose import choose_recipe, plan_conversion
+from bwla_converter.planning.plan import ConversionPlan, input_bytes, with_clips
 from bwla_converter.recipes.base import Recipe, check_recipe, make_recipe
 from bwla_converter.report.write import group_statistics, write_documents
 from bwla_converter.resume.fingerprint import changed_file, code_version, machine, mark_files
@@ -46,12 +45,7 @@ from bwla_converter.resume.manifest import Inputs, LayerReport, WorkError, argum
 from bwla_converter.resume.work_folder import ACTIVATIONS, WorkFolder, check_work, open_work, work_path
 from bwla_converter.source.model import Source, check_values, open_source
 from bwla_kernels.format.experts import stores
-from bwla_kernels.format.layer import MAX_PLANES
-from bwla_kernels.format.schema import Provenance
 from torch import Tensor
-
-PLANES_UNKNOWN = 3
-"""Planes that cost is predicted for where `--loss` decides, which is not known before the sensitivities are."""
 
 TO_CONTINUE = "then add --resume to the same command to continue"
 
@@ -101,8 +95,9 @@ def convert(
         raise OutputError(
             f"{options.out}: the output folder is the model to convert: choose another output folder"
         )
+    options, weights = choose_recipe(options, source)
     options = with_amounts(options, source, device)
-    plan = _make_plan(options, source)
+    plan = plan_conversion(options, source, weights)
     listener.planned(source, plan)
     with use_threads(_threads(options, plan)):
         recipe_of = recipe_factory or make_recipe
@@ -150,8 +145,9 @@ def follow(options: Options, processes: Processes) -> None:
     """
     options, device = replace(with_calibration(options), report=False), choose_device(options.device)
     source = open_source(options.model, options.ignore)
+    options, weights = choose_recipe(options, source)
     options = with_amounts(options, source, device)
-    plan = _make_plan(options, source)
+    plan = plan_conversion(options, source, weights)
     with use_threads(_threads(options, plan)):
         _follow(options, source, plan, device, processes)
 
@@ -175,33 +171,6 @@ def _follow(
 def _threads(options: Options, plan: ConversionPlan) -> int:
     """Return the number of threads of a conversion."""
     return choose_threads(options.threads, max(map(num_weights, plan.specs.values()), default=0))
-
-
-def _make_plan(options: Options, source: Source) -> ConversionPlan:
-    targets = {"bits": options.target_bits, "loss": options.target_loss}
-    provenance = Provenance(
-        base_model=source.name,
-        revision=source.revision,
-        recipe=options.recipe,
-        seed=options.seed,
-        bwla_version=version("bwla"),
-        calibration={},
-        allocation={key: value for key, value in targets.items() if value is not None},
-    )
-    rank, planes = options.rank, options.planes
-    if options.allocates:
-        # Until the planes of each group are known, memory and time are predicted for as many in all of them.
-        rank, planes = rank or 0, min(math.ceil(options.target_bits or PLANES_UNKNOWN), MAX_PLANES)
-    return make_plan(
-        source,
-        rank,
-        options.bits,
-        options.clip,
-        provenance,
-        options.head_bits,
-        planes,
-        options.embedding_bits,
-    )
 
 
 def _with_calibration(plan: ConversionPlan, calibration: Mapping[str, object]) -> ConversionPlan:

@@ -8,7 +8,7 @@ import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
 from bwla_kernels.format.head import HEAD_MODULE
-from bwla_kernels.format.layer import ROW_TENSORS
+from bwla_kernels.format.layer import ROW_TENSORS, loading_dtype
 from bwla_kernels.ops import LinearBackend, select_backend
 from torch import Tensor
 from torch.nn import Parameter
@@ -79,12 +79,13 @@ class BWLAPlanesHeadMethod(QuantizeMethodBase):  # type: ignore[misc]
             )
             assert spec is not None  # checked by get_quant_method
             for name, want in tensor_specs(spec).items():
-                parameter = Parameter(unset(want.shape, want.dtypes[0]), requires_grad=False)
+                parameter = Parameter(unset(want.shape, loading_dtype(want)), requires_grad=False)
                 rows = {"output_dim": 0} if name in ROW_TENSORS else {}
                 set_weight_attrs(parameter, {**rows, **extra_weight_attrs})
                 layer.register_parameter(name, parameter)
             backend, reason = select_backend(spec, layer.weight_packed.device, self.backend_name)
-        logger.info_once("BWLA head, %d binary planes: %s", spec.planes, reason)
+        count = "one binary plane" if spec.planes == 1 else f"{spec.planes} binary planes"
+        logger.info_once("BWLA head, %s: %s", count, reason)
         if backend.name == "triton":
             warn_of_untested_triton()
         backend = self.observer.watch_layer(backend, HEAD_MODULE)

@@ -25,7 +25,7 @@ _MAX_DIMENSIONS = 5
 TIMEOUT = timedelta(days=2)
 """The other processes wait this long while process 0 checks the model or quantizes a group."""
 
-DISTRIBUTED_RECIPES = ("paper", "fast")
+DISTRIBUTED_RECIPES = ("auto", "paper", "fast")
 """Recipes that can run in several processes."""
 
 

@@ -87,6 +87,7 @@ def output_config(
     """
     untied = {"tie_word_embeddings": False} if plan.head_source else {}
     config = {**source.config, **untied}
+    config.pop("quantization", None)  # MLX's, of weights that are stored otherwise now
     described = {
         "tensors": None if entries is None else describe_tensors(entries, source.tied),
         "config": config_values(config, source.defaults),

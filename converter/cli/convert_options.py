@@ -71,11 +71,12 @@ class Quantization(Panel):
     recipe: Annotated[
         RecipeName,
         typer.Option(
-            help="fast: our own method, calibrated on sample text. best: fast, then tuned by gradients; takes hours. "
+            help="auto: fast, or lossless for a model that has one-bit or ternary weights already (Bonsai, BitNet). "
+            "fast: our own method, calibrated on sample text. best: fast, then tuned by gradients; takes hours. "
             "paper: the published method, calibrated too. data-free: from the weights alone; makes most pretrained "
-            "models unusable."
+            "models unusable. lossless: stores one-bit or ternary weights as they are."
         ),
-    ] = "fast"
+    ] = "auto"
     planes: Annotated[
         int,
         typer.Option(
@@ -113,7 +114,7 @@ class Quantization(Panel):
     ] = None
     abits: Annotated[
         int | None,
-        typer.Option(help="Activation bits: 2 to 8, or 16 for unquantized activations.", show_default="6"),
+        typer.Option(help="Activation bits: 2 to 8, or 16 for unquantized activations.", show_default="6, 8 with lossless"),
     ] = None
     clip: Annotated[
         float | None,

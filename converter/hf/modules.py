@@ -14,7 +14,7 @@ from bwla_kernels.errors import BackendError
 from bwla_kernels.format import LayerSpec, TensorSpec
 from bwla_kernels.format.experts import linear_specs
 from bwla_kernels.format.head import HeadSpec, head_tensor_specs
-from bwla_kernels.format.layer import FLOAT_DTYPES
+from bwla_kernels.format.layer import FLOAT_DTYPES, loading_dtype
 from bwla_kernels.head import dequantize_rows, head_reference
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class _Stored(nn.Module):
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         nn.Module.__init__(self)  # not that of a second base class, which would allocate a weight
         for key, spec in specs.items():
-            dtype = spec.dtypes[0] if len(spec.dtypes) == 1 else torch.get_default_dtype()
+            dtype = torch.get_default_dtype() if spec.dtypes == FLOAT_DTYPES else loading_dtype(spec)
             empty = torch.empty(spec.shape, dtype=dtype, device="meta")
             self.register_buffer(key, empty)
         self._casts_bias = "bias" in specs and len(specs["bias"].dtypes) > 1

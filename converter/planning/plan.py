@@ -125,7 +125,7 @@ def input_bytes(source: Source) -> int:
 def namesakes(
     source: Source,
     quantized: Collection[str],
-    rotation: Mapping[str, tuple[int, int, int]],
+    sizes: Mapping[str, object],
     ignore: Sequence[str],
 ) -> Iterator[str]:
     """Yield the modules that stay in 16 bits but that loaders would take for quantized by the end of their name.
@@ -133,17 +133,17 @@ def namesakes(
     Args:
         source: the model.
         quantized: module paths of what is quantized.
-        rotation: sizes of the rotations, by the end of a module's name.
+        sizes: the rotations, or the sizes of the groups, by the end of a module's name.
         ignore: what is left unquantized for other reasons.
     """
     for name in source.entries:
         module, _, key = name.rpartition(".")
         is_plain = key == "weight" and module not in quantized and not is_ignored(module, ignore)
-        if is_plain and longest_suffix(rotation, module) is not None:
+        if is_plain and longest_suffix(sizes, module) is not None:
             yield module
 
 
-def _name_from_layers(structure: Structure, name: str) -> str:
+def name_from_layers(structure: Structure, name: str) -> str:
     """Return the end of a linear's full name that starts at the list of decoder layers: `layers.1.mlp.down_proj`."""
     name = settings_name(name)
     stem = structure.layers.rpartition(".")[0]
@@ -168,7 +168,7 @@ def _linears(
                 # The entry by the linear's short name holds for all layers; one with another width gets its own. It
                 # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
                 if rotation.setdefault(kind_of(name), sizes) != sizes:
-                    rotation[_name_from_layers(source.structure, name)] = sizes
+                    rotation[name_from_layers(source.structure, name)] = sizes
     return specs, rotation
 
 
@@ -232,9 +232,9 @@ def make_plan(
         quantized.add(HEAD_MODULE)
     experts = ExpertsFormat(input_transform="first") if has_experts(specs) else None
     embedding = head_args() if embedding_source else None
-    counts = _planes_setting(dict.fromkeys(specs, planes), head_spec)
+    counts = planes_setting(dict.fromkeys(specs, planes), head_spec)
     format_ = BWLAFormat(
-        format_version=_format_version(counts, embedding, experts),
+        format_version=format_version(counts, embedding is not None, experts is not None),
         planes=counts,
         input_activations=activation_args(bits),
         clip=clip,
@@ -271,7 +271,7 @@ def _settings(values: Mapping[str, Value]) -> dict[str, Value]:
     return {settings_name(name): value for name, value in values.items()}
 
 
-def _planes_setting(planes: Mapping[str, int], head: LayerSpec | None) -> int | dict[str, int]:
+def planes_setting(planes: Mapping[str, int], head: LayerSpec | None) -> int | dict[str, int]:
     """Return the numbers of planes as the config has them: one for all, or by the end of a linear's name.
 
     Args:
@@ -287,11 +287,18 @@ def _planes_setting(planes: Mapping[str, int], head: LayerSpec | None) -> int | 
     return {kind_of(name): count for name, count in planes.items()} | of_head
 
 
-def _format_version(
-    planes: int | dict[str, int], embedding: QuantizationArgs | None, experts: ExpertsFormat | None
+def format_version(
+    planes: int | dict[str, int], embedding: bool = False, experts: bool = False, grouped: bool = False
 ) -> Literal[1, 2]:
-    """Return the first version of the format that knows all of these."""
-    return 1 if planes == 1 and embedding is None and experts is None else 2
+    """Return the first version of the format that knows all of these.
+
+    Args:
+        planes: as `planes_setting` returns them.
+        embedding: whether the embedding is stored in 8 bits.
+        experts: whether experts are stored in one bit.
+        grouped: whether linears have scales for groups of columns.
+    """
+    return 1 if planes == 1 and not (embedding or experts or grouped) else 2
 
 
 def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits: int) -> ConversionPlan:
@@ -307,9 +314,11 @@ def with_planes(plan: ConversionPlan, planes: Mapping[str, int], rank: int, bits
         name: replace(spec, planes=planes[name], rank=rank, bits=bits) for name, spec in plan.specs.items()
     }
     head_spec = None if plan.head_spec is None else replace(plan.head_spec, rank=rank, bits=bits)
-    counts = _planes_setting(planes, head_spec)
+    counts = planes_setting(planes, head_spec)
     changes: dict[str, object] = {
-        "format_version": _format_version(counts, plan.format.embedding, plan.format.experts),
+        "format_version": format_version(
+            counts, plan.format.embedding is not None, plan.format.experts is not None
+        ),
         "planes": counts,
         "rank": rank,
         "input_activations": activation_args(bits),

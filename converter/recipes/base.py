@@ -13,6 +13,7 @@ from bwla_converter.quantize.paper import PaperOptions
 from bwla_converter.recipes.best import BestOptions, BestRecipe
 from bwla_converter.recipes.data_free import DataFreeRecipe
 from bwla_converter.recipes.fast import FastRecipe
+from bwla_converter.recipes.lossless import LosslessRecipe
 from bwla_converter.recipes.paper import PaperRecipe
 from bwla_converter.recipes.workload import ComputeEstimate, MemoryEstimate, Workload
 from bwla_converter.source.model import Source
@@ -67,15 +68,21 @@ class Recipe(Protocol):
         """Estimate the work of the whole conversion."""
 
 
-RECIPES: Mapping[str, type[DataFreeRecipe] | type[PaperRecipe] | type[FastRecipe] | type[BestRecipe]] = {
+AnyRecipe = (
+    type[DataFreeRecipe] | type[PaperRecipe] | type[FastRecipe] | type[BestRecipe] | type[LosslessRecipe]
+)
+
+RECIPES: Mapping[str, AnyRecipe] = {
+    "auto": FastRecipe,  # or less, see `planning.choose`
     "data-free": DataFreeRecipe,
     "paper": PaperRecipe,
     "fast": FastRecipe,
     "best": BestRecipe,
+    "lossless": LosslessRecipe,
 }
 
 
-SEVERAL_PLANES = ("fast", "best")
+SEVERAL_PLANES = ("auto", "fast", "best")
 """Recipes that choose the signs of several planes, which a head needs."""
 
 
@@ -94,12 +101,14 @@ def make_recipe(options: Options, source: Source, store: ActivationStore | None 
     check_recipe(options.recipe, options.calibration)
     if options.recipe == "data-free":
         return DataFreeRecipe(options.seed)
+    if options.recipe == "lossless":
+        return LosslessRecipe()
     assert options.calibration is not None
     if options.recipe == "paper":
         paper_options = PaperOptions(choose_clip=options.clip is None)
         return PaperRecipe(source, options.calibration, options.seed, paper_options, store)
     fast_options = FastOptions(choose_clip=options.clip is None)
-    if options.recipe == "fast":
+    if options.recipe in ("auto", "fast"):
         return FastRecipe(source, options.calibration, options.seed, fast_options, store)
     best = best_options(options, fast_options, source.num_layers)
     return BestRecipe(source, options.calibration, options.seed, best, store)

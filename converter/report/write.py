@@ -29,6 +29,8 @@ def group_statistics(weights: Mapping[str, Tensor], result: GroupResult) -> dict
         result: the group's quantization.
     """
     table: dict[str, dict[str, Any]] = {kind: {} for kind in STATISTICS}
+    if not all("rotation_left" in tensors for tensors in result.tensors.values()):
+        return table  # stored as they were
     for name, weight in weights.items():
         table["weights"][name] = asdict(weight_statistics(weight, *_transform(result.tensors[name])))
     if result.inputs is not None:

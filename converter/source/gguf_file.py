@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from bwla_converter.source.gguf_path import MAGIC, SUFFIX
+from bwla_converter.source.gguf_types import dequantize
 from bwla_kernels.errors import SourceError
 from gguf import GGUFEndian, GGUFReader, ReaderTensor
-from gguf.quants import dequantize
 from torch import Tensor
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
@@ -115,7 +115,7 @@ def open_gguf(path: Path) -> GGUFFile:
     """Read and check the header of a GGUF file and of its further parts.
 
     Raises:
-        SourceError: a file is missing, damaged, not a language model, or has tensors that `gguf` cannot dequantize.
+        SourceError: a file is missing, damaged, not a language model, or has tensors that cannot be dequantized.
     """
     metadata: dict[str, Any] = {}
     tensors: dict[str, ReaderTensor] = {}
@@ -189,7 +189,7 @@ def _check_kind(file: GGUFFile) -> None:
 
 
 def _check_types(file: GGUFFile) -> None:
-    """Raise if there are tensors that `gguf` cannot dequantize; tried on a row of the first tensor of each type."""
+    """Raise if there are tensors that cannot be dequantized; tried on a row of the first tensor of each type."""
     tried: dict[Any, str] = {}
     for name, tensor in file.tensors.items():
         if tensor.tensor_type in tried:

@@ -28,7 +28,7 @@ from huggingface_hub import ModelCardData
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-LAYOUT = 2
+LAYOUT = 3
 """Increased when a folder in the cache would be written differently."""
 
 LAYER = re.compile(r"(?:model\.layers|transformer\.h)\.\d+\.")
@@ -43,6 +43,8 @@ SPARE_BYTES = 64 * 2**20
 
 def prepare(path: Path, on_progress: OnProgress = ignore_progress) -> Path:
     """Return an ordinary Hugging Face folder with the model of a GGUF file, in bfloat16.
+
+    Weights of one bit or three values are in float16, which holds them without loss.
 
     The folder is in the cache, under the file's name and a digest of its path, size and modification time. The first
     call writes it, and it appears complete or not at all; later calls use it. Other processes that want the same folder

@@ -15,6 +15,7 @@ from bwla_converter.source.gguf_config import architecture_of
 from bwla_converter.source.gguf_file import GGUFFile
 from bwla_converter.source.gguf_models import reorder
 from bwla_converter.source.gguf_models.architectures import Architecture
+from bwla_converter.source.gguf_types import exact_dtype
 from bwla_converter.source.observe.names import stored_shapes, tied_names
 from bwla_converter.source.problems import raise_if_any
 from torch import Tensor
@@ -122,8 +123,13 @@ class _Finder:
         change = next(
             (undo for pattern, undo in self._architecture.values if re.search(pattern, stored)), None
         )
-        dtype = torch.float32 if name.endswith(FLOAT32) else torch.bfloat16
-        return Origin((stored,), shape, part, change=change, dtype=dtype)
+        return Origin((stored,), shape, part, change=change, dtype=self._dtype(name, stored))
+
+    def _dtype(self, name: str, stored: str) -> torch.dtype:
+        if name.endswith(FLOAT32):
+            return torch.float32
+        tensor = self._file.tensors.get(stored)
+        return torch.bfloat16 if tensor is None else exact_dtype(tensor.tensor_type)
 
     def _look_up(self, name: str) -> str:
         """Return llama.cpp's name of a stored tensor; the name itself if gguf's table lacks it."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.common.ignored import check_ignored
-from bwla_converter.source import fp8
 from bwla_converter.source.folder.files import describe_left_out, files_beside
 from bwla_converter.source.folder.kinds import missing_weights, read_listing
 from bwla_converter.source.folder.locate import locate
@@ -42,7 +41,7 @@ class Source:
         folder: the checkpoint folder.
         config: contents of config.json.
         structure: its decoder layers and input groups.
-        entries: file, shape and dtype of every tensor as `read` returns it: fp8 and MXFP4 weights as bfloat16, and one
+        entries: file, shape and dtype of every tensor as `read` returns it: quantized weights in a float dtype, and one
             tensor for each linear of experts that are stored in stacked tensors and will be quantized.
         tied_head: whether the head shares the weight of the embedding.
         revision: commit of a Hub snapshot; empty for a local folder.
@@ -50,7 +49,7 @@ class Source:
         stored: file, shape and dtype of every tensor in the files, including the scales of quantized weights; empty if
             there are no files.
         tied: name of a tensor that config.json ties to another one -> name of that tensor.
-        scale_block: rows and columns of the scale blocks of fp8 weights, if they have scale blocks.
+        quantization: what config.json says about weights that are stored quantized; empty where none are.
         name: name of the model for reports: the Hub id, or the name of the folder or of the GGUF file.
         notes: sentences for the user about tensors that were renamed and files that are not copied.
         loadable: whether transformers reads the folder too; False where it does not know the stored tensor names.
@@ -67,7 +66,7 @@ class Source:
     ignore: tuple[str, ...] = ()
     stored: Mapping[str, Entry] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
-    scale_block: tuple[int, int] | None = None
+    quantization: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
     notes: tuple[str, ...] = ()
     loadable: bool = True
@@ -202,13 +201,13 @@ class Source:
         return {parameter: stored[0] for parameter, stored in found.items() if len(stored) == 1}
 
     def read(self, names: list[str]) -> dict[str, Tensor]:
-        """Read tensors by name and dequantize fp8 and MXFP4 weights. Nothing else is loaded into memory.
+        """Read tensors by name and dequantize quantized weights. Nothing else is loaded into memory.
 
         Experts that are stored in stacked tensors are read as a whole and divided.
         """
         joined = {name: self._stacked[name] for name in names if name in self._stacked}
         read = list(dict.fromkeys(name if name not in joined else joined[name][0] for name in names))
-        stored = read_dequantized(self.folder, self.stored, read, self.scale_block)
+        stored = read_dequantized(self.folder, self.stored, read, self.quantization)
         tensors: dict[str, Tensor] = {}
         for tensor in dict.fromkeys(joined.values()):
             name, index = tensor
@@ -278,7 +277,7 @@ def open_source(model: str, ignore: Sequence[str] = (), on_progress: OnProgress 
         ignore=tuple(ignore),
         stored=scan.entries,
         tied=stored_ties(names, tied, scan.entries),
-        scale_block=fp8.scale_block(quantization),
+        quantization=quantization,
         name=_name(model, folder, revision),
         notes=tuple(
             filter(None, [renamed.note, describe_left_out(files_beside(folder)), structure.kept_note])

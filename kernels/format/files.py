@@ -30,6 +30,7 @@ DTYPES = {
     "I16": torch.int16,
     "I32": torch.int32,
     "I64": torch.int64,
+    "U32": torch.uint32,
     "BOOL": torch.bool,
 }
 """Dtypes by their names in safetensors headers."""

@@ -143,6 +143,11 @@ def tensor_specs(spec: LayerSpec) -> dict[str, TensorSpec]:
     return specs
 
 
+def loading_dtype(want: TensorSpec) -> torch.dtype:
+    """Return the dtype in which loaders keep a tensor before its own is known: one that holds its values exactly."""
+    return torch.float32 if want.dtypes == GROUP_SCALE_DTYPES else want.dtypes[0]
+
+
 def storage_dtype(want: TensorSpec, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which a tensor of this dtype is stored: its own where the format allows it."""
     return dtype if dtype in want.dtypes else want.dtypes[0]

@@ -66,9 +66,19 @@ def write_gguf(
     for name, value in stored.items():
         quantize = value.ndim == 2 and quantization != "F32"
         kind = gguf.GGMLQuantizationType[quantization if quantize else "F32"]
-        writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        writer.add_tensor(name, quantized(value, kind), raw_dtype=kind)
     finish(writer)
     return path.with_name(f"{path.stem}-00001-of-{parts:05}.gguf") if parts > 1 else path
+
+
+def quantized(value: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    """Quantize a tensor as llama.cpp does; gguf lacks Q1_0 (ggml: quantize_row_q1_0_ref in ggml-quants.c)."""
+    if kind != gguf.GGMLQuantizationType.Q1_0:
+        return gguf.quants.quantize(value, kind)
+    blocks = value.astype(np.float32).reshape(len(value), -1, 128)
+    scale = np.abs(blocks).mean(-1, keepdims=True).astype(np.float16).view(np.uint8)
+    bits = np.packbits(blocks >= 0, axis=-1, bitorder="little")
+    return np.concatenate([scale, bits], -1).reshape(len(value), -1)
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

@@ -1,0 +1,98 @@
+"""Source models with BitNet weights (quant_method "bitnet"): three values and one scale for each linear.
+
+Offline, `weight` is uint8 [N / 4, K] with four values of two bits in a byte, those of rows i, N / 4 + i, N / 2 + i and
+3 N / 4 + i, and `weight_scale` has one value: transformers' class BitLinear divides by it, AutoBitLinear multiplies.
+Online, the weights have 16 bits and are rounded to three values each time they are used
+(transformers/integrations/bitnet.py; BitNet b1.58, arXiv 2402.17764).
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from bwla_kernels.errors import SourceError
+from bwla_kernels.format.files import Entry
+from torch import Tensor
+
+SCALE = "weight_scale"
+VALUES_PER_BYTE = 4
+MULTIPLIES = "autobitlinear"
+"""The `linear_class` whose weights are multiplied by their scale; those of the other one are divided by it."""
+
+
+def is_bitnet(quantization: Mapping[str, Any]) -> bool:
+    """Return whether a `quantization_config` describes BitNet weights."""
+    return quantization.get("quant_method") == "bitnet"
+
+
+def check_config(quantization: Mapping[str, Any], path: str) -> None:
+    """Check that the weights are stored with their values, and the linears have no norm of their own.
+
+    Raises:
+        SourceError: they are not, or they have.
+    """
+    if quantization.get("use_rms_norm"):
+        raise SourceError(
+            f"{path}: expected BitNet linears without a norm of their own, found use_rms_norm, for which vLLM has no "
+            "class: use another model"
+        )
+    if quantization.get("quantization_mode", "offline") != "offline":
+        raise SourceError(
+            f"{path}: expected BitNet weights that are stored in three values (quantization_mode offline), found "
+            f"{quantization['quantization_mode']}: convert the model's packed version instead"
+        )
+
+
+def scale_name(name: str, entries: Mapping[str, Entry]) -> str | None:
+    """Return the name of the scale of the packed weight `name`; None if the weight is stored as it is."""
+    stem, _, key = name.rpartition(".")
+    scale = f"{stem}.{SCALE}"
+    packed = key == "weight" and name in entries and entries[name].dtype == torch.uint8
+    return scale if packed and scale in entries else None
+
+
+def dequantized_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return the tensors as they are read: packed weights as float32, which holds them exactly, without scales."""
+    read: dict[str, Entry] = {}
+    for name, entry in entries.items():
+        if name.rpartition(".")[2] == SCALE:
+            continue
+        if scale_name(name, entries) is not None and len(entry.shape) == 2:
+            shape = (VALUES_PER_BYTE * entry.shape[0], entry.shape[1])
+            entry = replace(entry, shape=shape, dtype=torch.float32)
+        read[name] = entry
+    return read
+
+
+def packed_problems(entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield a message for every packed weight that has no scale, or more than one."""
+    for name, entry in entries.items():
+        if entry.dtype != torch.uint8 or not name.endswith(".weight"):
+            continue
+        scale = scale_name(name, entries)
+        if scale is None:
+            yield f"{entry.file}: {name}: expected {SCALE} for this BitNet weight, found none"
+        elif entries[scale].shape not in ((), (1,)) or not entries[scale].dtype.is_floating_point:
+            yield (
+                f"{entries[scale].file}: {scale}: expected one float value, found "
+                f"{str(entries[scale].dtype).removeprefix('torch.')} {list(entries[scale].shape)}"
+            )
+
+
+def dequantize(packed: Tensor, scale: Tensor, linear_class: str) -> Tensor:
+    """Return a weight, float32 [N, K].
+
+    Args:
+        packed: uint8 [N / 4, K].
+        scale: one value, any float dtype.
+        linear_class: transformers' name of the linear's class.
+
+    Raises:
+        SourceError: a byte holds a value that is none of the three.
+    """
+    if bool(((packed & (packed >> 1)) & 0b01010101).any()):
+        raise SourceError("a BitNet weight has values other than -1, 0 and 1: download it again")
+    codes = torch.cat([(packed >> (2 * i)) & 3 for i in range(VALUES_PER_BYTE)]).float() - 1
+    factor = scale.float().reshape(())
+    return codes * factor if linear_class == MULTIPLIES else codes / factor
