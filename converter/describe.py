@@ -86,7 +86,7 @@ def _kept(source: Source, plan: ConversionPlan) -> Iterator[str]:
         ("head", structure.head, plan.head_source),
     ):
         if kind == "head" and plan.head_spec is not None:
-            yield f"{kind} {name}: {plan.head_spec.planes} binary planes"
+            yield f"{kind} {name}: {plan.head_spec.planes} binary plane{'s' if plan.head_spec.planes > 1 else ''}"
             continue
         tied = kind == "head" and source.tied_head and stored is None
         yield f"{kind} {name}: " + ("the embedding" if tied else "8 bits" if stored else "16 bits")

@@ -47,9 +47,10 @@ class Options:
         model: a folder with a Hugging Face model, a GGUF file, or the id of a model on the Hub, like "Qwen/Qwen3-8B".
         out: the folder to create. It appears complete or not at all.
         recipe: "auto" is "lossless" for a model whose weights have one bit or three values already, unless an option
-            asks for planes, a size, a rank or a calibration text, and "fast" for all others; "data-free" uses the weights alone and makes most pretrained models unusable; "paper" is the published
-            method with calibration text; "fast", our own, loses much less; "best" also tunes by gradients;
-            "lossless" stores one-bit and ternary weights as they are.
+            asks for planes, a size, a rank, a clip or a calibration text, and "fast" for all others; "data-free" uses
+            the weights alone and makes most pretrained models unusable; "paper" is the published method with
+            calibration text; "fast", our own, loses much less; "best" also tunes by gradients; "lossless" stores
+            one-bit and ternary weights as they are.
         planes: binary planes of every weight, 1 to 4: it becomes a sum of that many sign matrices with row scales. More
             than 1 need the recipe "fast" or "best".
         target_bits: stored bits per quantized weight, everything counted, that the planes of the input groups may take

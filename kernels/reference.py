@@ -148,7 +148,7 @@ def dequantize(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
     """
     signs, scales = planes(tensors, spec)
     cells = signs.float().unflatten(-1, (spec.scales_per_row, -1))
-    rotated = (cells * scales.float().unsqueeze(-1)).sum(1).flatten(1)
+    rotated: Tensor = (cells * scales.float().unsqueeze(-1)).sum(1).flatten(1)
     if spec.grouped:
         return rotated
     weight = rotate_back(

@@ -53,7 +53,7 @@ def _compute(
     planes, out_features, in_features = signs.shape
     flat = x.reshape(-1, in_features)
     scales = weight_scale.view(out_features, planes, -1).unbind(1)
-    if rotation_left is None or rotation_right is None:
+    if rotation_left is None or rotation_right is None or column_scale is None:
         groups, x_hat = scales[0].shape[1], flat.float()
     else:
         groups = rotation_left.shape[0]

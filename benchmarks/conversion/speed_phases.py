@@ -53,7 +53,7 @@ PHASES: Mapping[str, Phase] = {
     "quantize.paper:start_state": "targets",
     "quantize.fast:column_scale_step": "column scales",
     "quantize.fast:low_rank_step": "low-rank correction",
-    "quantize.psp:proximal_low_rank": "low-rank correction",
+    "quantize.low_rank.psp:proximal_low_rank": "low-rank correction",
     "quantize.data_free:_low_rank": "low-rank correction",
     "quantize.fast:binarization_step": "sign search",
     "quantize.binarize:fit_scales": "row and column scales",

@@ -114,7 +114,10 @@ class Quantization(Panel):
     ] = None
     abits: Annotated[
         int | None,
-        typer.Option(help="Activation bits: 2 to 8, or 16 for unquantized activations.", show_default="6, 8 with lossless"),
+        typer.Option(
+            help="Activation bits: 2 to 8, or 16 for unquantized activations.",
+            show_default="6, 8 with lossless",
+        ),
     ] = None
     clip: Annotated[
         float | None,

@@ -130,7 +130,7 @@ class ProgressListener(Listener):
             self._progress.advance(self._quantizing, linear.weights)
 
     def head_started(self, planes: int) -> None:
-        self._say(f"quantizing the head in {planes} binary planes")
+        self._say(f"quantizing the head in {planes} binary plane{'s' if planes > 1 else ''}")
 
     def layer_done(self, index: int) -> None:
         self._interrupts.layer_done()

@@ -51,7 +51,9 @@ def _asks_for_other_weights(options: Options) -> str | None:
     return next((flag for flag, is_given in given.items() if is_given), None)
 
 
-def plan_conversion(options: Options, source: Source, weights: LosslessWeights | None = None) -> ConversionPlan:
+def plan_conversion(
+    options: Options, source: Source, weights: LosslessWeights | None = None
+) -> ConversionPlan:
     """Plan a conversion.
 
     Args:

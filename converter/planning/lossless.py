@@ -116,7 +116,10 @@ def plan_lossless(
     head_source = None if is_embedding else choose_head(source, wanted_head)
     if head_spec is not None:
         head_source = source.output_weight
-    ignore, quantized = [*source.ignore, *source.structure.kept], {*specs, *([HEAD_MODULE] if head_spec else [])}
+    ignore, quantized = (
+        [*source.ignore, *source.structure.kept],
+        {*specs, *([HEAD_MODULE] if head_spec else [])},
+    )
     if head_spec is None:
         ignore.insert(0, HEAD_MODULE)
     counts = planes_setting({name: spec.planes for name, spec in specs.items()}, head_spec)

@@ -35,7 +35,6 @@ from bwla_kernels.format.schema import (
     is_ignored,
     longest_suffix,
 )
-from compressed_tensors.quantization import QuantizationArgs
 
 Value = TypeVar("Value")
 

@@ -18,8 +18,8 @@ from bwla_converter.quantize.group import (
     relative_error,
     store_group,
 )
+from bwla_converter.quantize.low_rank.psp import proximal_low_rank
 from bwla_converter.quantize.okt import Rotation, Start, learn_rotation
-from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from torch import Tensor

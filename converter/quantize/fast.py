@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from bwla_converter.quantize.activation_clip import choose_clip
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows, store_group
-from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
+from bwla_converter.quantize.low_rank.hessian import hessian_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.quantize.okt import Rotation, learn_rotation
 from bwla_kernels.format import LayerSpec

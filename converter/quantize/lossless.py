@@ -76,13 +76,7 @@ def store_lossless(name: str, weight: Tensor, spec: LayerSpec) -> dict[str, Tens
         cells = signs.unflatten(-1, (spec.rotation_groups, -1))
         found = (cells * scale.unsqueeze(-1)).sum(1).flatten(1)
         if not torch.equal(found, rows.float()):
-            row, column = (found != rows.float()).nonzero()[0].tolist()
-            values = "three values" if spec.planes == 2 else "two values"
-            raise SourceError(
-                f"{name}.weight: expected {values}, +d and -d{' and 0' if spec.planes == 2 else ''}, in each group of "
-                f"{spec.group_width} columns, as in other layers, found {rows[row, column].item():g} in row "
-                f"{first + row}, column {column}: use --recipe fast, which quantizes any weight"
-            )
+            raise SourceError(f"{name}.weight: {_difference(rows, found, spec, first)}")
         words.append(pack_signs(signs))
         scales.append(scale)
         first += len(rows)
@@ -92,6 +86,20 @@ def store_lossless(name: str, weight: Tensor, spec: LayerSpec) -> dict[str, Tens
         "weight_packed": torch.cat(words).view(shapes["weight_packed"].shape),
         "weight_scale": _narrowest(scale).view(shapes["weight_scale"].shape),
     }
+
+
+def _difference(rows: Tensor, found: Tensor, spec: LayerSpec, first: int) -> str:
+    """Describe the first group of columns that the planes cannot express; `first` is the number of the first row."""
+    row, column = (found != rows).nonzero()[0].tolist()
+    start = column // spec.group_width * spec.group_width
+    group = rows[row, start : start + spec.group_width].abs().unique().tolist()
+    values = ", ".join(f"{value:g}" for value in group[:3]) + (", ..." if len(group) > 3 else "")
+    expected = "three values, +d, 0 and -d," if spec.planes == 2 else "two values, +d and -d,"
+    return (
+        f"expected {expected} in each group of {spec.group_width} columns, as in other layers, found the magnitudes "
+        f"{values} in row {first + row}, columns {start} to {start + spec.group_width - 1}: use --recipe fast, which "
+        "quantizes any weight"
+    )
 
 
 def _decompose(rows: Tensor, spec: LayerSpec) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,9 @@ from bwla_converter.quantize.fast import (
     row_factor_step,
 )
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
+from bwla_converter.quantize.low_rank.psp import proximal_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
 from bwla_converter.quantize.okt import learn_rotation
-from bwla_converter.quantize.psp import proximal_low_rank
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from bwla_kernels.sign_search import Effort, Metric, Target

@@ -64,7 +64,9 @@ class ExpertsSpec:
                 f"{self.gate_up.in_features}"
             )
         if self.gate_up.grouped or self.down.grouped:
-            raise FormatError("experts have one scale for each row and plane, found scales for groups of columns")
+            raise FormatError(
+                "experts have one scale for each row and plane, found scales for groups of columns"
+            )
         if self.activation not in ACTIVATIONS:
             raise FormatError(
                 f"expected an activation among {', '.join(ACTIVATIONS)}, found {self.activation!r}: "

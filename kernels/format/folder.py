@@ -25,7 +25,14 @@ from bwla_kernels.format.files import (
     scan_folder,
 )
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE, INT8_SUFFIX, HeadSpec, head_tensor_specs
-from bwla_kernels.format.layer import FLOAT_DTYPES, INPUT_TRANSFORM, LayerSpec, TensorSpec, describe_kind, shape_problem
+from bwla_kernels.format.layer import (
+    FLOAT_DTYPES,
+    INPUT_TRANSFORM,
+    LayerSpec,
+    TensorSpec,
+    describe_kind,
+    shape_problem,
+)
 from bwla_kernels.format.model import config_problem, tied_conflict
 from bwla_kernels.format.schema import BWLAFormat, parse_config
 from bwla_kernels.format.tensors import PACKED_SUFFIX, listed_problems, tied_tensors
@@ -279,7 +286,7 @@ def _spec_of(config: BWLAFormat, name: str, n: int, k: int, bias: bool, file: Pa
     spec = config.layer_spec(name, n, k, bias)
     if spec is None:
         raise FormatError(
-            f"{file}: {name} is stored in one bit, but config.json gives no rotation and no group_size for it or ignores it; "
-            "convert or download the model again"
+            f"{file}: {name} is stored in one bit, but config.json gives no rotation and no group_size for it, or "
+            "ignores it; convert or download the model again"
         )
     return spec

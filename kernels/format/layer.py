@@ -222,10 +222,14 @@ def validate_layer(name: str, tensors: Mapping[str, Tensor], spec: LayerSpec) ->
     for missing in sorted(expected.keys() - tensors.keys()):
         raise FormatError(f"{name}.{missing}: expected {expected[missing]}, found no such tensor; {advice}")
     for extra in sorted(tensors.keys() - expected.keys()):
-        raise FormatError(f"{name}.{extra}: not a tensor of this layer's format ({describe_kind(spec)}); {advice}")
+        raise FormatError(
+            f"{name}.{extra}: not a tensor of this layer's format ({describe_kind(spec)}); {advice}"
+        )
     for key, want in expected.items():
         tensor = tensors[key]
         grouped = spec.grouped and key == "weight_scale"
-        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(key, tensor, grouped)
+        problem = shape_problem(want, tuple(tensor.shape), tensor.dtype) or value_problem(
+            key, tensor, grouped
+        )
         if problem:
             raise FormatError(f"{name}.{key}: {problem}; {advice}")

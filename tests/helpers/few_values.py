@@ -1,5 +1,6 @@
 """Tiny models whose weights have one bit or three values, in the forms in which such models are published."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def in_three_values(weight: Tensor, size: int) -> Tensor:
     """Return a weight [N, K] that holds d, 0 and -d in each group of `size` columns, where d is a float16 value."""
     cells = weight.float().unflatten(1, (-1, size))
     scale = cells.abs().mean(-1, keepdim=True).half().float()
-    return ((cells / scale).round().clamp(-1, 1) * scale).flatten(1)
+    values: Tensor = (cells / scale).round().clamp(-1, 1) * scale
+    return values.flatten(1)
 
 
 def few_values(family: str = "Qwen3", planes: int = 1, size: int = 128, **config: Any) -> PreTrainedModel:
@@ -58,8 +60,7 @@ def few_values(family: str = "Qwen3", planes: int = 1, size: int = 128, **config
 
 def write_unpacked(folder: Path, model: PreTrainedModel) -> Path:
     """Write a model in float16, as "unpacked" versions are; return the folder."""
-    model.half().save_pretrained(folder)
-    model.float()
+    copy.deepcopy(model).half().save_pretrained(folder)
     return folder
 
 
@@ -77,9 +78,7 @@ def write_bitnet(folder: Path, model: PreTrainedModel, linear_class: str = "bitl
         scale = (largest if linear_class == "autobitlinear" else 1 / largest).bfloat16().reshape(1)
         codes = tensor.sign()
         rows = len(codes) // 4
-        packed = sum(
-            (codes[i * rows : (i + 1) * rows] + 1).to(torch.uint8) << (2 * i) for i in range(4)
-        )
+        packed = sum((codes[i * rows : (i + 1) * rows] + 1).to(torch.uint8) << (2 * i) for i in range(4))
         assert isinstance(packed, Tensor)
         tensors[name] = packed
         tensors[f"{name}_scale"] = scale
@@ -106,16 +105,16 @@ def write_mlx(folder: Path, model: PreTrainedModel, bits: int, size: int) -> Pat
         tensors[name] = (words << shifts).sum(-1).to(torch.uint32)
         tensors[f"{stem}scales"], tensors[f"{stem}biases"] = step.half(), (-scale).half()
     quantization = {"group_size": size, "bits": bits, "mode": "affine"}
-    return _write(
-        folder, model, tensors, {"quantization": quantization, "quantization_config": quantization}
-    )
+    return _write(folder, model, tensors, {"quantization": quantization, "quantization_config": quantization})
 
 
 def _write(folder: Path, model: PreTrainedModel, tensors: dict[str, Tensor], more: dict[str, Any]) -> Path:
     model.config.save_pretrained(folder)
     if model.config.tie_word_embeddings:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, {"format": "pt"}
+    )
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     return folder

@@ -74,11 +74,13 @@ def write_gguf(
 def quantized(value: np.ndarray[Any, Any], kind: gguf.GGMLQuantizationType) -> np.ndarray[Any, Any]:
     """Quantize a tensor as llama.cpp does; gguf lacks Q1_0 (ggml: quantize_row_q1_0_ref in ggml-quants.c)."""
     if kind != gguf.GGMLQuantizationType.Q1_0:
-        return gguf.quants.quantize(value, kind)
+        stored: np.ndarray[Any, Any] = gguf.quants.quantize(value, kind)
+        return stored
     blocks = value.astype(np.float32).reshape(len(value), -1, 128)
     scale = np.abs(blocks).mean(-1, keepdims=True).astype(np.float16).view(np.uint8)
     bits = np.packbits(blocks >= 0, axis=-1, bitorder="little")
-    return np.concatenate([scale, bits], -1).reshape(len(value), -1)
+    rows: np.ndarray[Any, Any] = np.concatenate([scale, bits], -1).reshape(len(value), -1)
+    return rows
 
 
 def finish(writer: gguf.GGUFWriter) -> None:

@@ -18,6 +18,7 @@ VOCABULARY, HIDDEN, PADDED = 250, 64, 256
 """vLLM pads the vocabulary to a multiple of 64."""
 
 SPEC = LayerSpec(VOCABULARY, HIDDEN, 1, 8, 8, rank=2, bits=16, planes=3)
+GROUPED = LayerSpec(VOCABULARY, HIDDEN, 2, 1, 32, bits=16, grouped=True)
 ROTATION = {"lm_head": (1, 8, 8)}
 
 
@@ -79,6 +80,33 @@ def test_shards_of_the_vocabulary(
     assert not joined[:, VOCABULARY:].any()
     torch.testing.assert_close(
         joined[:, :VOCABULARY], reference.linear(x, stored, SPEC), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.usefixtures("vllm_config")
+def test_shards_of_a_head_with_scales_for_groups(
+    size: int,
+    make_layer: Callable[..., dict[str, Tensor]],
+    on_rank: Callable[[int, int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import vllm.model_executor.layers.vocab_parallel_embedding as layers
+
+    quantization = BWLAFormat(
+        format_version=2, group_size={"lm_head": 32}, ignore=[], input_activations=activation_args(16)
+    )
+    x, stored = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1)), make_layer(GROUPED, 0)
+    logits = []
+    for rank in range(size):
+        on_rank(rank, size)
+        monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        layer = load(make_head(BWLAConfig(quantization)), stored)
+        logits.append(layer.quant_method.apply(layer, x))
+    joined = torch.cat(logits, 1)
+    assert not joined[:, VOCABULARY:].any()
+    torch.testing.assert_close(
+        joined[:, :VOCABULARY], reference.linear(x, stored, GROUPED), rtol=1e-4, atol=1e-4
     )
 
 

@@ -44,12 +44,17 @@ def check_config(quantization: Mapping[str, Any], path: str) -> None:
         )
 
 
-def scale_name(name: str, entries: Mapping[str, Entry]) -> str | None:
-    """Return the name of the scale of the packed weight `name`; None if the weight is stored as it is."""
+def linear_class(quantization: Mapping[str, Any]) -> str:
+    """Return transformers' name of the class of the linears."""
+    return str(quantization.get("linear_class", "bitlinear"))
+
+
+def parts_of(name: str, entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """Return the names of a packed weight and its scale; empty for a tensor that is stored as it is."""
     stem, _, key = name.rpartition(".")
     scale = f"{stem}.{SCALE}"
     packed = key == "weight" and name in entries and entries[name].dtype == torch.uint8
-    return scale if packed and scale in entries else None
+    return (name, scale) if packed and scale in entries else ()
 
 
 def dequantized_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
@@ -58,7 +63,7 @@ def dequantized_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     for name, entry in entries.items():
         if name.rpartition(".")[2] == SCALE:
             continue
-        if scale_name(name, entries) is not None and len(entry.shape) == 2:
+        if parts_of(name, entries) and len(entry.shape) == 2:
             shape = (VALUES_PER_BYTE * entry.shape[0], entry.shape[1])
             entry = replace(entry, shape=shape, dtype=torch.float32)
         read[name] = entry
@@ -70,23 +75,25 @@ def packed_problems(entries: Mapping[str, Entry]) -> Iterator[str]:
     for name, entry in entries.items():
         if entry.dtype != torch.uint8 or not name.endswith(".weight"):
             continue
-        scale = scale_name(name, entries)
-        if scale is None:
+        parts = parts_of(name, entries)
+        if not parts:
             yield f"{entry.file}: {name}: expected {SCALE} for this BitNet weight, found none"
-        elif entries[scale].shape not in ((), (1,)) or not entries[scale].dtype.is_floating_point:
+            continue
+        scale = parts[1]
+        if entries[scale].shape not in ((), (1,)) or not entries[scale].dtype.is_floating_point:
             yield (
                 f"{entries[scale].file}: {scale}: expected one float value, found "
                 f"{str(entries[scale].dtype).removeprefix('torch.')} {list(entries[scale].shape)}"
             )
 
 
-def dequantize(packed: Tensor, scale: Tensor, linear_class: str) -> Tensor:
+def dequantize(packed: Tensor, scale: Tensor, kind: str) -> Tensor:
     """Return a weight, float32 [N, K].
 
     Args:
         packed: uint8 [N / 4, K].
         scale: one value, any float dtype.
-        linear_class: transformers' name of the linear's class.
+        kind: transformers' name of the linear's class, see `linear_class`.
 
     Raises:
         SourceError: a byte holds a value that is none of the three.
@@ -95,4 +102,4 @@ def dequantize(packed: Tensor, scale: Tensor, linear_class: str) -> Tensor:
         raise SourceError("a BitNet weight has values other than -1, 0 and 1: download it again")
     codes = torch.cat([(packed >> (2 * i)) & 3 for i in range(VALUES_PER_BYTE)]).float() - 1
     factor = scale.float().reshape(())
-    return codes * factor if linear_class == MULTIPLIES else codes / factor
+    return codes * factor if kind == MULTIPLIES else codes / factor

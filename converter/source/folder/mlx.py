@@ -1,8 +1,8 @@
 """Source models that MLX has quantized to one or two bits (Bonsai): a scale and a bias for each group of columns.
 
 `weight` is uint32 [N, K * bits / 32] with the first column in the lowest bits, `scales` and `biases` are
-[N, K / group_size]; a code q stands for q * scale + bias (MLX, mlx.core.quantize, mode affine). One bit with bias -d and
-scale 2 d stands for -d and d, two bits with bias -d and scale d for -d, 0 and d.
+[N, K / group_size]; a code q stands for q * scale + bias (MLX, mlx.core.quantize, mode affine). One bit with bias -d
+and scale 2 d stands for -d and d, two bits with bias -d and scale d for -d, 0 and d.
 """
 
 from collections.abc import Iterator, Mapping
@@ -44,12 +44,12 @@ def check_config(quantization: Mapping[str, Any], path: str) -> None:
         )
 
 
-def parts_of(name: str, entries: Mapping[str, Entry]) -> tuple[str, str] | None:
-    """Return the names of the scales and biases of the packed weight `name`; None if it is stored as it is."""
+def parts_of(name: str, entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """Return the names of a packed weight, its scales and its biases; empty for a tensor that is stored as it is."""
     stem, _, key = name.rpartition(".")
-    parts = f"{stem}.{SCALES}", f"{stem}.{BIASES}"
+    parts = name, f"{stem}.{SCALES}", f"{stem}.{BIASES}"
     packed = key == "weight" and name in entries and entries[name].dtype == torch.uint32
-    return parts if packed and all(part in entries for part in parts) else None
+    return parts if packed and all(part in entries for part in parts) else ()
 
 
 def dequantized_entries(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> dict[str, Entry]:
@@ -57,12 +57,12 @@ def dequantized_entries(entries: Mapping[str, Entry], quantization: Mapping[str,
     read: dict[str, Entry] = {}
     for name, entry in entries.items():
         stem, _, key = name.rpartition(".")
-        if key in (SCALES, BIASES) and parts_of(f"{stem}.weight", entries) is not None:
+        if key in (SCALES, BIASES) and parts_of(f"{stem}.weight", entries):
             continue
         parts = parts_of(name, entries)
-        if parts is not None and len(entry.shape) == 2:
+        if parts and len(entry.shape) == 2:
             shape = (entry.shape[0], entry.shape[1] * WORD // quantization["bits"])
-            entry = replace(entry, shape=shape, dtype=entries[parts[0]].dtype)
+            entry = replace(entry, shape=shape, dtype=entries[parts[1]].dtype)
         read[name] = entry
     return read
 
@@ -73,12 +73,12 @@ def packed_problems(entries: Mapping[str, Entry], quantization: Mapping[str, Any
         if entry.dtype != torch.uint32 or not name.endswith(".weight"):
             continue
         parts = parts_of(name, entries)
-        if parts is None:
+        if not parts:
             yield f"{entry.file}: {name}: expected {SCALES} and {BIASES} for this MLX weight, found none"
             continue
         columns = entry.shape[-1] * WORD // quantization["bits"]
         groups = (entry.shape[0], columns // quantization["group_size"])
-        for part in parts:
+        for part in parts[1:]:
             if entries[part].shape != groups or not entries[part].dtype.is_floating_point:
                 yield (
                     f"{entries[part].file}: {part}: expected float values {list(groups)}, found "
@@ -95,7 +95,9 @@ def dequantize(packed: Tensor, scales: Tensor, biases: Tensor, bits: int) -> Ten
         bits: bits of a code.
     """
     words = packed.view(torch.int32)
-    codes = torch.stack([(words >> shift) & (2**bits - 1) for shift in range(0, WORD, bits)], -1).flatten(1)
+    codes: Tensor = torch.stack(
+        [(words >> shift) & (2**bits - 1) for shift in range(0, WORD, bits)], -1
+    ).flatten(1)
     cells = codes.unflatten(1, (scales.shape[1], -1)).float()
-    values = cells * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)
+    values: Tensor = cells * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)
     return values.flatten(1).to(scales.dtype)

@@ -1,18 +1,97 @@
 """Source models whose weights are quantized: which methods are known, and how their tensors are read."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from bwla_converter.source import fp8
-from bwla_converter.source.folder import bitnet, mlx, mxfp4
+from bwla_converter.source.folder import bitnet, fp8, mlx, mxfp4
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format.files import Entry, read_tensors
 from torch import Tensor
 
+Settings = Mapping[str, Any]
+Entries = Mapping[str, Entry]
 
-def quantization_config(config: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+
+@dataclass(frozen=True)
+class Method:
+    """A way in which quantized weights are stored.
+
+    Attributes:
+        name: its name, for messages.
+        matches: whether the `quantization_config` of a model describes it.
+        check: raises SourceError if a model with these settings cannot be read; the second argument names its config.
+        entries: the tensors as they are read, without scales, from those that are stored.
+        problems: messages about stored tensors that do not fit each other.
+        parts: names of the tensors that a weight is stored as; empty for one that is stored as it is.
+        dequantize: the weight, from these tensors.
+    """
+
+    name: str
+    matches: Callable[[Settings], bool]
+    check: Callable[[Settings, str], None]
+    entries: Callable[[Entries, Settings], Entries]
+    problems: Callable[[Entries, Settings], Iterator[str]]
+    parts: Callable[[str, Entries], tuple[str, ...]]
+    dequantize: Callable[[Sequence[Tensor], Settings], Tensor]
+
+
+def accept(settings: Settings, path: str) -> None:
+    """Accept all settings of a method."""
+
+
+FP8 = Method(
+    "fp8",
+    fp8.is_fp8,
+    accept,
+    lambda stored, settings: fp8.dequantized_entries(stored),
+    lambda stored, settings: fp8.scale_problems(stored, fp8.scale_block(settings)),
+    fp8.parts_of,
+    lambda parts, settings: fp8.dequantize(parts[0], parts[1], fp8.scale_block(settings)),
+)
+METHODS = (
+    FP8,
+    Method(
+        "MXFP4",
+        mxfp4.is_mxfp4,
+        accept,
+        lambda stored, settings: mxfp4.dequantized_entries(stored),
+        lambda stored, settings: mxfp4.packed_problems(stored),
+        lambda name, stored: mxfp4.packed_names(name, stored) or (),
+        lambda parts, settings: mxfp4.dequantize(parts[0], parts[1]),
+    ),
+    Method(
+        "BitNet",
+        bitnet.is_bitnet,
+        bitnet.check_config,
+        lambda stored, settings: bitnet.dequantized_entries(stored),
+        lambda stored, settings: bitnet.packed_problems(stored),
+        bitnet.parts_of,
+        lambda parts, settings: bitnet.dequantize(parts[0], parts[1], bitnet.linear_class(settings)),
+    ),
+    Method(
+        "MLX",
+        mlx.is_mlx,
+        mlx.check_config,
+        mlx.dequantized_entries,
+        mlx.packed_problems,
+        mlx.parts_of,
+        lambda parts, settings: mlx.dequantize(parts[0], parts[1], parts[2], settings["bits"]),
+    ),
+)
+
+
+def method_of(quantization: Settings) -> Method:
+    """Return how the weights of a model are stored.
+
+    Args:
+        quantization: from `quantization_config`. If it is empty, fp8 weights are recognized by their dtype.
+    """
+    return next((method for method in METHODS if quantization and method.matches(quantization)), FP8)
+
+
+def quantization_config(config: Mapping[str, Any], path: str) -> Settings:
     """Return what config.json says about quantized weights that can be read; empty for an unquantized model.
 
     Args:
@@ -27,45 +106,29 @@ def quantization_config(config: Mapping[str, Any], path: str) -> Mapping[str, An
         raise SourceError(
             f"{path}: expected quantization_config to be an object, found {quantization!r:.60}: restore config.json"
         )
-    if not quantization or fp8.is_fp8(quantization) or mxfp4.is_mxfp4(quantization):
-        return quantization
-    if bitnet.is_bitnet(quantization):
-        bitnet.check_config(quantization, path)
-    elif mlx.is_mlx(quantization):
-        mlx.check_config(quantization, path)
-    else:
+    if quantization and not method_of(quantization).matches(quantization):
+        known = f"{', '.join(method.name for method in METHODS[:-1])} or {METHODS[-1].name}"
         method = quantization.get("quant_method", "an unnamed method")
         raise SourceError(
-            f"{path}: expected an unquantized model, or fp8, MXFP4, BitNet or MLX weights, found one quantized with "
-            f"{method}: convert the original checkpoint instead"
+            f"{path}: expected an unquantized model, or {known} weights, found one quantized with {method}: convert "
+            "the original checkpoint instead"
         )
+    method_of(quantization).check(quantization, path)
     return quantization
 
 
-def entries_as_read(stored: Mapping[str, Entry], quantization: Mapping[str, Any]) -> Mapping[str, Entry]:
+def entries_as_read(stored: Entries, quantization: Settings) -> Entries:
     """Return the tensors as `read_dequantized` returns them: weights in a float dtype, without scales."""
-    if mxfp4.is_mxfp4(quantization):
-        return mxfp4.dequantized_entries(stored)
-    if bitnet.is_bitnet(quantization):
-        return bitnet.dequantized_entries(stored)
-    if quantization and mlx.is_mlx(quantization):
-        return mlx.dequantized_entries(stored, quantization)
-    return fp8.dequantized_entries(stored) if quantization else stored
+    return method_of(quantization).entries(stored, quantization) if quantization else stored
 
 
-def scale_problems(stored: Mapping[str, Entry], quantization: Mapping[str, Any]) -> Iterator[str]:
+def scale_problems(stored: Entries, quantization: Settings) -> Iterator[str]:
     """Yield a message for every quantized weight whose scales are missing or do not fit."""
-    yield from fp8.scale_problems(stored, fp8.scale_block(quantization))
-    if mxfp4.is_mxfp4(quantization):
-        yield from mxfp4.packed_problems(stored)
-    if bitnet.is_bitnet(quantization):
-        yield from bitnet.packed_problems(stored)
-    if quantization and mlx.is_mlx(quantization):
-        yield from mlx.packed_problems(stored, quantization)
+    yield from method_of(quantization).problems(stored, quantization)
 
 
 def read_dequantized(
-    folder: Path, stored: Mapping[str, Entry], names: list[str], quantization: Mapping[str, Any]
+    folder: Path, stored: Entries, names: list[str], quantization: Settings
 ) -> dict[str, Tensor]:
     """Read tensors by name, with quantized weights in a float dtype.
 
@@ -74,42 +137,23 @@ def read_dequantized(
         stored: its tensors.
         names: which ones to read, by the names that `entries_as_read` gives them.
         quantization: from `quantization_config`.
+
+    Raises:
+        SourceError: a stored value is not one of its method.
     """
-    parts = {name: found for name in names if (found := _parts(name, stored, quantization))}
-    whole = [name for name in names if name not in parts]
-    needed = dict.fromkeys([*whole, *(part for found in parts.values() for part in found)])
-    tensors = read_tensors(folder, stored, list(needed))
-    return {
-        name: _dequantize([tensors[part] for part in parts[name]], quantization, name)
-        if name in parts
-        else tensors[name]
-        for name in names
-    }
-
-
-def _parts(name: str, stored: Mapping[str, Entry], quantization: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names of the tensors that a quantized weight is stored as; empty for one that is stored as it is."""
-    if mxfp4.is_mxfp4(quantization):
-        return mxfp4.packed_names(name, stored) or ()
-    if bitnet.is_bitnet(quantization):
-        scale = bitnet.scale_name(name, stored)
-    elif quantization and mlx.is_mlx(quantization):
-        return (name, *found) if (found := mlx.parts_of(name, stored)) else ()
-    else:
-        is_fp8 = stored[name].dtype == torch.float8_e4m3fn
-        scale = fp8.scale_name(name, stored) if is_fp8 else None
-    return () if scale is None else (name, scale)
-
-
-def _dequantize(tensors: list[Tensor], quantization: Mapping[str, Any], name: str) -> Tensor:
-    """Return a weight from the tensors that `_parts` names; `name` is its own, for messages."""
-    if mxfp4.is_mxfp4(quantization):
-        return mxfp4.dequantize(*tensors)
-    if bitnet.is_bitnet(quantization):
+    method = method_of(quantization)
+    parts = {name: method.parts(name, stored) or (name,) for name in names}
+    tensors = read_tensors(
+        folder, stored, list(dict.fromkeys(part for found in parts.values() for part in found))
+    )
+    read = {}
+    for name, found in parts.items():
         try:
-            return bitnet.dequantize(*tensors, quantization.get("linear_class", "bitlinear"))
+            read[name] = (
+                tensors[name]
+                if found == (name,)
+                else method.dequantize([tensors[part] for part in found], quantization)
+            )
         except SourceError as error:
             raise SourceError(f"{name}: {error}") from None
-    if mlx.is_mlx(quantization):
-        return mlx.dequantize(*tensors, quantization["bits"])
-    return fp8.dequantize(*tensors, fp8.scale_block(quantization))
+    return read

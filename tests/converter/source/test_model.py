@@ -102,7 +102,10 @@ def test_architectures_that_are_no_list_of_names(make_model, edit, architectures
 def test_a_model_that_is_quantized_already(make_model, edit) -> None:
     folder = make_model()
     edit.json(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    refused(folder, "expected an unquantized model, fp8 or MXFP4 weights, found one quantized with gptq")
+    refused(
+        folder,
+        "expected an unquantized model, or fp8, MXFP4, BitNet or MLX weights, found one quantized with gptq",
+    )
     edit.json(folder / "config.json", quantization_config="gptq")
     refused(folder, "expected quantization_config to be an object, found 'gptq'")
 

@@ -30,7 +30,9 @@ def assert_prepared(
     exact = {name: tensor.double() for name, tensor in layer.items() if tensor.is_floating_point()}
     x_hat = x.double()
     if not spec.grouped:
-        x_hat = reference.rotate(x_hat, exact["rotation_left"], exact["rotation_right"]) * exact["column_scale"]
+        x_hat = (
+            reference.rotate(x_hat, exact["rotation_left"], exact["rotation_right"]) * exact["column_scale"]
+        )
     cells = x_hat.unflatten(1, (spec.rotation_groups, spec.group_width))
     want = cells.abs().amax(-1) * spec.clip / spec.q_max
     torch.testing.assert_close(scale.double(), want, rtol=2e-6 * spec.group_width**0.5, atol=0)
@@ -190,7 +192,17 @@ def test_outputs_round_to_nearest_even(isa: Isa, dtype: torch.dtype) -> None:
 def test_the_op_is_registered_correctly(make_layer) -> None:
     layer, backend = make_layer(FULL, 8), CpuBackend()
     prepared, x = backend.prepare(layer, FULL), random_x(3, FULL.in_features, 9)
-    sizes = (FULL.out_features, FULL.rotation_groups, FULL.n1, FULL.n2, FULL.rank, FULL.bits, FULL.clip, 1, False)
+    sizes = (
+        FULL.out_features,
+        FULL.rotation_groups,
+        FULL.n1,
+        FULL.n2,
+        FULL.rank,
+        FULL.bits,
+        FULL.clip,
+        1,
+        False,
+    )
     torch.library.opcheck(
         torch.ops.bwla.linear_cpu.default, (x, prepared["packed"], prepared["bias"], *sizes)
     )

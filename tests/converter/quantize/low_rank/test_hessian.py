@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bwla_converter.quantize.hessian_low_rank import hessian_low_rank
+from bwla_converter.quantize.low_rank.hessian import hessian_low_rank
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
-from bwla_converter.source.fp8 import dequantize
+from bwla_converter.source.folder.fp8 import dequantize
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import SourceError
 from safetensors.torch import load_file, save_file

@@ -40,6 +40,12 @@ def scale_name(name: str, entries: Mapping[str, Entry]) -> str | None:
     return next((f"{stem}.{key}" for key in SCALES if f"{stem}.{key}" in entries), None)
 
 
+def parts_of(name: str, entries: Mapping[str, Entry]) -> tuple[str, ...]:
+    """Return the names of an fp8 weight and its scale; empty for another tensor, or one without a scale."""
+    scale = scale_name(name, entries) if entries[name].dtype == torch.float8_e4m3fn else None
+    return () if scale is None else (name, scale)
+
+
 def dequantized_entries(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Return the tensors as they are read: fp8 weights as bfloat16, without any scales."""
     scales = {*SCALES, *ACTIVATION_SCALES}
