@@ -8,9 +8,9 @@ width of 576 is padded to 768, which groups of 128 and 256 columns divide: the a
 are zero, so the model computes the same. Only the layers that --layers names get few values, so that their errors do
 not drown the engines' differences; the linears of all others stay in 16 bits.
 
-llama.cpp's perplexity tool writes its tokens and its log probabilities (of the second half of each window); the imported
-model is evaluated on the same tokens by transformers with BWLA's kernels. `benchmarks.serving.llama_cpp` says where
-llama.cpp comes from; this needs the targets llama-quantize and llama-perplexity.
+llama.cpp's perplexity tool writes its tokens and its log probabilities (of the second half of each window); the
+imported model is evaluated on the same tokens by transformers with BWLA's kernels. `benchmarks.serving.llama_cpp` says
+where llama.cpp comes from; this needs the targets llama-quantize and llama-perplexity.
 """
 
 import argparse
@@ -173,12 +173,21 @@ def compare(arguments: argparse.Namespace, kind: str, work: Path) -> dict[str, A
     ignored = (rf"re:.*layers\.(?!({few})\.).*({LINEARS})",)
     for abits in arguments.abits:
         out = work / f"{kind}-{abits}"
-        summary = convert(
-            Options(
-                str(quantized), out, recipe="lossless", ignore=ignored, bits=abits, head_bits=16, embedding_bits=16, device="cpu",
-                threads=arguments.threads, report=False, text_samples=0, overwrite=True,
-            )
-        )  # fmt: skip
+        options = Options(
+            str(quantized),
+            out,
+            recipe="lossless",
+            ignore=ignored,
+            bits=abits,
+            head_bits=16,
+            embedding_bits=16,
+            device="cpu",
+            threads=arguments.threads,
+            report=False,
+            text_samples=0,
+            overwrite=True,
+        )
+        summary = convert(options)
         ours = our_logprobs(out, theirs.tokens)
         agree = (ours.argmax(-1) == theirs.logprobs.argmax(-1)).float().mean().item()
         ppl = perplexity(ours, theirs.tokens)

@@ -12,6 +12,7 @@ from bwla_kernels import gradients
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 from bwla_kernels.triton.gpu import can_run, gpu_properties
+from bwla_kernels.triton.grouped_backend import apply_grouped, prepare_grouped
 from torch import Tensor
 
 _LIBRARY = torch.library.Library("bwla", "FRAGMENT")
@@ -190,10 +191,13 @@ class TritonBackend:
         if spec.bits == UNQUANTIZED_BITS:
             return False, "the Triton kernels need quantized activations (2 to 8 bits)"
         if spec.grouped:
-            return False, "the Triton kernels have no scales for groups of columns yet"
-        from bwla_kernels.triton.prepare_input import can_prepare
+            from bwla_kernels.triton.grouped import can_quantize
 
-        covered, refusal = can_prepare(spec)
+            covered, refusal = can_quantize(spec)
+        else:
+            from bwla_kernels.triton.prepare_input import can_prepare
+
+            covered, refusal = can_prepare(spec)
         return (True, reason) if covered else (False, refusal)
 
     def prepare(self, tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
@@ -202,6 +206,8 @@ class TritonBackend:
         Raises:
             BackendError: a kernel computes wrong numbers with this GPU and Triton.
         """
+        if spec.grouped:
+            return prepare_grouped(tensors, spec)
         prepared = repack(tensors, spec)
         device = prepared["weight_scale"].device
         if device.type == "cuda":
@@ -212,6 +218,8 @@ class TritonBackend:
 
     def apply(self, x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec) -> Tensor:
         """Compute x [..., K] -> [..., N] in the dtype of x."""
+        if spec.grouped:
+            return apply_grouped(x, tensors, spec)
         y: Tensor = torch.ops.bwla.linear_triton.default(
             x,
             tensors["weight_chunks"],

@@ -37,6 +37,7 @@ CASE_MODULES = (
     "bwla_kernels.triton.matmul_cases",
     "bwla_kernels.triton.head_cases",
     "bwla_kernels.triton.experts_cases",
+    "bwla_kernels.triton.grouped_cases",
     "bwla_kernels.triton.sign_steps_cases",
 )
 """Modules with a `compile_cases(arch) -> list[CompileCase]`."""
