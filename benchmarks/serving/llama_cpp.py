@@ -9,8 +9,8 @@ Its benchmark tool comes with the source distribution of llama-cpp-python, which
 
 A file has the linears (of attention, MLPs and experts) and the embedding in one type of weights, the head, or an
 embedding that is tied to it, in Q6_K, or in Q8_0 where its width is no multiple of 256, as llama.cpp's own quantization
-tool chooses, and norms and routers in float32. All bytes of a block but its scales are random: speed does not depend on
-them.
+tool chooses, and norms and routers in float32. All bytes of a block are random, its scales around 0.01: speed does not
+depend on them.
 """
 
 import json
@@ -69,12 +69,13 @@ class Weight:
         nbytes = gguf.GGML_QUANT_SIZES[self.type][1]
         pattern = generator.integers(0, 256, (PATTERN_BLOCKS, nbytes), dtype=np.uint8)
         for at in SCALES[self.kind]:
-            pattern[:, at : at + 2] = np.array([0.01], dtype=np.float16).view(np.uint8)
+            scales = generator.uniform(0.005, 0.015, (PATTERN_BLOCKS, 1)).astype(np.float16)
+            pattern[:, at : at + 2] = scales.view(np.uint8)
         return np.resize(pattern.reshape(-1), self.size)
 
 
-def weights(settings: dict[str, Any], kind: str) -> Iterator[Weight]:
-    """Yield the tensors of a Qwen2 or Qwen3 model of settings as in `engines.SHAPES`."""
+def weights(settings: dict[str, Any], kind: str, head: str | None = None) -> Iterator[Weight]:
+    """Yield the tensors of a Qwen2 or Qwen3 model of settings as in `engines.SHAPES`; `head` is the head's type."""
     hidden, head_size = settings["hidden_size"], settings["head_dim"]
     queries, keys = (head_size * settings[f"num_{name}_heads"] for name in ("attention", "key_value"))
     experts = settings.get("num_experts")
@@ -86,7 +87,8 @@ def weights(settings: dict[str, Any], kind: str) -> Iterator[Weight]:
         return Weight(f"{full}.{suffix}", shape, tensor_kind)
 
     tied = settings["tie_word_embeddings"]
-    head = HEAD if hidden % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[HEAD]][0] == 0 else "Q8_0"
+    divides = hidden % gguf.GGML_QUANT_SIZES[GGMLQuantizationType[HEAD]][0] == 0
+    head = head or (HEAD if divides else "Q8_0")
     yield tensor("TOKEN_EMBD", (settings["vocab_size"], hidden), head if tied else kind)
     yield tensor("OUTPUT_NORM", (hidden,), "F32")
     if not tied:
@@ -119,13 +121,14 @@ def weights(settings: dict[str, Any], kind: str) -> Iterator[Weight]:
             yield tensor(f"{name}_EXP" if experts else name, (*each, rows, columns), kind, layer)
 
 
-def write_gguf(path: Path, settings: dict[str, Any], kind: str) -> None:
+def write_gguf(path: Path, settings: dict[str, Any], kind: str, head: str | None = None) -> None:
     """Write a file of random weights without a vocabulary.
 
     Args:
         path: the file.
         settings: of the model, as in `engines.SHAPES` joined to `engines.COMMON`.
         kind: type of the linears' weights, one of `SCALES`.
+        head: type of the head, or of the embedding that is tied to it; None for what llama.cpp's tool chooses.
     """
     experts = settings.get("num_experts")
     writer = GGUFWriter(path, settings["model_type"].replace("_", ""))
@@ -145,7 +148,7 @@ def write_gguf(path: Path, settings: dict[str, Any], kind: str) -> None:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(settings["num_experts_per_tok"])
         writer.add_expert_feed_forward_length(settings["moe_intermediate_size"])
-    tensors = list(weights(settings, kind))
+    tensors = list(weights(settings, kind, head))
     for tensor in tensors:
         shape = gguf.quant_shape_to_byte_shape(
             tensor.shape, tensor.type
