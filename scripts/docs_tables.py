@@ -24,6 +24,7 @@ from scripts.tables.quality import (
     expert_transforms_table,
     frontier_table,
     head_table,
+    llama_cpp_table,
     quality_table,
 )
 from scripts.tables.results import ROOT, markdown_table, read_result, read_rows
@@ -32,6 +33,7 @@ from scripts.tables.speed import (
     cpu_table,
     experts_table,
     gpu_table,
+    imported_table,
     lengths_table,
     llama_table,
     phase_table,
@@ -100,6 +102,8 @@ TABLES: dict[str, Callable[[str], str]] = {
     "variants": variants_table,
     "serving": serving_table,
     "llama": llama_table,
+    "llama_quality": llama_cpp_table,
+    "imported": imported_table,
     "lengths": lengths_table,
     "start": start_table,
     "gpu": gpu_table,

@@ -23,7 +23,8 @@ from benchmarks.serving.engines import COMMON, SHAPES, convert, name_of, run_job
 from benchmarks.serving.llama_cpp import time_model, write_gguf
 from benchmarks.serving.serve import ANSWER, PREFILL, figures, job
 
-TYPES = ("Q1_0", "TQ1_0", "TQ2_0")
+TYPES = ("Q1_0", "TQ1_0")
+"""Types of which any bytes are weights of two or three values; random ones of TQ2_0 have four."""
 
 
 def compare(shape: str, kind: str, bench: Path, work: Path) -> dict[str, Any]:

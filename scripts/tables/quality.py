@@ -48,6 +48,24 @@ def quality_table(names: str) -> str:
     return markdown_table(header, lines)
 
 
+def llama_cpp_table(name: str) -> str:
+    """One line per type of weights: llama.cpp's perplexity, and how the imported model's compares."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        ours = [row[f"a{abits}"] for abits in (8, 16)]
+        ratios = [f"{100 * (found['ratio'] - 1):+.2f} %" for found in ours]
+        agreement = f"{100 * ours[0]['top_1_agreement']:.1f} %"
+        lines.append([row["type"], f"{row['ppl_llama_cpp']:.2f}", *ratios, agreement])
+    header = [
+        "type",
+        "perplexity, llama.cpp",
+        "imported, 8-bit activations",
+        "16-bit",
+        "same likeliest token",
+    ]
+    return markdown_table(header, lines)
+
+
 def ablation_table(names: str) -> str:
     """One line per recipe with a part left out or changed, at 6-bit activations."""
     rows, lines = read_rows(names), []

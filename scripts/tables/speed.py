@@ -113,6 +113,24 @@ def llama_table(names: str) -> str:
     return markdown_table(header, lines)
 
 
+def imported_table(names: str) -> str:
+    """One line per model and type of a file: llama.cpp's speed, vLLM's on the imported checkpoint, and the ratios."""
+    lines = []
+    for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
+        cells = [row["model"], row["type"]]
+        for phase, digits in (("decode", 1), ("prefill", 0)):
+            theirs, ours = row[f"llama_{phase}_tok_s"], row[f"bwla_{phase}_tok_s"]
+            cells += [f"{theirs:.{digits}f}", f"{ours:.{digits}f}", f"{ours / theirs:.1f}x"]
+        lines.append([*cells, f"{row['bwla_decode_8_tok_s']:.0f}"])
+    engines = ["llama.cpp", "BWLA in vLLM", "ratio"]
+    header = [
+        "model",
+        "type",
+        *(f"{phase}, {engine}" for phase in ("decode", "prefill") for engine in engines),
+    ]
+    return markdown_table([*header, "decode, 8 requests"], lines)
+
+
 ENGINES = {
     "eager": "not compiled (`--enforce-eager`)",
     "aot": "compiled ahead of time, vLLM's default",
