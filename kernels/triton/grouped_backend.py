@@ -58,7 +58,7 @@ def _input_gradient(gradient: Tensor, *layer: Any) -> Tensor:
 
     def slab(part: slice) -> Tensor:
         signs = unpack_weights(packed, layer_layout(spec), rows[part])
-        cells = signs.unflatten(2, (spec.rotation_groups, -1)) * scales[rows[part]].unsqueeze(-1)
+        cells: Tensor = signs.unflatten(2, (spec.rotation_groups, -1)) * scales[rows[part]].unsqueeze(-1)
         return cells.sum(1).flatten(1)
 
     parts = gradients.row_slabs(spec.out_features, spec.planes * spec.in_features)
