@@ -159,7 +159,7 @@ def join_processes(recipe: str, device: torch.device, num_samples: int) -> Proce
     if recipe not in DISTRIBUTED_RECIPES:
         raise BWLAError(
             f"recipe {recipe!r} cannot run in several processes: use --gpus 1, or recipe "
-            f"{' or '.join(DISTRIBUTED_RECIPES)}"
+            f"{' or '.join(DISTRIBUTED_RECIPES[1:])}"
         )
     if num_samples < int(os.environ["WORLD_SIZE"]):
         raise BWLAError(

@@ -36,14 +36,15 @@ def test_every_type_dequantizes_to_finite_weights(kind: str, tmp_path: Path) -> 
         assert values.std() > 0 or tensor.tensor_type.name == "F32", tensor.name
 
 
-def test_the_type_that_gguf_does_not_dequantize_has_the_same_scales(tmp_path: Path) -> None:
+def test_the_type_that_gguf_does_not_dequantize_has_scales_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     write_gguf(path, settings("8b"), "Q1_0")
     blocks = [tensor.data for tensor in gguf.GGUFReader(path).tensors if tensor.tensor_type.name == "Q1_0"]
     assert len(blocks) == 1 + 2 * 7
     for data in blocks:
         scales = data.reshape(-1, 18)[:, :2].copy().view(np.float16)
-        assert (scales == np.float16(0.01)).all()
+        assert ((scales > 0.004) & (scales < 0.016)).all()
+        assert scales.std() > 0.001
         assert data.reshape(-1, 18)[:, 2:].std() > 0
 
 

@@ -27,11 +27,9 @@ def random_layer(spec: LayerSpec, seed: int = 0) -> dict[str, Tensor]:
     generator = make_generator(seed)
     n, k, r = spec.out_features, spec.in_features, spec.rank
     row = (n,) if spec.planes == 1 else (n, spec.planes)
+    tensors = {"weight_packed": pack_signs(torch.randint(0, 2, (*row, k), generator=generator))}
     scales = torch.rand(tensor_specs(spec)["weight_scale"].shape, generator=generator) / k**0.5 + 0.01
-    tensors = {
-        "weight_packed": pack_signs(torch.randint(0, 2, (*row, k), generator=generator)),
-        "weight_scale": scales.half() if spec.grouped else scales,
-    }
+    tensors["weight_scale"] = scales.half() if spec.grouped else scales
     if not spec.grouped:
         tensors |= {
             "rotation_left": random_rotation(spec.rotation_groups, spec.n1, generator),

@@ -45,6 +45,7 @@ from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.folder import int8_modules
 from bwla_kernels.format.head import HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.layer import INPUT_TRANSFORM
+from few_values import few_values, write_bitnet, write_mlx
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -164,9 +165,10 @@ READERS: dict[str, Callable[[Path], dict[str, Tensor] | None]] = {
 
 
 def make_folders(work: Path) -> dict[str, list[Path]]:
-    """Return the undamaged folders of each reader: models of two families, and their converted checkpoints.
+    """Return the undamaged folders of each reader: models, and their converted checkpoints.
 
-    The first checkpoint has several files and an index, the second one a single file.
+    Of the two families, the first checkpoint has several files and an index, the second one a single file. The others
+    are models of one bit and three values, in the forms in which such models are published, and one checkpoint.
     """
     sources = [
         write_model(work / "qwen3", "Qwen3", shards=3, lively=True),
@@ -177,6 +179,10 @@ def make_folders(work: Path) -> dict[str, list[Path]]:
         checkpoints.append(work / f"{source.name}-bwla")
         with patch.object(merge, "MAX_FILE_BYTES", limit):
             convert(Options(str(source), checkpoints[-1], rank=2, recipe="data-free"))
+    sources.append(write_mlx(work / "mlx", few_values(), 1, 128))
+    sources.append(write_bitnet(work / "bitnet", few_values("Llama", planes=2)))
+    checkpoints.append(work / "bitnet-bwla")
+    convert(Options(str(sources[-1]), checkpoints[-1], text_samples=0))
     return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
 
 
@@ -259,7 +265,7 @@ def run(count: int, seed: int, work: Path, on_case: Callable[[Case], None] = lam
         number += 1
         reader = sorted(READERS)[number % len(READERS)]
         mutate = kinds[(number // len(READERS)) % len(kinds)]
-        origin = folders[reader][rng.randrange(2)]
+        origin = rng.choice(folders[reader])
         damaged = work / "damaged"
         shutil.rmtree(damaged, ignore_errors=True)
         shutil.copytree(origin, damaged)

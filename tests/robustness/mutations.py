@@ -332,14 +332,16 @@ def another_architecture(folder: Path, rng: random.Random) -> str:
 def another_quantization(folder: Path, rng: random.Random) -> str:
     """Declare a model as quantized by another method, or change the version, rank or rotation of a checkpoint."""
     table = read(folder / "config.json").get("quantization_config")
-    if not table:
+    if not table or table.get("quant_method") != "bwla":
         other = {"quant_method": rng.choice(["gptq", "awq", "bitsandbytes", "bwla", "fp9", None])}
         edit(folder / "config.json", lambda config: config.__setitem__("quantization_config", other))
         return f"config.json: quantized with {other['quant_method']}"
     rotation = {name: [sizes[0], 2 * sizes[1], sizes[2]] for name, sizes in table["rotation"].items()}
+    groups = {name: 2 * size for name, size in table.get("group_size", {}).items()}
+    sizes = "group_size" if groups else "rotation"
     change: dict[str, Any] = rng.choice(
-        [{"format_version": 3}, {"surprise": 1}, {"rank": table["rank"] + 1}, {"rotation": rotation},
-         {"rotation": {}}, {"clip": 2.0}, {"weights": {"num_bits": 2}}, {"ignore": ["re:.*q_proj"]},
+        [{"format_version": 3}, {"surprise": 1}, {"rank": table["rank"] + 1}, {sizes: groups or rotation},
+         {sizes: {}}, {"clip": 2.0}, {"weights": {"num_bits": 2}}, {"ignore": ["re:.*q_proj"]},
          {"input_activations": {**table["input_activations"], "num_bits": 9}}]
     )  # fmt: skip
     edit(folder / "config.json", lambda config: config["quantization_config"].update(change))

@@ -126,7 +126,7 @@ DAMAGE = {
     ),
     "no rotation": (
         lambda f: edit_quantization(f, rotation={"q_proj": [1, 8, 8]}),
-        r"is stored in one bit, but config.json gives no rotation for it",
+        r"is stored in one bit, but config.json gives no rotation and no group_size for it",
     ),
     "truncated shard": (truncate, r"not a complete safetensors file"),
     "missing shard": (

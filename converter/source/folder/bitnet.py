@@ -96,8 +96,11 @@ def dequantize(packed: Tensor, scale: Tensor, kind: str) -> Tensor:
         kind: transformers' name of the linear's class, see `linear_class`.
 
     Raises:
-        SourceError: a byte holds a value that is none of the three.
+        SourceError: a byte holds a value that is none of the three, or the scale is not positive and finite.
     """
+    value = float(scale.float().reshape(()))
+    if not 0 < value < float("inf"):
+        raise SourceError(f"expected a positive, finite weight_scale, found {value:g}: download it again")
     if bool(((packed & (packed >> 1)) & 0b01010101).any()):
         raise SourceError("a BitNet weight has values other than -1, 0 and 1: download it again")
     codes = torch.cat([(packed >> (2 * i)) & 3 for i in range(VALUES_PER_BYTE)]).float() - 1

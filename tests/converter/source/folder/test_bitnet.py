@@ -102,6 +102,12 @@ def test_a_fourth_value_is_refused() -> None:
         dequantize(packed, torch.ones(1), "bitlinear")
 
 
+@pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("-inf"), float("nan")])
+def test_a_scale_that_is_not_positive_is_refused(value: float) -> None:
+    with pytest.raises(SourceError, match="expected a positive, finite weight_scale, found"):
+        dequantize(torch.zeros(1, 4, dtype=torch.uint8), torch.tensor([value]), "bitlinear")
+
+
 @pytest.mark.parametrize("linear_class", ["bitlinear"], indirect=True)
 def test_the_weight_with_a_fourth_value_is_named(folder: Path) -> None:
     change_tensor(folder, f"{NAME}.weight", torch.full((128, 256), 255, dtype=torch.uint8))
