@@ -144,7 +144,10 @@ def frontier_table(name: str) -> str:
         mine = [rows for key, rows in runs.items() if key[1] == method]
         for rows in sorted(mine, key=lambda rows: (rows[0]["model"], rows[0]["abits"], mean(rows, "bits"))):
             row = rows[0]
-            size = f", {row['code_bits']} bits, groups of {row['group_size']}" if "code_bits" in row else ""
+            size = ""
+            if "code_bits" in row:
+                bits = f"{row['code_bits']} bit{'s' if row['code_bits'] > 1 else ''}"
+                size = f", {bits}, groups of {row['group_size']}"
             predicted = [run for run in rows if run.get("predicted") is not None]
             cells = [row["model"], title + size, f"{mean(rows, 'bits'):.2f}", str(row["abits"])]
             cells += [f"{math.exp(statistics.mean(math.log(run['ppl']) for run in rows)):.2f}"]
