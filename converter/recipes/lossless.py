@@ -1,12 +1,10 @@
 """Recipe `lossless`: weights that have one bit or three values already are stored as they are."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import ClassVar
 
-from bwla_converter.calibration.activations import StoredStates
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.lossless import store_lossless
+from bwla_converter.recipes.stateless import StatelessRecipe
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -22,18 +20,8 @@ PASSES = 8
 """Times that a weight is read or written, as float32, to be stored."""
 
 
-class LosslessRecipe:
+class LosslessRecipe(StatelessRecipe):
     """`lossless`: the same weights in binary planes with scales for groups of columns."""
-
-    needs_calibration: ClassVar[bool] = False
-    models: ClassVar[int] = 0
-
-    def __init__(self) -> None:
-        self.calibration: dict[str, object] = {}
-        self.layer_traces: dict[str, dict[str, list[float]]] = {}
-
-    def begin_layer(self, index: int, tensors: Mapping[str, Tensor]) -> None:
-        """Do nothing: linears are independent of each other."""
 
     def quantize(self, weights: Mapping[str, Tensor], specs: Mapping[str, LayerSpec]) -> GroupResult:
         """Store the weights of an input group.
@@ -47,21 +35,6 @@ class LosslessRecipe:
     def quantize_head(self, weight: Tensor, spec: LayerSpec) -> GroupResult:
         """Store the head. Raises as `quantize` does."""
         return self.quantize({HEAD_MODULE: weight}, {HEAD_MODULE: spec})
-
-    def end_layer(self) -> Mapping[str, Tensor]:
-        """Return no further changes."""
-        return {}
-
-    def state(self) -> Mapping[str, Tensor | StoredStates]:
-        """Return an empty state: layers are independent of each other."""
-        return {}
-
-    def restore(self, state: Mapping[str, Tensor | StoredStates]) -> None:
-        """Do nothing: there is no state."""
-
-    def finish(self, folder: Path) -> Mapping[str, Tensor]:
-        """Return no further changes."""
-        return {}
 
     @staticmethod
     def memory_estimates(workload: Workload) -> Iterator[MemoryEstimate]:
