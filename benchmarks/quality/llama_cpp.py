@@ -55,6 +55,9 @@ COLUMNS = {
     "ffn_gate": WIDTH, "ffn_up": WIDTH, "token_embd": WIDTH,
 }  # fmt: skip
 
+CLEAR_MARGIN = 0.5
+"""Nats by which the likeliest token leads where the choice is clear."""
+
 LINEARS = "q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj"
 
 
@@ -169,7 +172,10 @@ def compare(arguments: argparse.Namespace, kind: str, work: Path) -> dict[str, A
     if found is None:
         raise RuntimeError(f"{tool.name}: expected a final estimate, found none: {output[-300:]}")
     theirs = read_logits(logits)
+    best = theirs.logprobs.topk(2).values
+    is_clear = best[..., 0] - best[..., 1] > CLEAR_MARGIN
     row: dict[str, Any] = {"type": kind, "ppl_llama_cpp": float(found[1])}
+    row["clear_share"] = is_clear.float().mean().item()
     ignored = (rf"re:.*layers\.(?!({few})\.).*({LINEARS})",)
     for abits in arguments.abits:
         out = work / f"{kind}-{abits}"
@@ -189,12 +195,13 @@ def compare(arguments: argparse.Namespace, kind: str, work: Path) -> dict[str, A
         )
         summary = convert(options)
         ours = our_logprobs(out, theirs.tokens)
-        agree = (ours.argmax(-1) == theirs.logprobs.argmax(-1)).float().mean().item()
+        same = ours.argmax(-1) == theirs.logprobs.argmax(-1)
         ppl = perplexity(ours, theirs.tokens)
         row[f"a{abits}"] = {
             "ppl": ppl,
             "ratio": ppl / row["ppl_llama_cpp"],
-            "top_1_agreement": agree,
+            "top_1_agreement": same.float().mean().item(),
+            "top_1_agreement_where_clear": same[is_clear].float().mean().item(),
             "bits_per_weight": summary.bits_per_weight,
         }
     row["ppl_from_saved"] = perplexity(theirs.logprobs, theirs.tokens)

@@ -54,15 +54,11 @@ def llama_cpp_table(name: str) -> str:
     for row in read_result(name)["rows"]:
         ours = [row[f"a{abits}"] for abits in (8, 16)]
         ratios = [f"{100 * (found['ratio'] - 1):+.2f} %" for found in ours]
-        agreement = f"{100 * ours[0]['top_1_agreement']:.1f} %"
-        lines.append([row["type"], f"{row['ppl_llama_cpp']:.2f}", *ratios, agreement])
-    header = [
-        "type",
-        "perplexity, llama.cpp",
-        "imported, 8-bit activations",
-        "16-bit",
-        "same likeliest token",
-    ]
+        keys = ("top_1_agreement", "top_1_agreement_where_clear")
+        agreements = [f"{100 * ours[0][key]:.1f} %" for key in keys]
+        lines.append([row["type"], f"{row['ppl_llama_cpp']:.2f}", *ratios, *agreements])
+    header = ["type", "perplexity, llama.cpp", "imported, 8-bit activations", "16-bit"]
+    header += ["same likeliest token", "where it leads by 0.5 nats"]
     return markdown_table(header, lines)
 
 

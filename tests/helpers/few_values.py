@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.common.tiny_models import build_model
 
@@ -56,6 +56,22 @@ def few_values(family: str = "Qwen3", planes: int = 1, size: int = 128, **config
             else:
                 parameter.copy_(parameter.bfloat16())
     return model
+
+
+def bitnet_model() -> PreTrainedModel:
+    """Return a tiny model of BitNet b1.58's own architecture, with norms inside attention and MLP."""
+    torch.manual_seed(0)
+    settings = {**SIZES, "tie_word_embeddings": True, "max_position_embeddings": 128}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("bitnet", **settings, **tokens, architectures=["BitNetForCausalLM"])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+            if is_linear(name):
+                parameter.copy_(in_three_values(parameter, parameter.shape[1]))
+    return model.eval()
 
 
 def write_unpacked(folder: Path, model: PreTrainedModel) -> Path:

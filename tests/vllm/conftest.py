@@ -261,8 +261,9 @@ def start() -> Iterator[Callable[..., Any]]:
 
         # A registered class is inspected in this process; a lazy name, in one of its own for half a minute.
         (name,) = json.loads((folder / "config.json").read_text())["architectures"]
-        if hasattr(ModelRegistry.models[name], "load_model_cls"):
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
+        registered = ModelRegistry.models.get(name)  # none for a class that only transformers has
+        if hasattr(registered, "load_model_cls"):
+            ModelRegistry.register_model(name, registered.load_model_cls())
         defaults = {
             "dtype": "float32",
             "enforce_eager": True,
