@@ -171,6 +171,22 @@ def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
     }
 
 
+def lossless_note(conversion: Conversion) -> list[str]:
+    """Return a sentence about weights that are stored as they are; nothing for other recipes."""
+    plan = conversion.plan
+    if conversion.options.recipe != "lossless":
+        return []
+    sizes = sorted({spec.group_width for spec in plan.specs.values()})
+    values = "three values" if max(plan.weights_by_planes) > 1 else "two values"
+    groups = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    head = "in planes too" if plan.head_spec else "in 8 bits" if plan.head_source else "unquantized"
+    embedding = "in 8 bits" if plan.embedding_source else "unquantized"
+    return [
+        f"the weights have {values} in each group of {groups} columns already and are stored without loss "
+        f"(--recipe lossless); the head is stored {head}, the embedding {embedding}"
+    ]
+
+
 def starved_note(reports: Iterable[LayerReport]) -> list[str]:
     """Return a sentence about experts that few calibration tokens reached; nothing where there are none."""
     starved = [name for report in reports for name in report.starved]

@@ -27,6 +27,7 @@ from bwla_converter.conversion import (
     Conversion,
     allocated,
     losses,
+    lossless_note,
     starved_note,
     with_amounts,
     with_calibration,
@@ -226,7 +227,7 @@ def _complete(conversion: Conversion, work: WorkFolder) -> Summary:
         linears=[linear for report in reports for linear in report.linears],
         activation_bits=plan.format.bits,
         planes=plan.weights_by_planes,
-        notes=[*source.notes, *starved_note(reports)],
+        notes=[*source.notes, *lossless_note(conversion), *starved_note(reports)],
         **losses(conversion, work.writer.folder),
     )
     if not published:

@@ -73,6 +73,8 @@ def test_every_weight_is_stored_exactly(form: str, tmp_path: Path) -> None:
     assert summary.activation_bits == 8
     assert set(summary.planes) == {planes}
     assert max(linear.error for linear in summary.linears) == 0
+    assert f"have {'two' if planes == 1 else 'three'} values in each group of" in summary.notes[-1]
+    assert summary.notes[-1].endswith("the head is stored in planes too, the embedding unquantized")
     source, weights = open_source(str(model)), weights_of(tmp_path / "out")
     linears = [name for index in range(source.num_layers) for name in source.linears_of_layer(index)]
     assert [*weights.keys() - {"lm_head"}]
