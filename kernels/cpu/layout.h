@@ -6,7 +6,8 @@
 //     low_rank_a       bfloat16 [ceil(r/4)][K/32][4][32]: four rows side by side, one stream for a group of
 //     them panels           [ceil(N/64)]
 //
-// each part padded to 64 bytes; a grouped layer has none of them. A panel holds 64 output rows, the last one padded with zeros:
+// each part padded to 64 bytes; a grouped layer has none of them. A panel holds 64 output rows, the last one padded
+// with zeros:
 //
 //     signs            of each plane K/32 steps of 256 bytes, 4 columns to a nibble: an index into a table of 16 sums
 //     weight_scale     64 float32 for each plane

@@ -123,7 +123,7 @@ struct Plan {
 // A rough count of cycles, only to decide whether more than one thread pays.
 inline int64_t estimated_cycles(const Call& c) {
     int64_t cycles = 0;
-    if (c.x)         cycles += c.m * c.z.k() * (c.z.grouped ? 12 : c.z.n1 + c.z.n2 + c.z.rank) / 12;
+    if (c.x) cycles += c.m * c.z.k() * (c.z.grouped ? 12 : c.z.n1 + c.z.n2 + c.z.rank) / 12;
     if (c.multiplies()) cycles += c.z.n * c.z.planes * c.z.k() / 128 * (c.m + 1) + c.m * c.z.k() / 2;
     return cycles;
 }
