@@ -38,6 +38,11 @@ class GroupedConfig:
     num_stages: int = 3
 
 
+CONFIG = GroupedConfig(64, 16)
+"""Tiles for any number of tokens. They are not tuned: no GPU has run these kernels yet. Of the larger tiles that
+compile without register spills everywhere, none needs fewer instructions for each weight and token."""
+
+
 def can_quantize(spec: LayerSpec) -> tuple[bool, str]:
     """Return whether the kernels cover the groups of such a layer, and the reason."""
     if spec.group_width > MAX_WIDTH:
@@ -46,19 +51,6 @@ def can_quantize(spec: LayerSpec) -> tuple[bool, str]:
             f"the GPU kernel quantizes groups of up to {MAX_WIDTH} columns, found {spec.group_width}",
         )
     return True, "the GPU kernel covers these groups"
-
-
-def select_config(tokens: int) -> GroupedConfig:
-    """Return the tiles for so many tokens: of those without register spills, the largest.
-
-    They are not tuned: no GPU has run these kernels yet.
-    """
-    return GroupedConfig(64, 16) if tokens <= 16 else GroupedConfig(64, 32, num_warps=8)
-
-
-def selectable() -> list[GroupedConfig]:
-    """Return all configurations that `select_config` chooses."""
-    return [select_config(tokens) for tokens in (1, 17)]
 
 
 def repack_grouped(tensors: Mapping[str, Tensor], spec: LayerSpec) -> dict[str, Tensor]:
@@ -111,7 +103,7 @@ def quantize_constants(spec: LayerSpec) -> dict[str, int]:
 
 
 def run_grouped(
-    x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec, config: GroupedConfig | None = None
+    x: Tensor, tensors: Mapping[str, Tensor], spec: LayerSpec, config: GroupedConfig = CONFIG
 ) -> Tensor:
     """Compute a layer: x [..., K] -> [..., N] in the dtype of x.
 
@@ -121,12 +113,12 @@ def run_grouped(
         x: bfloat16, float16 or float32.
         tensors: from `repack_grouped`.
         spec: the layer.
-        config: how the GEMM is cut; by default as `select_config` chooses.
+        config: how the GEMM is cut.
     """
     rows = x.reshape(-1, spec.in_features)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     q, scale = quantize_groups(rows, spec)
-    y = _multiply(q, scale, tensors, layer_layout(spec), config or select_config(len(rows)), x.dtype)
+    y = _multiply(q, scale, tensors, layer_layout(spec), config, x.dtype)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
 

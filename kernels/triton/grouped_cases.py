@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton.compiling import CompileCase, signature_of
-from bwla_kernels.triton.grouped import GroupedConfig, grouped_constants, quantize_constants, selectable
+from bwla_kernels.triton.grouped import CONFIG, grouped_constants, quantize_constants
 from bwla_kernels.triton.grouped_kernel import grouped_mma_kernel, quantize_groups_kernel
 from bwla_kernels.triton.layout import ChunkLayout, chunk_layout
 from bwla_kernels.triton.matmul_cases import INTEGER_MNEMONICS
@@ -30,20 +30,18 @@ POINTERS = {
 def compile_cases(arch: int) -> list[CompileCase]:
     """Return all cases for compute capability `arch` / 10: one plane and two, split with and without a bias."""
     cases = [_quantize_case(layout, name) for name, layout in LAYOUTS.items()]
-    for config in selectable():
-        for name, layout in LAYOUTS.items():
-            for planes in (1, 2):
-                cases.append(_case(config, replace(layout, planes=planes), name, arch))
-        layout = LAYOUTS["groups of 128"]
-        cases.append(_case(config, layout, "groups of 128", arch, split=True))
-        cases.append(_case(config, layout, "groups of 128", arch, bias=True))
-        cases.append(_case(config, replace(layout, planes=4), "groups of 128", arch))
+    for name, layout in LAYOUTS.items():
+        for planes in (1, 2):
+            cases.append(_case(replace(layout, planes=planes), name, arch))
+    layout = LAYOUTS["groups of 128"]
+    cases.append(_case(layout, "groups of 128", arch, split=True))
+    cases.append(_case(layout, "groups of 128", arch, bias=True))
+    cases.append(_case(replace(layout, planes=4), "groups of 128", arch))
     return cases
 
 
-def _case(
-    config: GroupedConfig, layout: ChunkLayout, what: str, arch: int, split: bool = False, bias: bool = False
-) -> CompileCase:
+def _case(layout: ChunkLayout, what: str, arch: int, split: bool = False, bias: bool = False) -> CompileCase:
+    config = CONFIG
     constexprs = {
         **grouped_constants(layout, config, split, bias),
         "PURE": False,

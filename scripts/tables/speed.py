@@ -131,6 +131,18 @@ def imported_table(names: str) -> str:
     return markdown_table([*header, "decode, 8 requests"], lines)
 
 
+def groups_table(name: str) -> str:
+    """One line per shape and activation bits: how many times the time of one scale a row each layer takes."""
+    rows, lines = read_rows(name), []
+    layers = [row["layer"] for row in rows if row["layer"] != "row"]
+    names = list(dict.fromkeys(layers))
+    for n, k, bits in dict.fromkeys((row["n"], row["k"], row["bits"]) for row in rows):
+        mine = {row["layer"]: row for row in rows if (row["n"], row["k"], row["bits"]) == (n, k, bits)}
+        ratios = [f"{mine[layer]['to_row']:.2f}x" if layer in mine else "" for layer in names]
+        lines.append([f"{n} x {k}", str(bits), f"{mine['row']['us']:.0f}", *ratios])
+    return markdown_table(["N x K", "activation bits", "one scale a row (us)", *names], lines)
+
+
 ENGINES = {
     "eager": "not compiled (`--enforce-eager`)",
     "aot": "compiled ahead of time, vLLM's default",

@@ -10,12 +10,12 @@ from bwla_kernels.format import LayerSpec
 from bwla_kernels.triton import grouped, grouped_backend
 from bwla_kernels.triton.backend import TritonBackend
 from bwla_kernels.triton.grouped import (
+    CONFIG,
     GroupedConfig,
     can_quantize,
     quantize_groups,
     repack_grouped,
     run_grouped,
-    selectable,
 )
 from bwla_kernels.triton.grouped_backend import check_grouped
 from random_tensors import normal, random_layer
@@ -83,7 +83,7 @@ def test_random_layers(seed: int, device: torch.device) -> None:
         )
 
 
-@pytest.mark.parametrize("config", [*selectable(), GroupedConfig(32, 16)])
+@pytest.mark.parametrize("config", [CONFIG, GroupedConfig(32, 16), GroupedConfig(64, 32, 8)])
 @pytest.mark.parametrize(("width", "groups"), [(128, 4), (256, 2), (96, 3), (640, 1)])
 def test_every_configuration(config: GroupedConfig, width: int, groups: int, device: torch.device) -> None:
     spec = LayerSpec(70, width * groups, groups, 1, width, bits=8, bias=True, planes=2, grouped=True)
