@@ -133,7 +133,7 @@ def imported_table(names: str) -> str:
 
 def groups_table(name: str) -> str:
     """One line per shape and activation bits: how many times the time of one scale a row each layer takes."""
-    rows, lines = read_rows(name), []
+    rows, lines = read_result(name)["rows"], []
     layers = [row["layer"] for row in rows if row["layer"] != "row"]
     names = list(dict.fromkeys(layers))
     for n, k, bits in dict.fromkeys((row["n"], row["k"], row["bits"]) for row in rows):
