@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from bwla_kernels.errors import FormatError
 from bwla_kernels.format import LayerSpec, tensor_specs, validate_layer
-from bwla_kernels.format.layer import INPUT_TRANSFORM, TensorSpec, loading_dtype
+from bwla_kernels.format.layer import GROUP_SCALE_DTYPES, INPUT_TRANSFORM, TensorSpec, loading_dtype
 from bwla_kernels.ops import LinearBackend, select_backend
 from bwla_kernels.triton import launch
 from torch import Tensor
@@ -243,7 +243,7 @@ def _make_parameter(name: str, want: TensorSpec, slots: int, label: str, loader:
         shard_dim = 1 if name == "low_rank_a" else 0
         data = unset((slots, *shape), dtype)
         return SharedParameter(shard_dim=shard_dim, data=data, label=label, weight_loader=loader)
-    if dtype not in want.dtypes[:1]:
+    if want.dtypes == GROUP_SCALE_DTYPES:
         data = unset(shape, dtype)
         return GroupScaleParameter(dtypes=want.dtypes, data=data, label=label, weight_loader=loader)
     kind: type[CheckedParameter] = SignsParameter if name == "weight_packed" else ScaleParameter

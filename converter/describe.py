@@ -8,31 +8,31 @@ from pathlib import Path
 
 import torch
 from bwla_converter.checkpoint.dummy import config_source
-from bwla_converter.common.bits import bits_per_weight, describe_rank
+from bwla_converter.common.bits import bits_per_weight, describe_planes, describe_rank
 from bwla_converter.conversion import with_amounts, with_calibration
-from bwla_converter.options import Options
+from bwla_converter.options import AUTO_RECIPE, Options
 from bwla_converter.planning.budget import predict, size, usable_memory
 from bwla_converter.planning.choose import choose_recipe, plan_conversion
+from bwla_converter.planning.lossless import LosslessWeights
 from bwla_converter.planning.plan import ConversionPlan, input_bytes
 from bwla_converter.source.folder.locate import locate
 from bwla_converter.source.model import Source, open_source
+from bwla_kernels.errors import SourceError
 from bwla_kernels.format.experts import settings_name
 from bwla_kernels.format.tensors import runs_of
 
 
 def describe_conversion(options: Options) -> str:
-    """Describe the conversion that `options` ask for. Of the model, only its config.json is read.
+    """Describe the conversion that `options` ask for.
+
+    Of the model, only config.json is read, and the weights of a few layers where the recipe depends on them.
 
     Raises:
         BWLAError: the model or the options cannot be used.
     """
     path = Path(options.model).expanduser()
     folder = path if path.is_dir() else locate(options.model)[0]
-    source, weights = config_source(folder, options.ignore), None
-    if options.recipe in ("auto", "lossless") and any(folder.glob("*.safetensors")):
-        options, weights = choose_recipe(options, open_source(str(folder), options.ignore))
-    elif options.recipe == "auto":
-        options = replace(options, recipe="fast")
+    options, source, weights = _open(options, folder)
     options = with_amounts(with_calibration(options), source, torch.device("cpu"))
     plan = plan_conversion(options, source, weights)
     lines = [
@@ -42,6 +42,25 @@ def describe_conversion(options: Options) -> str:
         _cost(source, plan, options),
     ]
     return "\n".join(lines)
+
+
+def _open(options: Options, folder: Path) -> tuple[Options, Source, LosslessWeights | None]:
+    """Return the options with the recipe, the model, and how its weights are stored without loss, if they can be.
+
+    Raises:
+        SourceError: the recipe needs the weights, and there are none.
+    """
+    if options.recipe in (AUTO_RECIPE, "lossless") and any(folder.glob("*.safetensors")):
+        source = open_source(str(folder), options.ignore)
+        options, weights = choose_recipe(options, source)
+        return options, source, weights
+    if options.recipe == "lossless":
+        raise SourceError(
+            f"{folder}: expected the model's weights, which decide how recipe lossless stores them, found no "
+            "safetensors file: download them first"
+        )
+    recipe = "fast" if options.recipe == AUTO_RECIPE else options.recipe
+    return replace(options, recipe=recipe), config_source(folder, options.ignore), None
 
 
 def _summary(source: Source, plan: ConversionPlan) -> Iterator[str]:
@@ -86,7 +105,7 @@ def _kept(source: Source, plan: ConversionPlan) -> Iterator[str]:
         ("head", structure.head, plan.head_source),
     ):
         if kind == "head" and plan.head_spec is not None:
-            yield f"{kind} {name}: {plan.head_spec.planes} binary plane{'s' if plan.head_spec.planes > 1 else ''}"
+            yield f"{kind} {name}: {describe_planes(plan.head_spec.planes)}"
             continue
         tied = kind == "head" and source.tied_head and stored is None
         yield f"{kind} {name}: " + ("the embedding" if tied else "8 bits" if stored else "16 bits")

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 RecipeName = Literal["auto", "data-free", "paper", "fast", "best", "lossless"]
 
+AUTO_RECIPE: Final = "auto"
+"""Recipe that stands for `lossless` or `fast`, as the model's weights decide (`planning.choose`)."""
 
 SELF = "self"
 """Name of the calibration text that the model writes itself."""

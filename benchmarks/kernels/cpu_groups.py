@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.checkpoint.dummy import random_layer
 from bwla_kernels import ops
 from bwla_kernels.cpu import linear as kernel
 from bwla_kernels.factorize import choose_rotation
-from bwla_kernels.format import LayerSpec, tensor_specs
+from bwla_kernels.format import LayerSpec
 from torch import Tensor
 
 from benchmarks.common.record import write_result
@@ -29,24 +30,10 @@ SHAPES = "10240x5120,4096x12288,6144x2048"
 GROUPS = "256,128,64,32"
 
 
-def random_tensors(spec: LayerSpec) -> dict[str, Tensor]:
-    """Return tensors of a layer with random signs; speed does not depend on the others."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, want in tensor_specs(spec).items():
-        if name == "weight_packed":
-            tensors[name] = torch.randint(-(2**31), 2**31, want.shape, generator=generator).to(torch.int32)
-        elif name.startswith("rotation"):
-            tensors[name] = torch.eye(want.shape[-1]).repeat(want.shape[0], 1, 1).to(want.dtypes[0])
-        else:
-            tensors[name] = torch.ones(want.shape, dtype=want.dtypes[0])
-    return tensors
-
-
 def step_of(spec: LayerSpec, x: Tensor, cold: int) -> Step:
     """Return a call of a layer whose weights are not in the cache."""
     backend, _ = ops.select_backend(spec, torch.device("cpu"), "cpu")
-    packed = copies(kernel.pack(random_tensors(spec), spec), cold)
+    packed = copies(kernel.pack(random_layer(spec, torch.Generator().manual_seed(0)), spec), cold)
     return lambda i: backend.apply(x, {"packed": packed[i % len(packed)]}, spec)
 
 

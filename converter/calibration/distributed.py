@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from bwla_converter.options import AUTO_RECIPE
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.moments import Moments
 from bwla_kernels.errors import BWLAError
@@ -25,7 +26,7 @@ _MAX_DIMENSIONS = 5
 TIMEOUT = timedelta(days=2)
 """The other processes wait this long while process 0 checks the model or quantizes a group."""
 
-DISTRIBUTED_RECIPES = ("auto", "paper", "fast")
+DISTRIBUTED_RECIPES = ("paper", "fast")
 """Recipes that can run in several processes."""
 
 
@@ -156,10 +157,10 @@ def join_processes(recipe: str, device: torch.device, num_samples: int) -> Proce
     """
     if not is_worker():
         return Processes()
-    if recipe not in DISTRIBUTED_RECIPES:
+    if recipe not in (AUTO_RECIPE, *DISTRIBUTED_RECIPES):
         raise BWLAError(
             f"recipe {recipe!r} cannot run in several processes: use --gpus 1, or recipe "
-            f"{' or '.join(DISTRIBUTED_RECIPES[1:])}"
+            f"{' or '.join(DISTRIBUTED_RECIPES)}"
         )
     if num_samples < int(os.environ["WORLD_SIZE"]):
         raise BWLAError(

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from bwla_converter.common.bits import num_weights, stored_bits, tensor_bits
+from bwla_converter.common.bits import describe_planes, num_weights, stored_bits, tensor_bits
 from bwla_converter.common.tensors import entry_bytes
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import stored_specs
@@ -144,7 +144,7 @@ def describe_vocabulary_bits(bits: int) -> str:
     """Describe how a head or an embedding is stored, by its bits as in `Contents.head_bits`."""
     if bits == 16:
         return "unquantized"
-    return "8 bits" if bits == 8 else f"{bits} binary planes"
+    return "8 bits" if bits == 8 else describe_planes(bits)
 
 
 def describe_weights(planes: Iterable[int]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bwla_converter.allocation.stage import Allocation
 from bwla_converter.cli.interrupt import Interrupts
-from bwla_converter.common.bits import describe_rank, num_weights
+from bwla_converter.common.bits import describe_planes, describe_rank, num_weights
 from bwla_converter.listener import Listener
 from bwla_converter.options import LinearReport
 from bwla_converter.planning.budget import Budget
@@ -130,7 +130,7 @@ class ProgressListener(Listener):
             self._progress.advance(self._quantizing, linear.weights)
 
     def head_started(self, planes: int) -> None:
-        self._say(f"quantizing the head in {planes} binary plane{'s' if planes > 1 else ''}")
+        self._say(f"quantizing the head in {describe_planes(planes)}")
 
     def layer_done(self, index: int) -> None:
         self._interrupts.layer_done()

@@ -40,6 +40,11 @@ def bits_per_weight(specs: Mapping[str, LayerSpec]) -> float:
     return total_bits(specs) / sum(map(num_weights, specs.values()))
 
 
+def describe_planes(count: int) -> str:
+    """Return "1 binary plane", "2 binary planes"."""
+    return f"{count} binary plane{'s' if count > 1 else ''}"
+
+
 def rank_budget(planes: int) -> float:
     """Return the bits per weight that `--rank auto` does not exceed."""
     return AUTO_RANK_BITS_PER_WEIGHT if planes == 1 else planes + PLANES_MARGIN

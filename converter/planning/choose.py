@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 from importlib.metadata import version
 
-from bwla_converter.options import SELF, Options
+from bwla_converter.options import AUTO_RECIPE, SELF, Options
 from bwla_converter.planning.lossless import LosslessWeights, find_lossless, not_lossless, plan_lossless
 from bwla_converter.planning.plan import ConversionPlan, make_plan
 from bwla_converter.source.model import Source
@@ -24,7 +24,7 @@ def choose_recipe(options: Options, source: Source) -> tuple[Options, LosslessWe
     Raises:
         BWLAError: recipe `lossless` cannot store the model, or not with these options.
     """
-    if options.recipe not in ("auto", "lossless"):
+    if options.recipe not in (AUTO_RECIPE, "lossless"):
         return options, None
     asked = _asks_for_other_weights(options)
     if options.recipe == "lossless" and asked:

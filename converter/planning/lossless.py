@@ -7,21 +7,20 @@ float16 are all recognized.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from bwla_converter.planning.plan import (
-    ConversionPlan,
-    format_version,
-    name_from_layers,
-    namesakes,
-    planes_setting,
+from bwla_converter.planning.plan import ConversionPlan, assemble
+from bwla_converter.planning.vocabulary import (
+    bits_unless_ignored,
+    choose_embedding,
+    choose_head,
+    is_head_quantizable,
 )
-from bwla_converter.planning.vocabulary import bits_unless_ignored, choose_embedding, choose_head
 from bwla_converter.quantize.lossless import Groups, find_groups
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import SourceError
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import kind_of
 from bwla_kernels.format.head import EMBEDDING_MODULE, HEAD_MODULE
-from bwla_kernels.format.schema import BWLAFormat, Provenance, activation_args, head_args
+from bwla_kernels.format.schema import Provenance
 
 DEFAULT_ACTIVATION_BITS = 8
 """Activation bits: these models are trained and run elsewhere with 8, and have no rotation that would permit fewer."""
@@ -68,10 +67,9 @@ def find_lossless(source: Source) -> LosslessWeights | None:
 
 
 def _head_groups(source: Source) -> Groups | None:
-    structure = source.structure
-    storable = structure.own_head and structure.int8_head and structure.head == HEAD_MODULE
-    name = source.output_weight
-    return find_groups(source.read([name])[name]) if storable and name in source.entries else None
+    if not is_head_quantizable(source.structure) or source.output_weight not in source.entries:
+        return None
+    return find_groups(source.read([source.output_weight])[source.output_weight])
 
 
 def plan_lossless(
@@ -96,44 +94,23 @@ def plan_lossless(
         SourceError: `head_bits` or `embedding_bits` is not supported.
     """
     bits = DEFAULT_ACTIVATION_BITS if bits is None else bits
-    specs: dict[str, LayerSpec] = {}
-    sizes: dict[str, int] = {}
-    for name, groups in weights.linears.items():
-        has_bias = f"{name}.bias" in source.entries
-        specs[name] = _spec(source, f"{name}.weight", groups, bits, has_bias)
-        if sizes.setdefault(kind_of(name), groups.size) != groups.size:
-            sizes[name_from_layers(source.structure, name)] = groups.size
+    specs = {
+        name: _spec(source, f"{name}.weight", groups, bits, f"{name}.bias" in source.entries)
+        for name, groups in weights.linears.items()
+    }
     head_bits = bits_unless_ignored(HEAD_MODULE, "--lm-head-bits", head_bits, source.ignore)
     embedding_bits = bits_unless_ignored(EMBEDDING_MODULE, "--embedding-bits", embedding_bits, source.ignore)
     head_spec = None
     if head_bits is None and weights.head is not None:
         has_bias = f"{HEAD_MODULE}.bias" in source.entries
         head_spec = _spec(source, source.output_weight, weights.head, bits, has_bias)
-        sizes[HEAD_MODULE] = weights.head.size
     wanted_head = head_bits or 16
     embedding_source = choose_embedding(source, embedding_bits or 16, wanted_head)
     is_embedding = source.tied_head and embedding_source and head_spec is None
     head_source = None if is_embedding else choose_head(source, wanted_head)
     if head_spec is not None:
         head_source = source.output_weight
-    ignore, quantized = (
-        [*source.ignore, *source.structure.kept],
-        {*specs, *([HEAD_MODULE] if head_spec else [])},
-    )
-    if head_spec is None:
-        ignore.insert(0, HEAD_MODULE)
-    counts = planes_setting({name: spec.planes for name, spec in specs.items()}, head_spec)
-    format_ = BWLAFormat(
-        format_version=format_version(counts, grouped=True),
-        planes=counts,
-        input_activations=activation_args(bits),
-        group_size=sizes,
-        ignore=list(dict.fromkeys([*ignore, *namesakes(source, quantized, sizes, ignore)])),
-        lm_head=head_args() if head_source and head_spec is None else None,
-        embedding=head_args() if embedding_source else None,
-        provenance=provenance,
-    )
-    return ConversionPlan(specs, 0, 0, format_, head_source, embedding_source, source.tied_head, head_spec)
+    return assemble(source, specs, 0, provenance, head_source, embedding_source, head_spec)
 
 
 def _spec(source: Source, weight: str, groups: Groups, bits: int, has_bias: bool) -> LayerSpec:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bwla_converter.common.bits import (
     auto_rank,
@@ -142,19 +142,85 @@ def namesakes(
             yield module
 
 
-def name_from_layers(structure: Structure, name: str) -> str:
+def _name_from_layers(structure: Structure, name: str) -> str:
     """Return the end of a linear's full name that starts at the list of decoder layers: `layers.1.mlp.down_proj`."""
     name = settings_name(name)
     stem = structure.layers.rpartition(".")[0]
     return name.removeprefix(f"{stem}.") if stem else name
 
 
-def _linears(
-    source: Source, bits: int, clip: float, planes: int
-) -> tuple[dict[str, LayerSpec], dict[str, tuple[int, int, int]]]:
-    """Return the specs of all linears to quantize, of rank 0, and their rotations by the end of their names."""
+def _sizes_of(spec: LayerSpec) -> tuple[int, int, int] | int:
+    """Return the rotation of a linear, or the columns of its groups."""
+    return spec.group_width if spec.grouped else (spec.rotation_groups, spec.n1, spec.n2)
+
+
+def _sizes_by_name(structure: Structure, specs: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """Return the rotation, or the columns of a group, of all linears by the end of their names."""
+    sizes: dict[str, tuple[int, int, int] | int] = {}
+    for name, spec in specs.items():
+        # The entry by the linear's short name holds for all layers; one with another width gets its own. It starts at
+        # the list of layers, because vLLM may call what is around it differently (Gemma 4).
+        if sizes.setdefault(kind_of(name), _sizes_of(spec)) != _sizes_of(spec):
+            sizes[_name_from_layers(structure, name)] = _sizes_of(spec)
+    return sizes
+
+
+def assemble(
+    source: Source,
+    specs: Mapping[str, LayerSpec],
+    fitting_rank: int,
+    provenance: Provenance,
+    head_source: str | None,
+    embedding_source: str | None,
+    head_spec: LayerSpec | None,
+) -> ConversionPlan:
+    """Return the plan for linears and a vocabulary whose form is decided, with the `quantization_config` of the output.
+
+    Args:
+        source: the checked model.
+        specs: spec of every linear, by module path, in execution order: with the same bits, clip and rank, and either
+            all with a rotation or all with scales for groups of columns.
+        fitting_rank, head_source, embedding_source, head_spec: as in `ConversionPlan`.
+        provenance: what the output records about the conversion.
+    """
+    first = next(iter(specs.values()))
+    quantized = {**specs, **({} if head_spec is None else {HEAD_MODULE: head_spec})}
+    sizes = _sizes_by_name(source.structure, quantized)
+    ignore = [*source.ignore, *source.structure.kept]
+    if head_spec is None:
+        ignore.insert(0, HEAD_MODULE)
+    planes = planes_setting({name: spec.planes for name, spec in specs.items()}, head_spec)
+    format_ = BWLAFormat(
+        format_version=format_version(
+            planes, embedding_source is not None, has_experts(specs), first.grouped
+        ),
+        planes=planes,
+        input_activations=activation_args(first.bits),
+        clip=first.clip,
+        rank=first.rank,
+        rotation={} if first.grouped else sizes,
+        group_size=sizes if first.grouped else {},
+        ignore=list(dict.fromkeys([*ignore, *namesakes(source, quantized, sizes, ignore)])),
+        lm_head=head_args() if head_source and head_spec is None else None,
+        embedding=head_args() if embedding_source else None,
+        experts=ExpertsFormat(input_transform="first") if has_experts(specs) else None,
+        provenance=provenance,
+    )
+    return ConversionPlan(
+        specs,
+        first.rank,
+        fitting_rank,
+        format_,
+        head_source,
+        embedding_source,
+        source.tied_head,
+        head_spec,
+    )
+
+
+def _linears(source: Source, bits: int, clip: float, planes: int) -> dict[str, LayerSpec]:
+    """Return the specs of all linears to quantize, of rank 0."""
     specs: dict[str, LayerSpec] = {}
-    rotation: dict[str, tuple[int, int, int]] = {}
     for index in range(source.num_layers):
         for group, names in source.groups_of_layer(index):
             for name in names:
@@ -164,11 +230,7 @@ def _linears(
                 specs[name] = LayerSpec(
                     out_features, in_features, *sizes, bits=bits, clip=clip, bias=has_bias, planes=planes
                 )
-                # The entry by the linear's short name holds for all layers; one with another width gets its own. It
-                # starts at the list of layers, because vLLM may call what is around it differently (Gemma 4).
-                if rotation.setdefault(kind_of(name), sizes) != sizes:
-                    rotation[name_from_layers(source.structure, name)] = sizes
-    return specs, rotation
+    return specs
 
 
 def make_plan(
@@ -201,7 +263,7 @@ def make_plan(
     """
     clip = 1.0 if clip is None else clip
     bits = DEFAULT_BITS if bits is None else bits
-    specs, rotation = _linears(source, bits, clip, planes)
+    specs = _linears(source, bits, clip, planes)
     if not specs:
         raise SourceError(
             f"{source.folder}: expected at least one linear to quantize, found that --ignore excludes all: ignore fewer"
@@ -223,31 +285,7 @@ def make_plan(
     # A tied head is the 8-bit embedding, unless it has planes of its own.
     is_embedding = source.tied_head and embedding_source and head_spec is None
     head_source = None if is_embedding else choose_head(source, head_bits)
-    ignore, quantized = [*source.ignore, *source.structure.kept], set(specs)
-    if head_spec is None:
-        ignore.insert(0, HEAD_MODULE)
-    else:
-        rotation[HEAD_MODULE] = head_spec.rotation_groups, head_spec.n1, head_spec.n2
-        quantized.add(HEAD_MODULE)
-    experts = ExpertsFormat(input_transform="first") if has_experts(specs) else None
-    embedding = head_args() if embedding_source else None
-    counts = planes_setting(dict.fromkeys(specs, planes), head_spec)
-    format_ = BWLAFormat(
-        format_version=format_version(counts, embedding is not None, experts is not None),
-        planes=counts,
-        input_activations=activation_args(bits),
-        clip=clip,
-        rank=rank,
-        rotation=rotation,
-        ignore=list(dict.fromkeys([*ignore, *namesakes(source, quantized, rotation, ignore)])),
-        lm_head=head_args() if head_source and head_spec is None else None,
-        embedding=embedding,
-        experts=experts,
-        provenance=provenance,
-    )
-    return ConversionPlan(
-        specs, rank, fitting, format_, head_source, embedding_source, source.tied_head, head_spec
-    )
+    return assemble(source, specs, fitting, provenance, head_source, embedding_source, head_spec)
 
 
 def with_clips(plan: ConversionPlan, clips: Mapping[str, float]) -> ConversionPlan:

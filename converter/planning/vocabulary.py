@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from bwla_converter.options import HEAD_PLANES
 from bwla_converter.source.model import Source
+from bwla_converter.source.structure import Structure
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format import LayerSpec
@@ -30,6 +31,11 @@ def bits_unless_ignored(module: str, flag: str, bits: int | None, ignore: Sequen
     return 16
 
 
+def is_head_quantizable(structure: Structure) -> bool:
+    """Return whether vLLM can serve a quantized head for the model's family."""
+    return structure.own_head and structure.int8_head and structure.head == HEAD_MODULE
+
+
 def choose_head(source: Source, bits: int | None) -> str | None:
     """Return the name of the tensor to make a quantized head from, or None to leave the head as it is.
 
@@ -51,9 +57,7 @@ def choose_head(source: Source, bits: int | None) -> str | None:
             f"{source.folder}: vLLM always uses the embedding as the head of {structure.architecture}, so it has to be "
             f"tied and unquantized, found {option}: use --lm-head-bits auto and a tied model"
         )
-    if not structure.own_head:
-        return None
-    storable = structure.int8_head and structure.head == HEAD_MODULE
+    storable = is_head_quantizable(structure)
     if required and not storable:
         raise SourceError(
             f"{source.folder}: vLLM has no quantized head for {structure.architecture}, found --lm-head-bits {bits}: "

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from bwla_converter.calibration.activations import ActivationStore, StoredStates
-from bwla_converter.options import HEAD_PLANES, Calibration, Options
+from bwla_converter.options import AUTO_RECIPE, HEAD_PLANES, Calibration, Options
 from bwla_converter.quantize.fast import FastOptions
 from bwla_converter.quantize.group import GroupResult
 from bwla_converter.quantize.paper import PaperOptions
@@ -73,7 +73,7 @@ AnyRecipe = (
 )
 
 RECIPES: Mapping[str, AnyRecipe] = {
-    "auto": FastRecipe,  # or less, see `planning.choose`
+    AUTO_RECIPE: FastRecipe,  # or less, see `planning.choose`
     "data-free": DataFreeRecipe,
     "paper": PaperRecipe,
     "fast": FastRecipe,
@@ -82,7 +82,7 @@ RECIPES: Mapping[str, AnyRecipe] = {
 }
 
 
-SEVERAL_PLANES = ("auto", "fast", "best")
+SEVERAL_PLANES = (AUTO_RECIPE, "fast", "best")
 """Recipes that choose the signs of several planes, which a head needs."""
 
 
@@ -108,7 +108,7 @@ def make_recipe(options: Options, source: Source, store: ActivationStore | None 
         paper_options = PaperOptions(choose_clip=options.clip is None)
         return PaperRecipe(source, options.calibration, options.seed, paper_options, store)
     fast_options = FastOptions(choose_clip=options.clip is None)
-    if options.recipe in ("auto", "fast"):
+    if options.recipe in (AUTO_RECIPE, "fast"):
         return FastRecipe(source, options.calibration, options.seed, fast_options, store)
     best = best_options(options, fast_options, source.num_layers)
     return BestRecipe(source, options.calibration, options.seed, best, store)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import triton
 from bwla_kernels.format import LayerSpec
+from bwla_kernels.triton.binary_matmul import interpreted
 from bwla_kernels.triton.grouped_kernel import grouped_mma_kernel, quantize_groups_kernel
+from bwla_kernels.triton.layer import as_rows
 from bwla_kernels.triton.layout import ChunkLayout, layer_layout, repack_weights
 from torch import Tensor
 
@@ -115,9 +117,7 @@ def run_grouped(
         spec: the layer.
         config: how the GEMM is cut.
     """
-    rows = x.reshape(-1, spec.in_features)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    q, scale = quantize_groups(rows, spec)
+    q, scale = quantize_groups(as_rows(x, spec.in_features), spec)
     y = _multiply(q, scale, tensors, layer_layout(spec), config, x.dtype)
     return y.reshape(*x.shape[:-1], spec.out_features)
 
@@ -176,8 +176,3 @@ def grouped_constants(layout: ChunkLayout, config: GroupedConfig, split: bool, b
         "SPLIT": split,
         "BIAS": bias,
     }
-
-
-def interpreted() -> bool:
-    """Return whether Triton's interpreter runs the kernels (TRITON_INTERPRET=1 when they were imported)."""
-    return not isinstance(grouped_mma_kernel, triton.JITFunction)

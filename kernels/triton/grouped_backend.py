@@ -17,7 +17,7 @@ _LAYER = (
 _LIBRARY.define(f"grouped_linear_triton(Tensor x, {_LAYER}) -> Tensor")
 
 CHECK_TOKENS = (1, 17)
-"""Numbers of tokens for which every configuration of the kernels runs at load."""
+"""Numbers of tokens that are computed at load: one, and one tile with one token more."""
 
 _checked: set[tuple[object, ...]] = set()
 
@@ -109,6 +109,7 @@ def check_grouped(spec: LayerSpec, dtype: torch.dtype, device: torch.device) -> 
     """
     import triton
     from bwla_kernels.triton.grouped import repack_grouped, run_grouped
+    from bwla_kernels.triton.self_check import ADVICE
 
     groups = min(spec.rotation_groups, 3)
     small = _spec(40, groups, spec.group_width, spec.bits, spec.clip, spec.planes)
@@ -129,6 +130,6 @@ def check_grouped(spec: LayerSpec, dtype: torch.dtype, device: torch.device) -> 
         if not torch.allclose(found, wanted, rtol=2e-2, atol=1e-2 * wanted.abs().max().item()):
             raise BackendError(
                 f"the Triton kernels compute wrong numbers for layers with scales for groups of {spec.group_width} "
-                f"columns on {device} with Triton {triton.__version__}: set BWLA_BACKEND=torch, and report this"
+                f"columns on {device} with Triton {triton.__version__}: {ADVICE}"
             )
     _checked.add(kind)

@@ -41,9 +41,8 @@ def compile_cases(arch: int) -> list[CompileCase]:
 
 
 def _case(layout: ChunkLayout, what: str, arch: int, split: bool = False, bias: bool = False) -> CompileCase:
-    config = CONFIG
     constexprs = {
-        **grouped_constants(layout, config, split, bias),
+        **grouped_constants(layout, CONFIG, split, bias),
         "PURE": False,
         **({} if bias else {"bias": None}),
     }
@@ -52,16 +51,16 @@ def _case(layout: ChunkLayout, what: str, arch: int, split: bool = False, bias: 
     round_or_pointer = ("N", "rows", "K", "group_width", *POINTERS)
     return CompileCase(
         name=grouped_mma_kernel.fn.__name__,
-        config=f"{config}, {what}{', planes ' + str(layout.planes) if layout.planes > 1 else ''}"
+        config=f"{CONFIG}, {what}{', planes ' + str(layout.planes) if layout.planes > 1 else ''}"
         f"{', split' * split}{', bias' * bias}",
         kernel=grouped_mma_kernel,
         signature=signature,
         constexprs=constexprs,
         divisible=tuple(n for n, kind in signature.items() if kind != "constexpr" and n in round_or_pointer),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        num_warps=CONFIG.num_warps,
+        num_stages=CONFIG.num_stages,
         tensor_core=INTEGER_MNEMONICS[arch],
-        loop_weights=config.block_n * layout.chunk * layout.planes,
+        loop_weights=CONFIG.block_n * layout.chunk * layout.planes,
         planes=layout.planes,
     )
 

@@ -14,7 +14,7 @@ instruction of them, and the scales of all rows would have to be applied to ever
 import triton
 import triton.language as tl
 from bwla_kernels.triton.integer_mma import unpack_chunk
-from bwla_kernels.triton.rounding import INFINITY, magnitude
+from bwla_kernels.triton.rounding import INFINITY, magnitude, round_half_even
 
 
 @triton.jit
@@ -43,8 +43,7 @@ def quantize_groups_kernel(
     safe = tl.where(step > 0.0, step, 1.0)
     ratio = tl.div_rn(x, tl.broadcast_to(safe[:, None], (GROUPS, COLUMNS)))
     ratio = tl.minimum(tl.maximum(ratio, -Q_MAX), Q_MAX)
-    code = ((ratio + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
-    code = tl.where((step > 0.0)[:, None], code, 0)
+    code = tl.where((step > 0.0)[:, None], round_half_even(ratio).to(tl.int8), 0)
     tl.store(q_ptr + token * (G * WIDTH) + at, code, mask=inside)
     tl.store(scale_ptr + g.to(tl.int64) * m + token, step, mask=g < G)
 

@@ -33,9 +33,9 @@ def run_layer(
 
     Returns: [..., N] in the dtype of x, and the sum in the shape of x, or None.
     """
-    rows = _rows(x, spec.in_features * (2 if fused.silu_mul else 1))
+    rows = as_rows(x, spec.in_features * (2 if fused.silu_mul else 1))
     if fused.residual is not None:
-        fused = replace(fused, residual=_rows(fused.residual, spec.in_features))
+        fused = replace(fused, residual=as_rows(fused.residual, spec.in_features))
     weights = weights_from_tensors(tensors, spec)
     chunk = weights.layout.chunk
     matmul_config = matmul_config or select_config(
@@ -59,6 +59,7 @@ def run_layer(
     return y, None if prepared.residual is None else prepared.residual.reshape(x.shape)
 
 
-def _rows(x: Tensor, width: int) -> Tensor:
+def as_rows(x: Tensor, width: int) -> Tensor:
+    """Return x [..., width] as [M, width] with adjacent columns, without a copy where strides permit it."""
     rows = x.reshape(-1, width)
     return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -179,3 +179,11 @@ def test_the_plan_says_what_will_be_stored(tmp_path: Path) -> None:
     assert "1.125 bits per quantized weight, everything counted, 8-bit activations" in text
     assert "head lm_head: 1 binary plane\n" in text
     assert "recipe lossless" in text
+
+
+def test_the_plan_of_recipe_lossless_needs_the_weights(tmp_path: Path) -> None:
+    few_values().config.save_pretrained(tmp_path / "m")
+    with pytest.raises(
+        BWLAError, match="expected the model's weights, .*, found no safetensors file: download"
+    ):
+        describe_conversion(replace(options(tmp_path / "m", tmp_path / "out"), recipe="lossless"))

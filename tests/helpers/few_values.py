@@ -144,3 +144,11 @@ def change_tensor(folder: Path, name: str, changed: Tensor | None) -> None:
     else:
         tensors[name] = changed
     save_file(tensors, folder / FILE, {"format": "pt"})
+
+
+def change_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Change entries of the `quantization_config` of a model."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"].update(settings)
+    path.write_text(json.dumps(config))

@@ -8,6 +8,7 @@ from bwla_converter.common.bits import (
     AUTO_RANK_BITS_PER_WEIGHT,
     auto_rank,
     bits_per_weight,
+    describe_planes,
     describe_rank,
     largest_fitting_rank,
     stored_bits,
@@ -86,3 +87,7 @@ def test_auto_rank_of_qwen3_32b() -> None:
 def test_the_choice_is_described() -> None:
     assert describe_rank(32, 35) == "rank 32 (35 would fit, but a GPU would read 48 columns)"
     assert describe_rank(5, 5) == "rank 5"
+
+
+def test_planes_are_counted_in_words() -> None:
+    assert [describe_planes(count) for count in (1, 2)] == ["1 binary plane", "2 binary planes"]

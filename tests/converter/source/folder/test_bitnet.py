@@ -1,6 +1,5 @@
 """BitNet checkpoints: read as transformers reads them, refused where a tensor or a setting does not fit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from bwla_converter.source.folder.bitnet import dequantize
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
-from few_values import FILE, change_tensor, few_values, write_bitnet
+from few_values import FILE, change_settings, change_tensor, few_values, write_bitnet
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -88,10 +87,7 @@ def test_tensors_that_do_not_fit(folder: Path, change: Callable[[Path], None], s
     ],
 )
 def test_settings_that_are_not_supported(folder: Path, setting: dict[str, object], sentence: str) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"].update(setting)
-    path.write_text(json.dumps(config))
+    change_settings(folder, setting)
     with pytest.raises(SourceError, match=sentence):
         open_source(str(folder))
 

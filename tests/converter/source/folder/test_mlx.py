@@ -1,6 +1,5 @@
 """MLX weights of one and two bits: read by its rule, refused where a tensor or a setting does not fit."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from bwla_converter.source.folder.mlx import dequantize
 from bwla_converter.source.model import open_source
 from bwla_kernels.errors import SourceError
-from few_values import change_tensor, few_values, write_mlx
+from few_values import change_settings, change_tensor, few_values, write_mlx
 from random_tensors import make_generator, normal
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -81,9 +80,6 @@ def test_tensors_that_do_not_fit(folder: Path, change: Callable[[Path], None], s
     ],
 )
 def test_settings_that_are_not_supported(folder: Path, setting: dict[str, Any], sentence: str) -> None:
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"].update(setting)
-    path.write_text(json.dumps(config))
+    change_settings(folder, setting)
     with pytest.raises(SourceError, match=sentence):
         open_source(str(folder))
