@@ -87,7 +87,8 @@ def plan_lossless(
         weights: how its weights are stored.
         bits: activation bits; None for 8.
         provenance: what the output records about the conversion.
-        head_bits: bits of the head: 8, 16, or None for planes without loss where it has them, else 16.
+        head_bits: bits of the head: 8, 16, or None for planes without loss where it has them, else as an 8-bit
+            embedding that it is tied to, else 16.
         embedding_bits: bits of the embedding, 8 or 16; None for 16.
 
     Raises:
@@ -104,10 +105,9 @@ def plan_lossless(
     if head_bits is None and weights.head is not None:
         has_bias = f"{HEAD_MODULE}.bias" in source.entries
         head_spec = _spec(source, source.output_weight, weights.head, bits, has_bias)
-    wanted_head = head_bits or 16
-    embedding_source = choose_embedding(source, embedding_bits or 16, wanted_head)
+    embedding_source = choose_embedding(source, embedding_bits or 16, head_bits)
     is_embedding = source.tied_head and embedding_source and head_spec is None
-    head_source = None if is_embedding else choose_head(source, wanted_head)
+    head_source = None if is_embedding else choose_head(source, head_bits or 16)
     if head_spec is not None:
         head_source = source.output_weight
     return assemble(source, specs, 0, provenance, head_source, embedding_source, head_spec)

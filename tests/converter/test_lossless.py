@@ -157,6 +157,22 @@ def test_head_and_embedding_as_asked(
     assert "lm_head.weight_packed" not in names
 
 
+def test_a_tied_head_beside_an_8_bit_embedding(tmp_path: Path) -> None:
+    """It stays in planes of its own if it has few values, and is the embedding otherwise."""
+    few = write_unpacked(tmp_path / "few", few_values(tie_word_embeddings=True))
+    many = write_unpacked(tmp_path / "many", few_values(tie_word_embeddings=True))
+    embedding = load_file(many / FILE)["model.embed_tokens.weight"]
+    change_tensor(many, "model.embed_tokens.weight", embedding + torch.arange(len(embedding[0])).half() / 64)
+    for model, in_planes in ((few, True), (many, False)):
+        convert(options(model, tmp_path / "out", embedding_bits=8, overwrite=True))
+        names = load_file(tmp_path / "out" / FILE).keys()
+        assert "model.embed_tokens.weight_int8" in names
+        assert ("lm_head.weight_packed" in names) == in_planes
+        assert not any(name.startswith("lm_head.") for name in names) or in_planes
+    with pytest.raises(BWLAError, match="found --embedding-bits 8 and --lm-head-bits 16"):
+        convert(options(few, tmp_path / "out", embedding_bits=8, head_bits=16, overwrite=True))
+
+
 def test_a_layer_that_is_unlike_the_others_is_named(tmp_path: Path) -> None:
     """The first layer, the one in the middle and the last one are looked at before the conversion starts."""
     model, name = (
