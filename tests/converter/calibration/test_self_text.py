@@ -11,6 +11,7 @@ from bwla_converter.calibration.generation import Script, sample_sequences
 from bwla_converter.calibration.self_text import (
     MARK,
     Writing,
+    choose_dtype,
     conversation_parts,
     end_tokens,
     make_scripts,
@@ -104,6 +105,23 @@ def test_the_same_seed_writes_the_same_text_once(cache: Path, tmp_path: Path) ->
     assert calibration_samples(again, EXAMPLE, seed=0)[1] == digest
     other = Calibration("self", 2, 16, write_calibration(source, short(source, seed=1), lambda *_: None))
     assert calibration_samples(other, EXAMPLE, seed=0)[1] != digest
+
+
+@pytest.mark.parametrize(
+    ("products", "memory", "expected"),
+    [
+        (torch.float32, 1e12, torch.float32),
+        (torch.float32, 12e6, torch.bfloat16),  # The model has 2 million parameters, 8 MB in float32.
+        (torch.bfloat16, 1e12, torch.bfloat16),
+    ],
+)
+def test_a_model_writes_in_float32_where_that_is_faster_and_fits(
+    products: torch.dtype, memory: float, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "product_dtype", lambda device: products)
+    source = open_source(str(EXAMPLE))
+    assert next(iter(source.entries.values())).dtype == torch.bfloat16
+    assert choose_dtype(source, writing(source, memory=memory)) == expected
 
 
 def test_long_samples_are_put_together_from_several_sequences(
