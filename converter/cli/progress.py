@@ -71,8 +71,7 @@ class ProgressListener(Listener):
     def planned(self, source: Source, plan: ConversionPlan) -> None:
         self._say(
             f"{source.structure.architecture}, {source.num_layers} layers, {plan.weights:,} weights to quantize; "
-            f"{describe_rank(plan.rank, plan.fitting_rank)}, {plan.bits_per_weight:.3f} bits per weight, "
-            "everything counted"
+            f"{describe_rank(plan.rank, plan.fitting_rank)}, {_describe_bits(plan)}"
         )
         for note in source.notes:
             self._say(note)
@@ -158,3 +157,11 @@ def describe_allocation(allocation: Allocation) -> Iterator[str]:
             f"{plan.format.bits}-bit activations cause a large share of this loss: --abits "
             f"{allocation.recommended_bits} is recommended"
         )
+
+
+def _describe_bits(plan: ConversionPlan) -> str:
+    """Return the bits per weight, or the option that decides on them once the sensitivities are measured."""
+    targets = plan.format.provenance.allocation if plan.format.provenance else {}
+    if targets:
+        return " and ".join(f"--{name} {value:g}" for name, value in targets.items()) + " decides the planes"
+    return f"{plan.bits_per_weight:.3f} bits per weight, everything counted"
