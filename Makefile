@@ -1,10 +1,12 @@
-# Two commands: `make demo` converts and serves the example, `make test` passes the tests.
+# Two commands: `make demo` converts a small pretrained model and serves it, `make test` passes the tests.
 # Each sets up its own environment in .env first; nothing else on the machine is touched.
 
 PYTHON ?= python3
 # Package index with a CPU build of torch, where pip does not find one by itself:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
+# The demo's model: smollm2-135m, example (comes with the repository), a folder or a GGUF file
+MODEL ?= smollm2-135m
 ENV := .env/bin
 HELPERS := $(basename $(notdir $(wildcard tests/helpers/*.py)))
 
@@ -14,7 +16,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py --torch-index "$(TORCH_INDEX)"
 
 demo: setup
-	@$(ENV)/python -m scripts.demo
+	@$(ENV)/python -m scripts.demo --model $(MODEL)
 
 test: setup
 	$(ENV)/pytest

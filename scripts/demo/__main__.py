@@ -1,0 +1,208 @@
+"""Convert a model, serve it with vLLM beside the original, ask both the same question, and measure both.
+
+`make demo` runs this in the project's environment. The exit status is 1 if a step fails. Options that are not listed
+here go to bwla-convert, in place of the sizes that the demo shows otherwise.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bwla_converter.calibration.text import load_tokenizer, tokenize
+from bwla_converter.calibration.text_files import read_text
+from bwla_converter.evaluation.perplexity import windows_of
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.common.record import ROOT
+from benchmarks.common.server import HEALTH_SECONDS, serve
+from scripts.demo.client import Client
+from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoModel, choose
+
+HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
+WINDOW = 512
+CONTEXT = 1024
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a served model.
+
+    Attributes:
+        title: what it is.
+        bits: bits per quantized weight, everything counted; 16 for the original.
+        size: bytes of the weights' files.
+        perplexity: on the held-out text.
+        speed: decoded tokens per second at batch 1.
+        answer: its answer to the prompt.
+    """
+
+    title: str
+    bits: float
+    size: int
+    perplexity: float
+    speed: float
+    answer: str
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How models are served.
+
+    Attributes:
+        compiled: whether vLLM compiles them, which takes longer to start.
+        start_seconds: time that a server may take to start.
+        folder: where the logs go.
+    """
+
+    compiled: bool
+    start_seconds: float
+    folder: Path
+
+
+def say(step: str) -> None:
+    """Print the heading of a step."""
+    print(f"\n== {step}", flush=True)
+
+
+def convert(source: Path, conversion: Conversion, out: Path) -> dict[str, float]:
+    """Run bwla-convert and return its report.
+
+    Raises:
+        DemoError: it failed.
+    """
+    program = Path(sys.executable).with_name("bwla-convert")
+    command = [str(part) for part in (program, source, out, "--overwrite", *conversion.options)]
+    print("$", " ".join(command), flush=True)
+    if subprocess.run(command, check=False).returncode:
+        raise DemoError("bwla-convert failed, see above")
+    report: dict[str, float] = json.loads((out / "bwla_report.json").read_text())
+    return report
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of the weights' files of a model."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def try_out(
+    model: DemoModel, folder: Path, title: str, bits: float, windows: Tensor, serving: Serving
+) -> Found:
+    """Serve a model, ask it, and measure it.
+
+    Args:
+        model: what is asked.
+        folder: the original or a checkpoint.
+        title: what it is called in the output.
+        bits: bits per weight.
+        windows: token ids [W, T] for the perplexity.
+        serving: how it is served.
+    """
+    flags = ["--max-model-len", str(CONTEXT), *([] if serving.compiled else ["--enforce-eager"])]
+    print("$ vllm serve", folder, *flags, flush=True)
+    started = time.monotonic()
+    log = serving.folder / f"{folder.name}.log"
+    with serve(folder, log, flags, health_seconds=serving.start_seconds) as server:
+        print(f"healthy at {server.url} after {time.monotonic() - started:.0f} s")
+        client = Client(server, model.chat)
+        print(f"{model.prompt} " if model.chat else model.prompt, end="", flush=True)
+        answer = client.answer(model.prompt)
+        speed = max(client.tokens_per_second(model.prompt) for _ in range(2))
+        perplexity = client.perplexity(windows)
+    print(f"{speed:.1f} tokens/s, perplexity {perplexity:.2f}", flush=True)
+    return Found(title, bits, weight_bytes(folder), perplexity, speed, answer)
+
+
+def check_answer(model: DemoModel, found: Found) -> None:
+    """Raise DemoError if an answer lacks the expected word."""
+    if model.expected is not None and model.expected not in found.answer:
+        raise DemoError(
+            f"{found.title}: expected {model.expected} in the answer to {model.prompt!r}, found {found.answer!r}"
+        )
+
+
+def run(model: DemoModel, out: Path, text: Path, limit: int, serving: Serving) -> list[Found]:
+    """Convert, serve and measure; return what was found of the original and of each conversion.
+
+    Args:
+        model: the model.
+        out: folder for the checkpoints.
+        text: held-out text.
+        limit: number of windows of the text.
+        serving: how the models are served.
+    """
+    reports = []
+    for conversion in model.conversions:
+        say(f"convert to {conversion.title}")
+        reports.append(convert(model.source, conversion, out / conversion.folder))
+    original = model.folder()
+    ids = tokenize(load_tokenizer(original), [read_text(text, "--text")], original, "--text")
+    windows = windows_of(ids, WINDOW)[:limit]
+    say("serve and ask the original in bfloat16")
+    found = [try_out(model, original, "original", 16.0, windows, serving)]
+    check_answer(model, found[0])
+    for conversion, report in zip(model.conversions, reports, strict=True):
+        say(f"serve and ask the model at {conversion.title}")
+        folder, bits = out / conversion.folder, report["bits_per_weight"]
+        found.append(try_out(model, folder, conversion.title, bits, windows, serving))
+        if conversion.answers:
+            check_answer(model, found[-1])
+    return found
+
+
+def print_table(found: list[Found]) -> None:
+    """Print what was measured, a row for each model."""
+    table = Table()
+    for column in ("", "bits per weight", "weights on disk", "perplexity", "tokens/s"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in found:
+        table.add_row(
+            row.title, f"{row.bits:.3f}", decimal(row.size), f"{row.perplexity:.2f}", f"{row.speed:.1f}"
+        )
+    Console().print(table)
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=PRETRAINED, help=f"{', '.join(KNOWN)}, a folder or a GGUF file ({PRETRAINED})")
+    add("--out", type=Path, default=ROOT / ".demo", help="folder for the checkpoints (.demo)")
+    add("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
+    add("--windows", type=int, default=8, help=f"number of windows of {WINDOW} tokens to evaluate (8)")
+    add("--compiled", action="store_true", help="serve with torch.compile (slower to start)")
+    add("--start-seconds", type=float, default=HEALTH_SECONDS, help="seconds that a server may take to start")
+    arguments, options = parser.parse_known_args()
+    started = time.monotonic()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        model = choose(arguments.model, tuple(options))
+        print(f"model: {model.title}")
+        serving = Serving(arguments.compiled, arguments.start_seconds, out)
+        found = run(model, out, arguments.text, arguments.windows, serving)
+    except Exception as error:
+        print(f"demo: FAILED: {error}", file=sys.stderr)
+        return 1
+    say("result")
+    print_table(found)
+    original, best = found[:2]
+    print(
+        f"demo: ok - perplexity {original.perplexity:.2f} -> {best.perplexity:.2f}, "
+        f"{best.bits:.3f} bits per weight, {time.monotonic() - started:.0f} seconds"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
