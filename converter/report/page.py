@@ -21,6 +21,12 @@ from rich.filesize import decimal
 
 Report = Mapping[str, Any]
 
+DIAL_WIDTHS = {"wide": 980, "narrow": 340}
+"""CSS class -> width of the drawing of size and loss: one for phones, which show all of it, beside one for screens."""
+
+LOG_FROM = 5
+"""Ratio of the largest loss to the smallest from which the axis is logarithmic; it then has at least two ticks."""
+
 
 def render_page(report: Report) -> str:
     """Return the text of the page."""
@@ -36,6 +42,7 @@ def render_page(report: Report) -> str:
             what=describe_weights(report["planes"]),
             tiles=_tiles(report),
             dial=_dial(report),
+            dial_drawing=_dial_drawing(report),
             planes_chart=_planes_chart(report, kinds),
             bit_colours=colours_of(report["bits"]),
             byte_colours=colours_of(sizes["before"]),
@@ -95,6 +102,33 @@ def _dial(report: Report) -> list[tuple[float, float, bool]]:
     # The keys are strings where the report was read from its JSON file.
     others = [(float(bits), loss, False) for bits, loss in report["predicted_losses"].items()]
     return sorted([*others, (report["bits_per_weight"], report["predicted_loss"], True)])
+
+
+def _dial_drawing(report: Report) -> dict[str, Any] | None:
+    """Return the drawing of loss by size, for wide and for narrow windows; None without predictions for other sizes."""
+    others = [(bits, loss) for bits, loss, chosen in _dial(report) if not chosen]
+    if not others:
+        return None
+    size, predicted, measured = report["bits_per_weight"], report["predicted_loss"], report["measured_loss"]
+    series = [
+        Series("other sizes, predicted", 0, others),
+        Series("this conversion, predicted", 1, [(size, predicted)], note=f"{predicted:.3g} predicted"),
+    ]
+    if measured is not None:
+        series.append(
+            Series("this conversion, measured", 2, [(size, measured)], note=f"{measured:.3g} measured")
+        )
+    colours = {line.label: line.colour for line in series}
+    if measured is not None:
+        link = [(size, predicted), (size, measured)]
+        series.append(Series("from predicted to measured", 2, link, faint=True, dots=False))
+    losses = [loss for line in series for _, loss in line.points]
+    log = min(losses) > 0 and max(losses) > LOG_FROM * min(losses)
+    charts = {
+        name: line_chart(series, "bits per weight", "loss", log=log, width=width)
+        for name, width in DIAL_WIDTHS.items()
+    }
+    return {"colours": colours, "charts": charts}
 
 
 def _planes_chart(report: Report, colours: Mapping[str, int]) -> Markup | None:

@@ -1,4 +1,4 @@
-"""Makes the folders `benchmarks` and `scripts` of the repository importable as packages.
+"""Makes the folders `benchmarks`, `examples` and `scripts` of the repository importable as packages.
 
 The repository's root must not be on `sys.path` here: its folder `kernels` would hide the package of that name by
 Hugging Face, which transformers imports where it is installed.
@@ -20,5 +20,5 @@ def import_package(name: str) -> None:
     spec.loader.exec_module(module)
 
 
-for package in ("benchmarks", "scripts"):
+for package in ("benchmarks", "examples", "scripts"):
     import_package(package)

@@ -41,6 +41,46 @@ def test_ticks_of_x_are_integers() -> None:
     assert labels_of(line_chart([Series("a", 0, [(5, 3.0)])], "x", "y"), "middle") == ["5"]
 
 
+def test_axes_of_whole_numbers_have_no_ticks_between_them() -> None:
+    assert labels_of(line_chart([Series("a", 0, [(0, 1), (1, 3)])], "x", "y"), "end") == ["1", "2", "3"]
+    fractions = labels_of(line_chart([Series("a", 0, [(1.16, 1.5), (2.2, 2.0)])], "x", "y"), "middle")
+    assert {"1.2", "1.6", "2.0"} <= set(fractions)
+
+
+def test_a_drawing_is_as_wide_as_it_is_to_be_and_has_fewer_ticks_if_narrow() -> None:
+    series = [Series("a", 0, [(0, 1.0), (40, 2.0)])]
+    narrow, usual = line_chart(series, "x", "y", width=340), line_chart(series, "x", "y")
+    assert ElementTree.fromstring(narrow).get("viewBox").split()[2] == "340"
+    assert len(labels_of(narrow, "middle")) < len(labels_of(usual, "middle"))
+    assert max(x for x, _ in dots_of(narrow)) < 340
+
+
+def notes_of(chart: str) -> dict[str | None, tuple[str, float, float]]:
+    """Each note's text -> on which side of its point it stands, x and y."""
+    return {
+        text.text: (text.get("class").split()[1], float(text.get("x")), float(text.get("y")))
+        for text in ElementTree.fromstring(chart).iter("text")
+        if text.get("class").startswith("note ")
+    }
+
+
+@pytest.mark.parametrize("width", [340, 980])
+@pytest.mark.parametrize(("place", "anchor"), [(1.0, "start"), (2.99, "end")])
+def test_notes_stand_inside_beside_their_points_and_apart(width: int, place: float, anchor: str) -> None:
+    curve = Series("curve", 0, [(1.0, 1.0), (3.0, 0.1)])
+    marks = [
+        Series("low", 1, [(place, 0.5)], note="0.5 low"),
+        Series("high", 2, [(place, 0.51)], note="high"),
+    ]
+    chart = line_chart([curve, *marks], "x", "y", width=width)
+    notes = notes_of(chart)
+    assert {side for side, _, _ in notes.values()} == {anchor}
+    assert all(0 < x < width for _, x, _ in notes.values())
+    assert notes["0.5 low"][2] - notes["high"][2] >= 12, "the higher point's note is above the other"
+    sizes = [dot.get("r") for dot in ElementTree.fromstring(chart).iter("circle")]
+    assert sizes == ["3", "3", "5", "5"]
+
+
 def test_colours_come_from_the_page_and_nothing_refers_elsewhere() -> None:
     series = [Series("a", 0, [(0, 1.0), (1, 2.0)], faint=True, dots=False), Series("b", 7, [(0, 1.5)])]
     chart = line_chart(series, "layer", "q & k")

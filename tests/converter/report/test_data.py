@@ -86,7 +86,16 @@ def test_the_page_shows_size_and_loss_and_where_the_planes_are(report: dict) -> 
     }
     page = render_page(chosen)
     check_page(page)
-    rows = page.partition("Size and loss")[2].partition("</table>")[0]
+    drawing = page.partition("Size and loss")[2].partition("<table>")[0]
+    assert drawing.count("<svg") == 2, "for wide and for narrow windows"
+    for text in (
+        ">0.362 predicted<",
+        ">0.483 measured<",
+        "this conversion, measured, bits per weight 2.1987",
+    ):
+        assert drawing.count(text) == 2
+    assert ">20<" in drawing, "losses from 0.142 to 50 are on a logarithmic axis"
+    rows = page.partition("Size and loss")[2].partition("<table>")[2].partition("</table>")[0]
     order = ["1.10", "1.16", "2.199, this conversion", "3.20"]
     assert [rows.index(text) for text in order] == sorted(rows.index(text) for text in order)
     assert "over 1000000" in rows
@@ -95,6 +104,12 @@ def test_the_page_shows_size_and_loss_and_where_the_planes_are(report: dict) -> 
     assert page.count("<th>planes</th>") == 4
     uniform = render_page({**chosen, "planes": [1], "measured_loss": None})
     assert "Planes of each linear" not in uniform
+    assert "predicted<" in uniform
+    assert "measured<" not in uniform.partition("Size and loss")[2].partition("<table>")[0]
+    alone = render_page({**chosen, "predicted_losses": {}}).partition("Size and loss")[2]
+    assert "<svg" not in alone.partition("<table>")[0], "one point is no picture"
+    gained = render_page({**chosen, "measured_loss": -0.001})
+    assert ">-0.001 measured<" in gained, "a loss below zero has no logarithm"
     embedding = render_page({**chosen, "loss_unit": "cosine distance per token"})
     assert "<span>cosine distance per token lost, measured; 0.362 predicted" in embedding
     assert "perplexity" in page.partition("Size and loss")[2]
