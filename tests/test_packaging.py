@@ -34,7 +34,10 @@ COMMANDS = {
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build a source distribution, and a wheel from it, in a copy of the sources without earlier build outputs."""
+    """Build a source distribution, and a wheel from it, in a copy of the sources without earlier build outputs.
+
+    The copy is a git repository: there setuptools-scm offers every tracked file to setuptools.
+    """
     folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         source = ROOT / name
@@ -43,6 +46,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, folder / name, ignore=unwanted)
         else:
             shutil.copyfile(source, folder / name)
+    author = ("-c", "user.name=test", "-c", "user.email=test@localhost")
+    for words in (("init", "--quiet"), ("add", "."), (*author, "commit", "--quiet", "--message", "copy")):
+        subprocess.run(["git", *words], cwd=folder, check=True)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,7 +69,10 @@ def test_the_source_distribution_holds_what_a_build_needs_and_no_more(built: Pat
     assert wanted <= names
     assert {"setup.py", "LICENSE", "README.md", "kernels/triton/tuning.json"} <= names
     assert not [
-        name for name in names if name.startswith(("tests", "examples", "benchmarks")) or name.endswith(".so")
+        name
+        for name in names
+        if name.startswith((".", "tests", "examples", "benchmarks"))
+        or name.endswith((".so", ".clang-format"))
     ]
 
 
@@ -84,6 +93,18 @@ def test_the_wheel_holds_three_packages_and_no_other_names(wheel: Path) -> None:
     assert "bwla_kernels/format/layer.py" in names
     assert "bwla_converter/report/templates/page.html" in names
     assert not [name for name in names if "test" in name]
+    data = {Path(name).name for name in names if ".dist-info/" not in name and not name.endswith(".py")}
+    assert {"py.typed", "tuning.json", "binary_linear.cpp"} <= data
+    assert {Path(name).suffix for name in data} <= {
+        ".typed",
+        ".so",
+        ".cpp",
+        ".h",
+        ".txt",
+        ".json",
+        ".html",
+        ".md",
+    }
 
 
 def test_the_version_is_one_that_pip_can_order(wheel: Path) -> None:
