@@ -78,7 +78,7 @@ def uv_index_options(pip: Path) -> list[str]:
     return options
 
 
-def install_torch(pip: Path, index: str) -> None:
+def install_torch(pip: Path, index: str, version: str = TORCH_VERSION) -> None:
     """Install the CPU build of torch."""
     local = "+cpu" if platform.machine() == "x86_64" else ""
     where = ["--index-url", index] if index else []
@@ -87,9 +87,9 @@ def install_torch(pip: Path, index: str) -> None:
         "install",
         "--quiet",
         *where,
-        f"torch=={TORCH_VERSION}{local}",
+        f"torch=={version}{local}",
         failure=(
-            f"pip found no CPU build of torch {TORCH_VERSION}: name an index that has one, for example\n"
+            f"pip found no CPU build of torch {version}: name an index that has one, for example\n"
             "    make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu\n"
             "(TORCH_INDEX is passed to pip as --index-url, for torch and what torch needs alone)"
         ),

