@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bwla_converter.allocation.kept import Numbers, kept_or_measured, sensitivities_file
 from bwla_converter.allocation.sensitivity import Sensitivity, measure_sensitivities, num_samples
 from bwla_converter.allocation.stage import Allocation, allocate
 from bwla_converter.calibration.activations import ActivationStore
@@ -142,16 +143,20 @@ def allocated(conversion: Conversion, work: WorkFolder | None) -> Conversion:
     return replace(conversion, plan=allocation.plan, allocation=allocation)
 
 
-def _sensitivities(conversion: Conversion) -> dict[str, tuple[float, float]]:
-    """Measure the sensitivities of all input groups on some of the calibration samples."""
+def _sensitivities(conversion: Conversion) -> Numbers:
+    """Return the sensitivities of all input groups, measured on some of the calibration samples, or from the cache."""
     options, source, specs = conversion.options, conversion.source, conversion.plan.specs
     assert options.calibration is not None
     ids, _ = calibration_samples(options.calibration, source.folder, options.seed)
     ids = ids[: num_samples(specs, options.calibration.max_seq_length)]
-    conversion.listener.measuring(2 * source.num_layers)
-    store = replace(conversion.store, processes=Processes())
-    found = measure_sensitivities(source, specs, ids, options.seed, store, conversion.listener.measured)
-    return {name: (sensitivity.weights, sensitivity.inputs) for name, sensitivity in found.items()}
+    file = sensitivities_file(source.folder, specs, ids, options.seed, conversion.device.type)
+
+    def measure() -> dict[str, Sensitivity]:
+        conversion.listener.measuring(2 * source.num_layers)
+        store = replace(conversion.store, processes=Processes())
+        return measure_sensitivities(source, specs, ids, options.seed, store, conversion.listener.measured)
+
+    return kept_or_measured(file, measure)
 
 
 def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:

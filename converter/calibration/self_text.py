@@ -19,6 +19,7 @@ from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.bars import no_bars
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_converter.options import Calibration
+from bwla_converter.source.folder.marks import folder_marks
 from bwla_converter.source.gguf_path import cache_folder
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
@@ -84,11 +85,7 @@ class Writing:
     def cache_file(self) -> Path:
         """Return the file in the cache, under a digest of everything that determines its contents."""
         numbers = [self.calibration.num_samples, self.calibration.max_seq_length, self.seed, VERSION]
-        files = sorted(
-            file for file in self.folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja")
-        )
-        marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = json.dumps([str(self.folder.resolve()), numbers, self.device.type, marks])
+        key = json.dumps([*folder_marks(self.folder), numbers, self.device.type])
         return cache_folder() / "self" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
 
