@@ -4,7 +4,8 @@ Planes are added one at a time, always where the predicted loss falls most per s
 gains less than the one before, this greedy choice is optimal but for the last few planes (Shoham and Gersho, 1988).
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Iterator, Sequence
 
 from bwla_converter.allocation.prediction import GroupCost, predicted_loss
 from bwla_converter.common.bits import num_weights
@@ -25,16 +26,15 @@ def allocate_for_bits(groups: Sequence[GroupCost], target: float) -> list[GroupC
         BWLAError: one plane in every group needs more than `target`.
     """
     weights = sum(num_weights(spec) for group in groups for spec in group.specs.values())
-    chosen = [group.with_planes(1) for group in groups]
+    levels = _levels(groups)
+    chosen = [of_group[0] for of_group in levels]
     free = target * weights - sum(group.bits for group in chosen)
     if free < 0:
         raise BWLAError(
             f"--bits {target:g}: expected at least {bits_of(chosen):.3f}, which one plane in every input group needs "
             "with its scales and rotations, found less: choose more --bits"
         )
-    while (number := _next_plane(chosen, free)) is not None:
-        added = chosen[number].with_planes(chosen[number].planes + 1)
-        free -= added.bits - chosen[number].bits
+    for number, added in _additions(levels, free):
         chosen[number] = added
     return chosen
 
@@ -50,27 +50,50 @@ def allocate_for_loss(groups: Sequence[GroupCost], target: float, activation_bit
     Raises:
         BWLAError: four planes in every group are predicted to lose more than `target`.
     """
-    chosen = [group.with_planes(1) for group in groups]
+    levels = _levels(groups)
+    chosen = [of_group[0] for of_group in levels]
+    additions = _additions(levels, float("inf"))
     while predicted_loss(chosen, activation_bits) > target:
-        number = _next_plane(chosen, float("inf"))
-        if number is None:
+        number, added = next(additions, (None, None))
+        if number is None or added is None:
             raise BWLAError(
                 f"--loss {target:g}: expected at least {predicted_loss(chosen, activation_bits):.3g} nats per token, "
                 f"which {MAX_PLANES} planes in every input group are predicted to lose with {activation_bits}-bit "
                 "activations: choose a larger --loss, or more --abits"
             )
-        chosen[number] = chosen[number].with_planes(chosen[number].planes + 1)
+        chosen[number] = added
     return chosen
 
 
-def _next_plane(groups: Sequence[GroupCost], free: float) -> int | None:
-    """Return the group in which another plane of at most `free` bits gains the most per bit; None if none fits."""
-    best, best_gain = None, 0.0
-    for number, group in enumerate(groups):
-        if group.planes < MAX_PLANES:
-            added = group.with_planes(group.planes + 1)
-            bits = added.bits - group.bits
-            gain = (group.loss - added.loss) / bits
-            if bits <= free and gain > best_gain:
-                best, best_gain = number, gain
-    return best
+def _levels(groups: Sequence[GroupCost]) -> list[list[GroupCost]]:
+    """Return every group with 1 to MAX_PLANES planes."""
+    return [[group.with_planes(planes) for planes in range(1, MAX_PLANES + 1)] for group in groups]
+
+
+def _additions(levels: Sequence[Sequence[GroupCost]], free: float) -> Iterator[tuple[int, GroupCost]]:
+    """Yield the number of a group and the group with another plane, always where it gains the most per bit.
+
+    Args:
+        levels: every group with each number of planes; at first, all have the first.
+        free: stored bits that may be added in all. A plane that no longer fits is left out.
+    """
+    bits = [[group.bits for group in of_group] for of_group in levels]
+    heap: list[tuple[float, int, int]] = []
+
+    def offer(number: int, level: int) -> None:
+        """Put the step of a group from the level before to `level` on the heap, unless it gains nothing."""
+        if level < len(levels[number]):
+            before, after = levels[number][level - 1 : level + 1]
+            gain = (before.loss - after.loss) / (bits[number][level] - bits[number][level - 1])
+            if gain > 0:
+                heapq.heappush(heap, (-gain, number, level))
+
+    for number in range(len(levels)):
+        offer(number, 1)
+    while heap:
+        _, number, level = heapq.heappop(heap)
+        added = bits[number][level] - bits[number][level - 1]
+        if added <= free:
+            free -= added
+            yield number, levels[number][level]
+            offer(number, level + 1)

@@ -16,7 +16,7 @@ from bwla_kernels.format.layer import MAX_PLANES
 MIN_BITS, MAX_BITS = 1.1, 4.5
 """Range of `--bits`."""
 
-DIAL = (1.16, 2.2, 3.2)
+DIAL = (1.16, 1.5, 2.2, 2.7, 3.2, 4.2)
 """Bits per weight whose predicted losses every conversion reports."""
 
 

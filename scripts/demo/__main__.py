@@ -10,19 +10,24 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from bwla_converter.calibration.text import load_tokenizer, tokenize
 from bwla_converter.calibration.text_files import read_text
-from bwla_converter.evaluation.perplexity import windows_of
+from bwla_converter.evaluation.perplexity import perplexity, windows_of
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from benchmarks.common.record import ROOT
-from benchmarks.common.server import HEALTH_SECONDS, serve
+from benchmarks.common.server import HEALTH_SECONDS, Server, serve
 from scripts.demo.client import Client
 from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoModel, choose
 
@@ -92,32 +97,48 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@contextmanager
+def served(folders: Sequence[Path], serving: Serving) -> Iterator[list[Server]]:
+    """Serve several models while the body of the with statement runs; all servers start at the same time."""
+    flags = ["--max-model-len", str(CONTEXT), *([] if serving.compiled else ["--enforce-eager"])]
+    with ExitStack() as stack, ThreadPoolExecutor(len(folders)) as pool:
+        starts = []
+        for folder in folders:
+            print("$ vllm serve", folder, *flags, flush=True)
+            log = serving.folder / f"{folder.name}.log"
+            server = serve(folder, log, flags, health_seconds=serving.start_seconds)
+            starts.append(pool.submit(stack.enter_context, server))
+        yield [start.result() for start in starts]
+
+
+def perplexity_of(original: Path, windows: Tensor) -> float:
+    """Return the original's perplexity on windows of token ids [W, T], computed by transformers in float32.
+
+    Without instructions for bfloat16, a processor would take minutes for it in vLLM.
+    """
+    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    return perplexity(model.eval(), windows)
+
+
 def try_out(
-    model: DemoModel, folder: Path, title: str, bits: float, windows: Tensor, serving: Serving
+    model: DemoModel, server: Server, title: str, bits: float, measure: Callable[[Client], float]
 ) -> Found:
-    """Serve a model, ask it, and measure it.
+    """Ask a served model, and measure it.
 
     Args:
         model: what is asked.
-        folder: the original or a checkpoint.
+        server: serves the original or a checkpoint.
         title: what it is called in the output.
         bits: bits per weight.
-        windows: token ids [W, T] for the perplexity.
-        serving: how it is served.
+        measure: returns the perplexity.
     """
-    flags = ["--max-model-len", str(CONTEXT), *([] if serving.compiled else ["--enforce-eager"])]
-    print("$ vllm serve", folder, *flags, flush=True)
-    started = time.monotonic()
-    log = serving.folder / f"{folder.name}.log"
-    with serve(folder, log, flags, health_seconds=serving.start_seconds) as server:
-        print(f"healthy at {server.url} after {time.monotonic() - started:.0f} s")
-        client = Client(server, model.chat)
-        print(f"{model.prompt} " if model.chat else model.prompt, end="", flush=True)
-        answer = client.answer(model.prompt)
-        speed = max(client.tokens_per_second(model.prompt) for _ in range(2))
-        perplexity = client.perplexity(windows)
-    print(f"{speed:.1f} tokens/s, perplexity {perplexity:.2f}", flush=True)
-    return Found(title, bits, weight_bytes(folder), perplexity, speed, answer)
+    print(f"\n{title}: {model.prompt}", end=" " if model.chat else "", flush=True)
+    client = Client(server, model.chat)
+    answer = client.answer(model.prompt)
+    speed = max(client.tokens_per_second(model.prompt) for _ in range(2))
+    measured = measure(client)
+    print(f"{speed:.1f} tokens/s, perplexity {measured:.2f}", flush=True)
+    return Found(title, bits, weight_bytes(Path(server.model)), measured, speed, answer)
 
 
 def check_answer(model: DemoModel, found: Found) -> None:
@@ -145,15 +166,20 @@ def run(model: DemoModel, out: Path, text: Path, limit: int, serving: Serving) -
     original = model.folder()
     ids = tokenize(load_tokenizer(original), [read_text(text, "--text")], original, "--text")
     windows = windows_of(ids, WINDOW)[:limit]
-    say("serve and ask the original in bfloat16")
-    found = [try_out(model, original, "original", 16.0, windows, serving)]
+    say("serve the original in bfloat16, and what was converted")
+    folders = [original, *(out / conversion.folder for conversion in model.conversions)]
+    titles = ["original", *(conversion.title for conversion in model.conversions)]
+    bits = [16.0, *(report["bits_per_weight"] for report in reports)]
+    started = time.monotonic()
+    with served(folders, serving) as servers:
+        print(f"ready after {time.monotonic() - started:.0f} s")
+        measures = [lambda _: perplexity_of(original, windows)]
+        measures += [lambda client: client.perplexity(windows)] * len(reports)
+        found = [try_out(model, *what) for what in zip(servers, titles, bits, measures, strict=True)]
     check_answer(model, found[0])
-    for conversion, report in zip(model.conversions, reports, strict=True):
-        say(f"serve and ask the model at {conversion.title}")
-        folder, bits = out / conversion.folder, report["bits_per_weight"]
-        found.append(try_out(model, folder, conversion.title, bits, windows, serving))
+    for conversion, of_conversion in zip(model.conversions, found[1:], strict=True):
         if conversion.answers:
-            check_answer(model, found[-1])
+            check_answer(model, of_conversion)
     return found
 
 
