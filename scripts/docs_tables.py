@@ -20,6 +20,7 @@ from scripts.tables.quality import (
     ablation_table,
     amounts_table,
     calibration_text_table,
+    demo_table,
     embedding_table,
     expert_transforms_table,
     frontier_table,
@@ -112,6 +113,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "summary": summary_table,
     "conversion": conversion_table,
     "phases": phase_table,
+    "demo": demo_table,
     "frontier": frontier_table,
     "coverage": coverage_table,
 }

@@ -7,6 +7,7 @@ own, so each of them has its own Hessian; the input transform is learned for the
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from bwla_converter.quantize import fast, paper
@@ -39,7 +40,7 @@ class Method:
     Attributes:
         learn: learns the input transform on some rows.
         target: (rows W of some linears [N, K], moments of their inputs) -> what is approximated [N, K].
-        damping: added to the diagonal of the Hessian, in units of its mean.
+        damping: moments -> what is added to the diagonal of the Hessian, in units of its mean.
         efforts: the efforts of the rounds in which all rows are quantized; B of the low-rank correction is refitted
             before each. Only the last one takes place where there is no such correction.
         choose_clip: choose the activation clip; otherwise the spec's is used.
@@ -48,7 +49,7 @@ class Method:
 
     learn: Learn
     target: Callable[[Tensor, Moments], Tensor]
-    damping: float
+    damping: Callable[[Moments], float]
     efforts: Sequence[Effort]
     choose_clip: bool
     keep_latents: bool = False
@@ -64,9 +65,9 @@ def fast_method(options: fast.FastOptions, planes: int) -> Method:
         return fast.alternate(weights, spec, moments, generator, options, efforts)
 
     def target(weight: Tensor, moments: Moments) -> Tensor:
-        return fast.corrected_target(weight, moments, options.target_damping)
+        return fast.corrected_target(weight, moments, options.damped(options.target_damping, moments))
 
-    damping = options.damping if planes == 1 else options.planes_damping
+    damping = partial(options.sign_damping, planes)
     return Method(learn, target, damping, options.efforts, options.choose_clip, options.keep_latents)
 
 
@@ -78,7 +79,9 @@ def paper_method(options: paper.PaperOptions) -> Method:
     ) -> Learned:
         return paper.alternate(weights, spec, moments, generator, options, options.efforts[:-1])
 
-    return Method(learn, lambda weight, _: weight, options.damping, options.efforts[-2:], options.choose_clip)
+    return Method(
+        learn, lambda weight, _: weight, lambda _: options.damping, options.efforts[-2:], options.choose_clip
+    )
 
 
 def quantize_group(
@@ -148,7 +151,7 @@ class _Shared:
 
 def _metric(moments: Moments, method: Method, shared: _Shared) -> Metric:
     """Return the metric of some inputs after the input transform."""
-    hessian = moments.hessian(method.damping)
+    hessian = moments.hessian(method.damping(moments))
     rotated = rotate_hessian(hessian, shared.rotation.left, shared.rotation.right)
     return Metric.of(rotated).scaled(shared.column_scale)
 

@@ -46,11 +46,13 @@ class FastOptions:
         rounds: alternations of column scales, low-rank correction and binarization.
         sweeps: sweeps of coordinate descent that a row's signs go through in the last round.
         gptq_signs: choose the initial signs with GPTQ's error feedback; otherwise they are the residual's own signs.
-        damping: added to the diagonal of the Hessian, in units of its mean.
+        damping: added to the diagonal of the Hessian, in units of its mean; see `damping_tokens`.
         planes_damping: the same for several planes. What they leave is small beside the error that fitting the
             calibration samples makes on other text, so they need more.
         target_damping: regularization of the target towards the original weight, in the same units; infinity keeps the
             original weight.
+        damping_tokens: tokens per column from which on the dampings are as given. With fewer tokens they grow in
+            inverse proportion, as the sampling error of the moments does: what is fitted to it is lost on other text.
         compensate_residual_stream: also compensate the error accumulated in the residual stream.
         column_scales: fit column scales; otherwise they are 1.
         final_norm: fit the final norm once all layers are quantized.
@@ -62,14 +64,24 @@ class FastOptions:
     rounds: int = 2
     sweeps: int = 8
     gptq_signs: bool = True
-    damping: float = 0.01
-    planes_damping: float = 0.04
-    target_damping: float = 0.02
+    damping: float = 0.04
+    planes_damping: float = 0.2
+    target_damping: float = 0.1
+    damping_tokens: int = 50
     compensate_residual_stream: bool = True
     column_scales: bool = True
     final_norm: bool = True
     choose_clip: bool = True
     keep_latents: bool = False
+
+    def damped(self, damping: float, moments: Moments) -> float:
+        """Return one of the dampings for as many tokens as the moments have seen."""
+        columns = len(moments.gram)
+        return damping * max(1.0, self.damping_tokens * columns / max(moments.count, 1))
+
+    def sign_damping(self, planes: int, moments: Moments) -> float:
+        """Return the damping of the Hessian that signs and scales of `planes` planes are chosen with."""
+        return self.damped(self.damping if planes == 1 else self.planes_damping, moments)
 
     def effort(self, last: bool) -> Effort:
         """Return how thoroughly a round searches for signs.
@@ -207,8 +219,9 @@ def start_state(
     options: FastOptions,
 ) -> State:
     """Compute the target and the Hessian, learn the rotation, and rotate both. `spec` is that of `check_group`."""
-    hessian = moments.hessian(options.damping if spec.planes == 1 else options.planes_damping)
-    weight = corrected_target(pool_rows(weights.values()), moments, options.target_damping)
+    hessian = moments.hessian(options.sign_damping(spec.planes, moments))
+    target_damping = options.damped(options.target_damping, moments)
+    weight = corrected_target(pool_rows(weights.values()), moments, target_damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
     rotation = learn_rotation([weight], sizes, rounds=options.okt_rounds, generator=generator)
     weight = rotate(weight, rotation.left, rotation.right)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.common.record import ROOT
+from benchmarks.common.record import ROOT, write_result
 from benchmarks.common.server import HEALTH_SECONDS, Server, serve
 from scripts.demo.client import Client
 from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoModel, choose
@@ -205,6 +205,7 @@ def main() -> int:
     add("--out", type=Path, default=ROOT / ".demo", help="folder for the checkpoints (.demo)")
     add("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
     add("--windows", type=int, default=8, help=f"number of windows of {WINDOW} tokens to evaluate (8)")
+    add("--result", type=Path, help="JSON file for what was measured")
     add("--compiled", action="store_true", help="serve with torch.compile (slower to start)")
     add("--start-seconds", type=float, default=HEALTH_SECONDS, help="seconds that a server may take to start")
     arguments, options = parser.parse_known_args()
@@ -222,6 +223,8 @@ def main() -> int:
         return 1
     say("result")
     print_table(found)
+    if arguments.result is not None:
+        write_result(arguments.result, [asdict(row) for row in found], prompt=model.prompt, model=model.title)
     original, best = found[:2]
     print(
         f"demo: ok - perplexity {original.perplexity:.2f} -> {best.perplexity:.2f}, "

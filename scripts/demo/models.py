@@ -92,8 +92,8 @@ def pretrained() -> DemoModel:
         title=f"{MODELS[PRETRAINED].description}, {MODELS[PRETRAINED].licence}",
         source=source,
         conversions=(
-            Conversion("3 bits", "smollm2-135m-3-bits", ("--bits", "3", *text)),
-            Conversion("1.16 bits", "smollm2-135m-1-bit", text, answers=False),
+            Conversion("3 bits", "smollm2-135m-3-bits", ("--bits", "3", "--abits", "8", *text)),
+            Conversion("1.15 bits", "smollm2-135m-1-bit", ("--abits", "8", *text), answers=False),
         ),
         prompt=QUESTION,
         chat=True,

@@ -48,6 +48,18 @@ def quality_table(names: str) -> str:
     return markdown_table(header, lines)
 
 
+def demo_table(name: str) -> str:
+    """One line for the original and for each conversion of the demo."""
+    lines = []
+    for row in read_result(name)["rows"]:
+        answer = row["answer"].strip().splitlines()[0]
+        size = f"{row['size'] / 1e6:.0f}"
+        numbers = [f"{row['bits']:.2f}", size, f"{row['perplexity']:.1f}", f"{row['speed']:.1f}"]
+        lines.append([row["title"], *numbers, answer])
+    header = ["model", "bits per weight", "weights, MB", "perplexity", "tokens/s", "answer"]
+    return markdown_table(header, lines)
+
+
 def llama_cpp_table(name: str) -> str:
     """One line per type of weights: llama.cpp's perplexity, and how the imported model's compares."""
     lines = []

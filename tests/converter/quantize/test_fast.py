@@ -82,6 +82,16 @@ def test_same_seed_same_bytes_and_inputs_unchanged(weights: dict[str, Tensor]) -
     assert torch.equal(moments.gram, gram)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"), [(64 * 500, 0.02), (64 * 50, 0.02), (64 * 5, 0.2), (64 // 2, 2.0)]
+)
+def test_dampings_grow_as_the_sampling_error_where_tokens_are_few(tokens: int, expected: float) -> None:
+    moments = Moments.zeros(64, torch.device("cpu"), cross_gram=False)
+    moments.count = tokens
+    assert FastOptions().damped(0.02, moments) == pytest.approx(expected)
+    assert FastOptions().damped(float("inf"), moments) == float("inf")
+
+
 def test_the_target_is_the_least_squares_fit(weights: dict[str, Tensor]) -> None:
     x, x_hat = inputs(noise=0.5)
     weight = weights["q"]
