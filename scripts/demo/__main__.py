@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from bwla_converter.calibration.text import load_tokenizer, tokenize
 from bwla_converter.calibration.text_files import read_text
+from bwla_converter.common.bars import no_bars
 from bwla_converter.evaluation.perplexity import perplexity, windows_of
 from rich.console import Console
 from rich.filesize import decimal
@@ -116,7 +117,8 @@ def perplexity_of(original: Path, windows: Tensor) -> float:
 
     Without instructions for bfloat16, a processor would take minutes for it in vLLM.
     """
-    model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
+    with no_bars():
+        model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
     return perplexity(model.eval(), windows)
 
 
