@@ -51,7 +51,7 @@ def commit() -> str:
 def command_line() -> str:
     """Return the command line of this process, `python -m MODULE ...` for a module run that way."""
     spec = sys.modules["__main__"].__spec__
-    program = ["-m", spec.name] if spec else sys.argv[:1]
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else sys.argv[:1]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 

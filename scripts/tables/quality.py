@@ -2,11 +2,13 @@
 
 import math
 import statistics
+import textwrap
 from typing import Any
 
 from scripts.tables.results import METHODS, Rows, markdown_table, mean, mean_loss, read_result, read_rows
 
 ABITS = (16, 8, 6, 4)
+LONGEST_ANSWER = 60
 FRONTIER_METHODS = {
     "data-free": "`data-free`",
     "paper": "`paper`",
@@ -52,7 +54,7 @@ def demo_table(name: str) -> str:
     """One line for the original and for each conversion of the demo."""
     lines = []
     for row in read_result(name)["rows"]:
-        answer = row["answer"].strip().splitlines()[0]
+        answer = textwrap.shorten(row["answer"], LONGEST_ANSWER, placeholder=" ...")
         size = f"{row['size'] / 1e6:.0f}"
         numbers = [f"{row['bits']:.2f}", size, f"{row['perplexity']:.1f}", f"{row['speed']:.1f}"]
         lines.append([row["title"], *numbers, answer])
