@@ -100,4 +100,6 @@ def test_planes_that_differ_between_input_groups(
     model = load_reference(out)
     with watched(model) as margin:
         golden = find_golden(model, margin, VOCABULARY, LENGTH)
-    compare(start(out), golden)
+    # Outputs of several planes are larger, and so is the difference between two orders of summation: one code of a
+    # thousand may still be another. Planes of another group would change the first decimal.
+    compare(start(out), golden, tolerance=5e-3)
