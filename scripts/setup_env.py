@@ -153,7 +153,7 @@ def set_up(env: Path, extras: str, torch_index: str, editable: bool = True) -> N
     torch_pin = env / "torch-pin.txt"
     torch_pin.write_text(f"torch=={TORCH_VERSION}\n")
     command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", python, *uv_index_options(pip)]
-    # Without bytecode the first start of vLLM compiles 15,000 files, and every start where Python may not write any.
+    # Otherwise the first start of vLLM compiles all that it imports; every start, where Python may not write bytecode.
     command += ["--compile-bytecode", "--override", OVERRIDES, "--constraint", torch_pin]
     command += ["--editable"] if editable else []
     run(

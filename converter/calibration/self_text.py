@@ -5,7 +5,6 @@ al. (arXiv 2410.17170) find it as good as real text for post-training quantizati
 template, every other sample is a conversation whose two sides the model writes, as in Magpie (arXiv 2406.08464).
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.bars import no_bars
 from bwla_converter.common.tensors import tensor_bytes
 from bwla_converter.options import Calibration
-from bwla_converter.source.folder.marks import folder_marks
-from bwla_converter.source.gguf_path import cache_folder
+from bwla_converter.source.folder.cached import cached_file
 from bwla_converter.source.meta_model import build_meta_model
 from bwla_converter.source.model import Source
 from bwla_converter.source.observe.decoder import language_model_of
@@ -85,8 +83,7 @@ class Writing:
     def cache_file(self) -> Path:
         """Return the file in the cache, under a digest of everything that determines its contents."""
         numbers = [self.calibration.num_samples, self.calibration.max_seq_length, self.seed, VERSION]
-        key = json.dumps([*folder_marks(self.folder), numbers, self.device.type])
-        return cache_folder() / "self" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        return cached_file("self", ".safetensors", self.folder, numbers, self.device.type)
 
 
 def write_calibration(source: Source, writing: Writing, on_step: OnStep) -> Path:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bwla_converter.allocation.stage import Allocation
+from bwla_converter.allocation.stage import Allocation, target_option
 from bwla_converter.cli.interrupt import Interrupts
 from bwla_converter.common.bits import describe_planes, describe_rank, num_weights
 from bwla_converter.listener import Listener
@@ -161,7 +161,6 @@ def describe_allocation(allocation: Allocation) -> Iterator[str]:
 
 def _describe_bits(plan: ConversionPlan) -> str:
     """Return the bits per weight, or the option that decides on them once the sensitivities are measured."""
-    targets = plan.format.provenance.allocation if plan.format.provenance else {}
-    if targets:
-        return " and ".join(f"--{name} {value:g}" for name, value in targets.items()) + " decides the planes"
+    if option := target_option(plan.format.provenance):
+        return f"{' '.join(option)} decides the planes"
     return f"{plan.bits_per_weight:.3f} bits per weight, everything counted"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bwla_converter.allocation.stage import target_option
 from bwla_converter.checkpoint.contents import Contents, describe_weights
 from bwla_converter.checkpoint.integrity import update_hash
 from bwla_converter.common.atomic_files import whole_file
@@ -101,7 +102,7 @@ def command(contents: Contents) -> str:
         for key, flag in CALIBRATION_FLAGS.items():
             words += [flag, str(calibration[key])] if key in calibration else []
     if provenance.allocation:
-        words += [word for key, value in provenance.allocation.items() for word in (f"--{key}", f"{value:g}")]
+        words += target_option(provenance)
     else:
         words += [word for count in planes_of(contents) if count > 1 for word in ("--planes", str(count))]
     if isinstance(format_.rank, int):

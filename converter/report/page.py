@@ -5,7 +5,7 @@ from typing import Any
 
 from bwla_converter.checkpoint.contents import describe_weights
 from bwla_converter.common.durations import duration
-from bwla_converter.report.charts import COLOURS, Series, line_chart
+from bwla_converter.report.charts import COLOURS, WIDTH, Series, line_chart
 from bwla_converter.report.layers import (
     Panel,
     activation_panel,
@@ -21,7 +21,7 @@ from rich.filesize import decimal
 
 Report = Mapping[str, Any]
 
-DIAL_WIDTHS = {"wide": 980, "narrow": 340}
+DIAL_WIDTHS = {"wide": WIDTH, "narrow": 340}
 """CSS class -> width of the drawing of size and loss: one for phones, which show all of it, beside one for screens."""
 
 LOG_FROM = 5

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +35,27 @@ from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoMo
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
 WINDOW = 512
 CONTEXT = 1024
+RESULT = "demo.json"
+"""Name of the file in the output folder with what was measured."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is served and asked.
+
+    Attributes:
+        title: what it is called in the output.
+        folder: the original, or a checkpoint.
+        bits: bits per quantized weight, everything counted; 16 for the original.
+        answers: whether its answer has to be right.
+        perplexity: on the held-out text, if it is known already.
+    """
+
+    title: str
+    folder: Path
+    bits: float
+    answers: bool = True
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,7 @@ class Found:
 
     Attributes:
         title: what it is.
-        bits: bits per quantized weight, everything counted; 16 for the original.
+        bits: as in `Subject`.
         size: bytes of the weights' files.
         perplexity: on the held-out text.
         speed: decoded tokens per second at batch 1.
@@ -93,11 +114,6 @@ def convert(source: Path, conversion: Conversion, out: Path) -> dict[str, float]
     return report
 
 
-def weight_bytes(folder: Path) -> int:
-    """Return the size of the weights' files of a model."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 @contextmanager
 def served(folders: Sequence[Path], serving: Serving) -> Iterator[list[Server]]:
     """Serve several models while the body of the with statement runs; all servers start at the same time."""
@@ -122,25 +138,24 @@ def perplexity_of(original: Path, windows: Tensor) -> float:
     return perplexity(model.eval(), windows)
 
 
-def try_out(
-    model: DemoModel, server: Server, title: str, bits: float, measure: Callable[[Client], float]
-) -> Found:
+def try_out(model: DemoModel, subject: Subject, server: Server, windows: Tensor) -> Found:
     """Ask a served model, and measure it.
 
     Args:
         model: what is asked.
-        server: serves the original or a checkpoint.
-        title: what it is called in the output.
-        bits: bits per weight.
-        measure: returns the perplexity.
+        subject: what is served.
+        server: serves it.
+        windows: token ids [W, T] of the held-out text.
     """
-    print(f"\n{title}: {model.prompt}", end=" " if model.chat else "", flush=True)
+    print(f"\n{subject.title}: {model.prompt}", end=" " if model.chat else "", flush=True)
     client = Client(server, model.chat)
     answer = client.answer(model.prompt)
     speed = max(client.tokens_per_second(model.prompt) for _ in range(2))
-    measured = measure(client)
+    known = subject.perplexity
+    measured = client.perplexity(windows) if known is None else known
     print(f"{speed:.1f} tokens/s, perplexity {measured:.2f}", flush=True)
-    return Found(title, bits, weight_bytes(Path(server.model)), measured, speed, answer)
+    size = sum(file.stat().st_size for file in subject.folder.glob("*.safetensors"))
+    return Found(subject.title, subject.bits, size, measured, speed, answer)
 
 
 def check_answer(model: DemoModel, found: Found) -> None:
@@ -161,27 +176,25 @@ def run(model: DemoModel, out: Path, text: Path, limit: int, serving: Serving) -
         limit: number of windows of the text.
         serving: how the models are served.
     """
-    reports = []
+    converted = []
     for conversion in model.conversions:
         say(f"convert to {conversion.title}")
-        reports.append(convert(model.source, conversion, out / conversion.folder))
-    original = model.folder()
-    ids = tokenize(load_tokenizer(original), [read_text(text, "--text")], original, "--text")
+        folder = out / conversion.folder
+        bits = convert(model.source, conversion, folder)["bits_per_weight"]
+        converted.append(Subject(conversion.title, folder, bits, conversion.answers))
+    folder = model.folder()
+    ids = tokenize(load_tokenizer(folder), [read_text(text, "--text")], folder, "--text")
     windows = windows_of(ids, WINDOW)[:limit]
+    original = Subject("original", folder, 16.0, perplexity=perplexity_of(folder, windows))
+    subjects = [original, *converted]
     say("serve the original in bfloat16, and what was converted")
-    folders = [original, *(out / conversion.folder for conversion in model.conversions)]
-    titles = ["original", *(conversion.title for conversion in model.conversions)]
-    bits = [16.0, *(report["bits_per_weight"] for report in reports)]
     started = time.monotonic()
-    with served(folders, serving) as servers:
+    with served([subject.folder for subject in subjects], serving) as servers:
         print(f"ready after {time.monotonic() - started:.0f} s")
-        measures = [lambda _: perplexity_of(original, windows)]
-        measures += [lambda client: client.perplexity(windows)] * len(reports)
-        found = [try_out(model, *what) for what in zip(servers, titles, bits, measures, strict=True)]
-    check_answer(model, found[0])
-    for conversion, of_conversion in zip(model.conversions, found[1:], strict=True):
-        if conversion.answers:
-            check_answer(model, of_conversion)
+        found = [try_out(model, *each, windows) for each in zip(subjects, servers, strict=True)]
+    for subject, of_subject in zip(subjects, found, strict=True):
+        if subject.answers:
+            check_answer(model, of_subject)
     return found
 
 
@@ -207,7 +220,6 @@ def main() -> int:
     add("--out", type=Path, default=ROOT / ".demo", help="folder for the checkpoints (.demo)")
     add("--text", type=Path, default=HELD_OUT, help="held-out text for the perplexity")
     add("--windows", type=int, default=8, help=f"number of windows of {WINDOW} tokens to evaluate (8)")
-    add("--result", type=Path, help="JSON file for what was measured")
     add("--compiled", action="store_true", help="serve with torch.compile (slower to start)")
     add("--start-seconds", type=float, default=HEALTH_SECONDS, help="seconds that a server may take to start")
     arguments, options = parser.parse_known_args()
@@ -225,12 +237,13 @@ def main() -> int:
         return 1
     say("result")
     print_table(found)
-    if arguments.result is not None:
-        write_result(arguments.result, [asdict(row) for row in found], prompt=model.prompt, model=model.title)
+    seconds = round(time.monotonic() - started)
+    rows = [asdict(row) for row in found]
+    write_result(out / RESULT, rows, prompt=model.prompt, model=model.title, seconds=seconds)
     original, best = found[:2]
     print(
         f"demo: ok - perplexity {original.perplexity:.2f} -> {best.perplexity:.2f}, "
-        f"{best.bits:.3f} bits per weight, {time.monotonic() - started:.0f} seconds"
+        f"{best.bits:.3f} bits per weight, {seconds} seconds"
     )
     return 0
 

@@ -1,12 +1,12 @@
 """The models of the demo: what is converted, with which options, and what is asked."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from bwla_converter.calibration.text import load_tokenizer
 from bwla_converter.source.gguf_folder import prepare
-from bwla_converter.source.gguf_path import is_gguf
-from transformers import AutoTokenizer
+from bwla_converter.source.gguf_path import SUFFIX, is_gguf
 
 from benchmarks.common.real_models import MODELS, RealModelError, get_gguf
 from benchmarks.common.record import ROOT
@@ -61,7 +61,7 @@ class DemoModel:
 
     def folder(self) -> Path:
         """Return a folder with the original model that vLLM can serve; written from a GGUF file at the first call."""
-        return prepare(self.source, lambda *_: None) if is_gguf(self.source) else self.source
+        return prepare(self.source) if is_gguf(self.source) else self.source
 
 
 def calibration_options(file: str, samples: int, length: int) -> tuple[str, ...]:
@@ -129,15 +129,16 @@ def choose(name: str, options: tuple[str, ...]) -> DemoModel:
     """
     if name in KNOWN:
         known = KNOWN[name]()
-        if not options:
-            return known
-        one = Conversion(" ".join(options), f"{name}-bwla", options, answers=False)
-        return DemoModel(known.title, known.source, (one,), known.prompt, known.chat, known.expected)
+        return replace(known, conversions=(_other(name, options),)) if options else known
     path = Path(name).expanduser()
     if not path.exists():
         raise DemoError(f"{name}: expected {', '.join(KNOWN)}, a folder or a GGUF file")
-    one = Conversion(" ".join(options) or "defaults", f"{path.stem}-bwla", options, answers=False)
-    model = DemoModel(path.name, path, (one,), QUESTION, chat=True)
-    if AutoTokenizer.from_pretrained(model.folder()).chat_template:
-        return model
-    return DemoModel(path.name, path, (one,), PROMPT, chat=False)
+    conversions = (_other(path.resolve().name.removesuffix(SUFFIX), options),)
+    model = DemoModel(path.name, path, conversions, QUESTION, chat=True)
+    can_chat = bool(load_tokenizer(model.folder()).chat_template)
+    return model if can_chat else replace(model, prompt=PROMPT, chat=False)
+
+
+def _other(name: str, options: tuple[str, ...]) -> Conversion:
+    """Return a conversion that is not one of the demo's own, so that no right answer is expected of it."""
+    return Conversion(" ".join(options) or "defaults", f"{name}-bwla", options, answers=False)

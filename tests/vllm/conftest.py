@@ -297,9 +297,9 @@ def score() -> Callable[..., list[dict[int, float]]]:
 
 @pytest.fixture(scope="session")
 def compare(score: Callable[..., list[dict[int, float]]]) -> Callable[..., None]:
-    """Check that an engine answers as the reference does: greedy tokens, and scores to 4 decimals by default."""
+    """Check that an engine answers as the reference does: greedy tokens, and scores to 4 decimals."""
 
-    def compare_one(engine: Any, golden: Golden, tolerance: float = 1e-4) -> None:
+    def compare_one(engine: Any, golden: Golden) -> None:
         from vllm import SamplingParams
 
         options = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -310,6 +310,6 @@ def compare(score: Callable[..., list[dict[int, float]]]) -> Callable[..., None]
         for wanted, found in zip(golden.logprobs, scored, strict=True):
             assert len(found) >= 5
             for token, value in found.items():
-                assert value == pytest.approx(wanted[token].item(), abs=tolerance)
+                assert value == pytest.approx(wanted[token].item(), abs=1e-4)
 
     return compare_one

@@ -95,11 +95,13 @@ def test_planes_that_differ_between_input_groups(
     (tmp_path / "text.txt").write_text("It was a bright cold day in April. " * 60)
     out = tmp_path / "out"
     calibration = Calibration(str(tmp_path / "text.txt"), 8, 32)
-    summary = convert(Options(str(source), out, recipe="fast", target_bits=3.4, calibration=calibration))
+    # Several planes amplify the difference between two orders of summation; with few codes it crosses no rounding tie.
+    options = Options(
+        str(source), out, recipe="fast", target_bits=3.4, bits=4, clip=1.0, calibration=calibration
+    )
+    summary = convert(options)
     assert len(summary.planes) > 1
     model = load_reference(out)
     with watched(model) as margin:
         golden = find_golden(model, margin, VOCABULARY, LENGTH)
-    # Outputs of several planes are larger, and so is the difference between two orders of summation: one code of a
-    # thousand may still be another. Planes of another group would change the first decimal.
-    compare(start(out), golden, tolerance=5e-3)
+    compare(start(out), golden)
