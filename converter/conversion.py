@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bwla_converter.allocation.kept import Numbers, kept_or_measured, sensitivities_file
+from bwla_converter.allocation.kept import Numbers, sensitivities_file
 from bwla_converter.allocation.sensitivity import Sensitivity, measure_sensitivities, num_samples
 from bwla_converter.allocation.stage import Allocation, allocate
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.distributed import Processes
 from bwla_converter.calibration.self_text import Writing, write_calibration
-from bwla_converter.calibration.text import HELD_OUT_TOKENS, calibration_samples, held_out_samples
+from bwla_converter.calibration.text import calibration_samples, held_out_samples, held_out_tokens
+from bwla_converter.common.kept import kept_or_computed
 from bwla_converter.evaluation.loss import measure_loss
 from bwla_converter.listener import Listener
 from bwla_converter.options import SELF, Calibration, Options
@@ -151,12 +152,13 @@ def _sensitivities(conversion: Conversion) -> Numbers:
     ids = ids[: num_samples(specs, options.calibration.max_seq_length)]
     file = sensitivities_file(source.folder, specs, ids, options.seed, conversion.device.type)
 
-    def measure() -> dict[str, Sensitivity]:
+    def measure() -> Numbers:
         conversion.listener.measuring(2 * source.num_layers)
         store = replace(conversion.store, processes=Processes())
-        return measure_sensitivities(source, specs, ids, options.seed, store, conversion.listener.measured)
+        found = measure_sensitivities(source, specs, ids, options.seed, store, conversion.listener.measured)
+        return {name: (measured.weights, measured.inputs) for name, measured in found.items()}
 
-    return kept_or_measured(file, measure)
+    return kept_or_computed(file, Numbers, measure)
 
 
 def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def losses(conversion: Conversion, folder: Path) -> dict[str, Any]:
     if allocation is None or calibration is None:
         return {}
     source, seed = conversion.source, conversion.options.seed
-    samples = held_out_samples(calibration, source.folder, seed, HELD_OUT_TOKENS)
+    samples = held_out_samples(calibration, source.folder, seed, held_out_tokens(calibration))
     return {
         "loss_unit": allocation.loss_unit,
         "predicted_loss": allocation.predicted_loss,

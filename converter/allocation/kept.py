@@ -1,18 +1,11 @@
 """Keep measured sensitivities in the cache, so that trying several sizes of a model measures them once."""
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from bwla_converter.allocation.sensitivity import Sensitivity
-from bwla_converter.common.atomic_files import whole_file
-from bwla_converter.common.write_errors import WriteError
-from bwla_converter.source.folder.cached import cached_file
+from bwla_converter.source.folder.cached import cached_file, digest_of_tokens
 from bwla_kernels.format import LayerSpec
-from pydantic import TypeAdapter
 from torch import Tensor
 
 Numbers = dict[str, tuple[float, float]]
@@ -32,21 +25,5 @@ def sensitivities_file(
         device: type of the device that computes.
     """
     rotations = {name: (spec.rotation_groups, spec.n1, spec.n2) for name, spec in specs.items()}
-    samples = hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()
-    parts = (rotations, samples, list(ids.shape), seed, device, version("bwla"))
+    parts = (rotations, digest_of_tokens(ids), seed, device, version("bwla"))
     return cached_file("sensitivities", ".json", folder, *parts)
-
-
-def kept_or_measured(file: Path, measure: Callable[[], Mapping[str, Sensitivity]]) -> Numbers:
-    """Return the sensitivities that `file` holds; if there is no such file, measure them and write it.
-
-    A file that cannot be written or read is not an error: the sensitivities are measured again.
-    """
-    with suppress(OSError, ValueError):
-        return TypeAdapter(Numbers).validate_json(file.read_bytes())
-    found = {name: (measured.weights, measured.inputs) for name, measured in measure().items()}
-    with suppress(OSError, WriteError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as part:
-            part.write_text(json.dumps(found))
-    return found

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from bwla_converter.calibration.generation import Script, sample_sequences
-from bwla_converter.calibration.text import HELD_OUT_TOKENS, load_tokenizer, written_samples
+from bwla_converter.calibration.text import held_out_tokens, load_tokenizer, written_samples
 from bwla_converter.common.atomic_files import whole_file
 from bwla_converter.common.bars import no_bars
 from bwla_converter.common.tensors import tensor_bytes
@@ -41,7 +41,7 @@ STARTS = 64
 """Random tokens that are drawn for each sequence, to start a new text after each end token."""
 
 MARK = "(user message)"
-VERSION = 3
+VERSION = 4
 """Increased when the same model would write other text."""
 
 OnStep = Callable[[int, int], None]
@@ -68,7 +68,8 @@ class Writing:
     @property
     def samples(self) -> int:
         """Number of samples: those for calibration, and others to measure the loss on."""
-        return self.calibration.num_samples + -(-HELD_OUT_TOKENS // self.calibration.max_seq_length)
+        held_out = -(-held_out_tokens(self.calibration) // self.calibration.max_seq_length)
+        return self.calibration.num_samples + held_out
 
     @property
     def pieces(self) -> int:

@@ -24,8 +24,8 @@ DATASETS: dict[str, dict[str, Any]] = {
 }
 """Names of datasets on the Hub, with the arguments by which the `datasets` library loads them."""
 
-HELD_OUT_TOKENS = 8192
-"""Tokens of calibration text that are kept apart from the samples, to measure the loss on."""
+MAX_HELD_OUT_TOKENS = 8192
+"""Tokens of calibration text that are kept apart from the samples at most, to measure the loss on."""
 
 DATASET_CHARACTERS = 20_000_000
 """How much of a dataset is read."""
@@ -102,6 +102,14 @@ def calibration_samples(calibration: Calibration, model: Path, seed: int) -> tup
     return torch.stack(
         [ids[start : start + length] for start in _starts(len(ids), calibration, seed)]
     ), digest
+
+
+def held_out_tokens(calibration: Calibration) -> int:
+    """Return how many tokens are kept apart from the calibration samples: as many as these have, up to a limit.
+
+    Measuring the loss on them takes about as long as calibrating on as many samples.
+    """
+    return min(calibration.num_samples * calibration.max_seq_length, MAX_HELD_OUT_TOKENS)
 
 
 def held_out_samples(calibration: Calibration, model: Path, seed: int, tokens: int) -> Tensor | None:

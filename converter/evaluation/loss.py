@@ -1,6 +1,7 @@
 """The loss that quantization adds, measured with one decoder layer of a model in memory at a time."""
 
 from collections.abc import Callable, Collection, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -8,8 +9,10 @@ from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.calibration.layer_runner import DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.checkpoint.contents import read_contents
+from bwla_converter.common.kept import kept_or_computed
 from bwla_converter.common.weights import dequantized_weight
 from bwla_converter.hf.modules import BWLALinear
+from bwla_converter.source.folder.cached import cached_file, digest_of_tokens
 from bwla_converter.source.model import Source
 from bwla_converter.training.divergence import chunk_logits
 from bwla_kernels.format import LayerSpec, tensor_specs
@@ -80,6 +83,8 @@ class StoredModel:
 def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device) -> float:
     """Return the mean increase of the negative log-likelihood of the next token, in nats per token.
 
+    The original's negative log-likelihood is kept in the cache, for further conversions of the same model.
+
     Of a model without a head, return the mean cosine distance between a token's final hidden states in the original and
     in the checkpoint.
 
@@ -101,9 +106,10 @@ def measure_loss(source: Source, folder: Path, ids: Tensor, device: torch.device
     with fast_products(device):
         if not source.structure.has_head:
             return _cosine_distance(original, quantized, ids, store)
-        return _negative_log_likelihood(quantized, ids, store) - _negative_log_likelihood(
-            original, ids, store
-        )
+        parts = (digest_of_tokens(ids), device.type, version("bwla"))
+        file = cached_file("likelihoods", ".json", source.folder, *parts)
+        before = kept_or_computed(file, float, lambda: _negative_log_likelihood(original, ids, store))
+        return _negative_log_likelihood(quantized, ids, store) - before
 
 
 def _after_last_layer(model: StoredModel, ids: Tensor, store: ActivationStore) -> Samples:

@@ -2,7 +2,7 @@
 
 import math
 
-from bwla_converter.calibration.text import HELD_OUT_TOKENS
+from bwla_converter.calibration.text import MAX_HELD_OUT_TOKENS
 from bwla_converter.recipes.workload import (
     FLOAT_BYTES,
     WORKSPACE_BYTES,
@@ -61,7 +61,7 @@ def measurement_compute(workload: Workload) -> ComputeEstimate:
     squares = sum(group.square for group in workload.groups())
     used = sum(group.used_rows * group.columns for group in workload.groups())
     flops = 2 * tokens * (PASSES * (used + head) + 2 * squares)
-    loss = 2 * 2 * HELD_OUT_TOKENS * (used + head)
+    loss = 2 * 2 * min(workload.tokens, MAX_HELD_OUT_TOKENS) * (used + head)
     elements = sum(8 * tokens * (group.used_rows + 2 * group.columns) for group in workload.groups())
     factorizations = sum(2.5 * group.columns**3 for group in workload.groups())
     return ComputeEstimate(factorizations, FLOAT_BYTES * elements, flops + loss)

@@ -7,12 +7,8 @@ here go to bwla-convert, in place of the sizes that the demo shows otherwise.
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,13 +24,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.common.record import ROOT, write_result
-from benchmarks.common.server import HEALTH_SECONDS, Server, serve
+from benchmarks.common.server import HEALTH_SECONDS, Server
 from scripts.demo.client import Client
-from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoModel, choose
+from scripts.demo.models import KNOWN, PRETRAINED, DemoError, DemoModel, choose
+from scripts.demo.prepare import Serving, prepared
 
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
 WINDOW = 512
-CONTEXT = 1024
 RESULT = "demo.json"
 """Name of the file in the output folder with what was measured."""
 
@@ -79,53 +75,9 @@ class Found:
     answer: str
 
 
-@dataclass(frozen=True)
-class Serving:
-    """How models are served.
-
-    Attributes:
-        compiled: whether vLLM compiles them, which takes longer to start.
-        start_seconds: time that a server may take to start.
-        folder: where the logs go.
-    """
-
-    compiled: bool
-    start_seconds: float
-    folder: Path
-
-
 def say(step: str) -> None:
     """Print the heading of a step."""
     print(f"\n== {step}", flush=True)
-
-
-def convert(source: Path, conversion: Conversion, out: Path) -> dict[str, float]:
-    """Run bwla-convert and return its report.
-
-    Raises:
-        DemoError: it failed.
-    """
-    program = Path(sys.executable).with_name("bwla-convert")
-    command = [str(part) for part in (program, source, out, "--overwrite", *conversion.options)]
-    print("$", " ".join(command), flush=True)
-    if subprocess.run(command, check=False).returncode:
-        raise DemoError("bwla-convert failed, see above")
-    report: dict[str, float] = json.loads((out / "bwla_report.json").read_text())
-    return report
-
-
-@contextmanager
-def served(folders: Sequence[Path], serving: Serving) -> Iterator[list[Server]]:
-    """Serve several models while the body of the with statement runs; all servers start at the same time."""
-    flags = ["--max-model-len", str(CONTEXT), *([] if serving.compiled else ["--enforce-eager"])]
-    with ExitStack() as stack, ThreadPoolExecutor(len(folders)) as pool:
-        starts = []
-        for folder in folders:
-            print("$ vllm serve", folder, *flags, flush=True)
-            log = serving.folder / f"{folder.name}.log"
-            server = serve(folder, log, flags, health_seconds=serving.start_seconds)
-            starts.append(pool.submit(stack.enter_context, server))
-        yield [start.result() for start in starts]
 
 
 def perplexity_of(original: Path, windows: Tensor) -> float:
@@ -171,26 +123,27 @@ def run(model: DemoModel, out: Path, text: Path, limit: int, serving: Serving) -
 
     Args:
         model: the model.
-        out: folder for the checkpoints.
+        out: folder for the checkpoints and the logs.
         text: held-out text.
         limit: number of windows of the text.
         serving: how the models are served.
     """
-    converted = []
-    for conversion in model.conversions:
-        say(f"convert to {conversion.title}")
-        folder = out / conversion.folder
-        bits = convert(model.source, conversion, folder)["bits_per_weight"]
-        converted.append(Subject(conversion.title, folder, bits, conversion.answers))
     folder = model.folder()
     ids = tokenize(load_tokenizer(folder), [read_text(text, "--text")], folder, "--text")
     windows = windows_of(ids, WINDOW)[:limit]
-    original = Subject("original", folder, 16.0, perplexity=perplexity_of(folder, windows))
-    subjects = [original, *converted]
-    say("serve the original in bfloat16, and what was converted")
+    say("convert, and serve what is converted beside the original in bfloat16")
     started = time.monotonic()
-    with served([subject.folder for subject in subjects], serving) as servers:
+    with prepared(model, out, serving) as waiting:
+        original = Subject("original", folder, 16.0, perplexity=perplexity_of(folder, windows))
+        servers = waiting()
         print(f"ready after {time.monotonic() - started:.0f} s")
+        subjects = [original]
+        for conversion in model.conversions:
+            report = json.loads((out / conversion.folder / "bwla_report.json").read_text())
+            subject = Subject(
+                conversion.title, out / conversion.folder, report["bits_per_weight"], conversion.answers
+            )
+            subjects.append(subject)
         found = [try_out(model, *each, windows) for each in zip(subjects, servers, strict=True)]
     for subject, of_subject in zip(subjects, found, strict=True):
         if subject.answers:

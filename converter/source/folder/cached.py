@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bwla_converter.source.gguf_path import cache_folder
+from torch import Tensor
 
 SUFFIXES = (".safetensors", ".json", ".jinja")
 """Suffixes of the model's files that are read."""
@@ -27,3 +28,8 @@ def cached_file(kind: str, suffix: str, folder: Path, *parts: Any) -> Path:
     marks = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = json.dumps([str(folder.resolve()), marks, *parts], sort_keys=True)
     return cache_folder() / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
+
+
+def digest_of_tokens(ids: Tensor) -> str:
+    """Return a digest of token ids [S, T], as one of `cached_file`'s parts."""
+    return hashlib.sha256(ids.contiguous().numpy().tobytes() + str(list(ids.shape)).encode()).hexdigest()

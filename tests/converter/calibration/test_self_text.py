@@ -52,9 +52,9 @@ def writing(source: Source, seed: int = 0, memory: float = 1e12) -> Writing:
 
 
 def short(source: Source, seed: int = 0) -> Writing:
-    """Two samples and one more for the loss, of 16 tokens."""
+    """Two samples and two more for the loss, of 16 tokens."""
     made = Writing(source.folder, Calibration("self", 2, 16), seed, torch.device("cpu"), 1e12)
-    assert (made.samples, made.pieces, made.length) == (2 + 512, 1, 16)
+    assert (made.samples, made.pieces, made.length) == (4, 1, 16)
     return made
 
 
@@ -96,9 +96,9 @@ def test_the_same_seed_writes_the_same_text_once(cache: Path, tmp_path: Path) ->
     calibration = Calibration("self", 2, 16, file)
     samples, digest = calibration_samples(calibration, EXAMPLE, seed=0)
     assert samples.shape == (2, 16)
-    held_out = held_out_samples(calibration, EXAMPLE, seed=0, tokens=64)
+    held_out = held_out_samples(calibration, EXAMPLE, seed=0, tokens=32)
     assert held_out is not None
-    assert held_out.shape == (4, 16)
+    assert held_out.shape == (2, 16)
     file.unlink()
     again = Calibration("self", 2, 16, write_calibration(source, short(source), lambda *_: None))
     assert torch.equal(calibration_samples(again, EXAMPLE, seed=0)[0], samples)
@@ -128,7 +128,7 @@ def test_long_samples_are_put_together_from_several_sequences(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LONGEST", 8)
-    monkeypatch.setattr(module, "HELD_OUT_TOKENS", 20)
+    monkeypatch.setattr(module, "held_out_tokens", lambda calibration: 20)
     source = open_source(str(EXAMPLE))
     made = Writing(source.folder, Calibration("self", 3, 20), 0, torch.device("cpu"), 1e12)
     assert (made.samples, made.pieces, made.length) == (4, 3, 7)

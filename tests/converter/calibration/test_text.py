@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from bwla_converter.calibration.text import (
+    MAX_HELD_OUT_TOKENS,
     calibration_samples,
     dataset_text,
     held_out_samples,
+    held_out_tokens,
 )
 from bwla_converter.options import Calibration
 from bwla_kernels.errors import SourceError
@@ -83,6 +85,11 @@ def test_a_tokenizer_with_tokens_beyond_the_embedding(tmp_path: Path) -> None:
         SourceError, match="expected token ids below 100, .* the tokenizer belongs to another"
     ):
         calibration_samples(calibration, model, 0)
+
+
+def test_the_loss_is_measured_on_as_many_tokens_as_calibrate_up_to_a_limit() -> None:
+    assert held_out_tokens(Calibration("self", 16, 256)) == 4096
+    assert held_out_tokens(Calibration("self", 128, 2048)) == MAX_HELD_OUT_TOKENS
 
 
 def test_conversations_go_through_the_chat_template_with_one_bos_token(tmp_path: Path) -> None:
