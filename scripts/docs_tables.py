@@ -4,18 +4,21 @@
     python -m scripts.docs_tables --check    # exit with 1 if a document is not up to date
 
 A table stands between `<!-- table: KIND RESULTS; scripts/docs_tables.py -->` and `<!-- end of table -->`. RESULTS names
-files in benchmarks/results without `.json`, joined by `+`. The kinds `families` and `gguf` read lists of the converter.
+files in benchmarks/results without `.json`, joined by `+`. The kinds `families` and `gguf` read lists of the converter,
+`training` the record of the example model.
 """
 
 import re
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from bwla_converter.source.families import family_table
 from bwla_converter.source.gguf_models.architectures import gguf_table
 
-from scripts.tables.coverage import coverage_table
+from scripts.tables.coverage import coverage_table, head_text
+from scripts.tables.gpu import compiled_text, gpu_step_table, gpu_table
 from scripts.tables.quality import (
     ablation_table,
     amounts_table,
@@ -27,13 +30,15 @@ from scripts.tables.quality import (
     head_table,
     llama_cpp_table,
     quality_table,
+    training_table,
 )
+from scripts.tables.reliability import damage_table, kill_states_table, kills_table, load_table
 from scripts.tables.results import ROOT, markdown_table, read_result, read_rows
 from scripts.tables.speed import (
+    conversion_memory_table,
     conversion_table,
     cpu_table,
     experts_table,
-    gpu_table,
     groups_table,
     imported_table,
     lengths_table,
@@ -44,7 +49,7 @@ from scripts.tables.speed import (
     variants_table,
 )
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BEGIN = "<!-- table: "
 MARKED = re.compile(
     r"(<!-- table: (\w+) ?(\S*); scripts/docs_tables.py -->\n).*?(\n<!-- end of table -->)", re.S
@@ -110,12 +115,22 @@ TABLES: dict[str, Callable[[str], str]] = {
     "lengths": lengths_table,
     "start": start_table,
     "gpu": gpu_table,
+    "compiled": compiled_text,
+    "gpu_step_32b": partial(gpu_step_table, "32b"),
+    "gpu_step_8b": partial(gpu_step_table, "8b"),
     "summary": summary_table,
     "conversion": conversion_table,
     "phases": phase_table,
     "demo": demo_table,
     "frontier": frontier_table,
     "coverage": coverage_table,
+    "coverage_head": head_text,
+    "load": load_table,
+    "kills": kills_table,
+    "kill_states": kill_states_table,
+    "damage": damage_table,
+    "conversion_memory": conversion_memory_table,
+    "training": training_table,
 }
 
 

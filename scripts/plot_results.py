@@ -2,14 +2,14 @@
 
     python -m scripts.plot_results                  # writes speed.svg, size.svg and frontier.svg to docs/images
 
-Colours are readable on light and dark pages. The same results give the same bytes.
+Colours are readable on light and dark pages. The same results and the same matplotlib give the same bytes.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,13 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from benchmarks.serving.engines import COMMON, SHAPES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-OURS, THEIRS, INK = "#2563eb", "#9ca3af", "#6b7280"
+INK = "#6b7280"
 STYLE: Any = {
     "svg.hashsalt": "bwla",
     "font.size": 10,
@@ -33,49 +34,154 @@ STYLE: Any = {
     "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.spines.left": False,
 }
+ENGINES = {
+    "bwla": ("BWLA", "#2563eb"),
+    "bwla, 4 planes": ("BWLA, head in 4 planes", "#60a5fa"),
+    "llama_Q4_0": ("llama.cpp Q4_0", "#d97706"),
+    "llama_Q1_0": ("llama.cpp Q1_0", "#fbbf24"),
+    "bf16": ("bf16", "#9ca3af"),
+}
+"""Titles and colours of the engines, in the order of the bars."""
+
+SIDE_BY_SIDE = ("head_serve_0.5b", "head_serve_1.7b", "experts_serve")
+IMPORTED = ("imported_serve_0.6b", "imported_serve_1.7b")
+"""Results in which BWLA and llama.cpp were timed in one run; in those of `IMPORTED`, on the same weights."""
+
+BAR = 0.8
+"""Height of a bar, where bars are 1 apart and groups of bars 1 more."""
 
 
-def served(results: Path) -> list[dict[str, Any]]:
-    """Return the rows of every result of benchmarks/serving/serve.py, the smallest model first."""
-    rows = [row for file in results.glob("serve_*.json") for row in json.loads(file.read_text())["rows"]]
-    return sorted(rows, key=lambda row: (row["bwla_checkpoint_bytes"], row["batch"]))
+@dataclass(frozen=True)
+class Group:
+    """The bars of one model.
+
+    Attributes:
+        title: the model.
+        figures: of each engine in `ENGINES`: tokens per second of "decode" and "prefill", and "size" in GB.
+        missing: what is written instead of a speed that bf16 does not have.
+    """
+
+    title: str
+    figures: Mapping[str, Mapping[str, float]]
+    missing: str = ""
+
+
+def read_result(results: Path, name: str) -> dict[str, Any]:
+    """Read a result."""
+    result: dict[str, Any] = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
+def speeds(row: Mapping[str, Any], engine: str) -> dict[str, float]:
+    """Return tokens per second of an engine in a row, if it was timed there."""
+    found = {phase: row.get(f"{engine}_{phase}_tok_s") for phase in ("decode", "prefill")}
+    return {phase: speed for phase, speed in found.items() if speed is not None}
+
+
+def side_by_side(results: Path, name: str) -> Group:
+    """Return the bars of a result of benchmarks.serving.serve with llama.cpp, for one request."""
+    result = read_result(results, name)
+    rows = [row for row in result["rows"] if row["batch"] == 1]
+    model = rows[0]["model"]
+    figures: dict[str, dict[str, float]] = {}
+    for row in rows:
+        ours = "bwla" if row.get("head_bits", 8) == 8 else f"bwla, {row['head_bits']} planes"
+        figures[ours] = {**speeds(row, "bwla"), "size": row["bwla_checkpoint_bytes"] / 1e9}
+    for engine in ("llama_Q4_0", "llama_Q1_0"):
+        if found := speeds(rows[0], engine):
+            figures[engine] = {**found, "size": rows[0][f"{engine}_file_bytes"] / 1e9}
+    figures["bf16"] = {**speeds(rows[0], "bf16"), "size": bfloat16_bytes(model) / 1e9}
+    fits = bfloat16_bytes(model) < result["machine"]["memory_gib"] * 2**30
+    return Group(model.title(), figures, "bf16 not measured" if fits else "bf16 does not fit into memory")
+
+
+def imported(results: Path, name: str) -> Group:
+    """Return the bars of a result of benchmarks.serving.imported: one-bit weights that both engines have exactly."""
+    row = next(row for row in read_result(results, name)["rows"] if row["type"] == "Q1_0")
+    figures = {"bwla": speeds(row, "bwla"), "llama_Q1_0": speeds(row, "llama")}
+    return Group(f"{row['model'].title()},\nthe same Q1_0 weights", figures)
 
 
 def bfloat16_bytes(model: str) -> int:
-    """Return the size of a Qwen3 model with a shape from benchmarks.serving.engines, at two bytes per parameter."""
-    shape = {**COMMON, **SHAPES[model.removeprefix("qwen3-")]}
+    """Return the size of a model with a shape from benchmarks.serving.engines, at two bytes per parameter."""
+    shape = {**COMMON, **SHAPES[model.partition("-")[2]]}
     hidden, heads, head = shape["hidden_size"], shape["num_attention_heads"], shape["head_dim"]
     keys = shape["num_key_value_heads"] * head
-    attention = hidden * (2 * heads * head + 2 * keys) + 2 * head
-    layer = attention + 3 * hidden * shape["intermediate_size"] + 2 * hidden
+    attention = hidden * (2 * heads * head + 2 * keys)
+    attention += heads * head + 2 * keys if shape["model_type"] == "qwen2" else 2 * head  # biases, or norms
+    if "num_experts" in shape:
+        experts = shape["num_experts"]
+        mlp = hidden * experts * (1 + 3 * shape["moe_intermediate_size"])
+    else:
+        mlp = 3 * hidden * shape["intermediate_size"]
+    layer = attention + mlp + 2 * hidden
     vocabulary = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
     parameters: int = shape["num_hidden_layers"] * layer + vocabulary + hidden
     return 2 * parameters
 
 
-def bars(
-    axes: Axes, labels: Sequence[str], ours: Sequence[float], theirs: Sequence[float | None], better: str
-) -> None:
-    """Draw two bars per label, each with its value; a missing bf16 value is shown as "does not fit".
+def bars(axes: Axes, groups: Sequence[Group], figure: str) -> None:
+    """Draw a figure of every engine of every group, each with its value; sizes relative to bf16.
 
     Args:
-        better: "faster" or "smaller", the word after the ratio.
+        axes: where to draw.
+        groups: the groups, from top to bottom.
+        figure: which of a group's figures: "decode", "prefill" or "size".
     """
-    for place, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
-        ratio = f"  {max(mine / other, other / mine):.1f}x {better}" if other else ""
-        axes.barh(place - 0.2, mine, 0.38, color=OURS, label="BWLA" if place == 0 else None)
-        axes.text(mine, place - 0.2, f" {mine:.1f}{ratio}", va="center")
-        axes.barh(place + 0.2, other or 0, 0.38, color=THEIRS, label="bf16" if place == 0 else None)
-        axes.text(other or 0, place + 0.2, f" {other:.1f}" if other else " bf16 does not fit", va="center")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.invert_yaxis()
+    digits = {"decode": 1, "prefill": 0, "size": 2}[figure]
+    place, ticks = 0.0, []
+    for group in groups:
+        shown = [engine for engine in ENGINES if engine in group.figures]
+        unit = group.figures["bf16"]["size"] if figure == "size" else 1.0
+        for number, engine in enumerate(shown):
+            value = group.figures[engine].get(figure)
+            text = group.missing if value is None else f"{value:.{digits}f}"
+            length = (value or 0.0) / unit
+            axes.barh(place + number, length, BAR, color=ENGINES[engine][1])
+            axes.text(length, place + number, f" {text}", va="center", fontsize=8.5)
+        ticks.append(place + (len(shown) - 1) / 2)
+        place += len(shown) + 1
+    axes.set_yticks(ticks, [group.title for group in groups])
+    axes.set_ylim(place - 1, -1)
     axes.set_xticks([])
-    axes.spines["bottom"].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
     axes.tick_params(left=False)
-    axes.margins(x=0.22)
-    axes.legend(frameon=False, loc="lower right" if better == "faster" else "upper right")
+    axes.margins(x=0.16)
+
+
+def legend(figure: Figure, groups: Sequence[Group]) -> None:
+    """Draw one legend below all panels, with the engines that the groups have."""
+    used = [engine for engine in ENGINES if any(engine in group.figures for group in groups)]
+    handles = [Patch(color=ENGINES[engine][1], label=ENGINES[engine][0]) for engine in used]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
+
+
+def speed(results: Path, out: Path) -> None:
+    """Draw decode and prefill of one request, next to each other."""
+    groups = [*(side_by_side(results, name) for name in SIDE_BY_SIDE)]
+    groups += [imported(results, name) for name in IMPORTED]
+    figure = Figure(figsize=(8.6, 5.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, phase in zip(panels, ("decode", "prefill"), strict=True):
+        bars(axes, groups, phase)
+        axes.set_title(phase.title(), color=INK, fontsize=10)
+    title = "Tokens per second of one request on two CPU cores with AVX2; BWLA and bf16 in vLLM"
+    figure.suptitle(title, color=INK, fontsize=11)
+    legend(figure, groups)
+    save(figure, out)
+
+
+def size(results: Path, out: Path) -> None:
+    """Draw the sizes of checkpoints and of llama.cpp's files."""
+    groups = [side_by_side(results, name) for name in SIDE_BY_SIDE]
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    bars(axes, groups, "size")
+    axes.set_title("Size of all weights in GB; bars relative to bf16", color=INK, fontsize=11)
+    legend(figure, groups)
+    save(figure, out)
 
 
 @dataclass(frozen=True)
@@ -142,34 +248,32 @@ def losses(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
                 color=curve.colour,
                 marker=curve.marker,
                 linestyle=("-", "--", ":")[place % 3],
-                label=f"{curve.title}{group}, A{abits}",
+                label=f"{curve.title}{group}, {abits}-bit activations",
             )
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight, everything counted")
     axes.set_ylabel("d = ln(perplexity / original's)")
     axes.grid(which="major", color=INK, alpha=0.2)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.legend(frameon=False, loc="upper right")
 
 
 def frontier(results: Path, out: Path) -> None:
-    """Draw the losses of the first model in frontier.json, if there is such a file."""
-    file = results / "frontier.json"
-    if not file.exists():
-        return
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    """Draw the losses of the first model of frontier.json."""
+    rows = read_result(results, "frontier")["rows"]
     rows = [row for row in rows if row["model"] == rows[0]["model"]]
-    figure = Figure(figsize=(7.2, 4.4))
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
     losses(axes, rows)
-    axes.set_title(f"{rows[0]['model']}: what is lost at a given size", color=INK)
+    axes.set_title(f"{rows[0]['model']}: loss at a given size; less is better", color=INK, fontsize=11)
+    figure.legend(frameon=False, loc="outside lower center", ncols=2, fontsize=9)
     save(figure, out)
 
 
 def save(figure: Figure, out: Path) -> None:
     """Write an SVG file without a date."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": None})
+    creator = f"matplotlib {mpl.__version__}"
+    figure.savefig(out, transparent=True, bbox_inches="tight", metadata={"Date": None, "Creator": creator})
     print(f"written: {out}")
 
 
@@ -181,27 +285,9 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "images")
     arguments = parser.parse_args()
-    rows = served(arguments.results)
-    if not rows:
-        parser.error(f"{arguments.results} has no serve_*.json: run benchmarks/serving/serve.py")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 0.62 * len(rows) + 0.6))
-        axes = figure.subplots()
-        labels = [f"{row['model'].title()}, batch {row['batch']}" for row in rows]
-        theirs = [row.get("bf16_decode_tok_s") for row in rows]
-        bars(axes, labels, [row["bwla_decode_tok_s"] for row in rows], theirs, "faster")
-        axes.set_title("Decode in vLLM, tokens per second, two CPU cores", color=INK)
-        save(figure, arguments.out / "speed.svg")
-
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        sizes = {row["model"]: row["bwla_checkpoint_bytes"] / 1e9 for row in rows}
-        figure = Figure(figsize=(7.2, 0.62 * len(models) + 0.6))
-        axes = figure.subplots()
-        plain = [bfloat16_bytes(model) / 1e9 for model in models]
-        bars(axes, [model.title() for model in models], [sizes[model] for model in models], plain, "smaller")
-        axes.set_title("Checkpoint with 8-bit head, GB", color=INK)
-        save(figure, arguments.out / "size.svg")
-        frontier(arguments.results, arguments.out / "frontier.svg")
+        for draw in (speed, size, frontier):
+            draw(arguments.results, arguments.out / f"{draw.__name__}.svg")
     return 0
 
 

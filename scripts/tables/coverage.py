@@ -33,6 +33,24 @@ def coverage_table(name: str) -> str:
     return "\n".join([_counts(rows), "", table, *(["", *notes] if notes else [])])
 
 
+def head_text(name: str) -> str:
+    """One sentence: how many architectures were tried with a head in binary planes, and what became of them."""
+    rows = read_result(name)["rows"]
+    served = [row for row in rows if row["fast"]["served"]]
+    same = sum(row["fast"]["same_tokens"] for row in served)
+    refused = [row for row in rows if not row["fast"]["converted"]]
+    others = [row for row in rows if row["fast"]["converted"] and not row["fast"]["served"]]
+    unknown = sum(not row["original"].get("served") for row in others)
+    parts = [
+        f"Of {len(rows)} architectures that were tried, {len(served)} are served, {same} of them with the tokens of "
+        "their dequantized weights.",
+        f"`bwla-convert` refuses it for {len(refused)}.",
+        *([f"Of {unknown}, vLLM does not serve the original here either."] if unknown else []),
+        *([f"Not served, though the original is: {len(others) - unknown}."] if len(others) > unknown else []),
+    ]
+    return " ".join(parts)
+
+
 def _line(row: dict[str, Any], reasons: dict[str, int]) -> list[str]:
     """Return the cells of a row; a reason that is new is added to `reasons` with its number."""
     forms = [row[recipe] for recipe in RECIPES]
@@ -75,9 +93,16 @@ def _counts(rows: list[dict[str, Any]]) -> str:
     served = [row for row in converted if is_served(row)]
     compared = [row[recipe] for row in rows for recipe in RECIPES if "same_tokens" in row[recipe]]
     same = sum(form["same_tokens"] for form in compared)
+    others = [row for row in converted if not is_served(row)]
+    originals = sum(bool(row["original"].get("served")) for row in others)
+    why = (
+        f"vLLM serves the originals of {originals or 'none'} of the other {len(others)} here; "
+        if others
+        else ""
+    )
     return (
         f"Of {len(rows)} architectures, {len(converted)} are converted with both recipes and {len(served)} of these "
-        f"served; {same} of {len(compared)} comparisons had the same tokens."
+        f"served; {why}{same} of {len(compared)} comparisons had the same tokens."
     )
 
 

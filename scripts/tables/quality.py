@@ -1,11 +1,21 @@
 """Tables about accuracy."""
 
+import json
 import math
 import statistics
 import textwrap
 from typing import Any
 
-from scripts.tables.results import METHODS, Rows, markdown_table, mean, mean_loss, read_result, read_rows
+from scripts.tables.results import (
+    METHODS,
+    ROOT,
+    Rows,
+    markdown_table,
+    mean,
+    mean_loss,
+    read_result,
+    read_rows,
+)
 
 ABITS = (16, 8, 6, 4)
 LONGEST_ANSWER = 60
@@ -177,3 +187,20 @@ def calibration_text_table(name: str) -> str:
         lines.append([row["model"], f"{row['bits']:.2f}", text, *losses])
     header = ["model", "bits per weight", "calibration text", "d on real text", "d on self-written text"]
     return markdown_table(header, lines)
+
+
+def training_table(_: str) -> str:
+    """One line per text: how well the example model predicts it, from the record of its training."""
+    record = json.loads((ROOT / "examples" / "model" / "training.json").read_text(encoding="utf-8"))
+    texts = {
+        "text": "training text",
+        "valid": "validation: other books, evaluated during training",
+        "test": "`heldout.txt`, evaluated once",
+    }
+    lines = []
+    for key, title in texts.items():
+        found = record["final"][key]
+        numbers = [f"{found['loss']:.3f}", f"{found['perplexity']:.1f}", f"{found['bits_per_byte']:.3f}"]
+        lines.append([title, *numbers])
+    windows = f"text (separate windows of {record['recipe']['window']} tokens)"
+    return markdown_table([windows, "loss, nats per token", "perplexity", "bits per byte"], lines)

@@ -190,41 +190,6 @@ def lengths_table(names: str) -> str:
     return markdown_table(header, lines)
 
 
-GPU_LAYERS = (
-    ("gate_up", 1),
-    ("down", 1),
-    ("qkv", 1),
-    ("o", 1),
-    ("gate_up", 8),
-    ("gate_up", 4096),
-    ("qkv", 4096),
-)
-"""Linears of Qwen3-32B and numbers of tokens in the GPU table: every linear at one token, then larger batches."""
-
-
-def gpu_table(name: str) -> str:
-    """One line per linear of Qwen3-32B: microseconds of BWLA and of cuBLAS in bfloat16."""
-    steps = read_result(name)["rows"]
-    layers = {(row["layer"], row["m"]): row for row in steps["layer"] if row.get("model") == "32b"}
-    heads = {
-        row["head"]: row
-        for row in steps["chain"]
-        if row.get("head") and row["model"] == "32b" and row["m"] == 1
-    }
-    times = [
-        (f"{layer} ({row['n']} x {row['k']}), {m} token{'s' * (m > 1)}", row["fused_us"], row["bf16_us"])
-        for layer, m in GPU_LAYERS
-        if (row := layers[layer, m])["ok"]
-    ]
-    head = heads["triton"]
-    title = f"8-bit head ({head['v']} x {head['k']}), 1 token"
-    times.append((title, head["head_us"], heads["bf16"]["head_us"]))
-    return markdown_table(
-        ["Qwen3-32B on an H200, microseconds", "BWLA", "cuBLAS bf16", "speedup"],
-        [[what, f"{ours:.1f}", f"{bf16:.1f}", f"{bf16 / ours:.1f}x"] for what, ours, bf16 in times],
-    )
-
-
 def conversion_table(name: str) -> str:
     """One line per model and method: what a conversion costs."""
     lines = []
@@ -251,3 +216,16 @@ def phase_table(name: str) -> str:
         parts = [row["phases"].get(phase) for row in rows]
         lines.append([phase, *("" if part is None else f"{part['seconds']:.1f}" for part in parts)])
     return markdown_table([f"seconds, {rows[0]['model']}", *(METHODS[row["method"]] for row in rows)], lines)
+
+
+def conversion_memory_table(names: str) -> str:
+    """One line per conversion: the model, and the predicted and the measured peak of memory."""
+    lines = []
+    for row in (row for name in names.split("+") for row in read_result(name)["rows"]):
+        width = row["hidden"] if "hidden" in row else row["shape"]["hidden_size"]
+        model = f"{row['layers']} layer{'s' * (row['layers'] > 1)}, width {width:,}"
+        sizes = [row["model_bytes"], row.get("predicted_bytes"), row["limit_bytes"], row["peak_bytes"]]
+        cells = ["" if size is None else f"{size / 1e9:.2f}" for size in sizes]
+        lines.append([METHODS[row.get("recipe", "data-free")], model, *cells])
+    header = ["recipe", "model", "its size in bfloat16 (GB)", "predicted (GB)", "limit (GB)", "peak (GB)"]
+    return markdown_table(header, lines)
