@@ -125,7 +125,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm import __version__ as release
 
         from bwla_vllm import checks
-        from bwla_vllm.compat import outside_tested_range
+        from bwla_vllm.compat.releases import outside_tested_range
 
         quantization = self.known_format()
         warning = outside_tested_range(release)
@@ -153,6 +153,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Add the names that modules have inside vLLM to those in the checkpoint."""
+        from bwla_kernels.format.schema import SETTINGS_BY_SUFFIX
+
         quantization = self.known_format()
         # Most prefixes end at a dot, and an entry of `ignore` may be the whole prefix ("model.visual").
         entries = [
@@ -161,7 +163,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         ]
         renamed = [name.removesuffix(".") for name in hf_to_vllm_mapper.apply_list(entries)]
         changes: dict[str, Any] = {"ignore": list(dict.fromkeys([*quantization.ignore, *renamed]))}
-        for key in ("rotation", "rank", "planes", "clip"):
+        for key in SETTINGS_BY_SUFFIX:
             setting = getattr(quantization, key)
             if isinstance(setting, dict):
                 changes[key] = {**hf_to_vllm_mapper.apply_dict(dict(setting)), **setting}
@@ -189,7 +191,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         from bwla_vllm.checks import check_kv_b_proj
-        from bwla_vllm.compat import is_moe_layer
+        from bwla_vllm.compat.releases import is_moe_layer
         from bwla_vllm.linear import BWLALinearMethod
         from bwla_vllm.loading import BWLAScoreMethod
 
@@ -247,7 +249,8 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
         from vllm.distributed import get_tensor_model_parallel_world_size
 
         from bwla_vllm.checks import check_tensor_parallel
-        from bwla_vllm.compile_cache import reuse_compiled_graphs
+        from bwla_vllm.compat.compile_cache import reuse_compiled_graphs
+        from bwla_vllm.compat.cpu_lora import skip_rows_without_adapter
         from bwla_vllm.loading import check_request
         from bwla_vllm.vocabulary.head import watch_vocabulary
 
@@ -261,6 +264,7 @@ class BWLAConfig(QuantizationConfig):  # type: ignore[misc]
             watch_vocabulary(self.known_format(), ties_head())
             if config is not None:
                 reuse_compiled_graphs(config, release)
+                skip_rows_without_adapter(config, release)
             self._start_checked = True
 
     def _quantized_parts(self, layer: Any, prefix: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 
 from bwla_vllm.checks import ADVICE, check_rotation_groups
-from bwla_vllm.compat import untested_triton
+from bwla_vllm.compat.releases import untested_triton
 from bwla_vllm.dummy import dummy_tensors, loads_dummy_weights
 from bwla_vllm.errors import one_sentence
 from bwla_vllm.observe import Observer

@@ -8,7 +8,7 @@ from bwla_kernels.format.head import HEAD_MODULE
 from vllm import __version__ as release
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
-from bwla_vllm.compat import experts_problem
+from bwla_vllm.compat.releases import experts_problem
 from bwla_vllm.dummy import loads_dummy_weights
 from bwla_vllm.errors import StartError
 

@@ -30,6 +30,9 @@ HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"
 MOE = "vllm.model_executor.layers.fused_moe"
 
 
+CPU_LORA_OPERATIONS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+
+
 @dataclass(frozen=True)
 class Members:
     """Requirement: a class, or for "A|B" one of these classes, has these attributes."""
@@ -136,6 +139,8 @@ FACTS: tuple[Members | Constructor | CallSite | Text, ...] = (
     CallSite(f"{MOE}.routed_experts", "create_weights", ("layer",)),
     CallSite(f"{MOE}.routed_experts", "weight_loader", LOAD_EXPERT),
     CallSite(f"{MOE}.routed_experts", "apply", ("layer", "x", "topk_weights", "topk_ids")),
+    # What `cpu_lora` replaces.
+    *(CallSite("vllm.lora.punica_wrapper.punica_cpu", name, ()) for name in CPU_LORA_OPERATIONS),
     # Some classes load experts themselves.
     CallSite("vllm.model_executor.models.deepseek_v2", "weight_loader", LOAD_EXPERT[-3:]),
     # The plugin registers a subclass of this one.

@@ -30,7 +30,7 @@ from typing import Any
 from packaging.version import Version
 
 from benchmarks.common.record import write_result
-from bwla_vllm.compat import experts_problem
+from bwla_vllm.compat.releases import experts_problem
 from scripts.setup_env import OVERRIDES, ROOT, SHIM, SetupError, install_torch, run, uv_index_options
 from scripts.wheel_sources import Read, wheel_reader, wheel_urls
 

@@ -7,7 +7,7 @@ read what the first one compiled.
 
 - `eager`: vLLM does not compile (--enforce-eager);
 - `aot`: vLLM compiles ahead of time, its default, which it cannot load again on a CPU;
-- `default`: what the plugin chooses, see bwla_vllm/compile_cache.py.
+- `default`: what the plugin chooses, see bwla_vllm/compat/compile_cache.py.
 """
 
 import argparse

@@ -30,6 +30,9 @@ FORMAT_VERSIONS = (1, 2)
 """Versions that can be read. Version 2 has `planes`, `embedding`, `experts` and `group_size`; without them, version 1
 is written."""
 
+SETTINGS_BY_SUFFIX = ("rotation", "group_size", "planes", "rank", "clip")
+"""Settings that may differ between linears: dictionaries of module-name suffixes, which a renamed module needs anew."""
+
 _ARGUMENTS = {"num_bits", "type", "symmetric", "strategy", "dynamic"}
 """Fields of `QuantizationArgs` that are written to config.json."""
 
@@ -216,7 +219,7 @@ class BWLAFormat(BaseModel):
                 raise ValueError(f"a group_size must be a multiple of {PACK_FACTOR}, found {suffix}: {size}")
         return table
 
-    @field_validator("rotation", "group_size", "planes", "rank", "clip")
+    @field_validator(*SETTINGS_BY_SUFFIX)
     @classmethod
     def _stars_are_experts(cls, setting: Any) -> Any:
         for key in setting if isinstance(setting, dict) else ():

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.common.record import ROOT, write_result
 from benchmarks.common.server import HEALTH_SECONDS, Server
 from scripts.demo.client import Client
-from scripts.demo.models import KNOWN, PRETRAINED, DemoError, DemoModel, choose
+from scripts.demo.models import KNOWN, PRETRAINED, Conversion, DemoError, DemoModel, choose
 from scripts.demo.prepare import Serving, prepared
 
 HELD_OUT = ROOT / "examples" / "text" / "heldout.txt"
@@ -90,6 +90,13 @@ def perplexity_of(original: Path, windows: Tensor) -> float:
     return perplexity(model.eval(), windows)
 
 
+def converted(conversion: Conversion, out: Path) -> Subject:
+    """Return what a conversion has written into the folder `out`."""
+    folder = out / conversion.folder
+    report = json.loads((folder / "bwla_report.json").read_text())
+    return Subject(conversion.title, folder, report["bits_per_weight"], conversion.answers)
+
+
 def try_out(model: DemoModel, subject: Subject, server: Server, windows: Tensor) -> Found:
     """Ask a served model, and measure it.
 
@@ -137,13 +144,7 @@ def run(model: DemoModel, out: Path, text: Path, limit: int, serving: Serving) -
         original = Subject("original", folder, 16.0, perplexity=perplexity_of(folder, windows))
         servers = waiting()
         print(f"ready after {time.monotonic() - started:.0f} s")
-        subjects = [original]
-        for conversion in model.conversions:
-            report = json.loads((out / conversion.folder / "bwla_report.json").read_text())
-            subject = Subject(
-                conversion.title, out / conversion.folder, report["bits_per_weight"], conversion.answers
-            )
-            subjects.append(subject)
+        subjects = [original, *(converted(conversion, out) for conversion in model.conversions)]
         found = [try_out(model, *each, windows) for each in zip(subjects, servers, strict=True)]
     for subject, of_subject in zip(subjects, found, strict=True):
         if subject.answers:

@@ -10,8 +10,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from paths import ROOT
 
-from bwla_vllm import compat
-from bwla_vllm.compat import NEWEST, OLDEST, TESTED_TRITONS, outside_tested_range, untested_triton
+from bwla_vllm.compat.releases import (
+    NEWEST,
+    OLDEST,
+    TESTED_TRITONS,
+    experts_problem,
+    outside_tested_range,
+    untested_triton,
+)
 
 LINEAR = "vllm/model_executor/layers/linear.py"
 PARAMETER = "vllm/model_executor/parameter.py"
@@ -160,11 +166,11 @@ def test_a_changed_release_is_found_out(file: str, old: str, new: str, said: str
 
 @pytest.mark.parametrize("release", ["0.32.0", "0.33.1+cpu", "1.0", "dev"])
 def test_newer_releases_load_one_bit_experts(release: str) -> None:
-    assert compat.experts_problem(release) is None
+    assert experts_problem(release) is None
 
 
 def test_older_releases_are_refused_for_one_bit_experts() -> None:
-    assert compat.experts_problem("0.31.2") == (
+    assert experts_problem("0.31.2") == (
         "one-bit experts need vLLM 0.32 or newer, found 0.31.2: install it, or convert the model again with "
         "--ignore experts"
     )

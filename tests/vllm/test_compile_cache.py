@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from vllm.config import CompilationMode
 
-from bwla_vllm import compile_cache
-from bwla_vllm.compat import NEWEST
-from bwla_vllm.compile_cache import VARIABLE, reuse_compiled_graphs
+from bwla_vllm.compat import compile_cache
+from bwla_vllm.compat.compile_cache import VARIABLE, reuse_compiled_graphs
+from bwla_vllm.compat.releases import NEWEST
 
 
 def config(mode: CompilationMode = CompilationMode.DYNAMO_TRACE_ONCE) -> Any:

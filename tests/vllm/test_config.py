@@ -226,7 +226,7 @@ def test_rotation_that_does_not_fit_names_the_layer(bare_layer: Callable[..., An
 def test_experts_in_16_bits_are_left_to_vllm(
     prefix: str, bare_layer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bwla_vllm.compat.is_moe_layer", lambda layer: True)
+    monkeypatch.setattr("bwla_vllm.compat.releases.is_moe_layer", lambda layer: True)
     rotation = {**ROTATION, "gate_proj": (1, 8, 8)}
     ignored = make_config(rotation=rotation, ignore=["experts"])
     assert ignored.get_quant_method(bare_layer("attention"), prefix) is None
@@ -240,7 +240,7 @@ def test_experts_in_16_bits_are_left_to_vllm(
 def test_moe_layers_of_this_vllm_are_known() -> None:
     from vllm.model_executor.layers.fused_moe import RoutedExperts
 
-    from bwla_vllm.compat import is_moe_layer
+    from bwla_vllm.compat.releases import is_moe_layer
 
     assert is_moe_layer(RoutedExperts.__new__(RoutedExperts))
     assert not is_moe_layer(nn.Linear(1, 1))
@@ -273,6 +273,18 @@ TOWERS = {
     "model.": "language_model.model.",
 }
 """What vLLM's class for Qwen2.5-VL maps."""
+
+
+def test_groups_of_single_linears_are_learned() -> None:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    name = "layers.1.mlp.down_proj"
+    sizes = {f"model.language_model.{name}": 32}
+    config = make_config(rotation={}, group_size=sizes, format_version=2, rank=0)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix=TOWERS))
+    spec = config.format.layer_spec(f"language_model.model.{name}", 64, 32)
+    assert spec is not None
+    assert spec.group_width == 32
 
 
 def test_ignored_towers_are_found_inside_vllm() -> None:

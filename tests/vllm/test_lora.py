@@ -116,6 +116,18 @@ def test_adapters_answer_as_on_the_dequantized_weights(
         assert all(a != b for a, b in zip(texts[one], texts[two], strict=True))
 
 
+def test_a_request_without_an_adapter_beside_one_with_the_last_adapter(
+    example_a16: Path, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """vLLM's operations for CPUs confuse the two: `bwla_vllm.compat.cpu_lora`."""
+    (bare,) = answers(start(example_a16, max_model_len=128), [None])
+    one = write_adapter(example_a16, tmp_path / "one", 1, head=True)
+    options = {**LORA, "max_loras": 1, "max_num_seqs": 2 * len(PROMPTS)}
+    ours = answers(start(example_a16, **options), [None, one])
+    agree(ours[0], bare, 1e-4)
+    assert all(a[0] != b[0] for a, b in zip(*ours, strict=True))
+
+
 def test_a_compiled_engine_with_6_bit_activations(
     qwen3: Any, golden: Any, start: Callable[..., Any], compare: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from vllm.config import CompilationMode
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from bwla_vllm.compat import outside_tested_range
+from bwla_vllm.compat.releases import outside_tested_range
 
 logger = init_logger("vllm.bwla")
 
