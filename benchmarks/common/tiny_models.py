@@ -66,17 +66,24 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The families by name."""
 
+EXPERTS = Family(
+    "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+)
+"""A mixture of experts, in every decoder layer."""
 
-def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any) -> PreTrainedModel:
+
+def build_model(family: str | Family, lively: bool = False, seed: int = 0, **config: Any) -> PreTrainedModel:
     """Return a random float32 model of a family.
 
     Args:
-        family: a name in `FAMILIES`.
+        family: a family, or its name in `FAMILIES`.
         lively: draw weights that are large enough for each one to matter to the logits, unlike transformers' own.
         seed: seed of the weights.
         config: changes to the tiny configuration.
     """
-    entry = FAMILIES[family]
+    entry = FAMILIES[family] if isinstance(family, str) else family
     torch.manual_seed(seed)
     sizes = {**SIZES, **entry.settings, **config}
     settings = AutoConfig.for_model(entry.model_type, **sizes, architectures=[entry.architecture])
@@ -94,7 +101,11 @@ def build_model(family: str, lively: bool = False, seed: int = 0, **config: Any)
 
 
 def write_model(
-    folder: Path, family: str = "Qwen3", shards: int = 1, dtype: torch.dtype = torch.bfloat16, **options: Any
+    folder: Path,
+    family: str | Family = "Qwen3",
+    shards: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    **options: Any,
 ) -> Path:
     """Write `build_model(family, **options)` to `folder` in about `shards` files; return the folder."""
     model = build_model(family, **options).to(dtype)

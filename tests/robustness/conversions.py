@@ -1,6 +1,6 @@
 """Small conversions that can be killed, for the test of resuming.
 
-The model is tiny and the recipes do fewer rounds than usual, so that a conversion spends most of its time between
+The models are tiny and the recipes do fewer rounds than usual, so that a conversion spends most of its time between
 layers.
 """
 
@@ -12,32 +12,95 @@ import signal
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from bwla_converter import pipeline
 from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.checkpoint import merge
-from bwla_converter.options import Calibration, Options
+from bwla_converter.options import Calibration, Options, RecipeName
 from bwla_converter.quantize import data_free, fast, paper
 from bwla_converter.recipes import base as recipes
 from bwla_converter.recipes import fast as calibrated
-from bwla_converter.recipes.base import Recipe
+from bwla_converter.recipes.base import RECIPES, Recipe
+from bwla_converter.source.gguf_path import CACHE_VARIABLE
 from bwla_converter.source.model import Source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format.folder import read_folder, read_tensors
 from torch import Tensor
 
 from benchmarks.common.record import ROOT
-from benchmarks.common.tiny_models import write_model
+from benchmarks.common.tiny_models import EXPERTS, Family, write_model
 
 EXAMPLE = ROOT / "examples"
 DONE, REFUSED, CRASHED = 0, 3, 4
 """Exit codes of a conversion in a fork."""
 
 FILE_EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "shutil.copyfile")
-RECIPES = ("data-free", "paper", "fast", "fast with a final step")
+
+FLAGS = {
+    "recipe": "--recipe",
+    "rank": "--rank",
+    "planes": "--planes",
+    "target_bits": "--bits",
+    "head_bits": "--lm-head-bits",
+    "text_samples": "--samples-of-text",
+}
+"""Fields of `Options` -> flags of `bwla-convert`."""
+
+CALIBRATION_FLAGS = {
+    "source": "--calibration",
+    "num_samples": "--num-calibration-samples",
+    "max_seq_length": "--max-seq-length",
+}
+"""Fields of `Calibration` -> flags of `bwla-convert`."""
+
+MODELS: Mapping[str, str | Family] = {"dense": "Qwen3", "experts": EXPERTS}
+"""The models by the names of their folders; the heads are not tied."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of conversion.
+
+    Attributes:
+        recipe: the recipe.
+        options: further fields of `Options` among those in `FLAGS`.
+        model: name of its model in `MODELS`.
+        touched_up: whether a final step changes tensors of every layer; `bwla-convert` has no option for it.
+    """
+
+    recipe: RecipeName
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "dense"
+    touched_up: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The fields of `Options` that conversions of this kind have in common."""
+        return {"recipe": self.recipe, "rank": 2, "text_samples": 0, **self.options}
+
+    def calibration(self, models: Path) -> dict[str, Any]:
+        """Return the fields of `Calibration`; nothing for a recipe without calibration text."""
+        if not RECIPES[self.recipe].needs_calibration:
+            return {}
+        return {"source": str(models / "text.txt"), "num_samples": 4, "max_seq_length": 32}
+
+
+KINDS: Mapping[str, Kind] = {
+    "data-free": Kind("data-free"),
+    "paper": Kind("paper"),
+    "fast": Kind("fast"),
+    "fast with a final step": Kind("fast", touched_up=True),
+    "two planes": Kind("fast", {"planes": 2}),
+    "planes by bits": Kind("fast", {"rank": 0, "target_bits": 2.2}),
+    "two planes, head in three": Kind("fast", {"planes": 2, "head_bits": 3}),
+    "experts in two planes": Kind("fast", {"planes": 2}, model="experts"),
+}
+"""The kinds of conversions by name."""
 
 
 class TouchUp(calibrated.FastRecipe):
@@ -51,7 +114,7 @@ class TouchUp(calibrated.FastRecipe):
 
 
 def make_touch_up(options: Options, source: Source, store: ActivationStore) -> Recipe:
-    """Return the recipe "fast with a final step"."""
+    """Return the recipe `TouchUp`."""
     assert options.calibration is not None
     return TouchUp(source, options.calibration, options.seed)
 
@@ -69,78 +132,82 @@ def few_rounds() -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A kind of conversion: its recipe, and whether it replaces an existing checkpoint."""
+    """A conversion: the name of its kind, and whether it replaces an existing checkpoint."""
 
-    recipe: str
+    name: str
     overwrite: bool
 
-    def options(self, model: Path, out: Path, seed: int = 0) -> Options:
-        """Return the options for `convert`."""
-        text = Calibration(str(model.parent / "text.txt"), num_samples=4, max_seq_length=32)
+    @property
+    def kind(self) -> Kind:
+        """Its kind."""
+        return KINDS[self.name]
+
+    def options(self, models: Path, out: Path, seed: int = 0) -> Options:
+        """Return the options for `convert`; `models` is the folder that `write_models` wrote."""
+        text = self.kind.calibration(models)
         return Options(
-            str(model),
+            str(models / self.kind.model),
             out,
-            recipe=self.recipe.split()[0],
-            rank=2,
             seed=seed,
             overwrite=self.overwrite,
-            calibration=None if self.recipe == "data-free" else text,
-            text_samples=0,
+            calibration=Calibration(**text) if text else None,
+            **self.kind.settings,
         )
 
-    def flags(self, model: Path) -> list[str]:
-        """Return the same options for the command line."""
-        flags = [
-            "--recipe",
-            self.recipe,
-            "--rank",
-            "2",
-            "--samples-of-text",
-            "0",
-            *(["--overwrite"] if self.overwrite else []),
-        ]
-        if self.recipe != "data-free":
-            text = str(model.parent / "text.txt")
-            flags += ["--calibration", text, "--num-calibration-samples", "4", "--max-seq-length", "32"]
-        return flags
+    def arguments(self, models: Path, out: Path) -> list[str]:
+        """Return the same for the command line."""
+        pairs = [(FLAGS[name], value) for name, value in self.kind.settings.items()]
+        pairs += [(CALIBRATION_FLAGS[name], value) for name, value in self.kind.calibration(models).items()]
+        flags = [word for flag, value in pairs for word in (flag, str(value))]
+        overwrite = ["--overwrite"] if self.overwrite else []
+        return [str(models / self.kind.model), str(out), *flags, *overwrite]
 
 
-def write_example(folder: Path) -> None:
-    """Write a tiny random Qwen3 model with the example's tokenizer, and beside it a calibration text."""
+def write_models(folder: Path) -> None:
+    """Write tiny random models with the example's tokenizer, and beside them a calibration text."""
     vocabulary = json.loads((EXAMPLE / "model" / "config.json").read_text())["vocab_size"]
-    write_model(folder, "Qwen3", shards=4, num_hidden_layers=3, vocab_size=vocabulary)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(EXAMPLE / "model" / name, folder)
+    for model, family in MODELS.items():
+        write_model(folder / model, family, shards=4, num_hidden_layers=3, vocab_size=vocabulary)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(EXAMPLE / "model" / name, folder / model)
     text = (EXAMPLE / "text" / "calibration.txt").read_text(encoding="utf-8")
-    (folder.parent / "text.txt").write_text(text[:20000], encoding="utf-8")
+    (folder / "text.txt").write_text(text[:4000], encoding="utf-8")
 
 
-def digest_of(folder: Path) -> str:
-    """Return a hash of a checkpoint's files except for times and memory, or "absent" if there is no checkpoint."""
-    if not folder.exists():
-        return "absent"
-    digest = hashlib.sha256()
+def cache_path(out: Path) -> Path:
+    """Return the cache of a conversion to `out`: its own, so that a kill can hit the writing of sensitivities."""
+    return out.with_name(f"{out.name}.cache")
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Return the hash of each file of a checkpoint except for times and memory; nothing if there is no checkpoint."""
+    hashes = {}
     for path in sorted(folder.rglob("*")):
         data = path.read_bytes()
         if path.name == "bwla_report.json":
             data = json.dumps({**json.loads(data), "seconds": 0, "memory": 0}).encode()
         elif path.name == "bwla_report.html":  # rendered from the JSON report
             continue
-        digest.update(f"{path.relative_to(folder)} {hashlib.sha256(data).hexdigest()}\n".encode())
-    return digest.hexdigest()
+        hashes[str(path.relative_to(folder))] = hashlib.sha256(data).hexdigest()
+    return hashes
 
 
-def fork_convert(case: Case, options: Options, reason_file: Path, kill_at: int | None = None) -> int:
-    """Convert in a forked process, which kills itself at its file operation number `kill_at`; return its id."""
+def convert_alone(case: Case, options: Options) -> None:
+    """Convert in this process, with a cache of its own."""
+    os.environ[CACHE_VARIABLE] = str(cache_path(options.out))
+    pipeline.convert(options, recipe_factory=make_touch_up if case.kind.touched_up else None)
+
+
+def fork_convert(case: Case, options: Options, reason_file: Path, kill_at: "Moment | None" = None) -> int:
+    """Convert in a forked process, which kills itself at the moment `kill_at`; return its id."""
     child = os.fork()
     if child:
         return child
     try:
         code = CRASHED
-        touch_up = case.recipe == RECIPES[2]
         if kill_at is not None:
-            kill_at_operation(kill_at)
-        pipeline.convert(options, recipe_factory=make_touch_up if touch_up else None)
+            kill_self_at(kill_at)
+        convert_alone(case, options)
         code = DONE
     except BWLAError as error:
         reason_file.write_text(str(error))
@@ -151,21 +218,29 @@ def fork_convert(case: Case, options: Options, reason_file: Path, kill_at: int |
         os._exit(code)
 
 
-def kill_at_operation(number: int) -> None:
-    """Make this process kill itself with SIGKILL just before its file operation `number`."""
-    operations = 0
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a conversion: just before its file operation `number`, counted within a folder or everywhere."""
+
+    number: int
+    within: Path | None = None
+
+
+def kill_self_at(moment: Moment) -> None:
+    """Make this process kill itself with SIGKILL at a moment."""
+    operations, folder = 0, str(moment.within or "")
 
     def hook(event: str, arguments: tuple[object, ...]) -> None:
         nonlocal operations
-        if event in FILE_EVENTS:
+        if event in FILE_EVENTS and str(arguments[0]).startswith(folder):
             operations += 1
-            if operations == number:
+            if operations == moment.number:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 
 
-def count_operations(options: Options) -> int:
+def count_operations(case: Case, options: Options) -> int:
     """Return the number of file operations of a whole conversion."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -177,7 +252,7 @@ def count_operations(options: Options) -> int:
             total += event in FILE_EVENTS
 
         sys.addaudithook(hook)
-        pipeline.convert(options)
+        convert_alone(case, options)
         os.write(writer, str(total).encode())
         os._exit(0)
     os.close(writer)

@@ -1,11 +1,9 @@
 """Start vLLM engines in this process on damaged checkpoints, and compare their output with the undamaged one."""
 
-import contextlib
 import gc
 import json
 import os
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +12,8 @@ from bwla_converter.pipeline import convert
 
 from benchmarks.common.tiny_models import write_model
 from bwla_vllm.errors import StartError
-from tests.robustness.fuzz import HOST_ERRORS, Case, quiet
-from tests.robustness.mutations import MAY_PASS, MUST_REFUSE
+from tests.robustness.fuzz import HOST_ERRORS, Case, damage, make_checkpoints_with_planes, quiet
+from tests.robustness.kinds import MAY_PASS, MUST_REFUSE
 
 SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -64,24 +62,24 @@ def judge_engine(folder: Path, name: str, must_refuse: bool) -> tuple[str, str]:
 def run_engines(count: int, seed: int, work: Path, on_case: Callable[[Case], None]) -> list[Case]:
     """Start an engine on each of `count` damaged checkpoints; return the outcomes."""
     os.environ.update(SETTINGS)
-    source = write_model(work / "served", "Qwen3", shards=3, lively=True, vocab_size=VOCABULARY)
-    origin = work / "served-bwla"
+    own = work / "served"
+    source = write_model(own / "qwen3", "Qwen3", shards=3, lively=True, vocab_size=VOCABULARY)
+    origins = [own / "qwen3-bwla"]
     with quiet():
-        convert(Options(str(source), origin, rank=2, recipe="data-free"))
-    (name,) = json.loads((origin / "config.json").read_text())["architectures"]
+        convert(Options(str(source), origins[0], rank=2, recipe="data-free"))
+        origins += make_checkpoints_with_planes(own)
     cases: list[Case] = []
     kinds = [*MUST_REFUSE, *MAY_PASS]
     rng = random.Random(seed)
     order = rng.sample(kinds, len(kinds)) * (1 + count // len(kinds))
     for number, mutate in enumerate(order[:count]):
-        damaged = work / "damaged-served"
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(damaged)
-        shutil.copytree(origin, damaged)
-        what = mutate(damaged, rng)
-        if what is None:
+        damaged = own / "damaged"
+        found = damage(origins, damaged, mutate, rng)
+        if found is None:
             continue
+        origin, what = found
+        (name,) = json.loads((origin / "config.json").read_text())["architectures"]
         outcome, message = judge_engine(damaged, name, mutate in MUST_REFUSE)
-        cases.append(Case(number, "vllm", mutate.__name__, what, outcome, message[:300]))
+        cases.append(Case(number, "vllm", mutate.__name__, f"{origin.name}: {what}", outcome, message[:300]))
         on_case(cases[-1])
     return cases

@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,27 +38,34 @@ from bwla_converter.checkpoint.integrity import check_hashes
 from bwla_converter.hf import modules as hf
 from bwla_converter.options import Options
 from bwla_converter.pipeline import convert
+from bwla_converter.source.gguf_path import CACHE_VARIABLE
 from bwla_converter.source.model import check_values, open_source
 from bwla_kernels.errors import BWLAError
 from bwla_kernels.format import validate_layer
+from bwla_kernels.format.experts import stored_names
 from bwla_kernels.format.files import read_folder, read_tensors
 from bwla_kernels.format.folder import int8_modules
 from bwla_kernels.format.head import HeadSpec, head_tensor_specs, validate_head
 from bwla_kernels.format.layer import INPUT_TRANSFORM
-from few_values import few_values, write_bitnet, write_mlx
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import bwla_vllm
 from benchmarks.common.record import write_result
-from benchmarks.common.tiny_models import FAMILIES, write_model
+from benchmarks.common.tiny_models import EXPERTS, FAMILIES, write_model
 from bwla_vllm.config import BWLAConfig
 from bwla_vllm.errors import StartError
-from tests.robustness.mutations import MAY_PASS, MUST_REFUSE, Mutation
+from tests.helpers.few_values import few_values, write_bitnet, write_mlx
+from tests.robustness import conversions
+from tests.robustness.kinds import MAY_PASS, MUST_REFUSE
+from tests.robustness.mutations import Mutation
 
 HOST_ERRORS = (OSError, ValueError, RuntimeError, StrictDataclassError)
 """Errors that transformers and vLLM raise on purpose before they call our code; any other one counts as a crash."""
+
+WITH_PLANES = ("planes by bits", "two planes, head in three", "experts in two planes")
+"""Kinds of conversions in `conversions.KINDS` whose checkpoints have several planes."""
 
 LIMIT_S = 180
 """Time limit of one reader on one folder, in seconds; usually it takes less than one."""
@@ -105,20 +112,16 @@ def read_as_source(folder: Path) -> dict[str, Tensor]:
 def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
     """Return the tensors that vLLM would load, or None if it would not use the plugin."""
     hf_config = AutoConfig.from_pretrained(folder)
-    stored = getattr(hf_config, "quantization_config", None)
-    if not isinstance(stored, dict) or stored.get("quant_method") != "bwla":
+    table = getattr(hf_config, "quantization_config", None)
+    if not isinstance(table, dict) or table.get("quant_method") != "bwla":
         return None
-    config = BWLAConfig.from_config(stored)
+    config = BWLAConfig.from_config(table)
     config.maybe_update_config(str(folder), hf_config=hf_config, revision=None)
     entries = read_folder(folder)
     tensors = read_tensors(folder, entries, list(entries))
     for name, spec in config.specs.items():
-        layer = {
-            key.removeprefix(name + "."): value
-            for key, value in tensors.items()
-            if key.startswith(name + ".")
-        }
-        validate_layer(name, layer, spec)
+        stored = {key: tensors[full] for key, full in stored_names(name, spec).items()}
+        validate_layer(name, stored, spec)
     for module in int8_modules(config.known_format()):
         names = head_tensor_specs(HeadSpec(1, 1))
         stored_int8 = {key: tensors[f"{module}.{key}"] for key in names}
@@ -131,10 +134,11 @@ def read_as_plugin(folder: Path) -> dict[str, Tensor] | None:
 
 def _refuse_unequal_copies(architecture: str, num_layers: int, tensors: Mapping[str, Tensor]) -> None:
     """Raise as `BWLALinearMethod` does where vLLM fuses the members of an input group."""
-    groups = next(family.input_groups for family in FAMILIES.values() if family.architecture == architecture)
+    families = [*FAMILIES.values(), EXPERTS]
+    groups = next(family.input_groups for family in families if family.architecture == architecture)
     for index in range(num_layers):
         for group in groups:
-            names = [name for leaf in group for name in _linears(tensors, f".{index}.", leaf)]
+            names = [name for leaf in group for name in _linears(tensors, f".layers.{index}.", leaf)]
             for key in INPUT_TRANSFORM:
                 copies = [tensors[f"{name}.{key}"] for name in names if f"{name}.{key}" in tensors]
                 if any(not torch.equal(copy, copies[0]) for copy in copies[1:]):
@@ -168,7 +172,8 @@ def make_folders(work: Path) -> dict[str, list[Path]]:
     """Return the undamaged folders of each reader: models, and their converted checkpoints.
 
     Of the two families, the first checkpoint has several files and an index, the second one a single file. The others
-    are models of one bit and three values, in the forms in which such models are published, and one checkpoint.
+    are models of one bit and three values, in the forms in which such models are published, and one checkpoint; and a
+    mixture of experts, and the checkpoints with several planes.
     """
     sources = [
         write_model(work / "qwen3", "Qwen3", shards=3, lively=True),
@@ -183,7 +188,27 @@ def make_folders(work: Path) -> dict[str, list[Path]]:
     sources.append(write_bitnet(work / "bitnet", few_values("Llama", planes=2)))
     checkpoints.append(work / "bitnet-bwla")
     convert(Options(str(sources[-1]), checkpoints[-1], text_samples=0))
+    checkpoints += make_checkpoints_with_planes(work)
+    sources.append(work / "experts")
     return {"converter": sources, "plugin": checkpoints, "transformers": checkpoints}
+
+
+def make_checkpoints_with_planes(work: Path) -> list[Path]:
+    """Write the models of `conversions.MODELS` and return checkpoints of them with several planes, and several files.
+
+    The planes of the first differ between its input groups, the second has a head in planes, the third is a mixture of
+    experts.
+    """
+    conversions.write_models(work)
+    outs = []
+    with (
+        patch.object(merge, "MAX_FILE_BYTES", 100_000),
+        patch.dict(os.environ, {CACHE_VARIABLE: str(work / "cache")}),
+    ):
+        for name in WITH_PLANES:
+            outs.append(work / name.replace(" ", "-"))
+            convert(conversions.Case(name, overwrite=False).options(work, outs[-1]))
+    return outs
 
 
 class HangError(Exception):
@@ -265,19 +290,33 @@ def run(count: int, seed: int, work: Path, on_case: Callable[[Case], None] = lam
         number += 1
         reader = sorted(READERS)[number % len(READERS)]
         mutate = kinds[(number // len(READERS)) % len(kinds)]
-        origin = rng.choice(folders[reader])
         damaged = work / "damaged"
-        shutil.rmtree(damaged, ignore_errors=True)
-        shutil.copytree(origin, damaged)
-        what = mutate(damaged, rng)
-        if what is None:
+        found = damage(folders[reader], damaged, mutate, rng)
+        if found is None:
             continue
+        origin, what = found
         outcome, message = judge(READERS[reader], damaged, good[reader, origin], mutate in MUST_REFUSE)
         if reader != "converter" and outcome in ("other valid data", "same data", "not used"):
             outcome += ", hashes differ" if not check_intact(damaged) else ", HASHES ARE EQUAL"
         cases.append(Case(number, reader, mutate.__name__, f"{origin.name}: {what}", outcome, message[:300]))
         on_case(cases[-1])
     return cases
+
+
+def damage(
+    origins: Sequence[Path], damaged: Path, mutate: Mutation, rng: random.Random
+) -> tuple[Path, str] | None:
+    """Write a damaged copy of one of the folders to `damaged`; return which one, and what was changed.
+
+    Returns None if none of the folders contains what the mutation damages.
+    """
+    for origin in rng.sample(list(origins), len(origins)):
+        shutil.rmtree(damaged, ignore_errors=True)
+        shutil.copytree(origin, damaged)
+        what = mutate(damaged, rng)
+        if what is not None:
+            return origin, what
+    return None
 
 
 def check_intact(folder: Path) -> bool:

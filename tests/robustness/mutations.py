@@ -1,8 +1,8 @@
 """Mutations that damage a model folder.
 
 A mutation is a function of a folder and a random number generator; it returns a description of what it changed, or
-None if the folder contains nothing that it can damage. Every reader must refuse a folder after a mutation in
-`MUST_REFUSE`. After one in `MAY_PASS` (single bits, values) the folder may be another valid model.
+None if the folder contains nothing that it can damage. `kinds` lists the mutations after which every reader must refuse
+the folder, and those (single bits, values) after which it may be another valid model.
 """
 
 import json
@@ -25,6 +25,8 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
+    "num_experts",
+    "moe_intermediate_size",
 )
 VALUES: tuple[Any, ...] = (None, 0, -1, 1, 2**40, 1e30, "", "x", [], {}, True, [1, 2], "ÿ", 0.5)
 
@@ -243,8 +245,11 @@ def reshape(folder: Path, rng: random.Random) -> str:
 
 
 def retype(folder: Path, rng: random.Random) -> str:
-    dtype = rng.choice([torch.float64, torch.int16, torch.uint8, torch.bool, torch.int64])
-    return _change_tensor(folder, rng, f"as {dtype}", lambda tensor: tensor.to(dtype))
+    dtypes = [torch.float64, torch.int16, torch.uint8, torch.bool, torch.int64]
+    first, other = rng.sample(dtypes, 2)
+    return _change_tensor(
+        folder, rng, "as another dtype", lambda tensor: tensor.to(other if tensor.dtype == first else first)
+    )
 
 
 def not_a_number(folder: Path, rng: random.Random) -> str | None:
@@ -305,7 +310,10 @@ def config_of_another_kind(folder: Path, rng: random.Random) -> str:
 
 
 def another_size(folder: Path, rng: random.Random) -> str:
-    key = rng.choice([key for key in SIZES if key in read(folder / "config.json")])
+    config = read(folder / "config.json")
+    # Where every layer has experts, no tensor has the size of an MLP.
+    unused = {"intermediate_size"} if "moe_intermediate_size" in config else set()
+    key = rng.choice([key for key in SIZES if key in config and key not in unused])
     factor = rng.choice([2, 4, 2**20])
     edit(folder / "config.json", lambda config: config.__setitem__(key, config[key] * factor))
     return f"config.json: {key} times {factor}"
@@ -313,7 +321,8 @@ def another_size(folder: Path, rng: random.Random) -> str:
 
 def another_depth(folder: Path, rng: random.Random) -> str:
     # Not 10^9: transformers would build lists for hours before it calls our code (the converter refuses at once).
-    depth = rng.choice([0, 1, 3, 10**5, -1])
+    now = read(folder / "config.json")["num_hidden_layers"]
+    depth = rng.choice([0, 1, now + 1, 10**5, -1])
     types = ["full_attention"] * min(max(depth, 0), 10)
     change = {"num_hidden_layers": depth, "layer_types": rng.choice([None, types])}
     edit(folder / "config.json", lambda config: config.update(change))
@@ -346,16 +355,3 @@ def another_quantization(folder: Path, rng: random.Random) -> str:
     )  # fmt: skip
     edit(folder / "config.json", lambda config: config["quantization_config"].update(change))
     return f"quantization_config: {str(change)[:60]}"
-
-
-MUST_REFUSE: tuple[Mutation, ...] = (
-    truncate, append, header_length, huge_header, key_twice_in_header, key_twice_in_json, offsets, swap_shards,
-    remove_file, folder_for_file, remove_tensor, add_tensor, reshape, retype, not_a_number, invalid_values,
-    index_elsewhere, index_of_another_kind, config_of_another_kind, another_size, another_depth,
-    another_architecture, another_quantization,
-)  # fmt: skip
-
-MAY_PASS: tuple[Mutation, ...] = (
-    bit_in_header, bit_in_data, bit_in_json, change_config_value, drop_config_key, change_quantization_value,
-    exchange_equal_tensors, extra_key_in_config,
-)  # fmt: skip

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from tests.robustness.fuzz import Case, is_failure, judge, run
-from tests.robustness.mutations import MAY_PASS, MUST_REFUSE
+from tests.robustness.kinds import MAY_PASS, MUST_REFUSE
 
 COUNT = 3 * len([*MUST_REFUSE, *MAY_PASS])
 
 
+@pytest.mark.slow
 def test_every_kind_of_damage_on_every_reader(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from bwla_converter.source.observe.names import COMPUTED, StoredNames
+from bwla_kernels.format.experts import expert_of
 from bwla_kernels.format.files import Entry, Scan
 from bwla_kernels.format.layer import FLOAT_DTYPES
 
@@ -66,3 +67,25 @@ def _shape_problems(
             f"{first.file}: {stored[0]}: expected {len(stored)} tensors that make up {parameter} of shape "
             f"{list(shape)}, found shape {list(first.shape)} in the first{reason}"
         )
+    else:
+        yield from _number_problems(stored, entries)
+
+
+def _number_problems(stored: Sequence[str], entries: Mapping[str, Entry]) -> Iterator[str]:
+    """Yield a message if the experts that one parameter is made of are not numbered from 0 without gaps.
+
+    transformers stacks as many as there are, whatever their numbers.
+    """
+    leaves: dict[str, dict[int | None, str]] = {}
+    for name in stored:
+        linear = name.rpartition(".")[0]
+        leaves.setdefault(linear.rpartition(".")[2], {})[expert_of(linear)] = name
+    if all(number is None for names in leaves.values() for number in names):
+        return
+    for names in leaves.values():
+        for number, name in names.items():
+            if number not in range(len(names)):
+                yield (
+                    f"{entries[name].file}: {name}: expected the number of one of {len(names)} experts, "
+                    f"0 to {len(names) - 1}, found another one"
+                )

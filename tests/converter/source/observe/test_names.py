@@ -98,6 +98,20 @@ def test_an_expert_that_is_missing_or_of_another_shape(saved: tuple[Path, PreTra
             open_source(str(folder))
 
 
+@pytest.mark.parametrize("number", ["1000", "01", "-1", "x"])
+@pytest.mark.parametrize("leaf", ["w1", "w2"])
+@pytest.mark.parametrize("saved", ["mixtral"], indirect=True)
+def test_an_expert_with_another_number(saved: tuple[Path, PreTrainedModel], leaf: str, number: str) -> None:
+    """Transformers stacks as many experts as there are, so the shape of its parameter is right."""
+    folder, _ = saved
+    path, stem = folder / "model.safetensors", "model.layers.0.block_sparse_moe.experts."
+    tensors = load_file(path)
+    tensors[f"{stem}{number}.{leaf}.weight"] = tensors.pop(f"{stem}1.{leaf}.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=rf"{number}\.{leaf}\.weight: expected the number of one of"):
+        open_source(str(folder))
+
+
 @pytest.mark.parametrize("saved", ["qwen3_5"], indirect=True)
 def test_tensors_that_transformers_leaves_out_are_copied(saved: tuple[Path, PreTrainedModel]) -> None:
     folder, _ = saved
