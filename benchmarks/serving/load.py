@@ -3,18 +3,26 @@
     python -m benchmarks.serving.load --out benchmarks/results/load.json
     python -m benchmarks.serving.load --models FOLDER --requests 200
 
-`vllm serve` runs with its default settings (prefix caching, chunked prefill, --max-num-seqs) and serves the converted
-example, then random weights of Qwen3-0.6B's shape. 32 OpenAI clients send 1,000 requests: complete and streamed, short
-and long, some cancelled half-way, some malformed. Each prompt is also sent alone, before and after. If an answer under
+`vllm serve` runs with its default settings (prefix caching, chunked prefill, --max-num-seqs) and serves one model after
+the other:
+
+- `example`: the example, converted to one bit a weight;
+- `planes`: the example in two planes a weight;
+- `lora`: `example` with four LoRA adapters, of which three fit in a batch; requests ask for one of them or for none;
+- `experts`: a mixture of experts in one bit, with random weights;
+- `dummy`: random weights of Qwen3-0.6B's shape.
+
+32 OpenAI clients send 1,000 requests to each: complete and streamed, short and long, some cancelled half-way, some
+malformed. Each prompt is also sent alone, before and after, if there are adapters to each of them. If an answer under
 load differs from the answer alone, it is scored alone: the largest gap in log probability between a token of the
 answer and the most likely token (rounding ties, see tests/vllm/test_example.py), compared with the same gap for answers
-to other prompts.
+to other prompts, and for answers of other adapters to the same prompt.
 """
 
 import argparse
 import asyncio
 import json
-import random
+import os
 import re
 import statistics
 import sys
@@ -29,7 +37,8 @@ from openai import AsyncOpenAI
 
 from benchmarks.common.record import ROOT, write_result
 from benchmarks.common.server import Server, serve
-from benchmarks.serving.engines import convert, write_config
+from benchmarks.serving.load_judge import judge
+from benchmarks.serving.load_models import MODELS, make_model
 from benchmarks.serving.load_requests import (
     MALFORMED,
     Answer,
@@ -39,32 +48,14 @@ from benchmarks.serving.load_requests import (
     make_pool,
     send,
     send_malformed,
+    with_adapters,
 )
 
-EXAMPLE = ROOT / "examples" / "model"
 TEXT = ROOT / "examples" / "text" / "heldout.txt"
 TEMPLATE = ROOT / "examples" / "clients" / "plain_chat.jinja"
-CONTROLS = 40
-"""Number of answers that are scored after the wrong prompt, for comparison."""
-
 SAMPLE_SECONDS = 1.0
 START_SECONDS = 1800
 """Generous, because a slow start on a busy machine is not a failure of what is tested."""
-
-
-def make_dummy(out: Path) -> None:
-    """Write random weights of Qwen3-0.6B's shape with the example's tokenizer and vocabulary."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder)
-        write_config(plain, "0.6b")
-        config = json.loads((plain / "config.json").read_text())
-        config |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-        (plain / "config.json").write_text(json.dumps(config))
-        tokenizer.save_pretrained(plain)
-        convert(plain, out, "--dummy")
 
 
 def resident_bytes(pid: int) -> dict[str, int]:
@@ -132,7 +123,8 @@ async def together(
             for number in waiting:
                 request = plan[number]
                 if request.kind == "malformed":
-                    answers[number] = await send_malformed(client, server.model, request.index)
+                    model = pool[number % len(pool)].adapter or server.model
+                    answers[number] = await send_malformed(client, model, request.index)
                 else:
                     answers[number] = await send(client, server.model, pool[request.index], request.kind)
 
@@ -146,64 +138,6 @@ async def together(
     await asyncio.gather(*(work() for _ in range(clients)))
     watcher.cancel()
     return [answer if answer is not None else Answer(0, error="never sent") for answer in answers], memory
-
-
-async def worst_gap(client: AsyncOpenAI, model: str, prompt: list[int], answer: list[int]) -> float:
-    """Return the largest gap in log probability (nats) between a token of `answer` and the most likely one."""
-    reply = await client.completions.create(
-        model=model, prompt=[*prompt, *answer], max_tokens=1, temperature=0, extra_body={"prompt_logprobs": 1}
-    )
-    tables = reply.choices[0].prompt_logprobs[len(prompt) :]
-    gaps = []
-    for token, table in zip(answer, tables, strict=True):
-        values = {int(key): float(value["logprob"]) for key, value in table.items()}
-        gaps.append(max(values.values()) - values[token])
-    return max(gaps)
-
-
-async def judge(
-    server: Server, plan: list[Request], answers: list[Answer], references: list[Answer]
-) -> dict[str, Any]:
-    """Compare the answers under load with the answers alone."""
-    others: dict[tuple[int, ...], set[int]] = {}
-    for index, reference in enumerate(references):
-        others.setdefault(tuple(reference.tokens), set()).add(index)
-    counts = dict.fromkeys(("compared", "identical", "mixed_up", "rescored"), 0)
-    gaps: list[float] = []
-    controls: list[float] = []
-    different: list[dict[str, Any]] = []
-    async with AsyncOpenAI(base_url=server.url, api_key="none") as client:
-        for request, answer in zip(plan, answers, strict=True):
-            if request.kind == "malformed" or answer.error:
-                continue
-            reference = references[request.index]
-            counts["compared"] += 1
-            if request.kind == "cancel":
-                same = answer.tokens == reference.tokens[: len(answer.tokens)]
-            else:
-                same = (answer.tokens, answer.finish) == (reference.tokens, reference.finish)
-            counts["identical"] += same
-            if not same:
-                owners = others.get(tuple(answer.tokens), {request.index})
-                counts["mixed_up"] += (
-                    request.index not in owners or answer.prompt_tokens != reference.prompt_tokens
-                )
-                gap = await worst_gap(client, server.model, reference.prompt_tokens, answer.tokens)
-                gaps.append(gap)
-                different.append({"prompt": request.index, "kind": request.kind, "gap": round(gap, 4)})
-        rng = random.Random(0)
-        for _ in range(CONTROLS):
-            mine, other = rng.sample(range(len(references)), 2)
-            tokens = references[other].tokens
-            controls.append(await worst_gap(client, server.model, references[mine].prompt_tokens, tokens))
-    counts["rescored"] = len(gaps)
-    return {
-        **counts,
-        "largest_gap_of_rescored_nats": max(gaps, default=0.0),
-        "median_gap_of_wrong_prompts_nats": statistics.median(controls),
-        "smallest_gap_of_wrong_prompts_nats": min(controls),
-        "widest": sorted(different, key=lambda row: -row["gap"])[:5],
-    }
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -227,9 +161,13 @@ def times(answers: list[Answer], plan: list[Request]) -> dict[str, Any]:
     }
 
 
-async def run(server: Server, name: str, options: argparse.Namespace) -> dict[str, Any]:
+async def run(
+    server: Server, name: str, adapters: tuple[str, ...], options: argparse.Namespace
+) -> dict[str, Any]:
     """Run the whole test on one served model; return its row."""
-    pool = make_pool(TEXT.read_text(encoding="utf-8"), options.prompts, options.longest, options.seed)
+    size = options.prompts // (1 + len(adapters))
+    prompts = make_pool(TEXT.read_text(encoding="utf-8"), size, options.longest, options.seed)
+    pool = with_adapters(prompts, adapters)
     plan = make_plan(options.requests, len(pool), options.seed)
     before = await alone(server, pool)
     started = time.perf_counter()
@@ -251,9 +189,10 @@ async def run(server: Server, name: str, options: argparse.Namespace) -> dict[st
         "seconds": round(seconds, 1),
         **times(answers, plan),
         "distinct_answers_alone": len({tuple(answer.tokens) for answer in before}),
-        "prompts": len(pool),
+        "prompts": len(prompts),
+        "adapters": len(adapters),
         "alone_again_identical": sum(a.tokens == b.tokens for a, b in zip(before, after, strict=True)),
-        **await judge(server, plan, answers, before),
+        **await judge(server, pool, plan, answers, before),
         "left_running": after_load.get("vllm:num_requests_running", -1.0)
         + after_load.get("vllm:num_requests_waiting", 0.0),
         "prefix_cache_hit_tokens": after_load.get("vllm:prefix_cache_hits_total", 0.0),
@@ -262,11 +201,26 @@ async def run(server: Server, name: str, options: argparse.Namespace) -> dict[st
 
 
 def passed(row: dict[str, Any]) -> bool:
-    """Return whether no answer was lost or given to the wrong request, and no request is left running."""
-    separated = row["largest_gap_of_rescored_nats"] < row["smallest_gap_of_wrong_prompts_nats"]
-    return (
-        not row["failed"] and not row["mixed_up"] and separated and row["left_running"] == 0 and row["alive"]
+    """Return whether no answer was lost, cut short or given to the wrong request, and no request is left running."""
+    controls = ["prompts", "adapters"] if row["adapters"] else ["prompts"]
+    separated = all(
+        row["largest_gap_of_rescored_nats"] < row[f"smallest_gap_of_wrong_{control}_nats"]
+        for control in controls
     )
+    wrong_answers = row["failed"] + row["mixed_up"] + row["cut_short"]
+    return not wrong_answers and separated and row["left_running"] == 0 and row["alive"]
+
+
+def run_model(name: str, work: Path, flags: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Make a model in the folder `work`, serve it and test it; return its row."""
+    served = make_model(name, work)
+    log = options.log or work / "server.log"
+    with serve(served.folder, log, [*flags, *served.flags], health_seconds=START_SECONDS) as server:
+        row = asyncio.run(run(server, name, served.adapters, options))
+        row["alive"] = psutil.Process(server.pid).is_running() and bool(asyncio.run(alone_once(server)))
+    row["serve_flags"] = [flag.replace(f"{work}/", "") for flag in served.flags]
+    row["ok"] = passed(row)
+    return row
 
 
 def main() -> int:
@@ -274,38 +228,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--models", default="example,dummy", help="example, dummy or folders (example,dummy)")
+    names = ",".join(MODELS)
+    parser.add_argument("--models", default=names, help=f"some of these, or folders ({names})")
     parser.add_argument("--requests", type=int, default=1000, help="number of requests (1000)")
     parser.add_argument("--clients", type=int, default=32, help="number of concurrent clients (32)")
-    parser.add_argument("--prompts", type=int, default=80, help="number of different prompts (80)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=80,
+        help="number of different prompts; one to each adapter counts as one (80)",
+    )
     parser.add_argument("--longest", type=int, default=250, help="words of the longest prompt (250)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the prompts and of their order (0)")
     parser.add_argument("--serve", default="", help="further arguments of vllm serve, as one string")
     parser.add_argument("--log", type=Path, help="file for the output of the last server")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     options = parser.parse_args()
+    flags = ["--quantization", "bwla", "--chat-template", str(TEMPLATE), *options.serve.split()]
     rows = []
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as work:
-            folder = Path(work) / "model"
-            if name == "dummy":
-                make_dummy(folder)
-            elif name == "example":
-                convert(EXAMPLE, folder, "--recipe", "data-free")
-            else:
-                folder = Path(name)
-            flags = ["--quantization", "bwla", "--chat-template", str(TEMPLATE), *options.serve.split()]
-            log = options.log or Path(work) / "server.log"
-            with serve(folder, log, flags, health_seconds=START_SECONDS) as server:
-                row = asyncio.run(run(server, name, options))
-                row["alive"] = psutil.Process(server.pid).is_running() and bool(
-                    asyncio.run(alone_once(server))
-                )
-        row["ok"] = passed(row)
-        rows.append(row)
-        print(json.dumps(row, indent=1), flush=True)
+            rows.append(run_model(name, Path(work), flags, options))
+        print(json.dumps(rows[-1], indent=1), flush=True)
         if options.out:
-            write_result(options.out, rows, serve_flags=[flag.removeprefix(f"{ROOT}/") for flag in flags])
+            shown = [flag.removeprefix(f"{ROOT}/") for flag in flags]
+            write_result(options.out, rows, serve_flags=shown, cores=len(os.sched_getaffinity(0)))
     return 0 if all(row["ok"] for row in rows) else 1
 
 

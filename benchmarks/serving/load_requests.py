@@ -1,11 +1,12 @@
 """The requests of load.py: a pool of prompts, a plan that mixes them, and a function that sends one.
 
-The prompts are all different, so that an answer that reaches the wrong client is recognized.
+The prompts are all different, so that an answer that reaches the wrong client is recognized. With adapters, each prompt
+is sent to the base model and to every adapter.
 """
 
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import httpx
@@ -34,11 +35,13 @@ class Prompt:
         text: the text.
         chat: whether it is sent to /chat/completions, else to /completions.
         max_tokens: maximum number of tokens of the answer.
+        adapter: name of the LoRA adapter that answers; "" for the base model.
     """
 
     text: str
     chat: bool
     max_tokens: int
+    adapter: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ def make_pool(text: str, size: int, longest: int, seed: int) -> list[Prompt]:
         start = rng.randrange(len(words) - length)
         pool.append(Prompt(" ".join(words[start : start + length]), index % 4 == 3, rng.randint(4, 48)))
     return pool
+
+
+def with_adapters(pool: list[Prompt], adapters: tuple[str, ...]) -> list[Prompt]:
+    """Return every prompt once for the base model and once for each adapter, one prompt after the other."""
+    return [replace(prompt, adapter=name) for prompt in pool for name in ("", *adapters)]
 
 
 def make_plan(count: int, pool: int, seed: int) -> list[Request]:
@@ -131,9 +139,17 @@ async def send_malformed(client: AsyncOpenAI, model: str, case: int) -> Answer:
 
 
 async def send(client: AsyncOpenAI, model: str, prompt: Prompt, kind: Kind) -> Answer:
-    """Send a prompt with greedy decoding: complete, streamed, or streamed and closed after half of the tokens."""
+    """Send a prompt with greedy decoding: complete, streamed, or streamed and closed after half of the tokens.
+
+    Args:
+        client: the client.
+        model: name of the base model.
+        prompt: the prompt.
+        kind: how to send it.
+    """
     answer, started = Answer(), time.perf_counter()
-    options = {"model": model, "max_tokens": prompt.max_tokens, "temperature": 0, "extra_body": EXTRA}
+    name = prompt.adapter or model
+    options = {"model": name, "max_tokens": prompt.max_tokens, "temperature": 0, "extra_body": EXTRA}
     if prompt.chat:
         create: Any = client.chat.completions.create
         options["messages"] = [{"role": "user", "content": prompt.text}]
