@@ -7,7 +7,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 # The demo's model: smollm2-135m, example (comes with the repository), a folder or a GGUF file
 MODEL ?= smollm2-135m
-# Processes that run the tests side by side: most tests use one thread, and a process takes up to 4 GiB
+# Processes that run the tests side by side: most tests use one thread. Each keeps the order of the files, because vLLM
+# changes classes of transformers and torch's functions in the process that it runs in.
 TEST_JOBS ?= 2
 ENV := .env/bin
 HELPERS := $(basename $(notdir $(wildcard tests/helpers/*.py)))
@@ -21,7 +22,7 @@ demo: setup
 	@$(ENV)/python -m scripts.demo --model $(MODEL)
 
 test: setup
-	$(ENV)/pytest --numprocesses $(TEST_JOBS) --dist loadfile
+	$(ENV)/pytest --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(ENV)/ruff check .
