@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common.record import write_result
+from bwla_vllm.compat.releases import CPU_LORA_OPERATIONS
 from scripts.source_library import Found, Function, Library, call_problem, override_problem
 from scripts.wheel_sources import folder_reader, wheel_reader, wheel_urls
 
@@ -28,9 +29,6 @@ PLUGIN = ROOT / "bwla_vllm"
 LINEAR, PARAMETER = "vllm.model_executor.layers.linear", "vllm.model_executor.parameter"
 HEAD = "vllm.model_executor.layers.vocab_parallel_embedding"
 MOE = "vllm.model_executor.layers.fused_moe"
-
-
-CPU_LORA_OPERATIONS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
 @dataclass(frozen=True)

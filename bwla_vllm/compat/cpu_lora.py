@@ -11,17 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from vllm.lora.ops.torch_ops import lora_ops
 from vllm.lora.punica_wrapper import punica_cpu
 from vllm.platforms import current_platform
 
-FIXED = "0.33"
-"""The first release whose operations skip such rows."""
-
-OPERATIONS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
-"""The operations that apply an adapter to each row of their input."""
+from bwla_vllm.compat.releases import CPU_LORA_OPERATIONS, SKIPPING_CPU_LORA, is_at_least
 
 
 def skip_rows_without_adapter(config: Any, release: str) -> bool:
@@ -29,15 +24,12 @@ def skip_rows_without_adapter(config: Any, release: str) -> bool:
 
     Args:
         config: vLLM's config while it builds the model.
-        release: vLLM's release; one without a version number is taken for a new one.
+        release: vLLM's release.
     """
-    try:
-        fixed = Version(release).release >= Version(FIXED).release
-    except InvalidVersion:
-        fixed = True
+    fixed = is_at_least(release, SKIPPING_CPU_LORA)
     if fixed or config.lora_config is None or not current_platform.is_cpu():
         return False
-    for name in OPERATIONS:
+    for name in CPU_LORA_OPERATIONS:
         operation = getattr(lora_ops, name)
         if not hasattr(operation, "__wrapped__"):
             for module in (lora_ops, punica_cpu):  # each has its own reference

@@ -14,6 +14,20 @@ OLDEST, NEWEST = "0.26", "0.33"
 OLDEST_EXPERTS = "0.32"
 """First release that loads all tensors of one-bit experts."""
 
+SKIPPING_CPU_LORA = "0.33"
+"""First release whose LoRA operations for CPUs skip rows without an adapter, see `compat.cpu_lora`."""
+
+CPU_LORA_OPERATIONS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
+"""vLLM's LoRA operations for CPUs that apply an adapter to each row of their input."""
+
+
+def is_at_least(release: str, oldest: str) -> bool:
+    """Return whether vLLM `release` is `oldest` or newer; a release without a version number is taken for a new one."""
+    try:
+        return Version(release).release >= Version(oldest).release
+    except InvalidVersion:
+        return True
+
 
 def outside_tested_range(release: str) -> str | None:
     """Return a warning if vLLM `release` is outside the tested range, else None.
@@ -52,13 +66,9 @@ def untested_triton(release: str) -> str | None:
 def experts_problem(release: str) -> str | None:
     """Return why vLLM `release` cannot serve one-bit experts; None if it can.
 
-    Releases before 0.32 take every tensor of three dimensions, as rotations have, for one that stacks all experts. A
-    release without a version number is taken for a new one.
+    Releases before 0.32 take every tensor of three dimensions, as rotations have, for one that stacks all experts.
     """
-    try:
-        if Version(release).release >= Version(OLDEST_EXPERTS).release:
-            return None
-    except InvalidVersion:
+    if is_at_least(release, OLDEST_EXPERTS):
         return None
     return (
         f"one-bit experts need vLLM {OLDEST_EXPERTS} or newer, found {release}: install it, or convert the model again "

@@ -110,9 +110,8 @@ def kills_table(name: str) -> str:
     counts: Counter[tuple[str, str]] = Counter()
     kills: dict[str, int] = {}
     for row in result["rows"]:
-        kind = row.get("kind", "all recipes")
-        counts[kind, row["what"]] += row["times"]
-        kills[kind] = row.get("kills", result["kills"])
+        counts[row["kind"], row["what"]] += row["times"]
+        kills[row["kind"]] = row["kills"]
     lines = [
         [kind, str(kills[kind]), *(str(counts[kind, outcome]) for outcome in outcomes)] for kind in kills
     ]
@@ -126,9 +125,7 @@ def kills_table(name: str) -> str:
 
 def kill_states_table(name: str) -> str:
     """One line per state in which conversions were killed."""
-    found: Counter[str] = Counter()
-    for state, times in read_result(name)["killed_at"].items():
-        found[state.replace("blocks", "layers")] += times
+    found = read_result(name)["killed_at"]
     order = list(STATES)
 
     def place(state: str) -> tuple[float, str]:

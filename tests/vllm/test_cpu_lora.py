@@ -8,6 +8,7 @@ import torch
 from vllm.lora.ops.torch_ops import lora_ops
 
 from bwla_vllm.compat import cpu_lora
+from bwla_vllm.compat.releases import CPU_LORA_OPERATIONS
 
 ADAPTERS = torch.tensor([1, -1, 0])
 WITH_LORA = SimpleNamespace(lora_config=object())
@@ -17,7 +18,7 @@ WITH_LORA = SimpleNamespace(lora_config=object())
 def own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give the test vLLM's operations as they are installed, and put back what was there before."""
     for module in (lora_ops, cpu_lora.punica_cpu):
-        for name in cpu_lora.OPERATIONS:
+        for name in CPU_LORA_OPERATIONS:
             operation = getattr(module, name)
             monkeypatch.setattr(module, name, getattr(operation, "__wrapped__", operation))
 
@@ -38,11 +39,11 @@ def test_a_row_without_an_adapter_gets_nothing_of_any() -> None:
 
 def test_all_who_call_the_operations_get_the_same_ones_once() -> None:
     assert cpu_lora.skip_rows_without_adapter(WITH_LORA, "0.32.0")
-    first = [getattr(lora_ops, name) for name in cpu_lora.OPERATIONS]
+    first = [getattr(lora_ops, name) for name in CPU_LORA_OPERATIONS]
     assert cpu_lora.skip_rows_without_adapter(WITH_LORA, "0.32.0")
-    assert [getattr(lora_ops, name) for name in cpu_lora.OPERATIONS] == first
+    assert [getattr(lora_ops, name) for name in CPU_LORA_OPERATIONS] == first
     caller = importlib.import_module("vllm.lora.punica_wrapper.punica_cpu")
-    assert all(hasattr(getattr(caller, name), "__wrapped__") for name in cpu_lora.OPERATIONS)
+    assert all(hasattr(getattr(caller, name), "__wrapped__") for name in CPU_LORA_OPERATIONS)
 
 
 @pytest.mark.parametrize(
@@ -51,4 +52,4 @@ def test_all_who_call_the_operations_get_the_same_ones_once() -> None:
 )
 def test_the_operations_stay_where_nothing_is_wrong(config: SimpleNamespace, release: str) -> None:
     assert not cpu_lora.skip_rows_without_adapter(config, release)
-    assert not any(hasattr(getattr(lora_ops, name), "__wrapped__") for name in cpu_lora.OPERATIONS)
+    assert not any(hasattr(getattr(lora_ops, name), "__wrapped__") for name in CPU_LORA_OPERATIONS)
