@@ -20,6 +20,11 @@ NEED_VLLM = [] if importlib.util.find_spec("vllm") else ["vllm", "robustness"]
 collect_ignore = NEED_VLLM
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name bytes by their argument: a compressed file holds its time, and the tests' processes must agree on names."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests whose pretrained model is not on this machine, unless it may be downloaded."""
     for mark in item.iter_markers("real_model"):
