@@ -29,6 +29,7 @@ from scripts.tables.quality import (
     frontier_table,
     head_table,
     llama_cpp_table,
+    okt_table,
     quality_table,
     training_table,
 )
@@ -102,6 +103,7 @@ TABLES: dict[str, Callable[[str], str]] = {
     "amounts": amounts_table,
     "embedding": embedding_table,
     "head": head_table,
+    "okt": okt_table,
     "expert_transforms": expert_transforms_table,
     "calibration_text": calibration_text_table,
     "cpu": cpu_table,

@@ -27,7 +27,7 @@ from bwla_converter.calibration.activations import Activations, ActivationStore
 from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRunner
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.quantize.group import group_generator
-from bwla_converter.quantize.moments import rotate_hessian
+from bwla_converter.quantize.moments import add_gram, rotate_hessian
 from bwla_converter.quantize.okt import random_orthogonal
 from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
@@ -229,10 +229,10 @@ class GradientMoments:
 
         Args:
             inputs: [M, K].
-            token_weights: sum over the group's rows of squared gradient times mean square, [M].
+            token_weights: sum over the group's rows of squared gradient times mean square, at least 0, [M].
         """
-        self.gram.addmm_(inputs.mT, inputs)
-        self.weighted_gram.addmm_(inputs.mT, inputs * token_weights.unsqueeze(1))
+        add_gram(self.gram, inputs)
+        add_gram(self.weighted_gram, inputs * token_weights.sqrt().unsqueeze(1))
         self.inputs += len(inputs)
 
     def sensitivity(self, seed: int, tokens: int) -> Sensitivity:

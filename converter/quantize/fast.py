@@ -19,7 +19,7 @@ from bwla_converter.quantize.activation_clip import choose_clip
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows, store_group
 from bwla_converter.quantize.low_rank.hessian import hessian_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt import Rotation, learn_rotation
+from bwla_converter.quantize.okt import Rotation, ceiling_for, learn_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from bwla_kernels.reference import rotate, rotate_back
@@ -60,7 +60,7 @@ class FastOptions:
         keep_latents: return what the signs were chosen for, see `GroupResult.latents`.
     """
 
-    okt_rounds: int = 40
+    okt_rounds: int = 20
     rounds: int = 2
     sweeps: int = 8
     gptq_signs: bool = True
@@ -223,7 +223,10 @@ def start_state(
     target_damping = options.damped(options.target_damping, moments)
     weight = corrected_target(pool_rows(weights.values()), moments, target_damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
-    rotation = learn_rotation([weight], sizes, rounds=options.okt_rounds, generator=generator)
+    ceiling = ceiling_for(spec.planes)
+    rotation = learn_rotation(
+        [weight], sizes, rounds=options.okt_rounds, generator=generator, ceiling=ceiling
+    )
     weight = rotate(weight, rotation.left, rotation.right)
     metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))
     target = Target.of(weight, metric)

@@ -46,7 +46,7 @@ class Moments:
     def add(self, x_hat: Tensor, x: Tensor | None = None) -> None:
         """Add a batch of inputs [..., K] and the original model's inputs for the same tokens."""
         x_hat = x_hat.flatten(0, -2).float()
-        _add_gram(self.gram, x_hat)
+        add_gram(self.gram, x_hat)
         if self.cross_gram is not None and x is not None:
             self.cross_gram.addmm_(x.flatten(0, -2).float().mT, x_hat)
         self.count += len(x_hat)
@@ -79,7 +79,7 @@ class Moments:
         return mean + damping * level * torch.eye(len(mean), device=mean.device)
 
 
-def _add_gram(gram: Tensor, x: Tensor) -> None:
+def add_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x with x [M, K] to a symmetric matrix: the blocks above the diagonal are copied to below it."""
     columns = len(gram)
     width = max(SMALLEST_GRAM_BLOCK, -(-columns // GRAM_BLOCKS))

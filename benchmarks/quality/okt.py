@@ -1,0 +1,143 @@
+"""Measure what over-relaxation and the variance's ceiling do to OKT: the error of the binarized weight, and the time.
+
+    python -m benchmarks.quality.okt --out benchmarks/results/okt.json
+
+Each rotation is learned from the original weights of some decoder layers; some of the rotated rows are then binarized
+by the converter's own search with one to four planes, each weight as important as the other (H = I). Errors are the
+mean over the input groups of the error in units of that of 40 plain rounds with a ceiling of 0.15.
+"""
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from bwla_converter.common.tensors import row_rms
+from bwla_converter.quantize.fast import FastOptions
+from bwla_converter.quantize.okt import PLANES_VARIANCE_CEILING, VARIANCE_CEILING, learn_rotation
+from bwla_converter.source.model import open_source
+from bwla_kernels.factorize import choose_rotation
+from bwla_kernels.format.layer import MAX_PLANES
+from bwla_kernels.reference import rotate
+from bwla_kernels.sign_search import Metric, Target, gptq_binarize
+from torch import Tensor
+
+from benchmarks.common.real_models import MODELS
+from benchmarks.common.record import command_line, write_result
+from benchmarks.common.texts import model_folder
+
+STRIDE = 3
+"""One of so many rows is binarized."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a rotation is learned; the arguments of `learn_rotation`."""
+
+    rounds: int
+    relaxation: float
+    ceiling: float
+
+
+PLAIN = Setting(40, 1.0, 0.15)
+"""The setting that the errors of the others are compared with."""
+
+SETTINGS = (
+    PLAIN,
+    Setting(0, 1.0, 0.15),
+    Setting(20, 1.0, 0.15),
+    Setting(160, 1.0, 0.15),
+    *(
+        Setting(20, 64.0, ceiling)
+        for ceiling in (0.15, VARIANCE_CEILING, 0.45, PLANES_VARIANCE_CEILING, 0.8, 1.0)
+    ),
+    Setting(20, 8.0, VARIANCE_CEILING),
+    Setting(20, 8.0, PLANES_VARIANCE_CEILING),
+    Setting(40, 64.0, VARIANCE_CEILING),
+    Setting(40, 64.0, PLANES_VARIANCE_CEILING),
+)
+
+
+def groups_of(model: str, layers: list[int]) -> Iterator[list[Tensor]]:
+    """Yield the weights of each input group of some decoder layers, float32 [N_i, K] each."""
+    source = open_source(str(model_folder(model)))
+    for index in layers:
+        for _, names in source.groups_of_layer(index):
+            read = source.read([f"{name}.weight" for name in names])
+            yield [weight.float() for weight in read.values()]
+
+
+def errors_of(rows: Tensor) -> list[float]:
+    """Return the mean squared error of rows [N, K] of mean square 1 in each number of planes."""
+    metric = Metric.of(torch.eye(rows.shape[1]))
+    target, effort = Target.of(rows, metric), FastOptions().effort(last=True)
+    planes = range(1, MAX_PLANES + 1)
+    return [
+        float(gptq_binarize(target, metric, effort, count).error.mean()) / rows.shape[1] for count in planes
+    ]
+
+
+def measure(groups: list[list[Tensor]], setting: Setting) -> tuple[Tensor, float]:
+    """Return the errors [groups, planes] with a setting, and the seconds that learning took."""
+    errors, seconds = [], 0.0
+    for number, weights in enumerate(groups):
+        begun = time.perf_counter()
+        rotation = learn_rotation(
+            weights,
+            choose_rotation(weights[0].shape[1]),
+            rounds=setting.rounds,
+            generator=torch.Generator().manual_seed(number),
+            ceiling=setting.ceiling,
+            relaxation=setting.relaxation,
+        )
+        seconds += time.perf_counter() - begun
+        rows = torch.cat(weights)[::STRIDE]
+        errors.append(
+            errors_of(rotate(rows / row_rms(rows).float().unsqueeze(1), rotation.left, rotation.right))
+        )
+    return torch.tensor(errors), seconds
+
+
+def main() -> int:
+    """Measure all settings; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="smollm2-135m", help=f"{', '.join(MODELS)}, or a folder (smollm2-135m)")
+    add("--layers", type=int, nargs="+", default=[1, 14], help="decoder layers (1 14)")
+    add("--threads", type=int, default=1, help="threads (1)")
+    add("--out", type=Path, help="JSON file for the rows")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    groups = list(groups_of(arguments.model, arguments.layers))
+    rows, plain = [], None
+    for setting in SETTINGS:
+        errors, seconds = measure(groups, setting)
+        plain = errors if plain is None else plain
+        relative = (errors / plain).mean(0).tolist()
+        rows.append(
+            {
+                "model": Path(arguments.model).name,
+                "groups": len(groups),
+                "rounds": setting.rounds,
+                "relaxation": setting.relaxation,
+                "ceiling": setting.ceiling,
+                "errors": [round(value, 4) for value in relative],
+                "seconds": round(seconds, 2),
+                "command": command_line(),
+            }
+        )
+        print(setting, *(f"{value:.4f}" for value in relative), f"{seconds:.1f} s", flush=True)
+        assert all(math.isfinite(value) for value in relative)
+    if arguments.out:
+        write_result(arguments.out, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
