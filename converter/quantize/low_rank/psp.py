@@ -29,7 +29,6 @@ from bwla_converter.common.tensors import (
     sum_in_double,
 )
 from bwla_converter.quantize.okt import (
-    VARIANCE_CEILING,
     Mixture,
     em_step,
     mean_of_rows,
@@ -39,6 +38,9 @@ from bwla_converter.quantize.okt import (
 )
 from bwla_kernels.errors import SourceError
 from torch import Tensor
+
+VARIANCE_CEILING = 0.15
+"""Upper bound of a component's variance, in units of the row's mean square, see `okt`."""
 
 SUBSPACE_ITERATIONS = 2
 """Subspace iterations per round. They add up over the rounds, because each round starts from the last subspace."""

@@ -81,7 +81,7 @@ def test_the_gradient_of_the_embeddings_is_that_of_the_dequantized_model(convert
         assert parameter.grad is not None, f"{name} is not quantized and must get its gradient"
 
 
-@pytest.mark.parametrize(("bits", "largest"), [(8, 0.2), (6, 0.6)])
+@pytest.mark.parametrize(("bits", "largest"), [(8, 0.25), (6, 0.6)])
 def test_the_straight_through_gradient_points_the_same_way(converted, bits: int, largest: float) -> None:
     source, out = converted(bits=bits)
     ours = load(out)
@@ -108,9 +108,9 @@ def able(backend_name: str) -> bool:
 def test_bfloat16_models_and_autocast(converted) -> None:
     _, out = converted()
     expected = embedding_gradient(load(out))
-    assert relative(embedding_gradient(load(out, torch.bfloat16)), expected) <= 0.1
+    assert relative(embedding_gradient(load(out, torch.bfloat16)), expected) <= 0.12
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative(embedding_gradient(load(out)), expected) <= 0.1
+        assert relative(embedding_gradient(load(out)), expected) <= 0.12
 
 
 class Adapter(nn.Module):
