@@ -4,7 +4,6 @@ import json
 import math
 import statistics
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from scripts.tables.results import (
@@ -126,18 +125,15 @@ def embedding_table(name: str) -> str:
     )
 
 
-def okt_table(names: str) -> str:
-    """One line per model and way to learn rotations: the errors and the time, in units of the first way's."""
-    lines = []
-    for name in names.split("+"):
-        rows = read_result(name)["rows"]
-        for row in rows:
-            errors = [f"{error:.3f}" for error in row["errors"]]
-            time = f"{row['seconds'] / rows[0]['seconds']:.2f}"
-            setting = [str(row["rounds"]), f"{row['relaxation']:g}", f"{row['ceiling']:g}"]
-            lines.append([Path(row["model"]).name, *setting, *errors, time])
+def okt_table(name: str) -> str:
+    """One line per way to learn rotations: the errors and the time, in units of the first way's."""
+    rows, lines = read_result(name)["rows"], []
+    for row in rows:
+        errors = [f"{error:.3f}" for error in row["errors"]]
+        time = f"{row['seconds'] / rows[0]['seconds']:.2f}"
+        lines.append([str(row["rounds"]), f"{row['relaxation']:g}", f"{row['ceiling']:g}", *errors, time])
     planes = ["1 plane", "2 planes", "3 planes", "4 planes"]
-    return markdown_table(["model", "rounds", "over-relaxation", "ceiling", *planes, "time"], lines)
+    return markdown_table(["rounds", "over-relaxation", "ceiling", *planes, "time"], lines)
 
 
 def expert_transforms_table(name: str) -> str:
