@@ -45,7 +45,7 @@ PHASES: Mapping[str, Phase] = {
     "quantize.moments:Moments.add": "moments",
     "quantize.moments:Moments.add_error": "moments",
     "quantize.moments:Moments.hessian": "moments",
-    "quantize.okt:learn_rotation": "rotation",
+    "quantize.okt.rotation:learn_rotation": "rotation",
     "quantize.data_free:_rotate_rows": "rotation",
     "quantize.moments:rotate_hessian": "rotation",
     "quantize.fast:start_state": "targets",

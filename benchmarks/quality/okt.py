@@ -1,4 +1,4 @@
-"""Measure what over-relaxation and the variance's ceiling do to OKT: the error of the binarized weight, and the time.
+"""Measure what OKT's objective and over-relaxation do to the error of the binarized weight, and how long they take.
 
     python -m benchmarks.quality.okt --out benchmarks/results/okt.json
 
@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from bwla_converter.common.tensors import row_rms
 from bwla_converter.quantize.fast import FastOptions
-from bwla_converter.quantize.okt import PLANES_VARIANCE_CEILING, VARIANCE_CEILING, learn_rotation
+from bwla_converter.quantize.okt.mixture import VARIANCE_CEILING, MixtureObjective
+from bwla_converter.quantize.okt.moment import POWER, MomentObjective
+from bwla_converter.quantize.okt.rotation import StartObjective, learn_rotation
 from bwla_converter.source.model import open_source
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.format.layer import MAX_PLANES
@@ -35,29 +38,46 @@ STRIDE = 3
 
 @dataclass(frozen=True)
 class Setting:
-    """How a rotation is learned; the arguments of `learn_rotation`."""
+    """How a rotation is learned.
 
-    rounds: int
-    relaxation: float
-    ceiling: float
+    Attributes:
+        name: the objective, in words.
+        objective, rounds, relaxation: arguments of `learn_rotation`.
+    """
+
+    name: str
+    objective: StartObjective
+    rounds: int = 20
+    relaxation: float = 1.0
 
 
-PLAIN = Setting(40, 1.0, 0.15)
+def mixture(ceiling: float, rounds: int = 20, relaxation: float = 1.0) -> Setting:
+    """Return a setting with the likelihood of two peaks."""
+    start = partial(MixtureObjective.start, ceiling=ceiling)
+    return Setting(f"two peaks, v <= {ceiling:g}", start, rounds, relaxation)
+
+
+def moment(power: int, rounds: int = 20, relaxation: float = MomentObjective.first_relaxation) -> Setting:
+    """Return a setting with a moment of the weights."""
+    return Setting(f"mean of abs(w)^{power}", partial(MomentObjective.start, power=power), rounds, relaxation)
+
+
+PLAIN = mixture(0.15, 40)
 """The setting that the errors of the others are compared with."""
 
 SETTINGS = (
     PLAIN,
-    Setting(0, 1.0, 0.15),
-    Setting(20, 1.0, 0.15),
-    Setting(160, 1.0, 0.15),
+    *(mixture(0.15, rounds) for rounds in (0, 20, 160)),
     *(
-        Setting(20, 64.0, ceiling)
-        for ceiling in (0.15, VARIANCE_CEILING, 0.45, PLANES_VARIANCE_CEILING, 0.8, 1.0)
+        mixture(ceiling, 20, MixtureObjective.first_relaxation)
+        for ceiling in (0.15, VARIANCE_CEILING, 0.6, 1.0)
     ),
-    Setting(20, 8.0, VARIANCE_CEILING),
-    Setting(20, 8.0, PLANES_VARIANCE_CEILING),
-    Setting(40, 64.0, VARIANCE_CEILING),
-    Setting(40, 64.0, PLANES_VARIANCE_CEILING),
+    mixture(VARIANCE_CEILING, 20, 8.0),
+    mixture(VARIANCE_CEILING, 40, MixtureObjective.first_relaxation),
+    *(moment(power) for power in (3, 4, POWER, 6)),
+    moment(POWER, relaxation=1.0),
+    moment(POWER, relaxation=64.0),
+    moment(POWER, rounds=40),
 )
 
 
@@ -88,9 +108,9 @@ def measure(groups: list[list[Tensor]], setting: Setting) -> tuple[Tensor, float
         rotation = learn_rotation(
             weights,
             choose_rotation(weights[0].shape[1]),
+            objective=setting.objective,
             rounds=setting.rounds,
             generator=torch.Generator().manual_seed(number),
-            ceiling=setting.ceiling,
             relaxation=setting.relaxation,
         )
         seconds += time.perf_counter() - begun
@@ -123,14 +143,21 @@ def main() -> int:
             {
                 "model": Path(arguments.model).name,
                 "groups": len(groups),
+                "objective": setting.name,
                 "rounds": setting.rounds,
                 "relaxation": setting.relaxation,
-                "ceiling": setting.ceiling,
                 "errors": [round(value, 4) for value in relative],
                 "seconds": round(seconds, 2),
             }
         )
-        print(setting, *(f"{value:.4f}" for value in relative), f"{seconds:.1f} s", flush=True)
+        print(
+            setting.name,
+            setting.rounds,
+            setting.relaxation,
+            *(f"{value:.4f}" for value in relative),
+            f"{seconds:.1f} s",
+            flush=True,
+        )
     if arguments.out:
         write_result(arguments.out, rows)
     return 0

@@ -28,7 +28,7 @@ from bwla_converter.calibration.layer_runner import Batch, DecoderLayer, LayerRu
 from bwla_converter.calibration.samples import Samples
 from bwla_converter.quantize.group import group_generator
 from bwla_converter.quantize.moments import add_gram, rotate_hessian
-from bwla_converter.quantize.okt import random_orthogonal
+from bwla_converter.quantize.okt.rotation import random_orthogonal
 from bwla_converter.recipes.measurements import sensitivity_tokens
 from bwla_converter.source.model import Source
 from bwla_converter.training.divergence import sampled_direction_gradient, sampled_label_gradient

@@ -19,7 +19,7 @@ from bwla_converter.quantize.group import (
     store_group,
 )
 from bwla_converter.quantize.low_rank.psp import proximal_low_rank
-from bwla_converter.quantize.okt import Rotation, Start, learn_rotation
+from bwla_converter.quantize.okt.rotation import Rotation, Start, learn_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from torch import Tensor
@@ -99,7 +99,7 @@ def quantize_group(
 
     tensors = store_group(weights, specs, biases, shared, residual, scales.row, low_rank_b)
     errors = {name: relative_error(weights[name], stored, specs[name]) for name, stored in tensors.items()}
-    traces = {"okt": rotation.trace, "psp": psp_trace, "scales": scales.trace}
+    traces = {rotation.objective: rotation.trace, "psp": psp_trace, "scales": scales.trace}
     return GroupResult(tensors, errors, traces)
 
 

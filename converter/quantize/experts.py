@@ -14,7 +14,7 @@ from bwla_converter.quantize import fast, paper
 from bwla_converter.quantize.fast import State, clip_of, group_result, row_factor_step
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt import Rotation
+from bwla_converter.quantize.okt.rotation import Rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate
 from bwla_kernels.sign_search import Effort, Metric, Target

@@ -19,7 +19,7 @@ from bwla_converter.quantize.activation_clip import choose_clip
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows, store_group
 from bwla_converter.quantize.low_rank.hessian import hessian_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt import Rotation, ceiling_for, learn_rotation
+from bwla_converter.quantize.okt.rotation import Rotation, learn_rotation, objective_for
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.precision import fast_products
 from bwla_kernels.reference import rotate, rotate_back
@@ -201,7 +201,7 @@ def alternate(
             state = low_rank_step(state, spec.rank, generator)
         state = binarization_step(state, effort, spec.planes)
         trace.append(relative_norm(state.signs.error, target_norm))
-    return state, target_norm, {"okt": state.rotation.trace, "output": trace}
+    return state, target_norm, {state.rotation.objective: state.rotation.trace, "output": trace}
 
 
 def latents_of(state: State, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,9 +223,8 @@ def start_state(
     target_damping = options.damped(options.target_damping, moments)
     weight = corrected_target(pool_rows(weights.values()), moments, target_damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
-    ceiling = ceiling_for(spec.planes)
     rotation = learn_rotation(
-        [weight], sizes, rounds=options.okt_rounds, generator=generator, ceiling=ceiling
+        [weight], sizes, objective=objective_for(spec.planes), rounds=options.okt_rounds, generator=generator
     )
     weight = rotate(weight, rotation.left, rotation.right)
     metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))

@@ -26,7 +26,7 @@ from bwla_converter.quantize.fast import (
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
 from bwla_converter.quantize.low_rank.psp import proximal_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt import learn_rotation
+from bwla_converter.quantize.okt.rotation import learn_rotation, objective_for
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from bwla_kernels.sign_search import Effort, Metric, Target
@@ -127,7 +127,11 @@ def alternate(
                 state = row_factor_step(state)
         state = binarization_step(state, effort, planes=1)
         trace.append(relative_norm(state.signs.error, target_norm))
-    return state, target_norm, {"okt": state.rotation.trace, "psp": psp_trace, "output": trace}
+    return (
+        state,
+        target_norm,
+        {state.rotation.objective: state.rotation.trace, "psp": psp_trace, "output": trace},
+    )
 
 
 def start_state(
@@ -143,7 +147,13 @@ def start_state(
     """
     hessian = moments.hessian(options.damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
-    rotation = learn_rotation(list(weights.values()), sizes, rounds=options.okt_rounds, generator=generator)
+    rotation = learn_rotation(
+        list(weights.values()),
+        sizes,
+        objective=objective_for(spec.planes),
+        rounds=options.okt_rounds,
+        generator=generator,
+    )
     weight = rotate(pool_rows(weights.values()), rotation.left, rotation.right)
     low_rank = proximal_low_rank(weight, spec.rank, rounds=options.psp_rounds, generator=generator)
     metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))

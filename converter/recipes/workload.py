@@ -10,7 +10,7 @@ import torch
 from bwla_converter.common.bits import num_weights
 from bwla_converter.common.tensors import entry_bytes
 from bwla_converter.options import Calibration
-from bwla_converter.quantize.okt import WEIGHTS_PER_PARAMETER
+from bwla_converter.quantize.okt.rotation import WEIGHTS_PER_PARAMETER
 from bwla_converter.source.model import Source
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.experts import expert_of, kind_of

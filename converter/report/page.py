@@ -24,6 +24,9 @@ Report = Mapping[str, Any]
 DIAL_WIDTHS = {"wide": WIDTH, "narrow": 340}
 """CSS class -> width of the drawing of size and loss: one for phones, which show all of it, beside one for screens."""
 
+OBJECTIVE_UNITS = {"okt": "nats per weight", "moment": "mean |w|^5"}
+"""Name of an objective of rotations in the traces -> unit of its values."""
+
 LOG_FROM = 5
 """Ratio of the largest loss to the smallest from which the axis is logarithmic; it then has at least two ticks."""
 
@@ -31,7 +34,6 @@ LOG_FROM = 5
 def render_page(report: Report) -> str:
     """Return the text of the page."""
     sizes = report["bytes"]
-    traces = {name: trace["okt"] for name, trace in report["traces"].items() if len(trace.get("okt", [])) > 1}
     kinds = kind_colours(report, (linear["name"] for linear in report["linears"]))
     return (
         environment()
@@ -50,10 +52,7 @@ def render_page(report: Report) -> str:
             worst=sorted(report["linears"], key=lambda linear: -linear["error"])[:5],
             kind_colours=kinds,
             error_chart=_error_chart(report, kinds),
-            objective_chart=_objective_chart(report, traces) if traces else None,
-            objective_colours={
-                f"inputs of {kind}": colour for kind, colour in kind_colours(report, traces).items()
-            },
+            objectives=_objectives(report),
             weights=_weights(report),
             activations=_activations(report),
             origin=_origin(report),
@@ -152,14 +151,25 @@ def _error_chart(report: Report, colours: Mapping[str, int]) -> Markup:
     return line_chart(series, "layer", "relative error")
 
 
-def _objective_chart(report: Report, traces: Mapping[str, list[float]]) -> Markup:
-    colours = kind_colours(report, traces)
-    series = [
-        Series(name, colours[kind], list(enumerate(traces[name])), dots=False)
-        for kind, names in by_kind(traces).items()
-        for name in names
-    ]
-    return line_chart(series, "round", "nats per weight")
+def _objectives(report: Report) -> list[dict[str, Any]]:
+    """Return what the section on rotations shows of each objective that they were learned with."""
+    found = []
+    for objective, unit in OBJECTIVE_UNITS.items():
+        traces = {
+            name: trace[objective]
+            for name, trace in report["traces"].items()
+            if len(trace.get(objective, [])) > 1
+        }
+        colours = kind_colours(report, traces)
+        series = [
+            Series(name, colours[kind], list(enumerate(traces[name])), dots=False)
+            for kind, names in by_kind(traces).items()
+            for name in names
+        ]
+        if series:
+            legend = {f"inputs of {kind}": colour for kind, colour in colours.items()}
+            found.append({"name": objective, "colours": legend, "chart": line_chart(series, "round", unit)})
+    return found
 
 
 def _weights(report: Report) -> dict[str, Any] | None:

@@ -131,9 +131,9 @@ def okt_table(name: str) -> str:
     for row in rows:
         errors = [f"{error:.3f}" for error in row["errors"]]
         time = f"{row['seconds'] / rows[0]['seconds']:.2f}"
-        lines.append([str(row["rounds"]), f"{row['relaxation']:g}", f"{row['ceiling']:g}", *errors, time])
+        lines.append([row["objective"], str(row["rounds"]), f"{row['relaxation']:g}", *errors, time])
     planes = ["1 plane", "2 planes", "3 planes", "4 planes"]
-    return markdown_table(["rounds", "over-relaxation", "ceiling", *planes, "time"], lines)
+    return markdown_table(["objective", "rounds", "over-relaxation", *planes, "time"], lines)
 
 
 def expert_transforms_table(name: str) -> str:

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from itertools import count
 
 import pytest
-from bwla_converter.quantize import fast, okt
+from bwla_converter.quantize import fast
 from bwla_converter.quantize.moments import Moments
+from bwla_converter.quantize.okt import rotation as okt
 
 from benchmarks.conversion.speed_phases import OTHER, PHASES, PhaseClock, counted, find, phases_counted
 
@@ -104,7 +105,7 @@ def test_functions_are_wrapped_wherever_they_were_imported_and_restored(clock: P
 
 
 @pytest.mark.parametrize(
-    "path", ["quantize.okt:no_such_function", "quantize.nothing:f", "quantize.moments:Moments.count"]
+    "path", ["quantize.okt.rotation:no_such_function", "quantize.nothing:f", "quantize.moments:Moments.count"]
 )
 def test_a_name_that_is_no_function_is_refused(clock: PhaseClock, path: str) -> None:
     with (

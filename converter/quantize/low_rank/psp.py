@@ -1,12 +1,13 @@
 """PSP: a low-rank correction whose removal makes a rotated weight more bimodal (BWLA, arXiv 2605.00422).
 
-Model. The rows of W - M, with M of rank r, follow the bimodal mixture of `okt`. The objective is the mean negative log
-likelihood per weight of W - M, with each row in units of the root mean square of W's row.
+Model. The rows of W - M, with M of rank r, follow the bimodal mixture of `okt.mixture`. The objective is the mean
+negative log likelihood per weight of W - M, with each row in units of the root mean square of W's row.
 
 Algorithm. Two steps alternate: fit the mixture by soft EM with M fixed, then update M with the mixture fixed. In the
-row-whitened coordinates D M with D = diag(v^(-1/2)), the majorizer of `okt`, sum_i 1/(2 v_i) ||w_i - m_i - c_i t_i||^2,
-is half the squared distance to D (W - c t). A gradient step of unit length reaches that point from any M, and
-truncating it to rank r is the proximal map of the rank constraint. Together they are the exact minimizer.
+row-whitened coordinates D M with D = diag(v^(-1/2)), the majorizer of `okt.mixture`,
+sum_i 1/(2 v_i) ||w_i - m_i - c_i t_i||^2, is half the squared distance to D (W - c t). A gradient step of unit length
+reaches that point from any M, and truncating it to rank r is the proximal map of the rank constraint. Together they are
+the exact minimizer.
 
 Truncation. Subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061), started from the previous round's subspace.
 Left whitening does not change the row space of M, and neither an iteration with a positive semidefinite operator nor
@@ -28,10 +29,10 @@ from bwla_converter.common.tensors import (
     subspace_iteration,
     sum_in_double,
 )
-from bwla_converter.quantize.okt import (
+from bwla_converter.quantize.okt.cells import mean_of_rows
+from bwla_converter.quantize.okt.mixture import (
     Mixture,
     em_step,
-    mean_of_rows,
     mixtures_in_one_buffer,
     procrustes_target,
     start_mixture,
@@ -40,7 +41,7 @@ from bwla_kernels.errors import SourceError
 from torch import Tensor
 
 VARIANCE_CEILING = 0.15
-"""Upper bound of a component's variance, in units of the row's mean square, see `okt`."""
+"""Upper bound of a component's variance, in units of the row's mean square, see `okt.mixture`."""
 
 SUBSPACE_ITERATIONS = 2
 """Subspace iterations per round. They add up over the rounds, because each round starts from the last subspace."""

@@ -15,7 +15,7 @@ from bwla_converter.calibration.activations import ActivationStore
 from bwla_converter.planning.plan import make_plan
 from bwla_converter.quantize.group import group_generator
 from bwla_converter.quantize.moments import rotate_hessian
-from bwla_converter.quantize.okt import random_orthogonal
+from bwla_converter.quantize.okt.rotation import random_orthogonal
 from bwla_converter.recipes.measurements import MAX_TOKENS, MIN_TOKENS, TOKENS_PER_COLUMN
 from bwla_converter.source.model import Source, open_source
 from bwla_kernels.format import LayerSpec

@@ -180,6 +180,18 @@ def test_what_comes_from_outside_is_escaped(report: dict) -> None:
     assert "&lt;img src=x&gt;" in page
 
 
+def test_each_objective_of_the_rotations_has_a_chart_of_its_own(report: dict) -> None:
+    assert {objective for trace in report["traces"].values() for objective in trace} >= {"okt"}
+    one = render_page(report)
+    check_page(one)
+    first = next(iter(report["traces"]))
+    both = render_page({**report, "traces": {**report["traces"], first: {"moment": [9.5, 7.5]}}})
+    check_page(both)
+    assert "nats per weight" in both
+    assert ("Fifth absolute moment" in one, "Fifth absolute moment" in both) == (False, True)
+    assert ("mean |w|^5" in one, "mean |w|^5" in both) == (False, True)
+
+
 def test_a_report_without_statistics_still_has_a_page(report: dict) -> None:
     page = render_page({**report, "statistics": {}, "traces": {}})
     check_page(page)

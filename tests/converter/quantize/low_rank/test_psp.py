@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 from bwla_converter.common import tensors
-from bwla_converter.quantize import okt
 from bwla_converter.quantize.low_rank import psp
 from bwla_converter.quantize.low_rank.psp import proximal_low_rank
+from bwla_converter.quantize.okt import mixture as okt
 from bwla_kernels.errors import SourceError
 from random_tensors import make_generator, normal
 from torch import Tensor
