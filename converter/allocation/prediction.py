@@ -8,13 +8,12 @@ from bwla_converter.common.bits import total_bits
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.format.layer import UNQUANTIZED_BITS
 
-ROUNDING_ERROR = {1: 0.29, 2: 0.1025, 3: 0.035, 4: 0.0119}
+ROUNDING_ERROR = {1: 0.29, 2: 0.115, 3: 0.027, 4: 0.0075}
 """Variance of a weight's rounding error by the number of planes, in units of the row's mean square.
 
 The least possible for a Gaussian are 0.363, 0.118, 0.035 and 0.0095 (Max, 1960). These are fitted to the losses of
-SmolLM2-135M-Instruct at 1, 2, 3 and 4 planes in all groups (docs/benchmarks/quality.md): coordinate descent and the
-low-rank correction leave less than the former, overfitting to the calibration samples more than the latter, and large
-losses grow more slowly than the quadratic form."""
+SmolLM2-135M-Instruct at 1.16, 2.2, 3.2 and 4.2 bits per weight (docs/benchmarks/quality.md). They are smaller because
+rotated rows have shorter tails, and because of coordinate descent and the low-rank correction."""
 
 ABSMAX = 3.2
 """Largest magnitude of a token's rotated inputs in units of their root mean square, typical of 500 to 5,000 columns."""
