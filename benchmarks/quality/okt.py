@@ -4,7 +4,7 @@
 
 Each rotation is learned from the original weights of some decoder layers; some of the rotated rows are then binarized
 by the converter's own search with one to four planes, each weight as important as the other (H = I). Errors are the
-mean over the input groups of the error in units of that of 40 plain rounds with a ceiling of 0.15.
+mean over the input groups of the error in units of that of 40 plain rounds with two peaks, v <= 0.15.
 """
 
 import argparse
@@ -41,11 +41,11 @@ class Setting:
     """How a rotation is learned.
 
     Attributes:
-        name: the objective, in words.
+        words: the objective, in words.
         objective, rounds, relaxation: arguments of `learn_rotation`.
     """
 
-    name: str
+    words: str
     objective: StartObjective
     rounds: int = 20
     relaxation: float = 1.0
@@ -76,7 +76,7 @@ SETTINGS = (
     mixture(VARIANCE_CEILING, 40, MixtureObjective.first_relaxation),
     *(moment(power) for power in (3, 4, POWER, 6)),
     moment(POWER, relaxation=1.0),
-    moment(POWER, relaxation=64.0),
+    *(moment(POWER, relaxation=factor) for factor in (64.0, 4096.0)),
     moment(POWER, rounds=40),
 )
 
@@ -143,7 +143,7 @@ def main() -> int:
             {
                 "model": Path(arguments.model).name,
                 "groups": len(groups),
-                "objective": setting.name,
+                "objective": setting.words,
                 "rounds": setting.rounds,
                 "relaxation": setting.relaxation,
                 "errors": [round(value, 4) for value in relative],
@@ -151,7 +151,7 @@ def main() -> int:
             }
         )
         print(
-            setting.name,
+            setting.words,
             setting.rounds,
             setting.relaxation,
             *(f"{value:.4f}" for value in relative),

@@ -26,7 +26,7 @@ from bwla_converter.quantize.fast import (
 from bwla_converter.quantize.group import GroupResult, check_group, group_generator, pool_rows
 from bwla_converter.quantize.low_rank.psp import proximal_low_rank
 from bwla_converter.quantize.moments import Moments, rotate_hessian
-from bwla_converter.quantize.okt.rotation import learn_rotation, objective_for
+from bwla_converter.quantize.okt.rotation import learn_rotation
 from bwla_kernels.format import LayerSpec
 from bwla_kernels.reference import rotate, rotate_back
 from bwla_kernels.sign_search import Effort, Metric, Target
@@ -147,13 +147,7 @@ def start_state(
     """
     hessian = moments.hessian(options.damping)
     sizes = (spec.rotation_groups, spec.n1, spec.n2)
-    rotation = learn_rotation(
-        list(weights.values()),
-        sizes,
-        objective=objective_for(spec.planes),
-        rounds=options.okt_rounds,
-        generator=generator,
-    )
+    rotation = learn_rotation(list(weights.values()), sizes, rounds=options.okt_rounds, generator=generator)
     weight = rotate(pool_rows(weights.values()), rotation.left, rotation.right)
     low_rank = proximal_low_rank(weight, spec.rank, rounds=options.psp_rounds, generator=generator)
     metric = Metric.of(rotate_hessian(hessian, rotation.left, rotation.right))

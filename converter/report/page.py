@@ -24,8 +24,14 @@ Report = Mapping[str, Any]
 DIAL_WIDTHS = {"wide": WIDTH, "narrow": 340}
 """CSS class -> width of the drawing of size and loss: one for phones, which show all of it, beside one for screens."""
 
-OBJECTIVE_UNITS = {"okt": "nats per weight", "moment": "mean |w|^5"}
-"""Name of an objective of rotations in the traces -> unit of its values."""
+OBJECTIVES = {
+    "okt": (
+        "nats per weight",
+        "Negative log-likelihood of the rotated rows under two mirrored Gaussians, for groups in one plane",
+    ),
+    "moment": ("mean |w|^5", "Fifth absolute moment of the rotated rows, for groups in several planes"),
+}
+"""Name of an objective of rotations in the traces -> title of its axis, and what it is."""
 
 LOG_FROM = 5
 """Ratio of the largest loss to the smallest from which the axis is logarithmic; it then has at least two ticks."""
@@ -154,7 +160,7 @@ def _error_chart(report: Report, colours: Mapping[str, int]) -> Markup:
 def _objectives(report: Report) -> list[dict[str, Any]]:
     """Return what the section on rotations shows of each objective that they were learned with."""
     found = []
-    for objective, unit in OBJECTIVE_UNITS.items():
+    for objective, (axis, description) in OBJECTIVES.items():
         traces = {
             name: trace[objective]
             for name, trace in report["traces"].items()
@@ -168,7 +174,8 @@ def _objectives(report: Report) -> list[dict[str, Any]]:
         ]
         if series:
             legend = {f"inputs of {kind}": colour for kind, colour in colours.items()}
-            found.append({"name": objective, "colours": legend, "chart": line_chart(series, "round", unit)})
+            chart = line_chart(series, "round", axis)
+            found.append({"description": description, "colours": legend, "chart": chart})
     return found
 
 

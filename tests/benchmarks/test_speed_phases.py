@@ -7,7 +7,7 @@ from itertools import count
 import pytest
 from bwla_converter.quantize import fast
 from bwla_converter.quantize.moments import Moments
-from bwla_converter.quantize.okt import rotation as okt
+from bwla_converter.quantize.okt import rotation
 
 from benchmarks.conversion.speed_phases import OTHER, PHASES, PhaseClock, counted, find, phases_counted
 
@@ -96,11 +96,11 @@ def test_a_phase_may_depend_on_the_arguments(clock: PhaseClock) -> None:
 
 
 def test_functions_are_wrapped_wherever_they_were_imported_and_restored(clock: PhaseClock) -> None:
-    learn_rotation, add = okt.learn_rotation, Moments.add
+    learn_rotation, add = rotation.learn_rotation, Moments.add
     with phases_counted(clock):
-        assert fast.learn_rotation is okt.learn_rotation is not learn_rotation
+        assert fast.learn_rotation is rotation.learn_rotation is not learn_rotation
         assert Moments.add is not add
-    assert fast.learn_rotation is okt.learn_rotation is learn_rotation
+    assert fast.learn_rotation is rotation.learn_rotation is learn_rotation
     assert Moments.add is add
 
 

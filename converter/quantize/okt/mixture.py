@@ -60,6 +60,8 @@ class MixtureObjective:
     Attributes:
         mixtures: one per chunk of rows.
         ceiling: upper bound of the component variance, in units of the row's mean square; 1 for no bound.
+        name: see `Objective`.
+        first_relaxation: see `Objective`.
     """
 
     name: ClassVar[str] = "okt"
@@ -84,7 +86,7 @@ class MixtureObjective:
         return MixtureObjective(mixtures, self.ceiling), mean_of_rows([rows for _, rows in steps], nonzero)
 
     def targets(self, chunks: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the Procrustes target of each chunk."""
+        """Yield the Procrustes target of each chunk [G, n1, rows, n2], float32 in its shape."""
         for chunk, mixture in zip(chunks, self.mixtures, strict=True):
             yield procrustes_target(chunk, mixture)
 

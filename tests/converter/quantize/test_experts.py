@@ -127,3 +127,5 @@ def test_planes_reduce_the_error() -> None:
     result = experts.quantize_group(weights_of(names), dict.fromkeys(names, spec), moments, method)
     one = quantize(names, moments)
     assert all(result.errors[name] < 0.7 * one.errors[name] for name in names)
+    assert ("moment" in result.traces, "okt" in result.traces) == (True, False)
+    assert ("moment" in one.traces, "okt" in one.traces) == (False, True)

@@ -8,7 +8,7 @@ import torch
 from bwla_converter.common import tensors
 from bwla_converter.quantize.low_rank import psp
 from bwla_converter.quantize.low_rank.psp import proximal_low_rank
-from bwla_converter.quantize.okt import mixture as okt
+from bwla_converter.quantize.okt.mixture import VARIANCE_CEILING
 from bwla_kernels.errors import SourceError
 from random_tensors import make_generator, normal
 from torch import Tensor
@@ -29,7 +29,7 @@ def row_errors(estimate: Tensor, true: Tensor) -> Tensor:
     return errors
 
 
-@pytest.mark.parametrize("ceiling", [okt.VARIANCE_CEILING, 1.0])
+@pytest.mark.parametrize("ceiling", [VARIANCE_CEILING, 1.0])
 @pytest.mark.parametrize("rank", [1, 4])
 def test_every_half_step_lowers_the_objective(rank: int, ceiling: float) -> None:
     weight = normal(60, 96) * torch.logspace(-3, 3, 60).unsqueeze(1)

@@ -7,10 +7,22 @@ from itertools import pairwise
 import pytest
 import torch
 from bwla_converter.common import tensors
-from bwla_converter.quantize.okt import rotation as okt
 from bwla_converter.quantize.okt.mixture import MixtureObjective
 from bwla_converter.quantize.okt.moment import MomentObjective
-from bwla_converter.quantize.okt.rotation import StartObjective, learn_rotation
+from bwla_converter.quantize.okt.rotation import (
+    Rotation,
+    Start,
+    StartObjective,
+    State,
+    _relaxed,
+    fit_objective,
+    learn_rotation,
+    left_step,
+    objective_for,
+    random_orthogonal,
+    right_step,
+    start_state,
+)
 from bwla_kernels.errors import SourceError
 from bwla_kernels.factorize import choose_rotation
 from bwla_kernels.reference import rotate
@@ -52,29 +64,29 @@ def binarization_error(weight: Tensor) -> float:
 def planted(rows: int, n1: int, n2: int, noise: float = 0.2) -> Tensor:
     """Return rows with two clear peaks, hidden by a random Kronecker rotation."""
     peaks = torch.where(normal(rows, n1 * n2, seed=5) > 0, 1.0, -1.0) + noise * normal(rows, n1 * n2, seed=6)
-    left, right = (okt.random_orthogonal(1, n, make_generator(7 + n)).float() for n in (n1, n2))
+    left, right = (random_orthogonal(1, n, make_generator(7 + n)).float() for n in (n1, n2))
     return rotate(peaks, left, right)
 
 
-def rotate_all(weights: list[Tensor], rotation: okt.Rotation) -> Tensor:
+def rotate_all(weights: list[Tensor], rotation: Rotation) -> Tensor:
     return torch.cat([rotate(weight, rotation.left, rotation.right) for weight in weights])
 
 
-def fit(state: okt.State) -> okt.State:
-    return okt.fit_objective(state)[0]
+def fit(state: State) -> State:
+    return fit_objective(state)[0]
 
 
-def value_of(state: okt.State) -> float:
-    return okt.fit_objective(state)[1]
+def value_of(state: State) -> float:
+    return fit_objective(state)[1]
 
 
 @OBJECTIVES
 @pytest.mark.parametrize("start", ["random", "identity"])
-def test_every_half_step_lowers_the_objective(objective: StartObjective, start: okt.Start) -> None:
-    state = okt.start_state(group(), SIZES, make_generator(), objective, start)
+def test_every_half_step_lowers_the_objective(objective: StartObjective, start: Start) -> None:
+    state = start_state(group(), SIZES, make_generator(), objective, start)
     values = [value_of(state)]
     for _ in range(10):
-        for step in (fit, okt.left_step, okt.right_step):
+        for step in (fit, left_step, right_step):
             state = step(state)
             values.append(value_of(state))
     assert all(after <= before + SLACK * values[0] for before, after in pairwise(values))
@@ -83,10 +95,10 @@ def test_every_half_step_lowers_the_objective(objective: StartObjective, start: 
 
 @OBJECTIVES
 def test_the_trace_is_the_objective_after_each_round(objective: StartObjective) -> None:
-    state = okt.start_state(group(), SIZES, make_generator(), objective)
+    state = start_state(group(), SIZES, make_generator(), objective)
     values = [value_of(state)]
     for _ in range(3):
-        state = okt.right_step(okt.left_step(fit(state)))
+        state = right_step(left_step(fit(state)))
         values.append(value_of(state))
     calls: list[tuple[int, float]] = []
     rotation = learn_rotation(
@@ -119,20 +131,44 @@ def test_over_relaxation_never_increases_the_objective_and_falls_faster(
     assert relaxed[-1] < plain[-1]
 
 
+@OBJECTIVES
+def test_rounds_that_would_increase_the_objective_are_left_out(objective: StartObjective) -> None:
+    def learned(rounds: int) -> Rotation:
+        generator = make_generator()
+        return learn_rotation(
+            group(), SIZES, objective=objective, rounds=rounds, generator=generator, relaxation=2.0**14
+        )
+
+    trace = learned(20).trace
+    left_out = [number for number in range(1, 21) if trace[number] == trace[number - 1]]
+    assert 0 < len(left_out) < 20
+    for number in (left_out[0], left_out[-1]):
+        before, after = learned(number - 1), learned(number)
+        assert torch.equal(before.left, after.left)
+        assert torch.equal(before.right, after.right)
+
+
+@pytest.mark.parametrize(("planes", "name"), [(1, "okt"), (2, "moment"), (3, "moment"), (4, "moment")])
+def test_the_number_of_planes_decides_the_objective(planes: int, name: str) -> None:
+    objective = objective_for(planes)
+    learned = learn_rotation(group(), SIZES, objective=objective, rounds=1, generator=make_generator())
+    assert learned.objective == name
+
+
 def test_over_relaxation_multiplies_the_distance_from_the_identity() -> None:
     angle, relaxation = 0.01, 8.0
     cos, sin = math.cos(angle), math.sin(angle)
     rotation = torch.tensor([[[cos, -sin], [sin, cos]]], dtype=torch.float64)
-    relaxed = okt._relaxed(rotation, relaxation)
+    relaxed = _relaxed(rotation, relaxation)
     torch.testing.assert_close(relaxed.mT @ relaxed, torch.eye(2, dtype=torch.float64).unsqueeze(0))
     assert math.atan2(float(relaxed[0, 1, 0]), float(relaxed[0, 0, 0])) == pytest.approx(0.08, rel=0.01)
-    assert okt._relaxed(rotation, 1.0) is rotation
+    assert _relaxed(rotation, 1.0) is rotation
 
 
 def test_the_state_holds_the_unit_rows_rotated_as_the_kernels_rotate_them() -> None:
-    state = okt.start_state(group(), SIZES, make_generator())
+    state = start_state(group(), SIZES, make_generator())
     for _ in range(5):
-        state = okt.right_step(okt.left_step(fit(state)))
+        state = right_step(left_step(fit(state)))
     unit = torch.cat([w / w.square().mean(1, keepdim=True).sqrt() for w in group()])
     rows = torch.cat([chunk.permute(2, 0, 1, 3).flatten(1) for chunk in state.chunks])
     torch.testing.assert_close(rows, rotate(unit, state.left, state.right), atol=1e-5, rtol=0)
@@ -150,9 +186,12 @@ def test_rotations_are_orthogonal(relaxation: float | None, objective: StartObje
 
 
 @OBJECTIVES
-def test_rotations_keep_the_product(objective: StartObjective) -> None:
+@pytest.mark.parametrize("relaxation", [1.0, None])
+def test_rotations_keep_the_product(relaxation: float | None, objective: StartObjective) -> None:
     weights = group()
-    rotation = learn_rotation(weights, SIZES, objective=objective, generator=make_generator())
+    rotation = learn_rotation(
+        weights, SIZES, objective=objective, generator=make_generator(), relaxation=relaxation
+    )
     x = normal(3, WIDTH, seed=9)
     x_hat = rotate(x, rotation.left, rotation.right)
     w_hat = rotate(weights[1], rotation.left, rotation.right)
@@ -200,7 +239,7 @@ def test_several_planes_gain_more_from_short_tails() -> None:
     metric = Metric.of(torch.eye(weight.shape[1]))
     errors: dict[tuple[int, int], float] = {}
     for learned_for in (1, 3):
-        objective = okt.objective_for(learned_for)
+        objective = objective_for(learned_for)
         rotation = learn_rotation([weight], sizes, objective=objective, rounds=20, generator=make_generator())
         target = Target.of(rotate_all([weight], rotation), metric)
         for planes in (1, 3):
@@ -210,32 +249,56 @@ def test_several_planes_gain_more_from_short_tails() -> None:
     assert errors[3, 3] < 0.95 * errors[3, 1]
 
 
-def test_one_rotation_is_learned_from_the_rows_of_all_linears() -> None:
-    apart = learn_rotation(group(), SIZES, rounds=5, generator=make_generator(), relaxation=1.0)
-    pooled = learn_rotation([torch.cat(group())], SIZES, rounds=5, generator=make_generator(), relaxation=1.0)
+@OBJECTIVES
+def test_one_rotation_is_learned_from_the_rows_of_all_linears(objective: StartObjective) -> None:
+    apart = learn_rotation(
+        group(), SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
+    )
+    pooled = learn_rotation(
+        [torch.cat(group())], SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
+    )
     torch.testing.assert_close(apart.left, pooled.left, atol=1e-4, rtol=0)
-    assert apart.trace == pytest.approx(pooled.trace, abs=1e-6)
+    assert apart.trace == pytest.approx(pooled.trace, rel=1e-5)
 
 
-def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = learn_rotation(group(), SIZES, rounds=5, generator=make_generator(), relaxation=1.0)
+@OBJECTIVES
+def test_chunks_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch, objective: StartObjective) -> None:
+    whole = learn_rotation(
+        group(), SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
+    )
     monkeypatch.setitem(tensors.CHUNK_ELEMENTS, "cpu", 7 * WIDTH)
-    chunked = learn_rotation(group(), SIZES, rounds=5, generator=make_generator(), relaxation=1.0)
+    chunked = learn_rotation(
+        group(), SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
+    )
     torch.testing.assert_close(whole.right, chunked.right, atol=1e-4, rtol=0)
 
 
-def test_rows_of_zeros_change_nothing() -> None:
-    plain = learn_rotation(group(), SIZES, rounds=5, generator=make_generator(), relaxation=1.0)
+@OBJECTIVES
+def test_rows_of_zeros_change_nothing(objective: StartObjective) -> None:
+    plain = learn_rotation(
+        group(), SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
+    )
     padded = learn_rotation(
-        [*group(), torch.zeros(3, WIDTH)], SIZES, rounds=5, generator=make_generator(), relaxation=1.0
+        [*group(), torch.zeros(3, WIDTH)],
+        SIZES,
+        objective=objective,
+        rounds=5,
+        generator=make_generator(),
+        relaxation=1.0,
     )
     torch.testing.assert_close(plain.left, padded.left, atol=1e-4, rtol=0)
-    assert plain.trace == pytest.approx(padded.trace, abs=1e-6)
+    assert plain.trace == pytest.approx(padded.trace, rel=1e-5)
 
 
-def test_a_weight_of_zeros_keeps_its_start() -> None:
+@OBJECTIVES
+def test_a_weight_of_zeros_keeps_its_start(objective: StartObjective) -> None:
     rotation = learn_rotation(
-        [torch.zeros(4, 32)], (1, 4, 8), rounds=2, generator=make_generator(), start="identity"
+        [torch.zeros(4, 32)],
+        (1, 4, 8),
+        objective=objective,
+        rounds=2,
+        generator=make_generator(),
+        start="identity",
     )
     torch.testing.assert_close(rotation.left, torch.eye(4).unsqueeze(0))
     assert rotation.trace == [0.0, 0.0, 0.0]
