@@ -150,13 +150,9 @@ def main() -> int:
                 "seconds": round(seconds, 2),
             }
         )
+        values = " ".join(f"{value:.4f}" for value in relative)
         print(
-            setting.words,
-            setting.rounds,
-            setting.relaxation,
-            *(f"{value:.4f}" for value in relative),
-            f"{seconds:.1f} s",
-            flush=True,
+            f"{setting.words}, {setting.rounds}, {setting.relaxation:g}: {values} {seconds:.1f} s", flush=True
         )
     if arguments.out:
         write_result(arguments.out, rows)

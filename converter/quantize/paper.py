@@ -127,11 +127,8 @@ def alternate(
                 state = row_factor_step(state)
         state = binarization_step(state, effort, planes=1)
         trace.append(relative_norm(state.signs.error, target_norm))
-    return (
-        state,
-        target_norm,
-        {state.rotation.objective: state.rotation.trace, "psp": psp_trace, "output": trace},
-    )
+    rotation = state.rotation
+    return state, target_norm, {rotation.objective: rotation.trace, "psp": psp_trace, "output": trace}
 
 
 def start_state(

@@ -35,7 +35,7 @@ from torch import Tensor
 SIZES = (2, 8, 12)
 WIDTH = 192
 SLACK = 1e-6
-"""Bound of the rounding error of an objective in float32, relative to its first value."""
+"""Bound of the rounding error of a likelihood of about 1 in float32; larger objectives have it in proportion."""
 
 UNBOUNDED = partial(MixtureObjective.start, ceiling=1.0)
 OBJECTIVES = pytest.mark.parametrize(
@@ -72,6 +72,11 @@ def rotate_all(weights: list[Tensor], rotation: Rotation) -> Tensor:
     return torch.cat([rotate(weight, rotation.left, rotation.right) for weight in weights])
 
 
+def slack(objective: float) -> float:
+    """Return the bound of the rounding error of an objective that starts at this value: 2 and more only for moments."""
+    return SLACK * max(1.0, objective / 2)
+
+
 def fit(state: State) -> State:
     return fit_objective(state)[0]
 
@@ -89,7 +94,7 @@ def test_every_half_step_lowers_the_objective(objective: StartObjective, start: 
         for step in (fit, left_step, right_step):
             state = step(state)
             values.append(value_of(state))
-    assert all(after <= before + SLACK * values[0] for before, after in pairwise(values))
+    assert all(after <= before + slack(values[0]) for before, after in pairwise(values))
     assert values[-1] < (1 - 1e-3) * values[0]
 
 
@@ -258,7 +263,7 @@ def test_one_rotation_is_learned_from_the_rows_of_all_linears(objective: StartOb
         [torch.cat(group())], SIZES, objective=objective, rounds=5, generator=make_generator(), relaxation=1.0
     )
     torch.testing.assert_close(apart.left, pooled.left, atol=1e-4, rtol=0)
-    assert apart.trace == pytest.approx(pooled.trace, rel=1e-5)
+    assert apart.trace == pytest.approx(pooled.trace, abs=slack(pooled.trace[0]))
 
 
 @OBJECTIVES
@@ -287,7 +292,7 @@ def test_rows_of_zeros_change_nothing(objective: StartObjective) -> None:
         relaxation=1.0,
     )
     torch.testing.assert_close(plain.left, padded.left, atol=1e-4, rtol=0)
-    assert plain.trace == pytest.approx(padded.trace, rel=1e-5)
+    assert plain.trace == pytest.approx(padded.trace, abs=slack(padded.trace[0]))
 
 
 @OBJECTIVES
